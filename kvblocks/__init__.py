@@ -1,0 +1,65 @@
+"""The paged KV cache for PyTorch, as a library.
+
+Names are imported when first used: sizes and bookkeeping (`CacheConfig`, `BlockManager`) need no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvblocks.attention import paged_attention
+    from kvblocks.config import CacheConfig, Chunk, Group, Window
+    from kvblocks.engine import CacheEngine
+    from kvblocks.errors import InvariantViolation, NoFreeBlocks, OutOfMemory, StaleSequence, TooManySequences
+    from kvblocks.manager import Admission, BlockManager
+    from kvblocks.step import StepBuffers
+    from kvblocks.storage import PagedKVCache
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Admission": "manager",
+    "BlockManager": "manager",
+    "CacheConfig": "config",
+    "CacheEngine": "engine",
+    "Chunk": "config",
+    "Group": "config",
+    "InvariantViolation": "errors",
+    "NoFreeBlocks": "errors",
+    "OutOfMemory": "errors",
+    "PagedKVCache": "storage",
+    "StaleSequence": "errors",
+    "StepBuffers": "step",
+    "TooManySequences": "errors",
+    "Window": "config",
+    "paged_attention": "attention",
+}
+
+__all__ = [
+    "Admission",
+    "BlockManager",
+    "CacheConfig",
+    "CacheEngine",
+    "Chunk",
+    "Group",
+    "InvariantViolation",
+    "NoFreeBlocks",
+    "OutOfMemory",
+    "PagedKVCache",
+    "StaleSequence",
+    "StepBuffers",
+    "TooManySequences",
+    "Window",
+    "paged_attention",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvblocks' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"kvblocks.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

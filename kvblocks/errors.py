@@ -1,0 +1,84 @@
+"""What kvblocks raises beyond Python's own errors. Imports nothing, so that compiled code can raise these."""
+
+__all__ = ["InvariantViolation", "NoFreeBlocks", "OutOfMemory", "StaleSequence", "TooManySequences"]
+
+
+class OutOfMemory(MemoryError):
+    """A cache did not fit; nothing stays allocated.
+
+    Attributes:
+        requested: bytes asked for.
+        free: bytes that were available.
+        blocks_that_fit: blocks of the same shape that would have fitted into `free`.
+    """
+
+    def __init__(self, message: str, requested: int, free: int, blocks_that_fit: int) -> None:
+        super().__init__(message, requested, free, blocks_that_fit)
+        self.requested = requested
+        self.free = free
+        self.blocks_that_fit = blocks_that_fit
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class NoFreeBlocks(RuntimeError):
+    """The pool cannot serve a call now; nothing changed. Free or preempt sequences, then call again.
+
+    Attributes:
+        needed: blocks the whole call needed.
+        free: blocks it could have had.
+    """
+
+    def __init__(self, message: str, needed: int, free: int) -> None:
+        super().__init__(message, needed, free)
+        self.needed = needed
+        self.free = free
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class StaleSequence(LookupError):
+    """A handle whose sequence or pin is gone, or that never was one.
+
+    Attributes:
+        handle: the handle as given.
+    """
+
+    def __init__(self, message: str, handle: int) -> None:
+        super().__init__(message, handle)
+        self.handle = handle
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class TooManySequences(RuntimeError):
+    """All `max_seqs` places of a manager are taken by sequences and pins.
+
+    Attributes:
+        max_seqs: the manager's limit.
+    """
+
+    def __init__(self, message: str, max_seqs: int) -> None:
+        super().__init__(message, max_seqs)
+        self.max_seqs = max_seqs
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class InvariantViolation(RuntimeError):
+    """`audit()` found the manager's state broken: a bug in kvblocks, never the caller's.
+
+    Attributes:
+        invariant: number of the first broken invariant, 1 to 8.
+    """
+
+    def __init__(self, message: str, invariant: int) -> None:
+        super().__init__(message, invariant)
+        self.invariant = invariant
+
+    def __str__(self) -> str:
+        return str(self.args[0])

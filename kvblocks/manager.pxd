@@ -1,0 +1,24 @@
+# What compiled code elsewhere may rely on: the arrays of a step, by address.
+
+from libc.stdint cimport int32_t, int64_t
+
+
+cdef struct TableRow
+
+
+cdef class StepArrays:
+    cdef int64_t* _input_ids
+    cdef int64_t* _positions
+    cdef int64_t* _slot_mapping
+    cdef int32_t* _block_table
+    cdef int32_t* _seq_lens
+    cdef int32_t* _query_start_loc
+    cdef int64_t* _copies
+    cdef int32_t* _kv_indptr
+    cdef int32_t* _kv_indices
+    cdef int32_t* _kv_last_page_len
+    cdef TableRow* _rows
+    cdef list _views
+    cdef bint _uploads
+    cdef readonly Py_ssize_t max_seqs, max_tokens, max_blocks_per_seq
+    cdef readonly Py_ssize_t num_seqs, num_tokens, num_copies, max_query_len, max_seq_len

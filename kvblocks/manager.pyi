@@ -1,0 +1,109 @@
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple, NoReturn, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from kvblocks.config import Chunk, Window
+
+# A numpy array, a CPU tensor (both taken without a copy), anything else with an integer buffer, a list, or one int.
+Ints: TypeAlias = Any
+Extra: TypeAlias = Sequence[tuple[int, bytes]]
+
+class Admission(IntEnum):
+    NOW = 0
+    LATER = 1
+    NEVER = 2
+
+class Lengths(NamedTuple):
+    num_cached: npt.NDArray[np.int64]
+    num_computed: npt.NDArray[np.int64]
+    reserved: npt.NDArray[np.int64]
+    num_tokens: npt.NDArray[np.int64]
+
+class Stats(NamedTuple):
+    admitted: int
+    prompt_tokens: int
+    hit_tokens: int
+    evictions: int
+    preemptions: int
+    resumed: int
+    published: int
+    merged: int
+    copies: int
+    peak_used_blocks: int
+
+class StepArrays:
+    max_seqs: int
+    max_tokens: int
+    max_blocks_per_seq: int
+    num_seqs: int
+    num_tokens: int
+    num_copies: int
+    max_query_len: int
+    max_seq_len: int
+    def __init__(
+        self,
+        input_ids: Any,
+        positions: Any,
+        slot_mapping: Any,
+        block_table: Any,
+        seq_lens: Any,
+        query_start_loc: Any,
+        copies: Any,
+        kv_indptr: Any = None,
+        kv_indices: Any = None,
+        kv_last_page_len: Any = None,
+        *,
+        uploads: bool = False,
+    ) -> None: ...
+    def _upload(self) -> None: ...
+
+class BlockManager:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        groups: Sequence[Window | Chunk | None] = (None,),
+        max_seqs: int = 65536,
+        max_nodes: int | None = None,
+        max_open_steps: int = 8,
+        prefix_caching: bool = True,
+        watermark: float = 0.0,
+    ) -> None: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def num_free_blocks(self) -> int: ...
+    @property
+    def num_sequences(self) -> int: ...
+    @property
+    def usage(self) -> float: ...
+    def admit(self, tokens: Ints, *, salt: bytes = b"", extra: Extra = (), reserve: int | None = None) -> tuple[int, int]: ...
+    def match(self, tokens: Ints, *, salt: bytes = b"", extra: Extra = ()) -> int: ...
+    def can_admit(self, tokens: Ints, *, salt: bytes = b"", extra: Extra = (), reserve: int | None = None) -> Admission: ...
+    def append(self, seqs: Ints, tokens: Ints | None = None) -> None: ...
+    def extend(self, seqs: Ints, tokens: Ints | None, counts: Ints) -> None: ...
+    def set_tokens(self, seqs: Ints, tokens: Ints, counts: Ints | None = None) -> None: ...
+    def prepare(self, seqs: Ints, query_lens: Ints, step: StepArrays) -> int: ...
+    def commit(self, step_id: int, accepted: Ints | None = None) -> None: ...
+    def abort(self, step_id: int) -> None: ...
+    def trim(self, seq: int, num_tokens: int) -> None: ...
+    def fork(self, seq: int, n: int = 1) -> list[int]: ...
+    def reorder(self, seqs: Ints, parents: Ints) -> None: ...
+    def free(self, seqs: Ints) -> None: ...
+    def preempt(self, seq: int) -> None: ...
+    def resume(self, seq: int, *, reserve: int | None = None) -> int: ...
+    def pin(self, tokens: Ints, *, salt: bytes = b"", extra: Extra = ()) -> int: ...
+    def unpin(self, handle: int) -> None: ...
+    def block_table(self, seq: int) -> npt.NDArray[np.int32]: ...
+    def tokens(self, seq: int) -> npt.NDArray[np.int32]: ...
+    def lengths(self, seqs: Ints) -> Lengths: ...
+    def stats(self) -> Stats: ...
+    def reset_prefix_cache(self) -> None: ...
+    def audit(self) -> None: ...
+    def __reduce__(self) -> NoReturn: ...

@@ -1,0 +1,128 @@
+"""StepBuffers: the arrays of one forward pass as torch tensors at fixed addresses, on the host or on a device.
+
+The manager fills the host image; here it is only allocated, carved into tensors and carried over. Imports torch and the
+compiled manager.
+"""
+
+import torch
+
+from kvblocks.manager import StepArrays
+
+__all__ = ["StepBuffers"]
+
+_ALIGNMENT = 256  # bytes; what CUDA allocations have, so that every tensor of an image is as well aligned as its own
+
+
+class StepBuffers(StepArrays):
+    """What attention kernels and `PagedKVCache.write` need to know of one forward pass.
+
+    `BlockManager.prepare` fills it. The tensors stay where they are for good, so that a CUDA graph can be captured over
+    them; only the first `num_tokens`, `num_seqs` elements say something, the rest is padding.
+
+    Args:
+        max_seqs: rows.
+        max_tokens: query tokens of all rows together.
+        max_blocks_per_seq: columns of the block table.
+        device: where the tensors lie.
+        groups: layer groups; one so far.
+        kv_indices: also keep `kv_indptr`, `kv_indices`, `kv_last_page_len`, the form that FlashInfer takes.
+
+    Attributes:
+        input_ids: int64 [max_tokens]. Pads 0; -1 where the token is a placeholder, for the caller to fill.
+        positions: int64 [max_tokens]. Pads 0.
+        slot_mapping: int64 [max_tokens], `block_id * block_size + offset`. Pads -1.
+        block_table: int32 [max_seqs, max_blocks_per_seq]. Pads 0.
+        seq_lens: int32 [max_seqs]: tokens of each sequence, those of this step included. Pads 0.
+        query_start_loc: int32 [max_seqs + 1]: where each row's query tokens start. Pads repeat `num_tokens`.
+        kv_indptr: int32 [max_seqs + 1], kv_indices: int32 [max_seqs * max_blocks_per_seq],
+            kv_last_page_len: int32 [max_seqs]; None unless asked for.
+        num_seqs, num_tokens, num_copies, max_query_len, max_seq_len: ints on the host.
+
+    Raises:
+        ValueError: a size is not 1 to 2**31 - 1.
+        NotImplementedError: more than one group.
+
+    On a CUDA device the copy is enqueued on the current stream. Two pinned images take turns, each guarded by an event, so
+    the host may prepare the next step while the device still reads this one.
+    """
+
+    def __init__(
+        self,
+        max_seqs: int,
+        max_tokens: int,
+        max_blocks_per_seq: int,
+        *,
+        device: str | torch.device = "cpu",
+        groups: int = 1,
+        kv_indices: bool = False,
+    ) -> None:
+        for name, value in (
+            ("max_seqs", max_seqs),
+            ("max_tokens", max_tokens),
+            ("max_blocks_per_seq", max_blocks_per_seq),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+            if not 1 <= value < 2**31:
+                raise ValueError(f"{name}={value} must be 1 to {2**31 - 1}")
+        if groups != 1:
+            raise NotImplementedError(f"groups={groups}: only one layer group is supported")
+        self.device = torch.device(device)
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "input_ids": (torch.int64, (max_tokens,)),
+            "positions": (torch.int64, (max_tokens,)),
+            "slot_mapping": (torch.int64, (max_tokens,)),
+            "copies": (torch.int64, (max_seqs, 2)),
+            "block_table": (torch.int32, (max_seqs, max_blocks_per_seq)),
+            "seq_lens": (torch.int32, (max_seqs,)),
+            "query_start_loc": (torch.int32, (max_seqs + 1,)),
+        }
+        if kv_indices:
+            shapes["kv_indptr"] = (torch.int32, (max_seqs + 1,))
+            shapes["kv_indices"] = (torch.int32, (max_seqs * max_blocks_per_seq,))
+            shapes["kv_last_page_len"] = (torch.int32, (max_seqs,))
+        offsets, size = {}, 0
+        for name, (dtype, shape) in shapes.items():
+            offsets[name] = size
+            size += -(-dtype.itemsize * torch.Size(shape).numel() // _ALIGNMENT) * _ALIGNMENT
+
+        def carve(image: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {
+                name: image[offsets[name] :][: dtype.itemsize * torch.Size(shape).numel()].view(dtype).view(shape)
+                for name, (dtype, shape) in shapes.items()
+            }
+
+        self._host = torch.zeros(size, dtype=torch.uint8)
+        on_host = carve(self._host)
+        uploads = self.device.type != "cpu"
+        super().__init__(**{name: tensor.numpy() for name, tensor in on_host.items()}, uploads=uploads)
+        self._image = torch.empty(size, dtype=torch.uint8, device=self.device) if uploads else self._host
+        tensors = carve(self._image) if uploads else on_host
+        self.input_ids = tensors["input_ids"]
+        self.positions = tensors["positions"]
+        self.slot_mapping = tensors["slot_mapping"]
+        self.block_table = tensors["block_table"]
+        self.seq_lens = tensors["seq_lens"]
+        self.query_start_loc = tensors["query_start_loc"]
+        self.kv_indptr = tensors.get("kv_indptr")
+        self.kv_indices = tensors.get("kv_indices")
+        self.kv_last_page_len = tensors.get("kv_last_page_len")
+        self._copies_image = tensors["copies"]
+        self._turn = 0
+        if uploads:
+            self._staging = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+            self._events = [torch.cuda.Event() for _ in range(2)]
+            self._upload()
+
+    @property
+    def copies(self) -> torch.Tensor:
+        """int64 [num_copies, 2]: (source, target) blocks to copy before the step's writes."""
+        return self._copies_image[: self.num_copies]
+
+    def _upload(self) -> None:
+        self._turn = 1 - self._turn
+        event, staging = self._events[self._turn], self._staging[self._turn]
+        event.synchronize()
+        staging.copy_(self._host)
+        self._image.copy_(staging, non_blocking=True)
+        event.record()

@@ -1,0 +1,813 @@
+"""The block manager: which blocks hold which tokens of which sequence, and the arrays that tell a kernel.
+
+The edge between Python and the bookkeeping under `manager/`: arguments become C arrays, one call under the lock does the
+work, and a fault becomes an exception. Knows no torch and moves no K or V.
+"""
+
+cimport cython
+from cpython.buffer cimport (
+    PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
+)
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from libc.stdint cimport (
+    int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t,
+)
+from libc.stdlib cimport free
+from libc.string cimport memcmp, memcpy, memset
+
+import itertools
+import os
+import struct
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+
+from kvblocks.errors import InvariantViolation, NoFreeBlocks, StaleSequence, TooManySequences
+
+include "manager/memory.pxi"
+include "manager/ints.pxi"
+include "manager/tree.pxi"
+include "manager/pool.pxi"
+include "manager/sequences.pxi"
+include "manager/arrays.pxi"
+include "manager/steps.pxi"
+include "manager/audit.pxi"
+
+_manager_ids = itertools.count(1)
+
+
+class Admission(IntEnum):
+    """Whether a prompt can be admitted: now, once blocks come free, or never to a pool of this size."""
+
+    NOW = 0
+    LATER = 1
+    NEVER = 2
+
+
+class Lengths(NamedTuple):
+    """Token counts of a batch of sequences, each an int64 array [len(seqs)]."""
+
+    num_cached: np.ndarray
+    num_computed: np.ndarray
+    reserved: np.ndarray
+    num_tokens: np.ndarray
+
+
+class Stats(NamedTuple):
+    """Totals over the successful calls of a manager. Tokens for `prompt_tokens` and `hit_tokens`, else events; blocks
+    for `evictions`, `published`, `merged`, `copies` and `peak_used_blocks`."""
+
+    admitted: int
+    prompt_tokens: int
+    hit_tokens: int
+    evictions: int
+    preemptions: int
+    resumed: int
+    published: int
+    merged: int
+    copies: int
+    peak_used_blocks: int
+
+
+cdef int64_t bounded(object value, str name, int64_t low, int64_t high) except? -1:
+    cdef int64_t number = as_int(value, name)
+    if number < low or number > high:
+        raise ValueError(f"{name}={number} must be {low} to {high}")
+    return number
+
+
+@cython.final
+cdef class BlockManager:
+    """Blocks, sequences and the prefix cache of one pool.
+
+    Args:
+        num_blocks: blocks in the pool, 1 to 2**31 - 2.
+        block_size: tokens in a block.
+        groups: the reach of each layer group; only one group of full attention, `(None,)`, so far.
+        max_seqs: sequences and pins that may exist at once, at most 2**24.
+        max_nodes: published blocks that may exist at once, by default `num_blocks`. When they are spent, sequences stop
+            publishing.
+        max_open_steps: steps that may be prepared and not yet committed or aborted.
+        prefix_caching: whether computed blocks are published and hit.
+        watermark: share of the blocks, 0 to 1, that `admit` leaves free while anything is held.
+
+    Sequences and pins are int handles that are never used twice. Arrays of integers may be numpy arrays, CPU tensors,
+    other integer buffers (all read in place), lists, or one int.
+
+    A call that raises has changed nothing. `NoFreeBlocks` carries `.needed` and `.free`; a handle that is not valid
+    (any more) is `StaleSequence`.
+
+    Thread-safety: every method may be called from any thread; concurrent callers see each call as one step.
+    """
+
+    cdef Core core
+    cdef cython.pymutex lock
+
+    def __init__(
+        self, num_blocks, block_size, *, groups=(None,), max_seqs=65536, max_nodes=None, max_open_steps=8,
+        prefix_caching=True, watermark=0.0,
+    ):
+        cdef Core* c = &self.core
+        cdef Pool* p = &c.pool
+        cdef Tree* t = &p.tree
+        if p.blocks != NULL:
+            raise RuntimeError("a BlockManager is initialised once")
+        cdef int32_t blocks = <int32_t>bounded(num_blocks, "num_blocks", 1, MAX_INT32 - 1)
+        cdef int32_t size = <int32_t>bounded(block_size, "block_size", 1, MAX_INT32)
+        cdef int32_t nodes = blocks
+        if max_nodes is not None:
+            nodes = <int32_t>bounded(max_nodes, "max_nodes", 0, MAX_INT32 - 1)
+        if tuple(groups) != (None,):
+            raise NotImplementedError(f"groups={groups!r}: only one group of full attention, (None,), is supported")
+        if isinstance(watermark, bool) or not isinstance(watermark, (int, float)):
+            raise TypeError(f"watermark must be a number, not {type(watermark).__name__}")
+        if not 0.0 <= watermark <= 1.0:
+            raise ValueError(f"watermark={watermark} must be 0 to 1")
+        if not isinstance(prefix_caching, bool):
+            raise TypeError(f"prefix_caching must be a bool, not {type(prefix_caching).__name__}")
+        c.max_seqs = <int32_t>bounded(max_seqs, "max_seqs", 1, SLOT_MASK + 1)
+        p.max_steps = <int32_t>bounded(max_open_steps, "max_open_steps", 1, 1024)
+        c.block_size = t.block_size = size
+        c.caching = prefix_caching
+        c.watermark = <int32_t>(watermark * blocks)
+        c.uid = next(_manager_ids)
+        c.unused_seq = -1
+        t.max_nodes = nodes if prefix_caching else 0
+        t.fresh = 1
+        t.spread = ~<uint64_t>0
+        t.seal, t.twist = struct.unpack("QQ", os.urandom(16))
+        t.mask = 1
+        while t.mask < <uint64_t>t.max_nodes:
+            t.mask *= 2
+        t.mask -= 1
+        # Zeroed memory that is not touched before it is used: a large pool costs nothing until it fills.
+        p.num_blocks = blocks
+        p.blocks = <Block*>grab_zeroed(<size_t>blocks + 1, sizeof(Block))
+        p.stack = <int32_t*>grab_zeroed(blocks, sizeof(int32_t))
+        p.steps = <Step*>grab_zeroed(p.max_steps, sizeof(Step))
+        c.seqs = <Seq*>grab_zeroed(c.max_seqs, sizeof(Seq))
+        t.nodes = <Node*>grab_zeroed(<size_t>t.max_nodes + 1, sizeof(Node))
+        t.tokens = <int32_t*>grab_zeroed((<size_t>t.max_nodes + 1) * size, sizeof(int32_t))
+        t.buckets = <int32_t*>grab_zeroed(t.mask + 1, sizeof(int32_t))
+        t.key = <uint32_t*>grab(<size_t>(size + 2) * sizeof(uint32_t))
+        if (
+            p.blocks == NULL or p.stack == NULL or p.steps == NULL or c.seqs == NULL
+            or t.nodes == NULL or t.tokens == NULL or t.buckets == NULL or t.key == NULL
+        ):
+            raise MemoryError(f"no memory to keep books of num_blocks={blocks} blocks of block_size={size} tokens")
+        p.blocks[blocks].prev = p.blocks[blocks].next = blocks
+        t.nodes[0].hash = t.seal
+        cdef bytes key = os.urandom((size + 2) * sizeof(uint32_t))
+        memcpy(t.key, PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
+
+    def __dealloc__(self):
+        cdef Core* c = &self.core
+        cdef int32_t i
+        if c.seqs != NULL:
+            for i in range(c.fresh_seq):
+                clear_text(&c.seqs[i].text)
+                free(c.seqs[i].table)
+        if c.pool.tree.nodes != NULL:
+            for i in range(1, c.pool.tree.fresh):
+                blob_drop(c.pool.tree.nodes[i].blob)
+        if c.pool.steps != NULL:
+            for i in range(c.pool.max_steps):
+                free(c.pool.steps[i].rows)
+        free(c.seqs)
+        free(c.pool.blocks)
+        free(c.pool.stack)
+        free(c.pool.steps)
+        free(c.pool.tree.nodes)
+        free(c.pool.tree.tokens)
+        free(c.pool.tree.buckets)
+        free(c.pool.tree.key)
+
+    def __reduce__(self):
+        raise TypeError("a BlockManager cannot be pickled or copied: its handles name this one")
+
+    def __repr__(self):
+        return (
+            f"BlockManager(num_blocks={self.num_blocks}, block_size={self.block_size}, "
+            f"free={self.num_free_blocks}, sequences={self.num_sequences})"
+        )
+
+    @property
+    def num_blocks(self):
+        """Blocks in the pool."""
+        return self.core.pool.num_blocks
+
+    @property
+    def block_size(self):
+        """Tokens in a block."""
+        return self.core.block_size
+
+    @property
+    def num_free_blocks(self):
+        """Blocks that a call can have now, cached ones included."""
+        with self.lock:
+            return pool_free(&self.core.pool)
+
+    @property
+    def num_sequences(self):
+        """Sequences and pins, those included that were freed in a step that is still open."""
+        with self.lock:
+            return self.core.num_seqs
+
+    @property
+    def usage(self):
+        """Share of the blocks that are not free, 0 to 1."""
+        return 1.0 - self.num_free_blocks / self.core.pool.num_blocks
+
+    # Admission
+
+    def admit(self, tokens, *, salt=b"", extra=(), reserve=None):
+        """Start a sequence: hold the longest prefix hit and reserve slots for the tokens after it.
+
+        Args:
+            tokens: token ids [n], n >= 1, each 0 to 2**31 - 1.
+            salt: only sequences of the same salt share blocks (a tenant, an adapter).
+            extra: (position, bytes) pairs, positions rising: what a token stands for beyond its id (an image's hash).
+            reserve: tokens after the hit to reserve slots for now; by default all.
+
+        Returns:
+            (seq, num_cached): the handle, and the tokens whose K and V are there already: a multiple of `block_size`,
+            and less than n.
+
+        Raises:
+            NoFreeBlocks: `.needed` new blocks, `.free` to be had.
+            TooManySequences: `max_seqs` are there.
+            ValueError, TypeError: `tokens`, `extra` or `reserve` is not as above.
+        """
+        cdef Text text
+        cdef Fault f
+        cdef int64_t seq, num_cached = 0, limit = reserve_limit(reserve)
+        cdef bint ready = False
+        try:
+            self.open_text(tokens, salt, extra, &text)
+            with nogil, self.lock:
+                seq = core_admit(&self.core, &text, limit, &f, &num_cached)
+        finally:
+            self.close_text(&text)
+        if seq == 0:
+            raise self.error(&f)
+        return seq, num_cached
+
+    def match(self, tokens, *, salt=b"", extra=()):
+        """Tokens that `admit` would find in the prefix cache now. No effect."""
+        cdef Text text
+        cdef int32_t hit = 0
+        cdef int32_t* found = NULL
+        try:
+            self.open_text(tokens, salt, extra, &text)
+            found = <int32_t*>grab(<size_t>blocks_for(text.num_tokens, self.core.block_size) * sizeof(int32_t))
+            if found == NULL:
+                raise MemoryError(f"no memory to match {text.num_tokens} tokens")
+            with nogil, self.lock:
+                hit = tree_walk(&self.core.pool.tree, &text, hit_limit(&self.core, &text), found)
+        finally:
+            free(found)
+            self.close_text(&text)
+        return hit * self.core.block_size
+
+    def can_admit(self, tokens, *, salt=b"", extra=(), reserve=None):
+        """Whether `admit` would succeed NOW, LATER, or NEVER because the pool is too small for all of `tokens`."""
+        cdef Text text
+        cdef Fault f
+        cdef int64_t limit = reserve_limit(reserve)
+        cdef int32_t hit, target, needed = 0
+        cdef int32_t* found = NULL
+        cdef bint now = False
+        try:
+            self.open_text(tokens, salt, extra, &text)
+            needed = blocks_for(text.num_tokens, self.core.block_size)
+            found = <int32_t*>grab(<size_t>needed * sizeof(int32_t))
+            if found == NULL:
+                raise MemoryError(f"no memory to match {text.num_tokens} tokens")
+            with nogil, self.lock:
+                now = has_room(&self.core, 1, &f) and plan_admission(
+                    &self.core, &text, limit, found, &hit, &target, &f, True
+                )
+        finally:
+            free(found)
+            self.close_text(&text)
+        if needed > self.core.pool.num_blocks:
+            return Admission.NEVER
+        return Admission.NOW if now else Admission.LATER
+
+    def preempt(self, seq):
+        """Give back all blocks of a sequence in no open step; its tokens stay, for `resume`.
+
+        Raises:
+            ValueError: it is in an open step, or preempted already.
+        """
+        cdef Fault f
+        cdef int64_t handle = as_int(seq, "seq")
+        cdef bint ok
+        with self.lock:
+            ok = core_preempt(&self.core, handle, &f)
+        if not ok:
+            raise self.error(&f)
+
+    def resume(self, seq, *, reserve=None):
+        """Admit a preempted sequence again with the tokens it has; the watermark does not apply.
+
+        Returns:
+            num_cached: tokens whose K and V are still there.
+
+        Raises:
+            NoFreeBlocks: as `admit`.
+            ValueError: it is not preempted.
+        """
+        cdef Fault f
+        cdef int64_t handle = as_int(seq, "seq"), limit = reserve_limit(reserve), num_cached = 0
+        cdef bint ok
+        with nogil, self.lock:
+            ok = core_resume(&self.core, handle, limit, &f, &num_cached)
+        if not ok:
+            raise self.error(&f)
+        return num_cached
+
+    def pin(self, tokens, *, salt=b"", extra=()):
+        """Keep the longest published prefix of `tokens`, in whole blocks, from eviction.
+
+        Returns:
+            A handle for `unpin`.
+
+        Raises:
+            ValueError: no block of it is published.
+        """
+        cdef Text text
+        cdef Fault f
+        cdef int64_t handle = 0
+        try:
+            self.open_text(tokens, salt, extra, &text)
+            with nogil, self.lock:
+                handle = core_pin(&self.core, &text, &f)
+        finally:
+            self.close_text(&text)
+        if handle == 0:
+            raise self.error(&f)
+        return handle
+
+    def unpin(self, handle):
+        """Let go of a pin."""
+        cdef Fault f
+        cdef int64_t pin = as_int(handle, "handle")
+        cdef bint ok
+        with self.lock:
+            ok = core_unpin(&self.core, pin, &f)
+        if not ok:
+            raise self.error(&f)
+
+    # Tokens
+
+    def append(self, seqs, tokens=None):
+        """Add one token to each sequence; without `tokens`, a placeholder whose id `set_tokens` gives later."""
+        self.add_tokens(seqs, tokens, None)
+
+    def extend(self, seqs, tokens, counts):
+        """Add `counts[i]` tokens to sequence i, taken from `tokens` [sum(counts)] in order; None: placeholders."""
+        if counts is None:
+            raise TypeError("counts must be integers, not None")
+        self.add_tokens(seqs, tokens, counts)
+
+    def set_tokens(self, seqs, tokens, counts=None):
+        """Give the first `counts[i]` placeholders of sequence i (by default one) their ids, from left to right.
+
+        Raises:
+            ValueError: a sequence has fewer placeholders.
+        """
+        cdef Ints s, t, n
+        cdef Fault f
+        cdef bint ok
+        s.owned = t.owned = n.owned = NULL
+        s.viewed = t.viewed = n.viewed = False
+        try:
+            open_ints(seqs, "seqs", &s)
+            open_ints(tokens, "tokens", &t)
+            if counts is not None:
+                open_counts(counts, s.size, &n)
+            with self.lock:
+                ok = core_set_tokens(&self.core, &s, &t, &n if counts is not None else NULL, &f)
+        finally:
+            close_ints(&s)
+            close_ints(&t)
+            close_ints(&n)
+        if not ok:
+            raise self.error(&f)
+
+    def trim(self, seq, num_tokens):
+        """Drop tokens from the end until `num_tokens` are left, and blocks that none of them needs.
+
+        Raises:
+            ValueError: `num_tokens` is not 0 to the present number, or the sequence is in an open step.
+        """
+        cdef Fault f
+        cdef int64_t handle = as_int(seq, "seq"), n = as_int(num_tokens, "num_tokens")
+        cdef bint ok
+        with self.lock:
+            ok = core_trim(&self.core, handle, n, &f)
+        if not ok:
+            raise self.error(&f)
+
+    # Steps
+
+    def prepare(self, seqs, query_lens, StepArrays step not None):
+        """Reserve the next `query_lens[i]` tokens of sequence i and fill `step` for one forward pass over them.
+
+        Args:
+            seqs: handles [n], 1 <= n <= step.max_seqs, each once; row i of the step is sequence i.
+            query_lens: [n], or one int for all; each at least 1.
+            step: the arrays to fill. Blocks to be copied before the pass are in `step.copies`.
+
+        Returns:
+            The step's id, for `commit` or `abort`.
+
+        Raises:
+            NoFreeBlocks: `.needed` by the whole batch, `.free` to be had.
+            ValueError: a sequence has not as many tokens left, is preempted, or comes twice; the step is too small; or
+                `max_open_steps` are open.
+        """
+        cdef Ints s, q
+        cdef Fault f
+        cdef int64_t step_id = 0
+        s.owned = q.owned = NULL
+        s.viewed = q.viewed = False
+        try:
+            open_ints(seqs, "seqs", &s)
+            open_ints(query_lens, "query_lens", &q)
+            if s.size == 0:
+                raise ValueError("seqs is empty: a step needs at least one sequence")
+            if not q.scalar and q.size != s.size:
+                raise ValueError(f"query_lens has {q.size} elements for {s.size} seqs")
+            with self.lock:
+                step_id = core_prepare(&self.core, &s, &q, step, &f)
+        finally:
+            close_ints(&s)
+            close_ints(&q)
+        if step_id == 0:
+            raise self.error(&f)
+        if step._uploads:
+            try:
+                step._upload()
+            except BaseException:
+                self.abort(step_id)
+                raise
+        return step_id
+
+    def commit(self, step_id, accepted=None):
+        """Close the oldest open step: its pass is done, or ordered before whatever reads the blocks.
+
+        Args:
+            step_id: what `prepare` returned.
+            accepted: [rows]: how many of a row's prepared tokens count as computed, by default all. Where fewer do, the
+                sequence is cut after them.
+
+        Raises:
+            ValueError: it is not the oldest open step; `accepted` is out of range; or it cuts a sequence that a later
+                open step has prepared too (abort that one first).
+        """
+        cdef Ints a
+        cdef Fault f
+        cdef int64_t step = as_int(step_id, "step_id")
+        cdef bint ok
+        if accepted is None:
+            with self.lock:
+                ok = core_commit(&self.core, step, NULL, &f)
+        else:
+            a.owned = NULL
+            a.viewed = False
+            try:
+                open_ints(accepted, "accepted", &a)
+                with self.lock:
+                    ok = core_commit(&self.core, step, &a, &f)
+            finally:
+                close_ints(&a)
+        if not ok:
+            raise self.error(&f)
+
+    def abort(self, step_id):
+        """Take back the newest open step, as if it had never been prepared.
+
+        Raises:
+            ValueError: it is not the newest open step.
+        """
+        cdef Fault f
+        cdef int64_t step = as_int(step_id, "step_id")
+        cdef bint ok
+        with self.lock:
+            ok = core_abort(&self.core, step, &f)
+        if not ok:
+            raise self.error(&f)
+
+    # Sharing and leaving
+
+    def fork(self, seq, n=1):
+        """Make n children of a sequence in no open step. They share every block that holds computed tokens.
+
+        Raises:
+            ValueError: it is in an open step, is preempted, or has computed placeholders.
+            TooManySequences: `max_seqs` would be passed.
+        """
+        cdef Fault f
+        cdef int64_t handle = as_int(seq, "seq"), count = bounded(n, "n", 1, MAX_INT32)
+        cdef bint ok
+        cdef int64_t* children = <int64_t*>grab(<size_t>min(count, self.core.max_seqs) * sizeof(int64_t))
+        if children == NULL:
+            raise MemoryError(f"no memory for {count} handles")
+        try:
+            with self.lock:
+                ok = core_fork(&self.core, handle, count, children, &f)
+            if not ok:
+                raise self.error(&f)
+            return [children[i] for i in range(count)]
+        finally:
+            free(children)
+
+    def reorder(self, seqs, parents):
+        """Make each `seqs[i]` a child of `parents[i]` as it is before the call, keeping its handle: one beam step.
+
+        Raises:
+            ValueError: a sequence comes twice in `seqs`, or one of either is in an open step, preempted, or has computed
+                placeholders.
+        """
+        cdef Ints s, p
+        cdef Fault f
+        cdef bint ok
+        s.owned = p.owned = NULL
+        s.viewed = p.viewed = False
+        try:
+            open_ints(seqs, "seqs", &s)
+            open_ints(parents, "parents", &p)
+            if p.size != s.size:
+                raise ValueError(f"parents has {p.size} elements for {s.size} seqs")
+            with self.lock:
+                ok = core_reorder(&self.core, &s, &p, &f)
+        finally:
+            close_ints(&s)
+            close_ints(&p)
+        if not ok:
+            raise self.error(&f)
+
+    def free(self, seqs):
+        """End sequences. One in an open step keeps its blocks until that step closes; its handle is stale at once."""
+        cdef Ints s
+        cdef Fault f
+        cdef bint ok
+        s.owned = NULL
+        s.viewed = False
+        try:
+            open_ints(seqs, "seqs", &s)
+            with self.lock:
+                ok = core_free(&self.core, &s, &f)
+        finally:
+            close_ints(&s)
+        if not ok:
+            raise self.error(&f)
+
+    def reset_prefix_cache(self):
+        """Unpublish every block, held ones too (new weights). Sequences admitted before never publish again."""
+        with nogil, self.lock:
+            core_reset(&self.core)
+
+    # Looking in
+
+    def block_table(self, seq):
+        """The blocks of a sequence, in order: int32 [blocks]."""
+        cdef int64_t handle = as_int(seq, "seq")
+        return self.read(handle, True)
+
+    def tokens(self, seq):
+        """The token ids of a sequence, -1 for placeholders: int32 [num_tokens]."""
+        cdef int64_t handle = as_int(seq, "seq")
+        return self.read(handle, False)
+
+    def lengths(self, seqs):
+        """`Lengths` of a batch: four int64 arrays [n]."""
+        cdef Ints s
+        cdef Fault f
+        cdef Seq* seq = NULL
+        cdef Py_ssize_t i
+        cdef int64_t[:, ::1] out
+        s.owned = NULL
+        s.viewed = False
+        try:
+            open_ints(seqs, "seqs", &s)
+            columns = np.empty((4, s.size), np.int64)
+            if s.size:
+                out = columns
+            with self.lock:
+                for i in range(s.size):
+                    seq = find(&self.core, at(&s, i), i, &f)
+                    if seq == NULL:
+                        break
+                    out[0, i], out[1, i] = seq.num_cached, seq.num_computed
+                    out[2, i], out[3, i] = seq.reserved, seq.text.num_tokens
+        finally:
+            close_ints(&s)
+        if seq == NULL and len(columns[0]):
+            raise self.error(&f)
+        return Lengths(*columns)
+
+    def stats(self):
+        """`Stats` of the manager so far."""
+        cdef Counters n
+        cdef int64_t evictions
+        with self.lock:
+            n = self.core.counters
+            evictions = self.core.pool.evictions
+        return Stats(
+            n.admitted, n.prompt_tokens, n.hit_tokens, evictions, n.preemptions, n.resumed, n.published, n.merged, n.copies,
+            n.peak_used,
+        )
+
+    def audit(self):
+        """Derive the whole state again, in O(blocks + nodes + tokens held).
+
+        Raises:
+            InvariantViolation: the first broken invariant, by number, and where.
+        """
+        cdef Finding finding
+        cdef bint ok
+        with nogil, self.lock:
+            ok = audit_core(&self.core, &finding)
+        if not ok:
+            if finding.invariant == 0:
+                raise MemoryError(f"no memory to audit {finding.where} blocks")
+            raise InvariantViolation(
+                f"invariant {finding.invariant}: {finding.what.decode()} {finding.where}", finding.invariant
+            )
+
+    # Edge
+
+    cdef int add_tokens(self, seqs, tokens, counts) except -1:
+        cdef Ints s, t, n
+        cdef Fault f
+        cdef bint ok, given = tokens is not None, counted = counts is not None
+        s.owned = t.owned = n.owned = NULL
+        s.viewed = t.viewed = n.viewed = False
+        try:
+            open_ints(seqs, "seqs", &s)
+            if given:
+                open_ints(tokens, "tokens", &t)
+            if counted:
+                open_counts(counts, s.size, &n)
+            with self.lock:
+                ok = core_extend(&self.core, &s, &t if given else NULL, &n if counted else NULL, &f)
+        finally:
+            close_ints(&s)
+            close_ints(&t)
+            close_ints(&n)
+        if not ok:
+            raise self.error(&f)
+        return 0
+
+    cdef object read(self, int64_t handle, bint blocks):
+        """A copy of a sequence's table or tokens, made without a Python object under the lock."""
+        cdef Fault f
+        cdef Seq* seq
+        cdef int32_t n = 0, room = -1
+        cdef int32_t[::1] out = None
+        array = None
+        while n > room:
+            room = n
+            array = np.empty(room, np.int32)
+            out = array
+            with self.lock:
+                seq = find(&self.core, handle, 0, &f)
+                if seq != NULL:
+                    n = seq.num_blocks if blocks else seq.text.num_tokens
+                    if n and n <= room:
+                        memcpy(&out[0], seq.table if blocks else seq.text.tokens, n * sizeof(int32_t))
+            if seq == NULL:
+                raise self.error(&f)
+        return array[:n]
+
+    cdef int open_text(self, tokens, salt, extra, Text* out) except -1:
+        """Copy tokens and extra bytes out of Python; closed with `close_text` unless a sequence took it over."""
+        cdef Ints t
+        cdef Py_ssize_t bad
+        memset(out, 0, sizeof(Text))
+        t.owned = NULL
+        t.viewed = False
+        if not isinstance(salt, bytes):
+            raise TypeError(f"salt must be bytes, not {type(salt).__name__}")
+        try:
+            open_ints(tokens, "tokens", &t)
+            if t.size == 0:
+                raise ValueError("tokens is empty: a sequence needs at least one token")
+            if t.size > MAX_INT32:
+                raise ValueError(f"{t.size} tokens are more than {MAX_INT32}")
+            if not grow_text(out, t.size):
+                raise MemoryError(f"no memory for {t.size} tokens")
+            bad = copy_tokens(&t, out.tokens)
+            if bad >= 0:
+                raise ValueError(f"tokens[{bad}]={at(&t, bad)} must be 0 to {MAX_INT32}")
+            out.num_tokens = out.known = <int32_t>t.size
+        finally:
+            close_ints(&t)
+        if self.core.caching and (salt or extra is not ()):
+            self.open_extras(salt, extra, out)
+        return 0
+
+    cdef int open_extras(self, bytes salt, extra, Text* out) except -1:
+        """One blob for each block with extra bytes: (offset, length, bytes) of each, after the salt in the first."""
+        cdef dict parts = {}
+        cdef int64_t position, previous = -1
+        cdef bytes data
+        cdef Blob* blob
+        if salt:
+            parts[0] = [struct.pack("=qq", -1, len(salt)), salt]
+        for pair in extra:
+            try:
+                place, value = pair
+            except (TypeError, ValueError):
+                raise TypeError(f"extra must be (position, bytes) pairs, not {pair!r}") from None
+            position = as_int(place, "extra position")
+            if not isinstance(value, bytes):
+                raise TypeError(f"extra at position {position} must be bytes, not {type(value).__name__}")
+            if position <= previous or position >= out.num_tokens:
+                raise ValueError(
+                    f"extra position {position} must be above the one before it ({previous}) and below the number of "
+                    f"tokens ({out.num_tokens})"
+                )
+            previous = position
+            header = struct.pack("=qq", position % self.core.block_size, len(value))
+            parts.setdefault(position // self.core.block_size, []).extend((header, value))
+        if not parts:
+            return 0
+        out.extras = <Extra*>grab(len(parts) * sizeof(Extra))
+        if out.extras == NULL:
+            raise MemoryError(f"no memory for {len(parts)} extras")
+        for index in sorted(parts):
+            data = b"".join(parts[index])
+            blob = blob_new(&self.core.pool.tree, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+            if blob == NULL:
+                raise MemoryError(f"no memory for {len(data)} extra bytes")
+            out.extras[out.num_extras].index = index
+            out.extras[out.num_extras].blob = blob
+            out.num_extras += 1
+        return 0
+
+    cdef void close_text(self, Text* text) noexcept:
+        if text.num_extras:
+            with self.lock:
+                clear_text(text)
+        else:
+            clear_text(text)
+
+    cdef object error(self, const Fault* f):
+        """The exception of a fault."""
+        cdef Py_ssize_t i = f.index
+        cdef int64_t v = f.value, b = f.bound
+        problem = f.problem
+        if problem == NO_BLOCKS:
+            return NoFreeBlocks(
+                f"{v} blocks needed, {b} of {self.core.pool.num_blocks} free; free or preempt sequences", v, b
+            )
+        if problem == STALE:
+            return StaleSequence(f"handle {v} (at {i}) names no sequence, or one that was freed", v)
+        if problem == NO_SLOTS:
+            return TooManySequences(f"{v} of max_seqs={b} sequences and pins exist: no room for more", b)
+        if problem == NO_MEMORY:
+            return MemoryError("no memory for the tokens or the block table of a sequence")
+        return ValueError({
+            IS_PIN: f"handle {v} (at {i}) is a pin, not a sequence; use unpin",
+            IS_SEQUENCE: f"handle {v} is a sequence, not a pin; use free",
+            TWICE: f"sequence {v} comes twice in seqs (again at {i})",
+            IS_PREEMPTED: f"sequence {v} (at {i}) is preempted; resume it first",
+            NOT_PREEMPTED: f"sequence {v} is not preempted",
+            IN_STEP: f"sequence {v} (at {i}) is in open step {b}; commit or abort it first",
+            BAD_TOKEN: f"tokens[{i}]={v} must be 0 to {MAX_INT32}",
+            BAD_COUNT: f"counts[{i}]={v} must not be negative",
+            TOO_LONG: f"{v} more tokens than {b} would pass {MAX_INT32} in one sequence (at {i})",
+            SIZE_TOKENS: f"tokens has {b} elements, the counts ask for {v}" + (" or more" if i >= 0 else ""),
+            BAD_QUERY: f"query_lens[{i}]={v} must be at least 1",
+            NOT_ENOUGH_TOKENS: f"query_lens[{i}]={v}, but the sequence has {b} tokens that are not prepared yet",
+            STEP_SEQS: f"{v} seqs do not fit a step of max_seqs={b}",
+            STEP_TOKENS: f"{v} tokens do not fit a step of max_tokens={b}",
+            STEP_BLOCKS: f"sequence at {i} has {v} blocks, which do not fit max_blocks_per_seq={b} of the step",
+            STEP_LIMIT: f"{v} steps are open, of max_open_steps={b}; commit or abort one",
+            COMPUTED_UNKNOWN: f"sequence {v} (at {i}) has a computed placeholder at {b}; set_tokens first",
+            NO_STEP: f"step {v} is not open; none is",
+            NOT_OLDEST: f"step {v} is not the oldest open step, which is {b}",
+            NOT_NEWEST: f"step {v} is not the newest open step, which is {b}",
+            SIZE_ACCEPTED: f"accepted has {v} elements for {b} rows",
+            BAD_ACCEPTED: f"accepted[{i}]={v} must be 0 to {b}",
+            LATER_STEP: f"accepted[{i}]={v} cuts a sequence that is in the later open step {b}; abort that one first",
+            NOT_UNKNOWN: f"{v} placeholders to set, but the sequence at {i} has {b}",
+            BAD_TRIM: f"num_tokens={v} must be 0 to {b}",
+            NOTHING_TO_PIN: f"no block of these {v} tokens is published (blocks of {b})",
+        }[problem])
+
+
+cdef int64_t reserve_limit(object reserve) except? -1:
+    return -1 if reserve is None else bounded(reserve, "reserve", 0, MAX_INT32)
+
+
+cdef int open_counts(object counts, Py_ssize_t size, Ints* out) except -1:
+    open_ints(counts, "counts", out)
+    if out.size != size:
+        raise ValueError(f"counts has {out.size} elements for {size} seqs")
+    return 0

@@ -1,0 +1,223 @@
+# The integrity check: derive everything again from the tables, in O(blocks + nodes), and compare.
+
+
+cdef struct Finding:
+    int invariant
+    const char* what
+    int64_t where
+
+
+cdef inline bint broken(Finding* out, int invariant, const char* what, int64_t where) noexcept nogil:
+    out.invariant, out.what, out.where = invariant, what, where
+    return False
+
+
+cdef enum State:
+    NOWHERE, FREE, CACHED, WAITING
+
+
+cdef bint audit_pool(Core* c, int32_t* counts, int32_t* order, char* state, Finding* out) noexcept nogil:
+    """Invariants 1 and 2. Leaves each cached block's place in the LRU list in `order`."""
+    cdef Pool* p = &c.pool
+    cdef int32_t i, j, b, previous, free_blocks = 0, held = 0, waiting = 0
+    cdef Step* step
+    for i in range(c.fresh_seq):
+        for j in range(c.seqs[i].num_blocks):
+            b = c.seqs[i].table[j]
+            if b < 0 or b >= p.num_blocks:
+                return broken(out, 1, b"a table names a block that does not exist", b)
+            counts[b] += 1
+    for i in range(p.num_steps):
+        step = pool_step(p, i)
+        for j in range(<int32_t>step.num_rows):
+            if step.rows[j].copy_source >= 0:
+                counts[step.rows[j].copy_source] += 1
+    for i in range(p.fresh, p.num_blocks):
+        state[i] = FREE
+    free_blocks = p.num_blocks - p.fresh
+    for i in range(p.stack_size):
+        b = p.stack[i]
+        if b < 0 or b >= p.fresh or state[b] != NOWHERE:
+            return broken(out, 1, b"the stack of free blocks names a block that is not in use or is free already", b)
+        if p.blocks[b].node:
+            return broken(out, 1, b"a published block lies among the unpublished free ones", b)
+        state[b] = FREE
+        free_blocks += 1
+    previous = p.num_blocks
+    b = p.blocks[previous].next
+    i = 0
+    while b != p.num_blocks:
+        if b < 0 or b >= p.fresh or state[b] != NOWHERE or p.blocks[b].prev != previous:
+            return broken(out, 1, b"the list of cached blocks is torn", b)
+        state[b] = CACHED
+        order[b] = i
+        i += 1
+        free_blocks += 1
+        previous = b
+        b = p.blocks[b].next
+    if p.blocks[p.num_blocks].prev != previous or i != p.num_cached:
+        return broken(out, 1, b"the list of cached blocks has another length than was counted", i)
+    for i in range(p.num_steps):
+        b = pool_step(p, i).wait_head
+        while b >= 0:
+            if b >= p.fresh or state[b] != NOWHERE or p.blocks[b].node:
+                return broken(out, 1, b"a waiting block is free, published, or waits twice", b)
+            state[b] = WAITING
+            waiting += 1
+            b = p.blocks[b].next
+    for b in range(p.num_blocks):
+        if b < p.fresh and p.blocks[b].refs != counts[b] or b >= p.fresh and counts[b]:
+            return broken(out, 1, b"a block's count is not the number of references to it", b)
+        if (counts[b] > 0) == (state[b] != NOWHERE):
+            return broken(out, 1, b"a block is not exactly one of free, held and waiting", b)
+        if state[b] == CACHED and p.blocks[b].node == 0:
+            return broken(out, 1, b"an unpublished block lies among the cached ones", b)
+        held += counts[b] > 0
+    if waiting != p.num_waiting or free_blocks != pool_free(p) or free_blocks + held + waiting != p.num_blocks:
+        return broken(out, 2, b"free + held + waiting is not the number of blocks; held:", held)
+    return True
+
+
+cdef bint audit_tree(Core* c, const int32_t* counts, const int32_t* order, Finding* out) noexcept nogil:
+    """Invariants 3 and 4."""
+    cdef Pool* p = &c.pool
+    cdef Tree* t = &p.tree
+    cdef int32_t n, b, parent, used = 0, children = 0, found = 0
+    cdef uint64_t bucket
+    cdef Node* node
+    cdef int32_t* tokens
+    for n in range(1, t.fresh):
+        node = &t.nodes[n]
+        if node.block < 0:
+            continue
+        used += 1
+        b = node.block
+        parent = node.parent
+        tokens = t.tokens + <size_t>n * t.block_size
+        if b >= p.fresh or p.blocks[b].node != n:
+            return broken(out, 3, b"a node's block does not hang on it; node:", n)
+        if parent < 0 or parent >= t.fresh or parent and t.nodes[parent].block < 0:
+            return broken(out, 3, b"a node's parent does not exist; node:", n)
+        if tree_hash(t, t.nodes[parent].hash, tokens, node.blob) != node.hash:
+            return broken(out, 3, b"a node's hash is not that of its prefix and tokens; node:", n)
+        if tree_find(t, parent, node.hash, tokens, node.blob) != n:
+            return broken(out, 3, b"a node is not found under its key; node:", n)
+        children += node.children
+        if parent and counts[b] and not counts[t.nodes[parent].block]:
+            return broken(out, 4, b"a block is held and the one before it is not; block:", b)
+        if parent and not counts[b] and not counts[t.nodes[parent].block] and order[b] > order[t.nodes[parent].block]:
+            return broken(out, 4, b"a cached block would be evicted after the one before it; block:", b)
+    if used != t.num_nodes or used > t.max_nodes or children + t.nodes[0].children != used:
+        return broken(out, 3, b"the number of nodes or of their children is not what was counted:", used)
+    for bucket in range(t.mask + 1):
+        n = t.buckets[bucket]
+        while n:
+            found += 1
+            if found > used or n >= t.fresh or t.nodes[n].block < 0 or (t.nodes[n].hash & t.mask) != bucket:
+                return broken(out, 3, b"the table finds what is no node; bucket:", <int64_t>bucket)
+            n = t.nodes[n].next
+    if found != used:
+        return broken(out, 3, b"the table does not find every node; found:", found)
+    for b in range(p.fresh):
+        n = p.blocks[b].node
+        if n and (n >= t.fresh or t.nodes[n].block != b):
+            return broken(out, 3, b"a block hangs on a node that does not name it; block:", b)
+    return True
+
+
+cdef bint audit_sequences(Core* c, Finding* out) noexcept nogil:
+    """Invariant 5, and what sequences know of the tree (3)."""
+    cdef int32_t i, j, n, parent, unknown, known, used = 0
+    cdef int32_t bs = c.block_size
+    cdef Seq* seq
+    cdef Text* x
+    for i in range(c.fresh_seq):
+        seq = &c.seqs[i]
+        x = &seq.text
+        if seq.kind == UNUSED:
+            if seq.num_blocks or seq.handle:
+                return broken(out, 5, b"a slot without a sequence holds blocks; slot:", i)
+            continue
+        used += 1
+        if seq.kind == PIN:
+            continue
+        if not (
+            0 <= seq.num_cached <= seq.num_computed <= seq.num_prepared <= seq.reserved <= x.num_tokens <= x.capacity
+        ):
+            return broken(out, 5, b"a sequence's lengths are out of order; slot:", i)
+        if seq.open_steps == 0 and seq.num_prepared != seq.num_computed:
+            return broken(out, 5, b"a sequence in no step has prepared tokens; slot:", i)
+        if seq.num_blocks != blocks_for(seq.reserved, bs) or seq.num_blocks > seq.table_capacity:
+            return broken(out, 5, b"a sequence has not the blocks that its reserved tokens need; slot:", i)
+        unknown = known = 0
+        for j in range(x.num_tokens):
+            unknown += x.tokens[j] < 0
+            known += unknown == 0
+        if unknown != x.num_unknown or known != x.known:
+            return broken(out, 5, b"a sequence miscounts its placeholders; slot:", i)
+        if seq.published * bs > seq.num_computed or seq.published > seq.num_blocks:
+            return broken(out, 3, b"a sequence published more than it computed; slot:", i)
+        parent = 0
+        for j in range(seq.published):
+            n = c.pool.blocks[seq.table[j]].node
+            if n == 0 or c.pool.tree.nodes[n].parent != parent:
+                return broken(out, 3, b"a published table is not a path of the tree; slot:", i)
+            if memcmp(c.pool.tree.tokens + <size_t>n * bs, x.tokens + <size_t>j * bs, bs * sizeof(int32_t)):
+                return broken(out, 3, b"a node's tokens are not those of its block; node:", n)
+            if not blob_equal(c.pool.tree.nodes[n].blob, text_blob(x, j)):
+                return broken(out, 3, b"a node's extra bytes are not those of its block; node:", n)
+            parent = n
+        if parent != seq.tip:
+            return broken(out, 3, b"a sequence's last published node is not what it notes; slot:", i)
+    if used != c.num_seqs:
+        return broken(out, 5, b"the number of sequences is not what was counted:", used)
+    return True
+
+
+cdef bint audit_steps(Core* c, int32_t* written, Finding* out) noexcept nogil:
+    """Invariants 6 and 7. `written` is zeroed scratch, one number for each block."""
+    cdef Pool* p = &c.pool
+    cdef int32_t i, j, k, b, first, last
+    cdef Step* step
+    cdef Row* row
+    cdef Seq* seq
+    for i in range(p.num_steps):
+        step = pool_step(p, i)
+        for j in range(<int32_t>step.num_rows):
+            row = &step.rows[j]
+            seq = &c.seqs[row.slot]
+            first = row.start // c.block_size
+            last = (row.start + row.count - 1) // c.block_size
+            if seq.open_steps == 0 or last >= seq.num_blocks:
+                return broken(out, 6, b"an open step writes where its sequence has no block; step:", step.id)
+            for k in range(first, last + 1):
+                b = seq.table[k]
+                if p.blocks[b].refs != 1 or p.blocks[b].node:
+                    return broken(out, 6, b"an open step writes into a block that is shared or published; block:", b)
+                if written[b] == i + 1:
+                    return broken(out, 7, b"two rows of one step write into one block:", b)
+                written[b] = i + 1
+    return True
+
+
+cdef bint audit_core(Core* c, Finding* out) noexcept nogil:
+    cdef size_t n = c.pool.num_blocks
+    cdef int32_t* counts = <int32_t*>grab_zeroed(n, sizeof(int32_t))
+    cdef int32_t* order = <int32_t*>grab_zeroed(n, sizeof(int32_t))
+    cdef int32_t* written = <int32_t*>grab_zeroed(n, sizeof(int32_t))
+    cdef char* state = <char*>grab_zeroed(n, 1)
+    cdef bint ok
+    if counts == NULL or order == NULL or written == NULL or state == NULL:
+        ok = broken(out, 0, b"no memory to audit blocks:", n)
+    else:
+        ok = (
+            audit_pool(c, counts, order, state, out)
+            and audit_tree(c, counts, order, out)
+            and audit_sequences(c, out)
+            and audit_steps(c, written, out)
+        )
+    free(counts)
+    free(order)
+    free(written)
+    free(state)
+    return ok

@@ -1,0 +1,140 @@
+# Integer arguments as C arrays. Buffers (numpy arrays, CPU tensors through .numpy(), array.array, memoryview) are read
+# in place; lists, tuples and ranges are converted once. All of it happens before the manager's lock is taken.
+
+
+cdef struct Ints:
+    const void* data
+    Py_ssize_t size
+    bint wide           # elements are int64, else int32
+    bint scalar         # one Python int was given
+    int64_t value       # where `data` points for a scalar
+    void* owned         # converted copy, to be freed
+    bint viewed
+    Py_buffer view
+
+
+cdef inline int64_t at(const Ints* a, Py_ssize_t i) noexcept nogil:
+    return (<const int64_t*>a.data)[i] if a.wide else (<const int32_t*>a.data)[i]
+
+
+cdef int64_t as_int(object value, str name) except? -1:
+    """`value` as a C integer; bools and floats are refused."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+    try:
+        return value.__index__()
+    except OverflowError:
+        raise ValueError(f"{name}={value!r} does not fit in 64 bits") from None
+
+
+cdef int open_ints(object obj, str name, Ints* out) except -1:
+    """Read `obj` into `out`; the caller closes it with `close_ints`, also after an error."""
+    out.owned = NULL
+    out.viewed = False
+    out.scalar = False
+    if isinstance(obj, (list, tuple, range)):
+        return convert_items(obj, name, out)
+    if not PyObject_CheckBuffer(obj):
+        if hasattr(obj, "__index__") and not hasattr(obj, "numpy"):
+            out.value = as_int(obj, name)
+            out.data = &out.value
+            out.size = 1
+            out.wide = out.scalar = True
+            return 0
+        if not hasattr(obj, "numpy"):
+            raise TypeError(f"{name} must be integers (array, CPU tensor or list), not {type(obj).__name__}")
+        obj = obj.numpy()  # a CPU tensor shares its memory; a tensor elsewhere says so itself
+    PyObject_GetBuffer(obj, &out.view, PyBUF_FORMAT | PyBUF_STRIDES)
+    out.viewed = True
+    if out.view.ndim > 1:
+        raise TypeError(f"{name} must have one dimension, not {out.view.ndim}")
+    out.size = 1 if out.view.ndim == 0 else out.view.shape[0]
+    cdef const char* format = out.view.format
+    if format == NULL:
+        format = "B"
+    if format[0] == c"@" or format[0] == c"=" or format[0] == c"<":
+        format += 1
+    cdef char kind = format[0]
+    if format[1] != 0 or kind not in b"bhilqBHILQ":
+        raise TypeError(f"{name} must be integers, not elements of format {format.decode()!r}")
+    cdef Py_ssize_t width = out.view.itemsize
+    if kind in b"ilq" and (out.view.ndim == 0 or out.size < 2 or out.view.strides[0] == width):
+        out.data = out.view.buf
+        out.wide = width == 8
+        return 0
+    return convert_buffer(name, out, kind in b"bhilq")
+
+
+cdef int convert_items(object items, str name, Ints* out) except -1:
+    cdef tuple fixed = tuple(items)  # __index__ may run any code: nothing may change under the loop
+    cdef Py_ssize_t i
+    out.size = len(fixed)
+    out.wide = True
+    out.owned = out.data = grab((out.size or 1) * sizeof(int64_t))
+    if out.owned == NULL:
+        raise MemoryError(f"no memory for {out.size} {name}")
+    for i in range(out.size):
+        item = fixed[i]
+        if type(item) is not int and (isinstance(item, bool) or not hasattr(item, "__index__")):
+            raise TypeError(f"{name}[{i}] must be an integer, not {type(item).__name__}")
+        try:
+            (<int64_t*>out.owned)[i] = item
+        except OverflowError:
+            raise ValueError(f"{name}[{i}]={item!r} does not fit in 64 bits") from None
+    return 0
+
+
+cdef int convert_buffer(str name, Ints* out, bint signed) except -1:
+    cdef Py_ssize_t i, width = out.view.itemsize
+    cdef Py_ssize_t stride = out.view.strides[0] if out.view.ndim else 0
+    cdef const char* source = <const char*>out.view.buf
+    cdef int64_t* target = <int64_t*>grab((out.size or 1) * sizeof(int64_t))
+    if target == NULL:
+        raise MemoryError(f"no memory for {out.size} {name}")
+    out.owned = out.data = target
+    out.wide = True
+    for i in range(out.size):
+        if width == 1:
+            target[i] = (<const int8_t*>source)[0] if signed else (<const uint8_t*>source)[0]
+        elif width == 2:
+            target[i] = (<const int16_t*>source)[0] if signed else (<const uint16_t*>source)[0]
+        elif width == 4:
+            target[i] = (<const int32_t*>source)[0] if signed else (<const uint32_t*>source)[0]
+        else:
+            target[i] = (<const int64_t*>source)[0]
+            if not signed and target[i] < 0:
+                raise ValueError(f"{name}[{i}]={(<const uint64_t*>source)[0]} does not fit in 64 signed bits")
+        source += stride
+    return 0
+
+
+cdef inline void close_ints(Ints* a) noexcept:
+    if a.viewed:
+        PyBuffer_Release(&a.view)
+    free(a.owned)
+
+
+cdef Py_ssize_t copy_tokens(const Ints* source, int32_t* target) noexcept nogil:
+    """Copy token ids; the index of the first outside 0...2**31-1, or -1 if there is none."""
+    cdef Py_ssize_t i
+    cdef int64_t bits = 0
+    cdef int32_t narrow_bits = 0
+    cdef const int64_t* wide
+    cdef const int32_t* narrow
+    if source.wide:
+        wide = <const int64_t*>source.data
+        for i in range(source.size):
+            bits |= wide[i]
+            target[i] = <int32_t>wide[i]
+    else:
+        narrow = <const int32_t*>source.data
+        for i in range(source.size):
+            narrow_bits |= narrow[i]
+            target[i] = narrow[i]
+        bits = narrow_bits
+    if bits >= 0 and bits <= MAX_INT32:
+        return -1
+    for i in range(source.size):
+        if at(source, i) < 0 or at(source, i) > MAX_INT32:
+            return i
+    return -1

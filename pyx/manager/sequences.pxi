@@ -1,0 +1,665 @@
+# Sequences: their tokens, their block tables, and every operation on them. Functions here run under the manager's lock,
+# touch no Python object, and either do all of their work or report a Fault and change nothing that can be observed.
+#
+# A sequence's tokens, left to right (half-open ranges):
+#
+#   [ 0 ........ num_computed ) [ ....... num_prepared ) [ ....... reserved ) [ ...... num_tokens )
+#     K and V written             in open steps            a slot exists        known, no slot yet
+#
+# Its first `published` blocks hang on nodes of the tree, the last of them on `tip`. A block that is shared or published
+# is never written: `prepare` puts a copy in its place first.
+
+cdef enum Kind:
+    UNUSED, LIVE, PREEMPTED, PIN, LEAVING       # LEAVING: freed while in an open step
+
+cdef enum Problem:
+    STALE, IS_PIN, IS_SEQUENCE, TWICE, IS_PREEMPTED, NOT_PREEMPTED, IN_STEP, BAD_TOKEN, BAD_COUNT, TOO_LONG
+    SIZE_TOKENS, BAD_QUERY, NOT_ENOUGH_TOKENS, STEP_SEQS, STEP_TOKENS, STEP_BLOCKS, STEP_LIMIT
+    COMPUTED_UNKNOWN, NO_STEP, NOT_OLDEST, NOT_NEWEST, SIZE_ACCEPTED, BAD_ACCEPTED, LATER_STEP, NOT_UNKNOWN, BAD_TRIM
+    NOTHING_TO_PIN, NO_BLOCKS, NO_SLOTS, NO_MEMORY
+
+
+cdef struct Fault:
+    Problem problem
+    Py_ssize_t index    # in the batch
+    int64_t value
+    int64_t bound
+
+
+cdef struct Seq:
+    int64_t handle      # 0 when no handle is valid
+    int64_t mark        # the last batch that named it
+    int64_t version     # changes when entries of the table that were there change
+    int64_t last_step   # the newest open step it is in
+    int32_t open_steps
+    int32_t num_blocks
+    int32_t num_cached
+    int32_t num_computed
+    int32_t num_prepared
+    int32_t reserved
+    int32_t published
+    int32_t tip
+    int32_t* table
+    int32_t table_capacity
+    Kind kind
+    bint publishing
+    Text text
+    int64_t generation
+    int32_t next_unused
+
+
+cdef struct Counters:
+    int64_t admitted, prompt_tokens, hit_tokens, preemptions, resumed, published, merged, copies, peak_used
+
+
+cdef struct Core:
+    Pool pool
+    int32_t block_size
+    int32_t watermark   # blocks
+    bint caching
+    int64_t uid
+    Seq* seqs
+    int32_t max_seqs
+    int32_t num_seqs
+    int32_t fresh_seq   # slots from here on were never used
+    int32_t unused_seq  # list of slots used before, -1: none
+    int64_t serial      # of batches
+    int64_t version
+    int64_t last_step_id
+    Counters counters
+
+
+cdef inline bint fail(Fault* f, Problem problem, Py_ssize_t index, int64_t value, int64_t bound) noexcept nogil:
+    f.problem, f.index, f.value, f.bound = problem, index, value, bound
+    return False
+
+
+cdef inline int32_t blocks_for(int64_t num_tokens, int32_t block_size) noexcept nogil:
+    return <int32_t>((num_tokens + block_size - 1) // block_size)
+
+
+cdef inline Seq* find_any(Core* c, int64_t handle, Py_ssize_t i, Fault* f) noexcept nogil:
+    """The sequence or pin of a handle, or NULL."""
+    cdef int64_t slot = handle & SLOT_MASK
+    if handle <= 0 or slot >= c.fresh_seq or c.seqs[slot].handle != handle:
+        fail(f, STALE, i, handle, 0)
+        return NULL
+    return &c.seqs[slot]
+
+
+cdef inline Seq* find(Core* c, int64_t handle, Py_ssize_t i, Fault* f) noexcept nogil:
+    """The sequence of a handle, or NULL."""
+    cdef Seq* seq = find_any(c, handle, i, f)
+    if seq != NULL and seq.kind == PIN:
+        fail(f, IS_PIN, i, handle, 0)
+        return NULL
+    return seq
+
+
+cdef inline bint mark(Seq* seq, int64_t serial, Py_ssize_t i, Fault* f) noexcept nogil:
+    """Note that the batch names this sequence; false if it did so before."""
+    if seq.mark == serial:
+        return fail(f, TWICE, i, seq.handle, 0)
+    seq.mark = serial
+    return True
+
+
+cdef inline Seq* of(Core* c, const Ints* seqs, Py_ssize_t i) noexcept nogil:
+    """A sequence of a batch that was checked before."""
+    return &c.seqs[at(seqs, i) & SLOT_MASK]
+
+
+cdef inline void touch(Core* c, Seq* seq) noexcept nogil:
+    c.version += 1
+    seq.version = c.version
+
+
+cdef inline void note_peak(Core* c) noexcept nogil:
+    cdef int64_t used = c.pool.num_blocks - pool_free(&c.pool)
+    if used > c.counters.peak_used:
+        c.counters.peak_used = used
+
+
+cdef inline bint has_room(Core* c, int32_t n, Fault* f) noexcept nogil:
+    if n > c.max_seqs - c.num_seqs:
+        return fail(f, NO_SLOTS, 0, c.num_seqs, c.max_seqs)
+    return True
+
+
+cdef Seq* open_seq(Core* c, Kind kind) noexcept nogil:
+    """A new handle on the slot that was given back last; the caller has made sure of room."""
+    cdef int32_t slot
+    cdef Seq* seq
+    cdef int64_t generation
+    if c.unused_seq >= 0:
+        slot = c.unused_seq
+        c.unused_seq = c.seqs[slot].next_unused
+    else:
+        slot = c.fresh_seq
+        c.fresh_seq += 1
+    seq = &c.seqs[slot]
+    generation = seq.generation + 1
+    memset(seq, 0, sizeof(Seq))
+    seq.generation = generation
+    seq.handle = generation << SLOT_BITS | slot
+    seq.kind = kind
+    touch(c, seq)
+    c.num_seqs += 1
+    return seq
+
+
+cdef void clear_text(Text* x) noexcept nogil:
+    cdef int32_t i
+    for i in range(x.num_extras):
+        blob_drop(x.extras[i].blob)
+    free(x.extras)
+    free(x.tokens)
+    memset(x, 0, sizeof(Text))
+
+
+cdef void close_seq(Core* c, Seq* seq) noexcept nogil:
+    """Give back blocks, memory and slot."""
+    cdef int32_t slot = <int32_t>(seq - c.seqs)
+    release_table(&c.pool, seq.table, 0, seq.num_blocks)
+    clear_text(&seq.text)
+    free(seq.table)
+    seq.table = NULL
+    seq.num_blocks = 0
+    seq.handle = 0
+    seq.kind = UNUSED
+    c.num_seqs -= 1
+    if seq.generation < MAX_GENERATION:     # else the slot is retired: its next handle would repeat an old one
+        seq.next_unused = c.unused_seq
+        c.unused_seq = slot
+    else:
+        c.max_seqs -= 1
+
+
+cdef bint grow_table(Seq* seq, int32_t num_blocks) noexcept nogil:
+    cdef int64_t capacity
+    cdef int32_t* table
+    if num_blocks <= seq.table_capacity:
+        return True
+    capacity = num_blocks + num_blocks // 4 + 8
+    table = <int32_t*>regrow(seq.table, capacity * sizeof(int32_t))
+    if table == NULL:
+        return False
+    seq.table = table
+    seq.table_capacity = <int32_t>min(capacity, MAX_INT32)
+    return True
+
+
+cdef bint grow_text(Text* x, int64_t num_tokens) noexcept nogil:
+    cdef int64_t capacity
+    cdef int32_t* tokens
+    if num_tokens <= x.capacity:
+        return True
+    capacity = min(num_tokens + num_tokens // 4 + 32, MAX_INT32)
+    tokens = <int32_t*>regrow(x.tokens, capacity * sizeof(int32_t))
+    if tokens == NULL:
+        return False
+    x.tokens = tokens
+    x.capacity = <int32_t>capacity
+    return True
+
+
+cdef inline void extend_text(Text* x, const Ints* tokens, Py_ssize_t first, int32_t n) noexcept nogil:
+    """Add n tokens, or n placeholders; there is room."""
+    cdef int32_t j
+    cdef bint known = tokens != NULL and x.num_unknown == 0
+    for j in range(n):
+        x.tokens[x.num_tokens + j] = -1 if tokens == NULL else <int32_t>at(tokens, first + j)
+    x.num_tokens += n
+    if known:
+        x.known = x.num_tokens
+    elif tokens == NULL:
+        x.num_unknown += n
+
+
+cdef void cut_text(Text* x, int32_t num_tokens) noexcept nogil:
+    cdef int32_t i
+    if x.num_unknown:
+        for i in range(max(num_tokens, x.known), x.num_tokens):
+            x.num_unknown -= x.tokens[i] < 0
+    x.num_tokens = num_tokens
+    x.known = min(x.known, num_tokens) if x.num_unknown else num_tokens
+
+
+cdef bint copy_text(Text* target, const Text* source) noexcept nogil:
+    """A copy that shares the extra bytes; false and nothing allocated when memory is out."""
+    cdef int32_t i
+    memset(target, 0, sizeof(Text))
+    if not grow_text(target, source.num_tokens + 1):
+        return False
+    if source.num_extras:
+        target.extras = <Extra*>grab(source.num_extras * sizeof(Extra))
+        if target.extras == NULL:
+            free(target.tokens)
+            target.tokens = NULL
+            return False
+    memcpy(target.tokens, source.tokens, source.num_tokens * sizeof(int32_t))
+    target.num_tokens = source.num_tokens
+    target.known = source.known
+    target.num_unknown = source.num_unknown
+    target.num_extras = source.num_extras
+    for i in range(source.num_extras):
+        target.extras[i] = source.extras[i]
+        target.extras[i].blob.refs += 1
+    return True
+
+
+cdef void cut(Core* c, Seq* seq, int32_t num_tokens) noexcept nogil:
+    """Drop tokens, and blocks that no reserved token needs any more. Blocks that stay are left as they are."""
+    cdef int32_t keep
+    if num_tokens < seq.text.num_tokens:
+        cut_text(&seq.text, num_tokens)
+    seq.num_cached = min(seq.num_cached, num_tokens)
+    seq.num_computed = min(seq.num_computed, num_tokens)
+    seq.num_prepared = min(seq.num_prepared, num_tokens)
+    seq.reserved = min(seq.reserved, num_tokens)
+    keep = blocks_for(seq.reserved, c.block_size)
+    if seq.published > num_tokens // c.block_size:
+        seq.published = num_tokens // c.block_size
+        seq.tip = c.pool.blocks[seq.table[seq.published - 1]].node if seq.published else 0
+    if keep < seq.num_blocks:
+        release_table(&c.pool, seq.table, keep, seq.num_blocks)
+        seq.num_blocks = keep
+        touch(c, seq)
+
+
+cdef inline int32_t hit_limit(Core* c, const Text* x) noexcept nogil:
+    """Blocks that a hit may have: whole, known, and one token is left to compute."""
+    return min(x.num_tokens - 1, x.known) // c.block_size if c.caching and x.num_tokens else 0
+
+
+cdef bint plan_admission(
+    Core* c, const Text* x, int64_t reserve, int32_t* found, int32_t* num_found, int32_t* target, Fault* f, bint watermark
+) noexcept nogil:
+    """Find the hit and check that the blocks for the rest are there. `found` gets the hit's blocks. No effect."""
+    cdef int32_t i, hit, idle = 0, new, free_blocks
+    hit = tree_walk(&c.pool.tree, x, hit_limit(c, x), found)
+    for i in range(hit):
+        found[i] = c.pool.tree.nodes[found[i]].block
+        kvb_prefetch(&c.pool.blocks[found[i]])
+    for i in range(hit):
+        idle += c.pool.blocks[found[i]].refs == 0
+    num_found[0] = hit
+    target[0] = x.num_tokens
+    if reserve >= 0:
+        target[0] = <int32_t>min(<int64_t>x.num_tokens, <int64_t>hit * c.block_size + reserve)
+    new = blocks_for(target[0], c.block_size) - hit
+    free_blocks = pool_free(&c.pool)
+    if new > free_blocks - idle:
+        return fail(f, NO_BLOCKS, 0, new, free_blocks - idle)
+    if watermark and free_blocks < c.pool.num_blocks and free_blocks - idle - new < c.watermark:
+        return fail(f, NO_BLOCKS, 0, new, free_blocks - idle)
+    return True
+
+
+cdef void occupy(Core* c, Seq* seq, int32_t hit, int32_t target) noexcept nogil:
+    """Hold the hit in seq.table[:hit] and take the blocks for the rest; they are there, and the table has room."""
+    cdef int32_t i, num_blocks = blocks_for(target, c.block_size)
+    for i in range(hit):
+        acquire(&c.pool, seq.table[i])
+    for i in range(hit, num_blocks):
+        seq.table[i] = take(&c.pool)
+    seq.num_blocks = num_blocks
+    seq.num_cached = seq.num_computed = seq.num_prepared = hit * c.block_size
+    seq.reserved = max(target, seq.num_cached)
+    seq.published = hit
+    seq.tip = c.pool.blocks[seq.table[hit - 1]].node if hit else 0
+    seq.publishing = c.caching
+    c.counters.prompt_tokens += seq.text.num_tokens
+    c.counters.hit_tokens += seq.num_cached
+    note_peak(c)
+
+
+cdef int64_t core_admit(Core* c, Text* x, int64_t reserve, Fault* f, int64_t* num_cached) noexcept nogil:
+    """A sequence that takes over `x`; 0 after a fault."""
+    cdef int32_t hit, target
+    cdef Seq* seq
+    cdef int32_t capacity = blocks_for(x.num_tokens, c.block_size)
+    cdef int32_t* table
+    if not has_room(c, 1, f):
+        return 0
+    table = <int32_t*>grab((capacity + 8) * sizeof(int32_t))
+    if table == NULL:
+        fail(f, NO_MEMORY, 0, capacity, 0)
+        return 0
+    if not plan_admission(c, x, reserve, table, &hit, &target, f, True):
+        free(table)
+        return 0
+    seq = open_seq(c, LIVE)
+    seq.table = table
+    seq.table_capacity = capacity + 8
+    seq.text = x[0]
+    memset(x, 0, sizeof(Text))
+    occupy(c, seq, hit, target)
+    c.counters.admitted += 1
+    num_cached[0] = seq.num_cached
+    return seq.handle
+
+
+cdef bint core_resume(Core* c, int64_t handle, int64_t reserve, Fault* f, int64_t* num_cached) noexcept nogil:
+    cdef Seq* seq = find(c, handle, 0, f)
+    cdef int32_t hit, target
+    if seq == NULL:
+        return False
+    if seq.kind != PREEMPTED:
+        return fail(f, NOT_PREEMPTED, 0, handle, 0)
+    if not grow_table(seq, blocks_for(seq.text.num_tokens, c.block_size)):
+        return fail(f, NO_MEMORY, 0, 0, 0)
+    if not plan_admission(c, &seq.text, reserve, seq.table, &hit, &target, f, False):
+        return False
+    occupy(c, seq, hit, target)
+    touch(c, seq)
+    seq.kind = LIVE
+    c.counters.resumed += 1
+    num_cached[0] = seq.num_cached
+    return True
+
+
+cdef int64_t core_pin(Core* c, const Text* x, Fault* f) noexcept nogil:
+    cdef int32_t i, n, limit = x.num_tokens // c.block_size if c.caching else 0
+    cdef Seq* seq
+    cdef int32_t* table
+    if not has_room(c, 1, f):
+        return 0
+    table = <int32_t*>grab((limit or 1) * sizeof(int32_t))
+    if table == NULL:
+        fail(f, NO_MEMORY, 0, limit, 0)
+        return 0
+    n = tree_walk(&c.pool.tree, x, limit, table)
+    if n == 0:
+        free(table)
+        fail(f, NOTHING_TO_PIN, 0, x.num_tokens, c.block_size)
+        return 0
+    seq = open_seq(c, PIN)
+    for i in range(n):
+        table[i] = c.pool.tree.nodes[table[i]].block
+        acquire(&c.pool, table[i])
+    seq.table = table
+    seq.table_capacity = limit
+    seq.num_blocks = n
+    note_peak(c)
+    return seq.handle
+
+
+cdef bint core_unpin(Core* c, int64_t handle, Fault* f) noexcept nogil:
+    cdef Seq* seq = find_any(c, handle, 0, f)
+    if seq == NULL:
+        return False
+    if seq.kind != PIN:
+        return fail(f, IS_SEQUENCE, 0, handle, 0)
+    close_seq(c, seq)
+    return True
+
+
+cdef bint core_extend(Core* c, const Ints* seqs, const Ints* tokens, const Ints* counts, Fault* f) noexcept nogil:
+    """Add counts[i] tokens to each (one without counts), or placeholders without tokens."""
+    cdef Py_ssize_t i, j, k = 0
+    cdef int64_t n, token
+    cdef Seq* seq
+    c.serial += 1
+    for i in range(seqs.size):
+        seq = find(c, at(seqs, i), i, f)
+        if seq == NULL or not mark(seq, c.serial, i, f):
+            return False
+        n = 1 if counts == NULL else at(counts, i)
+        if n < 0:
+            return fail(f, BAD_COUNT, i, n, 0)
+        if n > MAX_INT32 - seq.text.num_tokens:
+            return fail(f, TOO_LONG, i, n, seq.text.num_tokens)
+        if tokens != NULL:
+            if n > tokens.size - k:
+                return fail(f, SIZE_TOKENS, i, k + n, tokens.size)
+            for j in range(k, k + n):
+                token = at(tokens, j)
+                if token < 0 or token > MAX_INT32:
+                    return fail(f, BAD_TOKEN, j, token, 0)
+        k += n
+    if tokens != NULL and k != tokens.size:
+        return fail(f, SIZE_TOKENS, -1, k, tokens.size)
+    for i in range(seqs.size):
+        seq = of(c, seqs, i)
+        if not grow_text(&seq.text, seq.text.num_tokens + (1 if counts == NULL else at(counts, i))):
+            return fail(f, NO_MEMORY, i, 0, 0)
+    k = 0
+    for i in range(seqs.size):
+        n = 1 if counts == NULL else at(counts, i)
+        extend_text(&of(c, seqs, i).text, tokens, k, <int32_t>n)
+        k += n
+    return True
+
+
+cdef bint core_set_tokens(Core* c, const Ints* seqs, const Ints* tokens, const Ints* counts, Fault* f) noexcept nogil:
+    """Give each sequence's first counts[i] placeholders their ids."""
+    cdef Py_ssize_t i, j, k = 0
+    cdef int64_t n, token
+    cdef Text* x
+    cdef Seq* seq
+    c.serial += 1
+    for i in range(seqs.size):
+        seq = find(c, at(seqs, i), i, f)
+        if seq == NULL or not mark(seq, c.serial, i, f):
+            return False
+        n = 1 if counts == NULL else at(counts, i)
+        if n < 0:
+            return fail(f, BAD_COUNT, i, n, 0)
+        if n > seq.text.num_unknown:
+            return fail(f, NOT_UNKNOWN, i, n, seq.text.num_unknown)
+        if n > tokens.size - k:
+            return fail(f, SIZE_TOKENS, i, k + n, tokens.size)
+        for j in range(k, k + n):
+            token = at(tokens, j)
+            if token < 0 or token > MAX_INT32:
+                return fail(f, BAD_TOKEN, j, token, 0)
+        k += n
+    if k != tokens.size:
+        return fail(f, SIZE_TOKENS, -1, k, tokens.size)
+    k = 0
+    for i in range(seqs.size):
+        x = &of(c, seqs, i).text
+        n = 1 if counts == NULL else at(counts, i)
+        x.num_unknown -= <int32_t>n
+        while n:
+            if x.tokens[x.known] < 0:
+                x.tokens[x.known] = <int32_t>at(tokens, k)
+                k += 1
+                n -= 1
+            x.known += 1
+        while x.known < x.num_tokens and x.tokens[x.known] >= 0:
+            x.known += 1
+    return True
+
+
+cdef bint core_trim(Core* c, int64_t handle, int64_t num_tokens, Fault* f) noexcept nogil:
+    cdef Seq* seq = find(c, handle, 0, f)
+    if seq == NULL:
+        return False
+    if num_tokens < 0 or num_tokens > seq.text.num_tokens:
+        return fail(f, BAD_TRIM, 0, num_tokens, seq.text.num_tokens)
+    if seq.open_steps:
+        return fail(f, IN_STEP, 0, handle, seq.last_step)
+    cut(c, seq, <int32_t>num_tokens)
+    return True
+
+
+cdef bint copy_seq(Core* c, const Seq* source, Seq* target) noexcept nogil:
+    """Fill the memory of a child: its text and its table, no references yet. False: nothing allocated."""
+    cdef int32_t n = blocks_for(source.num_computed, c.block_size)
+    target.table = NULL
+    target.table_capacity = 0
+    if not copy_text(&target.text, &source.text):
+        return False
+    if not grow_table(target, n + 1):
+        clear_text(&target.text)
+        return False
+    memcpy(target.table, source.table, n * sizeof(int32_t))
+    target.num_blocks = n
+    target.num_cached = source.num_cached
+    target.num_computed = target.num_prepared = target.reserved = source.num_computed
+    target.published = source.published
+    target.tip = source.tip
+    target.publishing = source.publishing
+    return True
+
+
+cdef inline bint is_at_rest(const Seq* seq, Py_ssize_t i, Fault* f) noexcept nogil:
+    if seq.kind == PREEMPTED:
+        return fail(f, IS_PREEMPTED, i, seq.handle, 0)
+    if seq.open_steps:
+        return fail(f, IN_STEP, i, seq.handle, seq.last_step)
+    return True
+
+
+cdef inline bint can_fork(const Seq* seq, Py_ssize_t i, Fault* f) noexcept nogil:
+    """A computed block may be shared only when its ids are known: else two sequences could publish it under two names."""
+    if seq.text.num_unknown and seq.text.known < seq.num_computed:
+        return fail(f, COMPUTED_UNKNOWN, i, seq.handle, seq.text.known)
+    return is_at_rest(seq, i, f)
+
+
+cdef bint core_fork(Core* c, int64_t handle, int64_t n, int64_t* children, Fault* f) noexcept nogil:
+    cdef Seq* parent = find(c, handle, 0, f)
+    cdef Seq* copies
+    cdef Seq* child
+    cdef int64_t i
+    cdef int32_t j
+    if parent == NULL or not can_fork(parent, 0, f):
+        return False
+    if n > MAX_INT32 or not has_room(c, <int32_t>n, f):
+        return fail(f, NO_SLOTS, 0, c.num_seqs, c.max_seqs)
+    copies = <Seq*>grab(n * sizeof(Seq))
+    if copies == NULL:
+        return fail(f, NO_MEMORY, 0, 0, 0)
+    for i in range(n):
+        if not copy_seq(c, parent, &copies[i]):
+            while i:
+                i -= 1
+                clear_text(&copies[i].text)
+                free(copies[i].table)
+            free(copies)
+            return fail(f, NO_MEMORY, 0, 0, 0)
+    for i in range(n):
+        child = open_seq(c, LIVE)
+        adopt(child, &copies[i])
+        for j in range(child.num_blocks):
+            c.pool.blocks[child.table[j]].refs += 1
+        children[i] = child.handle
+    free(copies)
+    return True
+
+
+cdef inline void adopt(Seq* seq, const Seq* made) noexcept nogil:
+    """Take over what `copy_seq` made."""
+    seq.text = made.text
+    seq.table = made.table
+    seq.table_capacity = made.table_capacity
+    seq.num_blocks = made.num_blocks
+    seq.num_cached = made.num_cached
+    seq.num_computed = made.num_computed
+    seq.num_prepared = made.num_prepared
+    seq.reserved = made.reserved
+    seq.published = made.published
+    seq.tip = made.tip
+    seq.publishing = made.publishing
+
+
+cdef bint core_reorder(Core* c, const Ints* seqs, const Ints* parents, Fault* f) noexcept nogil:
+    """Each sequence becomes a child of its parent as it was before the call, under its own handle."""
+    cdef Seq* made
+    cdef Seq* seq
+    cdef Seq* parent
+    cdef Py_ssize_t i
+    cdef int32_t j
+    c.serial += 1
+    for i in range(seqs.size):
+        seq = find(c, at(seqs, i), i, f)
+        if seq == NULL or not mark(seq, c.serial, i, f) or not is_at_rest(seq, i, f):
+            return False
+        parent = find(c, at(parents, i), i, f)
+        if parent == NULL or not can_fork(parent, i, f):
+            return False
+    made = <Seq*>grab_zeroed(seqs.size or 1, sizeof(Seq))
+    if made == NULL:
+        return fail(f, NO_MEMORY, 0, 0, 0)
+    for i in range(seqs.size):
+        if at(seqs, i) != at(parents, i) and not copy_seq(c, of(c, parents, i), &made[i]):
+            for j in range(<int32_t>i):
+                clear_text(&made[j].text)
+                free(made[j].table)
+            free(made)
+            return fail(f, NO_MEMORY, i, 0, 0)
+    for i in range(seqs.size):
+        for j in range(made[i].num_blocks):
+            c.pool.blocks[made[i].table[j]].refs += 1
+    for i in range(seqs.size):
+        if at(seqs, i) == at(parents, i):
+            continue
+        seq = of(c, seqs, i)
+        release_table(&c.pool, seq.table, 0, seq.num_blocks)
+        clear_text(&seq.text)
+        free(seq.table)
+        adopt(seq, &made[i])
+        touch(c, seq)
+    free(made)
+    return True
+
+
+cdef bint core_free(Core* c, const Ints* seqs, Fault* f) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef Seq* seq
+    c.serial += 1
+    for i in range(seqs.size):
+        seq = find(c, at(seqs, i), i, f)
+        if seq == NULL or not mark(seq, c.serial, i, f):
+            return False
+    for i in range(seqs.size):
+        seq = of(c, seqs, i)
+        if seq.open_steps:
+            seq.kind = LEAVING
+            seq.handle = 0
+        else:
+            close_seq(c, seq)
+    return True
+
+
+cdef bint core_preempt(Core* c, int64_t handle, Fault* f) noexcept nogil:
+    cdef Seq* seq = find(c, handle, 0, f)
+    if seq == NULL or not is_at_rest(seq, 0, f):
+        return False
+    release_table(&c.pool, seq.table, 0, seq.num_blocks)
+    seq.num_blocks = 0
+    seq.num_cached = seq.num_computed = seq.num_prepared = seq.reserved = seq.published = seq.tip = 0
+    seq.kind = PREEMPTED
+    touch(c, seq)
+    c.counters.preemptions += 1
+    return True
+
+
+cdef void core_reset(Core* c) noexcept nogil:
+    """Unpublish every block; sequences alive now publish no more."""
+    cdef Pool* p = &c.pool
+    cdef int32_t i, j, b, following
+    cdef Seq* seq
+    for i in range(c.fresh_seq):
+        seq = &c.seqs[i]
+        seq.publishing = False
+        seq.published = seq.tip = 0
+        for j in range(seq.num_blocks):
+            if p.blocks[seq.table[j]].node:
+                unpublish(p, seq.table[j])
+    for i in range(p.num_steps):
+        for j in range(<int32_t>pool_step(p, i).num_rows):
+            b = pool_step(p, i).rows[j].copy_source
+            if b >= 0 and p.blocks[b].node:
+                unpublish(p, b)
+    b = p.blocks[p.num_blocks].next
+    while b != p.num_blocks:
+        following = p.blocks[b].next
+        lru_remove(p, b)
+        unpublish(p, b)
+        p.stack[p.stack_size] = b
+        p.stack_size += 1
+        b = following
