@@ -102,6 +102,7 @@ cdef class BlockManager:
     """
 
     cdef Core core
+    cdef int32_t slots  # as many as were mapped; core.max_seqs shrinks when one is retired
     cdef cython.pymutex lock
 
     def __init__(
@@ -126,9 +127,10 @@ cdef class BlockManager:
             raise ValueError(f"watermark={watermark} must be 0 to 1")
         if not isinstance(prefix_caching, bool):
             raise TypeError(f"prefix_caching must be a bool, not {type(prefix_caching).__name__}")
-        c.max_seqs = <int32_t>bounded(max_seqs, "max_seqs", 1, SLOT_MASK + 1)
+        self.slots = c.max_seqs = <int32_t>bounded(max_seqs, "max_seqs", 1, SLOT_MASK + 1)
         p.max_steps = <int32_t>bounded(max_open_steps, "max_open_steps", 1, 1024)
         c.block_size = t.block_size = size
+        c.shift = (<object>size).bit_length() - 1 if size & (size - 1) == 0 else -1
         c.caching = prefix_caching
         c.watermark = <int32_t>(watermark * blocks)
         c.uid = next(_manager_ids)
@@ -138,18 +140,18 @@ cdef class BlockManager:
         t.spread = ~<uint64_t>0
         t.seal, t.twist = struct.unpack("QQ", os.urandom(16))
         t.mask = 1
-        while t.mask < <uint64_t>t.max_nodes:
+        while t.mask < 2 * <uint64_t>t.max_nodes:
             t.mask *= 2
         t.mask -= 1
         # Zeroed memory that is not touched before it is used: a large pool costs nothing until it fills.
         p.num_blocks = blocks
-        p.blocks = <Block*>grab_zeroed(<size_t>blocks + 1, sizeof(Block))
-        p.stack = <int32_t*>grab_zeroed(blocks, sizeof(int32_t))
+        p.blocks = <Block*>map_zeroed(<size_t>blocks + 1, sizeof(Block))
+        p.stack = <int32_t*>map_zeroed(blocks, sizeof(int32_t))
         p.steps = <Step*>grab_zeroed(p.max_steps, sizeof(Step))
-        c.seqs = <Seq*>grab_zeroed(c.max_seqs, sizeof(Seq))
-        t.nodes = <Node*>grab_zeroed(<size_t>t.max_nodes + 1, sizeof(Node))
-        t.tokens = <int32_t*>grab_zeroed((<size_t>t.max_nodes + 1) * size, sizeof(int32_t))
-        t.buckets = <int32_t*>grab_zeroed(t.mask + 1, sizeof(int32_t))
+        c.seqs = <Seq*>map_zeroed(c.max_seqs, sizeof(Seq))
+        t.nodes = <Node*>map_zeroed(<size_t>t.max_nodes + 1, sizeof(Node))
+        t.tokens = <int32_t*>map_zeroed(<size_t>t.max_nodes + 1, size * sizeof(int32_t))
+        t.buckets = <int32_t*>map_zeroed(t.mask + 1, sizeof(int32_t))
         t.key = <uint32_t*>grab(<size_t>(size + 2) * sizeof(uint32_t))
         if (
             p.blocks == NULL or p.stack == NULL or p.steps == NULL or c.seqs == NULL
@@ -174,13 +176,13 @@ cdef class BlockManager:
         if c.pool.steps != NULL:
             for i in range(c.pool.max_steps):
                 free(c.pool.steps[i].rows)
-        free(c.seqs)
-        free(c.pool.blocks)
-        free(c.pool.stack)
+        unmap(c.seqs, self.slots, sizeof(Seq))
+        unmap(c.pool.blocks, <size_t>c.pool.num_blocks + 1, sizeof(Block))
+        unmap(c.pool.stack, c.pool.num_blocks, sizeof(int32_t))
+        unmap(c.pool.tree.nodes, <size_t>c.pool.tree.max_nodes + 1, sizeof(Node))
+        unmap(c.pool.tree.tokens, <size_t>c.pool.tree.max_nodes + 1, c.block_size * sizeof(int32_t))
+        unmap(c.pool.tree.buckets, c.pool.tree.mask + 1, sizeof(int32_t))
         free(c.pool.steps)
-        free(c.pool.tree.nodes)
-        free(c.pool.tree.tokens)
-        free(c.pool.tree.buckets)
         free(c.pool.tree.key)
 
     def __reduce__(self):

@@ -116,22 +116,28 @@ cdef void sync_row(StepArrays a, Py_ssize_t i, int64_t manager, const Seq* seq) 
     row.length = seq.num_blocks
 
 
-cdef void fill_tokens(
-    StepArrays a, Py_ssize_t at_token, const Seq* seq, int32_t start, int32_t count, int32_t block_size
+cdef inline void fill_tokens(
+    StepArrays a, Py_ssize_t at_token, const Seq* seq, int32_t start, int32_t count, int32_t block_size, int32_t index
 ) noexcept nogil:
-    """Write input ids, positions and slots of the tokens [start, start + count) of a sequence."""
+    """Write input ids, positions and slots of the tokens [start, start + count); the first lies in block `index`."""
     cdef int64_t* ids = a._input_ids + at_token
     cdef int64_t* positions = a._positions + at_token
     cdef int64_t* slots = a._slot_mapping + at_token
     cdef const int32_t* tokens = seq.text.tokens + start
-    cdef int32_t i, done = 0, n, index = start // block_size, offset = start - index * block_size
+    cdef int32_t i, done = 0, n, offset = start - index * block_size
     cdef int64_t slot
+    if count == 1:
+        ids[0], positions[0] = tokens[0], start
+        slots[0] = <int64_t>seq.table[index] * block_size + offset
+        return
+    for i in range(count):
+        ids[i] = tokens[i]
+    for i in range(count):
+        positions[i] = start + i
     while done < count:
         n = min(count - done, block_size - offset)
         slot = <int64_t>seq.table[index] * block_size + offset
         for i in range(n):
-            ids[done + i] = tokens[done + i]
-            positions[done + i] = start + done + i
             slots[done + i] = slot + i
         done += n
         index += 1

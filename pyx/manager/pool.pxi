@@ -95,6 +95,34 @@ cdef inline int32_t take(Pool* p) noexcept nogil:
     return b
 
 
+cdef void take_run(Pool* p, int32_t* out, int32_t n) noexcept nogil:
+    """`take` n times. Evictions go in runs, so that the nodes of a run are on their way before the first is needed."""
+    cdef int32_t i = 0, j, run, b
+    cdef int32_t[RUN] victims
+    cdef const Node* node
+    while i < n and p.num_cached < pool_free(p):
+        out[i] = take(p)
+        i += 1
+    while i < n:
+        run = min(RUN, n - i)
+        b = p.blocks[p.num_blocks].next
+        for j in range(run):
+            victims[j] = b
+            kvb_prefetch(&p.tree.nodes[p.blocks[b].node])
+            b = p.blocks[b].next
+        for j in range(run):
+            kvb_prefetch(&p.tree.buckets[p.tree.nodes[p.blocks[victims[j]].node].hash & p.tree.mask])
+        for j in range(run):
+            node = &p.tree.nodes[p.blocks[victims[j]].node]
+            kvb_prefetch(&p.tree.nodes[p.tree.buckets[node.hash & p.tree.mask]])
+        for j in range(run):
+            node = &p.tree.nodes[p.blocks[victims[j]].node]
+            kvb_prefetch(&p.tree.nodes[p.tree.nodes[p.tree.buckets[node.hash & p.tree.mask]].next])
+        for j in range(run):
+            out[i + j] = take(p)
+        i += run
+
+
 cdef inline void acquire(Pool* p, int32_t b) noexcept nogil:
     """One more reference to a block that is held or cached."""
     if p.blocks[b].refs == 0:

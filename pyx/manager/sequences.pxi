@@ -26,25 +26,25 @@ cdef struct Fault:
     int64_t bound
 
 
-cdef struct Seq:
-    int64_t handle      # 0 when no handle is valid
+cdef struct Seq:        # two cache lines: what `append` needs, what a step needs besides
+    int64_t handle      # generation << SLOT_BITS | slot; -generation when no handle is valid
     int64_t mark        # the last batch that named it
+    Text text
+    Kind kind
+    int32_t num_blocks
+
+    int32_t* table
     int64_t version     # changes when entries of the table that were there change
     int64_t last_step   # the newest open step it is in
     int32_t open_steps
-    int32_t num_blocks
+    int32_t table_capacity
     int32_t num_cached
     int32_t num_computed
     int32_t num_prepared
     int32_t reserved
     int32_t published
     int32_t tip
-    int32_t* table
-    int32_t table_capacity
-    Kind kind
     bint publishing
-    Text text
-    int64_t generation
     int32_t next_unused
 
 
@@ -55,6 +55,7 @@ cdef struct Counters:
 cdef struct Core:
     Pool pool
     int32_t block_size
+    int32_t shift       # block_size is 1 << shift, or shift is -1
     int32_t watermark   # blocks
     bint caching
     int64_t uid
@@ -76,6 +77,11 @@ cdef inline bint fail(Fault* f, Problem problem, Py_ssize_t index, int64_t value
 
 cdef inline int32_t blocks_for(int64_t num_tokens, int32_t block_size) noexcept nogil:
     return <int32_t>((num_tokens + block_size - 1) // block_size)
+
+
+cdef inline int32_t block_of(const Core* c, int32_t position) noexcept nogil:
+    """The index of the block that holds a position: a shift where it can be, a division costs as much as the rest."""
+    return position >> c.shift if c.shift >= 0 else position // c.block_size
 
 
 cdef inline Seq* find_any(Core* c, int64_t handle, Py_ssize_t i, Fault* f) noexcept nogil:
@@ -138,14 +144,17 @@ cdef Seq* open_seq(Core* c, Kind kind) noexcept nogil:
         slot = c.fresh_seq
         c.fresh_seq += 1
     seq = &c.seqs[slot]
-    generation = seq.generation + 1
+    generation = 1 - seq.handle
     memset(seq, 0, sizeof(Seq))
-    seq.generation = generation
     seq.handle = generation << SLOT_BITS | slot
     seq.kind = kind
     touch(c, seq)
     c.num_seqs += 1
     return seq
+
+
+cdef inline void spend_handle(Seq* seq) noexcept nogil:
+    seq.handle = -(seq.handle >> SLOT_BITS)
 
 
 cdef void clear_text(Text* x) noexcept nogil:
@@ -165,10 +174,11 @@ cdef void close_seq(Core* c, Seq* seq) noexcept nogil:
     free(seq.table)
     seq.table = NULL
     seq.num_blocks = 0
-    seq.handle = 0
+    if seq.handle > 0:
+        spend_handle(seq)
     seq.kind = UNUSED
     c.num_seqs -= 1
-    if seq.generation < MAX_GENERATION:     # else the slot is retired: its next handle would repeat an old one
+    if -seq.handle < MAX_GENERATION:        # else the slot is retired: its next handle would repeat an old one
         seq.next_unused = c.unused_seq
         c.unused_seq = slot
     else:
@@ -301,8 +311,7 @@ cdef void occupy(Core* c, Seq* seq, int32_t hit, int32_t target) noexcept nogil:
     cdef int32_t i, num_blocks = blocks_for(target, c.block_size)
     for i in range(hit):
         acquire(&c.pool, seq.table[i])
-    for i in range(hit, num_blocks):
-        seq.table[i] = take(&c.pool)
+    take_run(&c.pool, seq.table + hit, num_blocks - hit)
     seq.num_blocks = num_blocks
     seq.num_cached = seq.num_computed = seq.num_prepared = hit * c.block_size
     seq.reserved = max(target, seq.num_cached)
@@ -418,12 +427,10 @@ cdef bint core_extend(Core* c, const Ints* seqs, const Ints* tokens, const Ints*
                 if token < 0 or token > MAX_INT32:
                     return fail(f, BAD_TOKEN, j, token, 0)
         k += n
+        if not grow_text(&seq.text, seq.text.num_tokens + n):
+            return fail(f, NO_MEMORY, i, 0, 0)
     if tokens != NULL and k != tokens.size:
         return fail(f, SIZE_TOKENS, -1, k, tokens.size)
-    for i in range(seqs.size):
-        seq = of(c, seqs, i)
-        if not grow_text(&seq.text, seq.text.num_tokens + (1 if counts == NULL else at(counts, i))):
-            return fail(f, NO_MEMORY, i, 0, 0)
     k = 0
     for i in range(seqs.size):
         n = 1 if counts == NULL else at(counts, i)
@@ -619,7 +626,7 @@ cdef bint core_free(Core* c, const Ints* seqs, Fault* f) noexcept nogil:
         seq = of(c, seqs, i)
         if seq.open_steps:
             seq.kind = LEAVING
-            seq.handle = 0
+            spend_handle(seq)
         else:
             close_seq(c, seq)
     return True

@@ -4,7 +4,7 @@
 
 cdef inline bint must_copy(Core* c, const Seq* seq) noexcept nogil:
     """Whether the block that the next token is written into is there but may not be written."""
-    cdef int32_t index = seq.num_prepared // c.block_size
+    cdef int32_t index = block_of(c, seq.num_prepared)
     cdef const Block* block
     if index >= seq.num_blocks:
         return False
@@ -12,74 +12,45 @@ cdef inline bint must_copy(Core* c, const Seq* seq) noexcept nogil:
     return block.refs > 1 or block.node != 0
 
 
-cdef int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_lens, StepArrays a, Fault* f) noexcept nogil:
-    """Reserve the next tokens of each sequence and fill the arrays; the step's id, 0 after a fault."""
-    cdef Py_ssize_t i, n = seqs.size, num_copies = 0
-    cdef int64_t q, end, needed = 0, num_tokens = 0, available
-    cdef int32_t num_blocks, b, longest_query = 0, longest_seq = 0, block_size = c.block_size
+cdef bint plan_step(
+    Core* c, const Ints* seqs, const Ints* query_lens, StepArrays a, Step* step, Fault* f
+) noexcept nogil:
+    """Check a batch, find the memory for it, and note in step.rows what is to be done. No effect."""
+    cdef Py_ssize_t i, n = seqs.size
+    cdef int64_t q, end, needed = 0, num_tokens = 0, available = pool_free(&c.pool)
+    cdef int32_t num_blocks
     cdef Seq* seq
     cdef Row* row
-    cdef Row* rows
-    cdef Step* step
-    if c.pool.num_steps == c.pool.max_steps:
-        fail(f, STEP_LIMIT, 0, c.pool.num_steps, c.pool.max_steps)
-        return 0
     if n > a.max_seqs:
-        fail(f, STEP_SEQS, 0, n, a.max_seqs)
-        return 0
+        return fail(f, STEP_SEQS, 0, n, a.max_seqs)
+    if n > step.capacity:
+        row = <Row*>regrow(step.rows, n * 2 * sizeof(Row))
+        if row == NULL:
+            return fail(f, NO_MEMORY, 0, 0, 0)
+        step.rows = row
+        step.capacity = n * 2
     c.serial += 1
     for i in range(n):
         seq = find(c, at(seqs, i), i, f)
         if seq == NULL or not mark(seq, c.serial, i, f):
-            return 0
+            return False
         if seq.kind == PREEMPTED:
-            fail(f, IS_PREEMPTED, i, seq.handle, 0)
-            return 0
+            return fail(f, IS_PREEMPTED, i, seq.handle, 0)
         q = query_lens.value if query_lens.scalar else at(query_lens, i)
         if q < 1:
-            fail(f, BAD_QUERY, i, q, 0)
-            return 0
+            return fail(f, BAD_QUERY, i, q, 0)
         if q > seq.text.num_tokens - seq.num_prepared:
-            fail(f, NOT_ENOUGH_TOKENS, i, q, seq.text.num_tokens - seq.num_prepared)
-            return 0
+            return fail(f, NOT_ENOUGH_TOKENS, i, q, seq.text.num_tokens - seq.num_prepared)
         num_tokens += q
         end = seq.num_prepared + q
         num_blocks = seq.num_blocks
-        if end > <int64_t>num_blocks * block_size:
-            num_blocks = blocks_for(end, block_size)
+        if end > <int64_t>num_blocks * c.block_size:
+            num_blocks = blocks_for(end, c.block_size)
             needed += num_blocks - seq.num_blocks
             if not grow_table(seq, num_blocks):
-                fail(f, NO_MEMORY, i, 0, 0)
-                return 0
+                return fail(f, NO_MEMORY, i, 0, 0)
         if num_blocks > a.max_blocks_per_seq:
-            fail(f, STEP_BLOCKS, i, num_blocks, a.max_blocks_per_seq)
-            return 0
-        needed += must_copy(c, seq)
-    if num_tokens > a.max_tokens:
-        fail(f, STEP_TOKENS, 0, num_tokens, a.max_tokens)
-        return 0
-    available = pool_free(&c.pool)
-    if needed > available:
-        fail(f, NO_BLOCKS, 0, needed, available)
-        return 0
-    step = pool_step(&c.pool, c.pool.num_steps)
-    if n > step.capacity:
-        rows = <Row*>regrow(step.rows, n * 2 * sizeof(Row))
-        if rows == NULL:
-            fail(f, NO_MEMORY, 0, 0, 0)
-            return 0
-        step.rows = rows
-        step.capacity = n * 2
-
-    c.last_step_id += 1
-    c.pool.num_steps += 1
-    step.id = c.last_step_id
-    step.num_rows = n
-    step.wait_head = step.wait_tail = -1
-    num_tokens = 0
-    for i in range(n):
-        seq = of(c, seqs, i)
-        q = query_lens.value if query_lens.scalar else at(query_lens, i)
+            return fail(f, STEP_BLOCKS, i, num_blocks, a.max_blocks_per_seq)
         row = &step.rows[i]
         row.slot = <int32_t>(seq - c.seqs)
         row.start = seq.num_prepared
@@ -88,36 +59,62 @@ cdef int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_lens, Ste
         row.old_blocks = seq.num_blocks
         row.old_last_step = seq.last_step
         row.copy_source = -1
-        end = row.start + q
         if must_copy(c, seq):
-            b = take(&c.pool)
-            row.copy_source = seq.table[row.start // block_size]
-            seq.table[row.start // block_size] = b
+            row.copy_source = seq.table[block_of(c, row.start)]
+            needed += 1
+    if num_tokens > a.max_tokens:
+        return fail(f, STEP_TOKENS, 0, num_tokens, a.max_tokens)
+    if needed > available:
+        return fail(f, NO_BLOCKS, 0, needed, available)
+    step.num_rows = n
+    step.wait_head = step.wait_tail = -1
+    return True
+
+
+cdef int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_lens, StepArrays a, Fault* f) noexcept nogil:
+    """Reserve the next tokens of each sequence and fill the arrays; the step's id, 0 after a fault."""
+    cdef Py_ssize_t i, num_copies = 0
+    cdef int32_t end, num_tokens = 0, longest_query = 0, longest_seq = 0
+    cdef Step* step
+    cdef Seq* seq
+    cdef Row* row
+    if c.pool.num_steps == c.pool.max_steps:
+        fail(f, STEP_LIMIT, 0, c.pool.num_steps, c.pool.max_steps)
+        return 0
+    step = pool_step(&c.pool, c.pool.num_steps)
+    if not plan_step(c, seqs, query_lens, a, step, f):
+        return 0
+    c.last_step_id += 1
+    c.pool.num_steps += 1
+    step.id = c.last_step_id
+    for i in range(step.num_rows):
+        row = &step.rows[i]
+        seq = &c.seqs[row.slot]
+        end = row.start + row.count
+        if row.copy_source >= 0:
             a._copies[2 * num_copies] = row.copy_source
-            a._copies[2 * num_copies + 1] = b
+            a._copies[2 * num_copies + 1] = seq.table[block_of(c, row.start)] = take(&c.pool)
             num_copies += 1
             touch(c, seq)
-        while end > <int64_t>seq.num_blocks * block_size:
-            seq.table[seq.num_blocks] = take(&c.pool)
-            seq.num_blocks += 1
-        seq.reserved = max(seq.reserved, <int32_t>end)
-        seq.num_prepared = <int32_t>end
+        if end > seq.reserved:
+            seq.reserved = end
+            if end > <int64_t>seq.num_blocks * c.block_size:
+                take_run(&c.pool, seq.table + seq.num_blocks, blocks_for(end, c.block_size) - seq.num_blocks)
+                seq.num_blocks = blocks_for(end, c.block_size)
+        seq.num_prepared = end
         seq.last_step = step.id
         seq.open_steps += 1
         sync_row(a, i, c.uid, seq)
-        fill_tokens(a, num_tokens, seq, row.start, row.count, block_size)
-        a._seq_lens[i] = <int32_t>end
-        a._query_start_loc[i] = <int32_t>num_tokens
-        num_tokens += q
+        fill_tokens(a, num_tokens, seq, row.start, row.count, c.block_size, block_of(c, row.start))
+        a._seq_lens[i] = end
+        a._query_start_loc[i] = num_tokens
+        num_tokens += row.count
         longest_query = max(longest_query, row.count)
-        longest_seq = max(longest_seq, <int32_t>end)
-    a._query_start_loc[n] = <int32_t>num_tokens
-    pad_after(a, n, num_tokens)
+        longest_seq = max(longest_seq, end)
+    pad_after(a, step.num_rows, num_tokens)
     if a._kv_indices != NULL:
-        fill_pages(a, n, block_size)
-    a.num_copies = num_copies
-    a.max_query_len = longest_query
-    a.max_seq_len = longest_seq
+        fill_pages(a, step.num_rows, c.block_size)
+    a.num_copies, a.max_query_len, a.max_seq_len = num_copies, longest_query, longest_seq
     c.counters.copies += num_copies
     note_peak(c)
     return step.id
@@ -128,12 +125,18 @@ cdef void publish(Core* c, Seq* seq) noexcept nogil:
     cdef Pool* p = &c.pool
     cdef Tree* t = &p.tree
     cdef uint64_t[RUN] hashes
-    cdef int32_t i, j, n, node, own, full = min(seq.num_computed, seq.text.known) // c.block_size
+    cdef int32_t i, j, n, node, own, full = block_of(c, min(seq.num_computed, seq.text.known))
     cdef int32_t* tokens
     cdef Blob* blob
     while seq.published < full:
         i = seq.published
         n = hash_run(t, t.nodes[seq.tip].hash, &seq.text, i, full, hashes)
+        node = t.unused
+        for j in range(i, i + n):
+            kvb_prefetch_write(&p.blocks[seq.table[j]])
+            if node:
+                kvb_prefetch_write(t.tokens + <size_t>node * c.block_size)
+                node = t.nodes[node].next
         for j in range(i, i + n):
             own = seq.table[j]
             tokens = seq.text.tokens + <size_t>j * c.block_size
@@ -230,7 +233,7 @@ cdef bint core_abort(Core* c, int64_t step_id, Fault* f) noexcept nogil:
         release_table(p, seq.table, row.old_blocks, seq.num_blocks)
         seq.num_blocks = row.old_blocks
         if row.copy_source >= 0:
-            index = row.start // c.block_size
+            index = block_of(c, row.start)
             release(p, seq.table[index], 0)
             seq.table[index] = row.copy_source
         seq.reserved = row.old_reserved

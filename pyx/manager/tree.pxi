@@ -6,7 +6,7 @@
 # Node 0 is the root: no tokens, no block. A salt is part of the extra bytes of a sequence's first block.
 
 cdef enum:
-    RUN = 16            # blocks hashed ahead of their look-up, so that their cache lines are on the way
+    RUN = 32            # blocks hashed ahead of their look-up, so that their cache lines are on the way
 
 
 cdef extern from *:
@@ -24,10 +24,12 @@ cdef extern from *:
         return n & 1 ? kvb_fold(s + k[n], (uint64_t)(uint32_t)t[n - 1] + k[n - 1]) : s;
     }
     #define kvb_prefetch(p) __builtin_prefetch(p)
+    #define kvb_prefetch_write(p) __builtin_prefetch(p, 1)
     """
     uint64_t kvb_fold(uint64_t a, uint64_t b) noexcept nogil
     uint64_t kvb_nh(const int32_t* tokens, const uint32_t* key, int32_t n) noexcept nogil
     void kvb_prefetch(const void* p) noexcept nogil
+    void kvb_prefetch_write(const void* p) noexcept nogil
 
 
 cdef struct Blob:       # extra bytes of one block, shared by sequences and nodes
@@ -42,7 +44,6 @@ cdef struct Node:       # 32 bytes
     Blob* blob
     int32_t parent
     int32_t block       # the block that hangs here; -1 in a node that is not in use
-    int32_t children
     int32_t next        # in its bucket, or in the list of unused nodes
 
 
@@ -171,10 +172,8 @@ cdef inline int32_t tree_insert(
         blob.refs += 1
     node.parent = parent
     node.block = block
-    node.children = 0
     node.next = t.buckets[h & t.mask]
     t.buckets[h & t.mask] = n
-    t.nodes[parent].children += 1
     memcpy(t.tokens + <size_t>n * t.block_size, tokens, t.block_size * sizeof(int32_t))
     return n
 
@@ -185,7 +184,6 @@ cdef inline void tree_remove(Tree* t, int32_t n) noexcept nogil:
     while link[0] != n:
         link = &t.nodes[link[0]].next
     link[0] = node.next
-    t.nodes[node.parent].children -= 1
     blob_drop(node.blob)
     node.blob = NULL
     node.block = -1
@@ -209,6 +207,8 @@ cdef inline int32_t hash_run(
         if found:
             kvb_prefetch(&t.nodes[found])
             kvb_prefetch(t.tokens + <size_t>found * t.block_size)
+    for j in range(n):
+        kvb_prefetch(&t.nodes[t.nodes[t.buckets[hashes[j] & t.mask]].next])
     return n
 
 
