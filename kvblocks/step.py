@@ -42,8 +42,8 @@ class StepBuffers(StepArrays):
         ValueError: a size is not 1 to 2**31 - 1.
         NotImplementedError: more than one group.
 
-    On a CUDA device the copy is enqueued on the current stream. Two pinned images take turns, each guarded by an event, so
-    the host may prepare the next step while the device still reads this one.
+    On a CUDA device the copy is enqueued on the current stream. Two pinned images take turns, each guarded by an event,
+    so the host may prepare the next step while the device still reads this one.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class StepBuffers(StepArrays):
         self._turn = 0
         if uploads:
             self._staging = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-            self._events = [torch.cuda.Event() for _ in range(2)]
+            self._events = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
             self._upload()
 
     @property

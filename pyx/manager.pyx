@@ -1,7 +1,8 @@
+# cython: auto_pickle=False, autotestdict=False
 """The block manager: which blocks hold which tokens of which sequence, and the arrays that tell a kernel.
 
-The edge between Python and the bookkeeping under `manager/`: arguments become C arrays, one call under the lock does the
-work, and a fault becomes an exception. Knows no torch and moves no K or V.
+The edge between Python and the bookkeeping under `manager/`: arguments become C arrays, one call under the lock does
+the work, and a fault becomes an exception. Knows no torch and moves no K or V.
 """
 
 cimport cython
@@ -35,6 +36,13 @@ include "manager/steps.pxi"
 include "manager/audit.pxi"
 
 _manager_ids = itertools.count(1)
+
+
+def _fail_allocation(int64_t after):
+    """Make the manager's allocation after `after` more fail, for tests; negative: none. Returns what was left."""
+    global kvb_fail_in
+    left, kvb_fail_in = kvb_fail_in, after
+    return left
 
 
 class Admission(IntEnum):
@@ -244,7 +252,6 @@ cdef class BlockManager:
         cdef Text text
         cdef Fault f
         cdef int64_t seq, num_cached = 0, limit = reserve_limit(reserve)
-        cdef bint ready = False
         try:
             self.open_text(tokens, salt, extra, &text)
             with nogil, self.lock:
@@ -531,8 +538,8 @@ cdef class BlockManager:
         """Make each `seqs[i]` a child of `parents[i]` as it is before the call, keeping its handle: one beam step.
 
         Raises:
-            ValueError: a sequence comes twice in `seqs`, or one of either is in an open step, preempted, or has computed
-                placeholders.
+            ValueError: a sequence comes twice in `seqs`, or one of either is in an open step, preempted, or has
+                computed placeholders.
         """
         cdef Ints s, p
         cdef Fault f
@@ -620,8 +627,8 @@ cdef class BlockManager:
             n = self.core.counters
             evictions = self.core.pool.evictions
         return Stats(
-            n.admitted, n.prompt_tokens, n.hit_tokens, evictions, n.preemptions, n.resumed, n.published, n.merged, n.copies,
-            n.peak_used,
+            n.admitted, n.prompt_tokens, n.hit_tokens, evictions, n.preemptions, n.resumed, n.published, n.merged,
+            n.copies, n.peak_used,
         )
 
     def audit(self):
@@ -640,6 +647,54 @@ cdef class BlockManager:
             raise InvariantViolation(
                 f"invariant {finding.invariant}: {finding.what.decode()} {finding.where}", finding.invariant
             )
+
+    # For tests of the tests
+
+    def _collide(self):
+        """Make every hash of this manager, which must be new, equal."""
+        self.core.pool.tree.spread = self.core.pool.tree.nodes[0].hash = self.core.pool.tree.seal = 0
+
+    def _poke(self, str field, Py_ssize_t index, int64_t value):
+        """Break the books: add `value` to one number in them."""
+        cdef Pool* p = &self.core.pool
+        cdef Seq* seq = &self.core.seqs[index & SLOT_MASK]
+        with self.lock:
+            if field == "refs":
+                p.blocks[index].refs += value
+            elif field == "block_node":
+                p.blocks[index].node += value
+            elif field == "next":
+                p.blocks[index].next += value
+            elif field == "num_cached":
+                p.num_cached += value
+            elif field == "num_waiting":
+                p.num_waiting += value
+            elif field == "node_parent":
+                p.tree.nodes[index].parent += value
+            elif field == "node_block":
+                p.tree.nodes[index].block += value
+            elif field == "node_token":
+                p.tree.tokens[index * p.tree.block_size] += value
+            elif field == "node_hash":
+                p.tree.nodes[index].hash += value
+            elif field == "num_nodes":
+                p.tree.num_nodes += value
+            elif field == "table":
+                seq.table[0] += value
+            elif field == "num_blocks":
+                seq.num_blocks += value
+            elif field == "reserved":
+                seq.reserved += value
+            elif field == "num_computed":
+                seq.num_computed += value
+            elif field == "tip":
+                seq.tip += value
+            elif field == "row_start":
+                pool_step(p, 0).rows[index].start += value
+            elif field == "row_slot":
+                pool_step(p, 0).rows[index].slot += value
+            else:
+                raise ValueError(f"no field {field!r}")
 
     # Edge
 
@@ -714,7 +769,7 @@ cdef class BlockManager:
         return 0
 
     cdef int open_extras(self, bytes salt, extra, Text* out) except -1:
-        """One blob for each block with extra bytes: (offset, length, bytes) of each, after the salt in the first."""
+        """One blob for each block with extra bytes: (offset, length, bytes) of each, the salt first in block 0."""
         cdef dict parts = {}
         cdef int64_t position, previous = -1
         cdef bytes data

@@ -39,8 +39,8 @@ cdef class StepArrays:
         seq_lens: int32 [max_seqs]: tokens of each row, this step's included; pads 0.
         query_start_loc: int32 [max_seqs + 1]; pads repeat `num_tokens`.
         copies: int64 [max_seqs, 2]: (source, target) blocks, the first `num_copies` rows.
-        kv_indptr, kv_indices, kv_last_page_len: int32 [max_seqs + 1], [max_seqs * max_blocks_per_seq] and [max_seqs]: the
-            blocks of all rows one after the other, where each row's start, and the tokens in its last; all or none.
+        kv_indptr, kv_indices, kv_last_page_len: int32 [max_seqs + 1], [max_seqs * max_blocks_per_seq] and [max_seqs]:
+            the blocks of all rows one after the other, where each row's start, and the tokens in its last; all or none.
         uploads: whether `prepare` calls `_upload` when it has filled them.
 
     Raises:

@@ -1,7 +1,7 @@
 # Memory and limits. Every allocation goes through here, so that a test can make each of them fail in turn.
 #
-# The manager's big arrays are mapped: zeroed without being touched, and on huge pages where the system has them, because
-# walking and evicting reach all over them and would wait for page table walks (measured: half of the time).
+# The manager's big arrays are mapped: zeroed without being touched, and on huge pages where the system has them,
+# because publishing and evicting reach all over them and would wait for page table walks (a fifth of their time).
 
 cdef extern from *:
     """

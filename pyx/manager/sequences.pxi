@@ -283,7 +283,8 @@ cdef inline int32_t hit_limit(Core* c, const Text* x) noexcept nogil:
 
 
 cdef bint plan_admission(
-    Core* c, const Text* x, int64_t reserve, int32_t* found, int32_t* num_found, int32_t* target, Fault* f, bint watermark
+    Core* c, const Text* x, int64_t reserve, int32_t* found, int32_t* num_found, int32_t* target, Fault* f,
+    bint watermark,
 ) noexcept nogil:
     """Find the hit and check that the blocks for the rest are there. `found` gets the hit's blocks. No effect."""
     cdef int32_t i, hit, idle = 0, new, free_blocks
@@ -521,7 +522,7 @@ cdef inline bint is_at_rest(const Seq* seq, Py_ssize_t i, Fault* f) noexcept nog
 
 
 cdef inline bint can_fork(const Seq* seq, Py_ssize_t i, Fault* f) noexcept nogil:
-    """A computed block may be shared only when its ids are known: else two sequences could publish it under two names."""
+    """A computed block is shared only when its ids are known: else two sequences could publish it under two names."""
     if seq.text.num_unknown and seq.text.known < seq.num_computed:
         return fail(f, COMPUTED_UNKNOWN, i, seq.handle, seq.text.known)
     return is_at_rest(seq, i, f)
