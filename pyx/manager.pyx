@@ -220,7 +220,7 @@ cdef class BlockManager:
 
     @property
     def num_sequences(self):
-        """Sequences and pins, those included that were freed in a step that is still open."""
+        """Sequences that were admitted or forked and not freed, preempted ones included; pins are none."""
         with self.lock:
             return self.core.num_seqs
 
@@ -538,8 +538,8 @@ cdef class BlockManager:
         """Make each `seqs[i]` a child of `parents[i]` as it is before the call, keeping its handle: one beam step.
 
         Raises:
-            ValueError: a sequence comes twice in `seqs`, or one of either is in an open step, preempted, or has
-                computed placeholders.
+            ValueError: a sequence comes twice in `seqs`, or one of either is in an open step, preempted, or (a parent)
+                has computed placeholders.
         """
         cdef Ints s, p
         cdef Fault f
@@ -665,6 +665,8 @@ cdef class BlockManager:
                 p.blocks[index].node += value
             elif field == "next":
                 p.blocks[index].next += value
+            elif field == "prev":
+                p.blocks[index].prev += value
             elif field == "num_cached":
                 p.num_cached += value
             elif field == "num_waiting":

@@ -170,6 +170,6 @@ cdef void pad_after(StepArrays a, Py_ssize_t num_seqs, Py_ssize_t num_tokens) no
         memset(a._block_table + i * a.max_blocks_per_seq, 0, a._rows[i].length * sizeof(int32_t))
         memset(&a._rows[i], 0, sizeof(TableRow))
         a._seq_lens[i] = 0
-    for i in range(num_seqs + 1, a.max_seqs + 1):
+    for i in range(num_seqs, a.max_seqs + 1):
         a._query_start_loc[i] = <int32_t>num_tokens
     a.num_seqs, a.num_tokens = num_seqs, num_tokens

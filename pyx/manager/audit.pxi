@@ -126,7 +126,7 @@ cdef bint audit_tree(Core* c, const int32_t* counts, const int32_t* order, Findi
 
 cdef bint audit_sequences(Core* c, Finding* out) noexcept nogil:
     """Invariant 5, and what sequences know of the tree (3)."""
-    cdef int32_t i, j, n, parent, unknown, known, used = 0
+    cdef int32_t i, j, n, parent, unknown, known, used = 0, alive = 0
     cdef int32_t bs = c.block_size
     cdef Seq* seq
     cdef Text* x
@@ -138,6 +138,7 @@ cdef bint audit_sequences(Core* c, Finding* out) noexcept nogil:
                 return broken(out, 5, b"a slot without a sequence holds blocks; slot:", i)
             continue
         used += 1
+        alive += seq.kind == LIVE or seq.kind == PREEMPTED
         if seq.kind == PIN:
             continue
         if not (
@@ -168,7 +169,7 @@ cdef bint audit_sequences(Core* c, Finding* out) noexcept nogil:
             parent = n
         if parent != seq.tip:
             return broken(out, 3, b"a sequence's last published node is not what it notes; slot:", i)
-    if used != c.num_seqs:
+    if used != c.num_slots or alive != c.num_seqs:
         return broken(out, 5, b"the number of sequences is not what was counted:", used)
     return True
 

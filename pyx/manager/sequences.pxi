@@ -61,6 +61,7 @@ cdef struct Core:
     int64_t uid
     Seq* seqs
     int32_t max_seqs
+    int32_t num_slots   # in use: sequences, pins, and sequences that leave when a step closes
     int32_t num_seqs
     int32_t fresh_seq   # slots from here on were never used
     int32_t unused_seq  # list of slots used before, -1: none
@@ -127,8 +128,8 @@ cdef inline void note_peak(Core* c) noexcept nogil:
 
 
 cdef inline bint has_room(Core* c, int32_t n, Fault* f) noexcept nogil:
-    if n > c.max_seqs - c.num_seqs:
-        return fail(f, NO_SLOTS, 0, c.num_seqs, c.max_seqs)
+    if n > c.max_seqs - c.num_slots:
+        return fail(f, NO_SLOTS, 0, c.num_slots, c.max_seqs)
     return True
 
 
@@ -149,7 +150,8 @@ cdef Seq* open_seq(Core* c, Kind kind) noexcept nogil:
     seq.handle = generation << SLOT_BITS | slot
     seq.kind = kind
     touch(c, seq)
-    c.num_seqs += 1
+    c.num_slots += 1
+    c.num_seqs += kind == LIVE
     return seq
 
 
@@ -177,7 +179,7 @@ cdef void close_seq(Core* c, Seq* seq) noexcept nogil:
     if seq.handle > 0:
         spend_handle(seq)
     seq.kind = UNUSED
-    c.num_seqs -= 1
+    c.num_slots -= 1
     if -seq.handle < MAX_GENERATION:        # else the slot is retired: its next handle would repeat an old one
         seq.next_unused = c.unused_seq
         c.unused_seq = slot
@@ -522,7 +524,7 @@ cdef inline bint is_at_rest(const Seq* seq, Py_ssize_t i, Fault* f) noexcept nog
 
 
 cdef inline bint can_fork(const Seq* seq, Py_ssize_t i, Fault* f) noexcept nogil:
-    """A computed block is shared only when its ids are known: else two sequences could publish it under two names."""
+    """A computed block is shared only when its ids are known: else two sequences could give it two names."""
     if seq.text.num_unknown and seq.text.known < seq.num_computed:
         return fail(f, COMPUTED_UNKNOWN, i, seq.handle, seq.text.known)
     return is_at_rest(seq, i, f)
@@ -537,7 +539,7 @@ cdef bint core_fork(Core* c, int64_t handle, int64_t n, int64_t* children, Fault
     if parent == NULL or not can_fork(parent, 0, f):
         return False
     if n > MAX_INT32 or not has_room(c, <int32_t>n, f):
-        return fail(f, NO_SLOTS, 0, c.num_seqs, c.max_seqs)
+        return fail(f, NO_SLOTS, 0, c.num_slots, c.max_seqs)
     copies = <Seq*>grab(n * sizeof(Seq))
     if copies == NULL:
         return fail(f, NO_MEMORY, 0, 0, 0)
@@ -623,6 +625,7 @@ cdef bint core_free(Core* c, const Ints* seqs, Fault* f) noexcept nogil:
         seq = find(c, at(seqs, i), i, f)
         if seq == NULL or not mark(seq, c.serial, i, f):
             return False
+    c.num_seqs -= <int32_t>seqs.size
     for i in range(seqs.size):
         seq = of(c, seqs, i)
         if seq.open_steps:

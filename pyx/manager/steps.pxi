@@ -139,16 +139,20 @@ cdef void publish(Core* c, Seq* seq) noexcept nogil:
                 node = t.nodes[node].next
         for j in range(i, i + n):
             own = seq.table[j]
+            if p.blocks[own].refs > 1:
+                # Shared by a fork before its ids were known. If it were published or merged now, the other holder
+                # would hold a published block without the one before it, which could then be evicted first.
+                return
             tokens = seq.text.tokens + <size_t>j * c.block_size
             blob = text_blob(&seq.text, j)
             node = tree_find(t, seq.tip, hashes[j - i], tokens, blob)
-            if node and t.nodes[node].block != own:
+            if node:
                 seq.table[j] = t.nodes[node].block
                 acquire(p, seq.table[j])
                 release(p, own, seq.last_step)
                 touch(c, seq)
                 c.counters.merged += 1
-            elif node == 0:
+            else:
                 node = tree_insert(t, seq.tip, hashes[j - i], tokens, blob, own)
                 if node == 0:
                     seq.publishing = False

@@ -1,0 +1,175 @@
+"""The audit finds what is broken, and nothing breaks when memory runs out: tests of the tests, through planted faults."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvblocks.errors import InvariantViolation
+from kvblocks.manager import BlockManager, _fail_allocation
+from kvblocks.step import StepBuffers
+
+BLOCK = 4
+
+
+def busy_manager() -> tuple[BlockManager, dict[str, int]]:
+    """Cached, published, shared, pinned and stepping blocks at once; the handles by name."""
+    manager = BlockManager(32, BLOCK)
+    step = StepBuffers(4, 64, 16)
+    gone, _ = manager.admit(range(100, 112))
+    manager.commit(manager.prepare([gone], 12, step))
+    manager.free([gone])  # blocks 0, 1, 2 are cached; nodes 1, 2, 3
+    first, _ = manager.admit(range(10))
+    manager.commit(manager.prepare([first], 10, step))  # two published blocks, one partly filled
+    child = manager.fork(first)[0]
+    pin = manager.pin(range(8))
+    other, _ = manager.admit([7, 7, 7])
+    manager.append([first], [50])
+    step_id = manager.prepare([first, other], [1, 3], step)  # the first row writes into a copy
+    manager.audit()
+    return manager, {"first": first, "child": child, "pin": pin, "other": other, "step": step_id}
+
+
+Poke = tuple[str, str | int, int]
+
+SWAPPED: list[Poke] = [  # the cached blocks, 2 then 1 then 0, come as 1 then 2 then 0
+    ("next", 32, -1),
+    ("next", 1, 2),
+    ("prev", 1, 30),
+    ("next", 2, -1),
+    ("prev", 2, -31),
+    ("prev", 0, 1),
+]
+
+
+@pytest.mark.parametrize(
+    ("pokes", "invariant"),
+    [
+        ([("refs", "held", 1)], 1),
+        ([("refs", "held", -1)], 1),
+        ([("refs", 1, 1)], 1),
+        ([("table", "other", 100)], 1),
+        ([("num_blocks", "other", -1)], 1),
+        ([("num_cached", 0, 1)], 1),
+        ([("next", 1, 1)], 1),
+        ([("num_waiting", 0, 1)], 2),
+        ([("block_node", "held", 1)], 3),
+        ([("node_token", 2, 1)], 3),
+        ([("node_hash", 2, 1)], 3),
+        ([("node_parent", 2, 1)], 3),
+        ([("node_block", 2, 1)], 3),
+        ([("num_nodes", 0, 1)], 3),
+        ([("tip", "first", 1)], 3),
+        (SWAPPED, 4),
+        ([("reserved", "other", 4)], 5),
+        ([("num_computed", "first", 1000)], 5),
+        ([("row_start", 0, -8)], 6),
+        ([("row_slot", 1, -3), ("row_start", 1, 8)], 7),
+    ],
+)
+def test_audit_names_the_broken_invariant(pokes: list[Poke], invariant: int) -> None:
+    manager, handles = busy_manager()
+    places = {"held": int(manager.block_table(handles["first"])[0])} | handles
+    for field, where, value in pokes:
+        manager._poke(field, places[where] if isinstance(where, str) else where, value)
+    with pytest.raises(InvariantViolation, match=f"invariant {invariant}:") as caught:
+        manager.audit()
+    assert caught.value.invariant == invariant
+    for field, where, value in pokes:
+        manager._poke(field, places[where] if isinstance(where, str) else where, -value)
+    manager.audit()
+
+
+def observe(manager: BlockManager, handles: dict[str, int]) -> tuple[Any, ...]:
+    seqs = [handles[name] for name in ("first", "child", "other")]
+    return (
+        manager.num_free_blocks,
+        manager.num_sequences,
+        manager.stats(),
+        [column.tolist() for column in manager.lengths(seqs)],
+        [manager.tokens(seq).tolist() for seq in seqs],
+        [manager.block_table(seq).tolist() for seq in seqs],
+        manager.match(range(12)),
+        manager.match(range(100, 112)),
+    )
+
+
+long_prompt = np.arange(1000, 1020)
+
+CALLS: dict[str, Callable[[BlockManager, dict[str, int], StepBuffers], Any]] = {
+    "admit": lambda m, h, step: m.admit(long_prompt, salt=b"tenant", extra=[(1, b"x"), (9, b"y")]),
+    "match": lambda m, h, step: m.match(list(range(12)), salt=b"s"),
+    "can_admit": lambda m, h, step: m.can_admit(tuple(range(12)), extra=[(0, b"")]),
+    "extend": lambda m, h, step: m.extend([h["first"], h["child"]], long_prompt, [12, 8]),
+    "append": lambda m, h, step: [m.append([h["first"], h["other"]]) for _ in range(1)],
+    "prepare": lambda m, h, step: m.prepare(np.array([h["child"]]), [1], step),
+    "fork": lambda m, h, step: m.fork(h["child"], 3),
+    "reorder": lambda m, h, step: m.reorder([h["child"], h["second"]], [h["second"], h["child"]]),
+    "pin": lambda m, h, step: m.pin(range(100, 112)),
+    "resume": lambda m, h, step: m.resume(h["second"]),
+    "set_tokens": lambda m, h, step: m.set_tokens([h["first"]], (5,)),
+    "commit": lambda m, h, step: m.commit(h["step"], [1, 3]),
+    "free": lambda m, h, step: m.free([h["child"], h["first"]]),
+}
+
+
+@pytest.fixture
+def allocations() -> Iterator[Callable[[int], int]]:
+    yield _fail_allocation
+    _fail_allocation(-1)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_allocation_may_fail(name: str, allocations: Callable[[int], int]) -> None:
+    """Each allocation of a call fails in turn: MemoryError, nothing changed; the same call then works."""
+    failures = 0
+    while True:
+        manager, handles = busy_manager()
+        step = StepBuffers(4, 64, 16)
+        handles["second"], _ = manager.admit(np.arange(60, 69))
+        manager.append([handles["child"]], [3])
+        if name == "resume":
+            manager.preempt(handles["second"])
+            manager.extend([handles["second"]], np.arange(64), [64])  # its table has to grow
+        if name == "set_tokens":
+            manager.append([handles["first"]])
+        if name == "prepare":  # its table has to grow
+            manager.extend([handles["child"]], np.arange(40), [40])
+            step_call = lambda m, h, s: m.prepare([h["child"]], [41], s)  # noqa: E731
+        else:
+            step_call = CALLS[name]
+        before = observe(manager, handles)
+        allocations(failures)
+        try:
+            step_call(manager, handles, step)
+        except MemoryError:
+            allocations(-1)
+            assert observe(manager, handles) == before
+            manager.audit()
+            failures += 1
+            step_call(manager, handles, step)
+            manager.audit()
+            continue
+        left = allocations(-1)
+        manager.audit()
+        assert left >= 0, "the call made an allocation that was not counted"
+        break
+    assert failures >= {"append": 0, "free": 1, "fork": 2, "reorder": 5, "admit": 5, "prepare": 2}.get(name, 1)
+
+
+def test_what_must_not_fail_allocates_nothing(allocations: Callable[[int], int]) -> None:
+    manager, handles = busy_manager()
+    allocations(0)
+    manager.commit(handles["step"])
+    manager.trim(handles["first"], 9)
+    manager.preempt(handles["first"])
+    manager.free(handles["child"])  # one handle: no list to convert
+    manager.unpin(handles["pin"])
+    assert allocations(-1) == 0
+    manager.audit()
+    manager, handles = busy_manager()
+    allocations(0)
+    manager.abort(handles["step"])
+    assert allocations(-1) == 0
+    manager.audit()
