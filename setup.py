@@ -1,32 +1,25 @@
 """Compile every pyx/NAME.pyx to kvblocks/NAME.*.so; all metadata is in pyproject.toml.
 
-KVBLOCKS_CHECKED_BUILD=1 compiles with bounds checks and C assertions: the build the tests also run under.
+KVBLOCKS_CHECKED_BUILD=1 compiles with bounds checks and C assertions: the build that the tests also run under.
+CFLAGS replaces the optimisation flags below.
 """
 
 import os
 from pathlib import Path
 
-from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext as setuptools_build_ext
 
-CHECKED = os.environ.get("KVBLOCKS_CHECKED_BUILD") == "1"
+CHECKED = os.environ.get("KVBLOCKS_CHECKED_BUILD", "0") not in ("", "0")
 
-extensions = [
-    Extension(
-        f"kvblocks.{source.stem}",
-        [source.as_posix()],
-        # An sdist takes in `depends`; without them it would drop the .pyx files and build an empty wheel.
-        depends=[source.as_posix(), f"kvblocks/{source.stem}.pxd", f"kvblocks/{source.stem}.pyi"],
-        extra_compile_args=["-O3", "-g1"] + (["-UNDEBUG"] if CHECKED else ["-DNDEBUG"]),
-    )
-    for source in sorted(Path("pyx").glob("*.pyx"))
-]
 
-setup(
-    ext_modules=cythonize(
-        extensions,
-        force=True,  # Cython does not see a change to a .pxd in another folder
-        compiler_directives={
+class build_ext(setuptools_build_ext):
+    """Cythonizes when extensions are built and not before, so that asking for metadata or an sdist compiles nothing."""
+
+    def build_extensions(self):
+        from Cython.Build import cythonize
+
+        directives = {
             "language_level": 3,
             "binding": True,
             "embedsignature": False,
@@ -34,8 +27,33 @@ setup(
             "wraparound": False,
             "initializedcheck": CHECKED,
             "cdivision": True,
-        },
-        compile_time_env=None,
-        nthreads=0,
-    ),
+        }
+        self.force = True  # an object compiled under the other setting of the switch looks up to date
+        for extension in self.extensions:
+            # force: Cython does not see a change to a .pxd in another folder.
+            [compiled] = cythonize(
+                [extension], force=True, build_dir=self.build_temp, compiler_directives=directives, quiet=True
+            )
+            extension.sources = compiled.sources
+        self.parallel = self.parallel or os.cpu_count()
+        super().build_extensions()
+
+
+def extension(source):
+    others = [*Path("kvblocks").glob(f"{source.stem}.p*"), *Path("pyx", source.stem).glob("*")]
+    return Extension(
+        f"kvblocks.{source.stem}",
+        [source.as_posix()],
+        # What an sdist takes in besides: without the source itself it would hold only the .c file made from it.
+        depends=sorted(path.as_posix() for path in [source, *others]),
+        extra_compile_args=[
+            *([] if "CFLAGS" in os.environ else ["-O3", "-g1"]),
+            "-UNDEBUG" if CHECKED else "-DNDEBUG",
+        ],
+    )
+
+
+setup(
+    cmdclass={"build_ext": build_ext},
+    ext_modules=[extension(source) for source in sorted(Path("pyx").glob("*.pyx"))],
 )

@@ -1,0 +1,24 @@
+# The sizes of a paged KV cache, for Cython code that cimports them. pyx/config.pyx holds the code.
+
+from libc.stdint cimport int64_t
+
+
+cpdef int64_t itemsize(object dtype) except -1
+
+
+cdef class CacheConfig:
+    cdef readonly int64_t num_layers
+    cdef readonly int64_t num_kv_heads
+    cdef readonly int64_t head_dim
+    cdef readonly int64_t num_gpu_blocks
+    cdef readonly int64_t block_size
+    cdef readonly int64_t v_head_dim
+    cdef readonly int64_t layers_per_group
+    # None stands for the default, one group of every layer: a tuple of layers is made only when somebody looks.
+    cdef tuple _groups
+
+    cdef tuple _fields(self)
+    cpdef int64_t token_bytes(self, object dtype) except -1
+    cpdef int64_t block_bytes(self, object dtype) except -1
+    cpdef int64_t memory_bytes(self, object dtype) except -1
+    cpdef int64_t num_blocks_for(self, object num_tokens) except -1

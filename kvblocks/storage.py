@@ -1,0 +1,541 @@
+"""PagedKVCache: the K and V blocks of one layer as two tensors, and moving tokens and blocks in and out of them.
+
+Knows integers in arrays, not who hands them out: the manager is not imported here. Imports torch, the sizes and the
+two movers.
+"""
+
+import math
+import operator
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self, SupportsIndex, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvblocks import memory, scatter
+from kvblocks.config import CacheConfig, itemsize
+from kvblocks.errors import OutOfMemory
+from kvblocks.movement import BlockLayout, first_outside
+
+__all__ = ["LAYOUTS", "PagedKVCache"]
+
+# An int64 or int32 tensor or numpy array, or a list of ints.
+Indices: TypeAlias = Any
+
+# Order of the axes of K: blocks, heads, dims, tokens of a block. X splits off x dims, 16 bytes together; its V is HDN.
+_KEY_AXES = {"HDN": "bhdt", "NHD": "bthd", "HND": "bhtd", "X": "bhdtx"}
+_VALUE_AXES = _KEY_AXES | {"X": "bhdt"}
+LAYOUTS = tuple(_KEY_AXES)
+
+# Whether indices that already lie on a device are brought to the host and checked, which waits for the device.
+_CHECKED = os.environ.get("KVBLOCKS_CHECKED") == "1"
+
+# glibc maps allocations of this size anew each time; mapped with huge pages, filling them costs a third.
+_OWN_MAPPING_BYTES = 32 << 20
+
+
+class _Side:
+    """K or V of a layer: the tensor, and how a token lies in it."""
+
+    def __init__(self, storage: Tensor, axes: str, sizes: dict[str, int], dtype: torch.dtype) -> None:
+        """Lay `storage` (uint8, without gaps) out as `axes`; `sizes` has b, h, d (all dims) and t."""
+        split = 16 // dtype.itemsize if "x" in axes else 1
+        sizes = sizes | {"d": sizes["d"] // split, "x": split}
+        self.tensor = storage.view(dtype).view([sizes[axis] for axis in axes])
+        self.nbytes = storage.nbytes
+        self.row = (sizes["h"], sizes["d"] * split)
+        # [blocks, block_size, heads, dims...], the same memory, whatever the layout.
+        self.by_token = self.tensor.permute([axes.index(axis) for axis in "bthdx" if axis in axes])
+        strides = dict(zip(axes, (step * dtype.itemsize for step in self.tensor.stride()), strict=True))
+        scattered = axes.index("d") < axes.index("t")
+        self.blocks = BlockLayout(
+            num_blocks=sizes["b"],
+            block_size=sizes["t"],
+            heads=sizes["h"],
+            runs=sizes["d"] if scattered else 1,
+            run_bytes=dtype.itemsize * (split if scattered else sizes["d"]),
+            token_stride=strides["t"],
+            head_stride=strides["h"],
+            run_stride=strides["d"],
+        )
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the compiled mover reaches this memory."""
+        return self.tensor.is_cpu
+
+    def holds(self, address: int) -> bool:
+        return 0 <= address - self.tensor.data_ptr() < self.nbytes
+
+    def write(self, rows: Tensor, slots: Tensor) -> None:
+        if self.compiled:
+            steps = [step * rows.itemsize for step in rows.stride()]
+            self.blocks.write(self.tensor.data_ptr(), rows.data_ptr(), steps[0], steps[1], slots.data_ptr(), len(slots))
+        else:
+            scatter.write(self.by_token, rows.reshape(len(rows), *self.by_token.shape[2:]), slots)
+
+    def gather(self, table: Tensor, num_tokens: int, out: Tensor | None) -> Tensor:
+        if not self.compiled:
+            rows = scatter.gather(self.by_token, table, num_tokens).view(num_tokens, *self.row)
+            return rows if out is None else out.copy_(rows)
+        if out is None:
+            out = _empty((num_tokens, *self.row), self.tensor.dtype)
+        self.blocks.gather(self.tensor.data_ptr(), out.data_ptr(), table.data_ptr(), num_tokens)
+        return out
+
+    def copy_blocks(self, pairs: Tensor) -> None:
+        if self.compiled:
+            self.blocks.copy_blocks(self.tensor.data_ptr(), pairs.data_ptr(), len(pairs))
+        else:
+            scatter.copy_blocks(self.tensor, pairs)
+
+    def zero_blocks(self, ids: Tensor) -> None:
+        if self.compiled:
+            self.blocks.zero_blocks(self.tensor.data_ptr(), ids.data_ptr(), len(ids))
+        else:
+            scatter.zero_blocks(self.tensor, ids)
+
+
+class PagedKVCache:
+    """K and V of one layer, in blocks of `block_size` tokens, zeroed.
+
+    Args:
+        num_blocks, num_heads, head_dim, block_size: 1 to 2**31 - 1 each. `num_heads` counts KV heads.
+        dtype: of K and V, a `torch.dtype` or its name; see `kvblocks.config.itemsize`.
+        device: "cpu", "cuda", "cuda:1" or a `torch.device`. Other devices that hold data go the way of CUDA.
+        layout: "HDN", "NHD", "HND" or "X".
+        v_head_dim: of V, where it differs from K's.
+        prefault: touch every page of CPU memory now rather than when it is first written.
+
+    Shapes of `key_cache`, by layout (`value_cache` has `v_head_dim` for dim):
+
+        HDN  [blocks, heads, dim, block]
+        NHD  [blocks, block, heads, dim]
+        HND  [blocks, heads, block, dim]
+        X    [blocks, heads, dim / x, block, x] with x = 16 / itemsize; V as in HDN
+
+    A slot is `block * block_size + offset`. Indices are int64 or int32 tensors, numpy arrays, or lists. On the host
+    they are checked before a byte is written. Those that already lie on a device are not waited for: what is out of
+    range there is dropped (zeros, in what `gather` returns). KVBLOCKS_CHECKED=1 in the environment checks them too.
+
+    Raises:
+        OutOfMemory: the memory is not there; nothing stays allocated.
+        OverflowError: more than 2**63 - 1 bytes.
+        ValueError: a size, layout or device that cannot be; X with a head_dim that x does not divide.
+        TypeError: a size is not an integer, or the dtype cannot hold a cache.
+
+    Example:
+        >>> cache = PagedKVCache(64, 8, 128, 16, "bfloat16", "cpu", layout="NHD")
+        >>> keys = torch.randn(3, 8, 128, dtype=torch.bfloat16)
+        >>> cache.write(keys, keys, [32, 33, 34])
+        >>> torch.equal(cache.gather([2], 3)[0], keys)
+        True
+
+    Thread-safety: any number of threads may read and write at once, as long as no two write the same slot or block.
+    """
+
+    num_blocks: int
+    num_heads: int
+    head_dim: int
+    v_head_dim: int
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device
+    layout: str
+
+    def __init__(
+        self,
+        num_blocks: SupportsIndex,
+        num_heads: SupportsIndex,
+        head_dim: SupportsIndex,
+        block_size: SupportsIndex,
+        dtype: torch.dtype | str,
+        device: torch.device | str,
+        *,
+        layout: str = "HDN",
+        v_head_dim: SupportsIndex | None = None,
+        prefault: bool = False,
+    ) -> None:
+        shape = _Shape.checked(num_blocks, num_heads, head_dim, block_size, dtype, device, layout, v_head_dim)
+        self._lay_out(shape, *shape.allocate(1, prefault))
+
+    @classmethod
+    def layers(
+        cls,
+        num_layers: SupportsIndex,
+        num_blocks: SupportsIndex,
+        num_heads: SupportsIndex,
+        head_dim: SupportsIndex,
+        block_size: SupportsIndex,
+        dtype: torch.dtype | str,
+        device: torch.device | str,
+        *,
+        layout: str = "HDN",
+        v_head_dim: SupportsIndex | None = None,
+        prefault: bool = False,
+    ) -> list[Self]:
+        """`num_layers` caches of one shape, all of them or, with an error, none. Arguments and errors as for one."""
+        count = _size("num_layers", num_layers)
+        shape = _Shape.checked(num_blocks, num_heads, head_dim, block_size, dtype, device, layout, v_head_dim)
+        storages = iter(shape.allocate(count, prefault))
+        caches = []
+        for keys, values in zip(storages, storages, strict=True):
+            cache = cls.__new__(cls)
+            cache._lay_out(shape, keys, values)
+            caches.append(cache)
+        return caches
+
+    @torch.inference_mode(False)  # views made in inference mode could not be written outside of it
+    def _lay_out(self, shape: "_Shape", keys: Tensor, values: Tensor) -> None:
+        self.num_blocks, self.block_size, self.num_heads = shape.num_blocks, shape.block_size, shape.num_heads
+        self.head_dim, self.v_head_dim = shape.head_dim, shape.v_head_dim
+        self.dtype, self.device, self.layout = shape.dtype, shape.device, shape.layout
+        sizes = {"b": shape.num_blocks, "h": shape.num_heads, "t": shape.block_size}
+        self._keys = _Side(keys, _KEY_AXES[shape.layout], sizes | {"d": shape.head_dim}, shape.dtype)
+        self._values = _Side(values, _VALUE_AXES[shape.layout], sizes | {"d": shape.v_head_dim}, shape.dtype)
+
+    @property
+    def key_cache(self) -> Tensor:
+        return self._keys.tensor
+
+    @property
+    def value_cache(self) -> Tensor:
+        return self._values.tensor
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of `key_cache` and `value_cache` together."""
+        return self._keys.nbytes + self._values.nbytes
+
+    def write(self, keys: Tensor, values: Tensor, slot_mapping: Indices) -> None:
+        """Put row i of `keys` and `values` into slot `slot_mapping[i]`; rows with slot -1 are skipped.
+
+        A slot that comes twice keeps the later row on CPU, and either of them elsewhere.
+
+        Args:
+            keys: [n, num_heads, head_dim], the cache's dtype and device, any strides.
+            values: [n, num_heads, v_head_dim], likewise.
+            slot_mapping: [n], -1 to num_blocks * block_size - 1.
+
+        Raises:
+            ValueError: a shape, device or slot that does not fit; nothing was written.
+            TypeError: a dtype that does not fit; nothing was written.
+        """
+        keys = self._rows("keys", keys, self.head_dim)
+        values = self._rows("values", values, self.v_head_dim)
+        if len(values) != len(keys):
+            raise ValueError(f"keys has {len(keys)} rows and values {len(values)}; they must be the same tokens")
+        capacity = self.num_blocks * self.block_size
+        slots = self._indices("slot_mapping", slot_mapping, -1, capacity - 1)
+        if slots.shape != keys.shape[:1]:
+            raise ValueError(f"slot_mapping has shape {list(slots.shape)}; for {len(keys)} tokens give [{len(keys)}]")
+        self._keys.write(keys, slots)
+        self._values.write(values, slots)
+
+    def gather(
+        self, block_table: Indices, num_tokens: SupportsIndex, *, out: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """K and V of the first `num_tokens` tokens of the blocks of `block_table`, in order, as copies without gaps.
+
+        Args:
+            block_table: [m] with `m * block_size >= num_tokens`; entries past the last block needed are not looked at.
+            num_tokens: 0 or more.
+            out: contiguous tensors to fill and return; without it they are allocated.
+
+        Returns:
+            keys [num_tokens, num_heads, head_dim] and values [num_tokens, num_heads, v_head_dim].
+
+        Raises:
+            ValueError: the table is too short or names a block that does not exist; `out` does not fit.
+            TypeError: the table or `num_tokens` is not of integers, or `out` of another dtype.
+        """
+        count = _integer("num_tokens", num_tokens)
+        if count < 0:
+            raise ValueError(f"num_tokens={count} must be 0 or more")
+        table = self._indices("block_table", block_table, 0, self.num_blocks - 1, first=-(-count // self.block_size))
+        if table.ndim != 1:
+            raise ValueError(f"block_table has shape {list(table.shape)}; give the blocks of one sequence, [m]")
+        if len(table) * self.block_size < count:
+            raise ValueError(
+                f"block_table has {len(table)} blocks of {self.block_size} tokens; num_tokens={count} needs "
+                f"{-(-count // self.block_size)}"
+            )
+        keys, values = (None, None) if out is None else self._outputs(out, count)
+        return self._keys.gather(table, count, keys), self._values.gather(table, count, values)
+
+    def copy_blocks(self, pairs: Indices) -> None:
+        """Copy whole blocks, K and V: block `pairs[i][1]` becomes a copy of block `pairs[i][0]`.
+
+        Args:
+            pairs: [n, 2] of (source, target). A target appears once, and nowhere as a source.
+
+        Raises:
+            ValueError: a block that does not exist, or a target that appears twice or as a source; nothing was copied.
+            TypeError: not integers.
+        """
+        _copy_blocks([self], pairs)
+
+    def zero_blocks(self, ids: Indices) -> None:
+        """Set all K and V of the blocks `ids`, [n], to zero.
+
+        Raises:
+            ValueError: a block that does not exist; nothing was changed.
+            TypeError: not integers.
+        """
+        _zero_blocks([self], ids)
+
+    def __repr__(self) -> str:
+        return (
+            f"PagedKVCache(num_blocks={self.num_blocks}, num_heads={self.num_heads}, head_dim={self.head_dim}, "
+            f"block_size={self.block_size}, dtype={self.dtype}, device='{self.device}', layout={self.layout!r}, "
+            f"v_head_dim={self.v_head_dim})"
+        )
+
+    def _rows(self, name: str, rows: Tensor, head_dim: int) -> Tensor:
+        """`rows` checked, and in a form that the movers read rightly."""
+        self._same_kind(name, rows)
+        if rows.ndim != 3 or rows.shape[1] != self.num_heads or rows.shape[2] != head_dim:
+            shape = [len(rows) if rows.ndim == 3 else "tokens", self.num_heads, head_dim]
+            raise ValueError(f"{name} has shape {list(rows.shape)}; this cache takes {shape}")
+        if rows.is_neg():
+            rows = rows.resolve_neg()
+        if rows.is_cpu:
+            if rows.stride(2) != 1:
+                rows = rows.contiguous()
+            if self._keys.holds(rows.data_ptr()) or self._values.holds(rows.data_ptr()):
+                rows = rows.clone(memory_format=torch.contiguous_format)
+        return rows
+
+    def _outputs(self, out: tuple[Tensor, Tensor], num_tokens: int) -> tuple[Tensor, Tensor]:
+        for name, given, row in zip(("out[0]", "out[1]"), out, (self._keys.row, self._values.row), strict=True):
+            self._same_kind(name, given)
+            if given.shape != (num_tokens, *row) or not given.is_contiguous():
+                raise ValueError(
+                    f"{name} has shape {list(given.shape)} and strides {list(given.stride())}; "
+                    f"give a contiguous {[num_tokens, *row]}"
+                )
+            if self._keys.holds(given.data_ptr()) or self._values.holds(given.data_ptr()):
+                raise ValueError(f"{name} lies in this cache's own storage; give memory of its own")
+        return out
+
+    def _same_kind(self, name: str, given: Tensor) -> None:
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name} is a {type(given).__name__}; give a tensor")
+        if given.dtype != self.dtype:
+            raise TypeError(f"{name} is {given.dtype}, this cache holds {self.dtype}; convert it with .to()")
+        if given.device != self.device:
+            raise ValueError(f"{name} is on {given.device}, this cache on {self.device}; move it with .to()")
+        if given.layout is not torch.strided:
+            raise TypeError(f"{name} is {given.layout}; give a dense tensor")
+
+    def _indices(self, name: str, given: Indices, low: int, high: int, first: int | None = None) -> Tensor:
+        """`given` as a contiguous int64 tensor on the cache's device.
+
+        The first `first` elements, by default all, lie in low..high: checked, unless they already lie on a device.
+        """
+        index = _integers(name, given)
+        if index.device != self.device and not index.is_cpu:
+            raise ValueError(f"{name} is on {index.device}, this cache on {self.device}; move it with .to()")
+        if index.is_cpu or _CHECKED:
+            host = index.cpu()
+            count = host.numel() if first is None else min(first, host.numel())
+            bad = first_outside(host.data_ptr(), count, low, high)
+            if bad >= 0:
+                place = ", ".join(str(int(i)) for i in np.unravel_index(bad, tuple(host.shape)))
+                raise ValueError(
+                    f"{name}[{place}]={int(host.view(-1)[bad])} is outside {low}..{high}; this cache has "
+                    f"{self.num_blocks} blocks of {self.block_size} slots"
+                )
+        return index if index.device == self.device else index.to(self.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a cache was asked to be, checked."""
+
+    num_blocks: int
+    num_heads: int
+    head_dim: int
+    v_head_dim: int
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device
+    layout: str
+
+    @classmethod
+    def checked(
+        cls,
+        num_blocks: SupportsIndex,
+        num_heads: SupportsIndex,
+        head_dim: SupportsIndex,
+        block_size: SupportsIndex,
+        dtype: torch.dtype | str,
+        device: torch.device | str,
+        layout: str,
+        v_head_dim: SupportsIndex | None,
+    ) -> Self:
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout={layout!r} is unknown; use one of {', '.join(LAYOUTS)}")
+        width = itemsize(dtype)
+        shape = cls(
+            num_blocks=_size("num_blocks", num_blocks),
+            num_heads=_size("num_heads", num_heads),
+            head_dim=_size("head_dim", head_dim),
+            v_head_dim=_size("v_head_dim", head_dim if v_head_dim is None else v_head_dim),
+            block_size=_size("block_size", block_size),
+            dtype=dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype.removeprefix("torch.")),
+            device=_device(device),
+            layout=layout,
+        )
+        if layout == "X" and shape.head_dim % (16 // width):
+            raise ValueError(
+                f"head_dim={shape.head_dim} does not divide by {16 // width}: layout X packs 16 bytes of K, which are "
+                f"{16 // width} elements of {shape.dtype}; use another layout"
+            )
+        return shape
+
+    @torch.inference_mode(False)
+    def allocate(self, num_layers: int, prefault: bool) -> list[Tensor]:
+        """Zeroed storage for K, V of each layer in turn, uint8 [bytes]; OutOfMemory leaves none of it behind."""
+        config = CacheConfig(
+            num_layers, self.num_heads, self.head_dim, self.num_blocks, self.block_size, self.v_head_dim
+        )
+        requested, block_bytes = config.memory_bytes(self.dtype), config.block_bytes(self.dtype)
+        dim_bytes = self.num_blocks * self.block_size * self.num_heads * self.dtype.itemsize
+        storages: list[Tensor] = []
+        fits = self.device.type != "cpu" or requested <= memory.available_memory()
+        try:
+            for _ in range(num_layers if fits else 0):
+                for dim in (self.head_dim, self.v_head_dim):
+                    storages.append(_zeroed(dim * dim_bytes, self.device, prefault))
+        except (MemoryError, torch.OutOfMemoryError):
+            fits = False
+        # Outside of `except`, so that no traceback keeps what was allocated.
+        if not fits:
+            storages.clear()
+            free = _free(self.device)
+            fitting = min(free // block_bytes, self.num_blocks)
+            raise OutOfMemory(
+                f"{self.num_blocks} blocks of {block_bytes} bytes are {requested} bytes, and {self.device} has {free} "
+                f"available: {fitting} blocks fit",
+                requested,
+                free,
+                fitting,
+            )
+        return storages
+
+
+def _copy_blocks(caches: Sequence[PagedKVCache], pairs: Indices) -> None:
+    """`PagedKVCache.copy_blocks` on caches of one shape and device."""
+    index = caches[0]._indices("pairs", pairs, 0, caches[0].num_blocks - 1)
+    if index.numel() == 0:
+        return
+    if index.ndim != 2 or index.shape[1] != 2:
+        raise ValueError(f"pairs has shape {list(index.shape)}; give [n, 2] of (source, target)")
+    if _CHECKED or not isinstance(pairs, Tensor) or pairs.is_cpu:
+        _check_pairs(index.tolist())
+    for cache in caches:
+        cache._keys.copy_blocks(index)
+        cache._values.copy_blocks(index)
+
+
+def _zero_blocks(caches: Sequence[PagedKVCache], ids: Indices) -> None:
+    """`PagedKVCache.zero_blocks` on caches of one shape and device."""
+    index = caches[0]._indices("ids", ids, 0, caches[0].num_blocks - 1)
+    if index.ndim != 1:
+        raise ValueError(f"ids has shape {list(index.shape)}; give the blocks, [n]")
+    for cache in caches:
+        cache._keys.zero_blocks(index)
+        cache._values.zero_blocks(index)
+
+
+def _check_pairs(pairs: list[list[int]]) -> None:
+    sources, targets = {source for source, _ in pairs}, set[int]()
+    for place, (_, target) in enumerate(pairs):
+        if target in targets:
+            raise ValueError(f"pairs[{place}] has target {target} a second time; a block can become one copy only")
+        if target in sources:
+            raise ValueError(f"pairs[{place}] has target {target}, which is also a source; copy it in a later call")
+        targets.add(target)
+
+
+def _integers(name: str, given: Indices) -> Tensor:
+    """`given` as a contiguous int64 tensor, on the device where it is."""
+    if isinstance(given, Tensor):
+        if given.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name} is {given.dtype}; give int64 or int32")
+        return (given if given.dtype is torch.int64 else given.to(torch.int64)).contiguous()
+    array = given if isinstance(given, np.ndarray) else _array(name, given)
+    if array.dtype not in (np.int64, np.int32):
+        raise TypeError(f"{name} is {array.dtype}; give int64 or int32")
+    # A copy where numpy's array cannot be lent to torch: read-only, other byte order, negative strides.
+    if not (array.flags.c_contiguous and array.flags.writeable and array.dtype == np.int64 and array.dtype.isnative):
+        array = np.array(array, np.int64, order="C")
+    return torch.from_numpy(array)
+
+
+def _array(name: str, given: Indices) -> np.ndarray[Any, Any]:
+    try:
+        array = np.asarray(given)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is not a rectangular list of integers") from None
+    if array.size == 0:
+        return array.astype(np.int64)
+    if array.dtype.kind in "uO" and all(isinstance(value, int) for value in array.flat):
+        raise ValueError(f"{name} holds {max(map(abs, array.flat))}, past any index; int64 ends at {2**63 - 1}")
+    if array.dtype.kind != "i":
+        raise TypeError(f"{name} is a {type(given).__name__} of {array.dtype}; give integers")
+    return array.astype(np.int64)
+
+
+def _integer(name: str, value: SupportsIndex) -> int:
+    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an integer")
+    return operator.index(value)
+
+
+def _size(name: str, value: SupportsIndex) -> int:
+    number = _integer(name, value)
+    if not 1 <= number < 2**31:
+        raise ValueError(f"{name}={number} is outside 1..{2**31 - 1}")
+    return number
+
+
+def _device(given: torch.device | str) -> torch.device:
+    """The device that tensors allocated on `given` report: with an index where its kind has one."""
+    try:
+        device = torch.device(given)
+    except RuntimeError as error:
+        raise ValueError(f"device={given!r}: {error}") from None
+    if device.type == "meta":
+        raise ValueError(f"device={str(given)!r} holds no data, so it cannot hold a cache; use 'cpu' or 'cuda'")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"device={str(given)!r}: torch {torch.__version__} sees {count} CUDA devices; use 'cpu'")
+    return torch.device("cpu") if device.type == "cpu" else torch.empty(0, device=device).device
+
+
+def _zeroed(nbytes: int, device: torch.device, prefault: bool) -> Tensor:
+    if device.type == "cpu":
+        return memory.zeroed(nbytes, prefault=prefault)
+    return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cpu":
+        return memory.available_memory()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return 0
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    nbytes = dtype.itemsize * math.prod(shape)
+    if nbytes < _OWN_MAPPING_BYTES:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return memory.zeroed(nbytes).view(dtype).view(shape)

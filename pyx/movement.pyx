@@ -1,0 +1,290 @@
+# cython: auto_pickle=False, autotestdict=False
+"""Moving K and V between cache blocks and rows of tokens in CPU memory: bytes between addresses, without the GIL.
+
+Nothing here knows torch, dtypes or layout names: a layout is a handful of strides. Callers check what they pass and
+keep the memory alive; an index outside the cache is skipped, so that it can never reach memory that is not the cache's.
+"""
+
+cimport cython
+from libc.stdint cimport int64_t, uint64_t
+
+__all__ = ["BlockLayout", "first_outside"]
+
+cdef extern from *:
+    r"""
+    #include <stddef.h>
+    #include <stdint.h>
+    #include <string.h>
+    #ifdef __SSE2__
+    #include <emmintrin.h>
+    #endif
+
+    /* A streaming store leaves the target's old bytes unread and the caches as they are. memcpy does so only for single
+       copies of about the size of the last-level cache, and a token or a block is far smaller. */
+    static inline void kvb_copy(char *to, const char *from, size_t n, int stream) {
+    #ifdef __SSE2__
+        if (stream && !((uintptr_t)to & 15) && !(n & 15)) {
+            size_t i = 0;
+            for (; i + 64 <= n; i += 64) {
+                __m128i v[4];
+                for (int k = 0; k < 4; k++) v[k] = _mm_loadu_si128((const __m128i *)(from + i + 16 * k));
+                for (int k = 0; k < 4; k++) _mm_stream_si128((__m128i *)(to + i + 16 * k), v[k]);
+            }
+            for (; i < n; i += 16)
+                _mm_stream_si128((__m128i *)(to + i), _mm_loadu_si128((const __m128i *)(from + i)));
+            return;
+        }
+    #endif
+        if (n == 16)
+            memcpy(to, from, 16);
+        else
+            memcpy(to, from, n);
+    }
+
+    static inline void kvb_zero(char *to, size_t n) {
+    #ifdef __SSE2__
+        if (!((uintptr_t)to & 15) && !(n & 15)) {
+            for (size_t i = 0; i < n; i += 16) _mm_stream_si128((__m128i *)(to + i), _mm_setzero_si128());
+            return;
+        }
+    #endif
+        memset(to, 0, n);
+    }
+
+    /* After streaming stores, before another thread may be told that the bytes are there. */
+    static inline void kvb_fence(void) {
+    #ifdef __SSE2__
+        _mm_sfence();
+    #endif
+    }
+
+    /* to[j][i] = from[i][j] for rows x cols elements, strides in bytes. Square tiles of 16-byte vectors: interleaving
+       rows i and i + N/2 into rows 2i and 2i + 1, log2(N) times, transposes N x N elements. Four tiles are stored
+       together, so that streaming stores fill whole cache lines. */
+    #ifdef __SSE2__
+    #define KVB_TILES(NAME, SIZE, LO, HI)                                                                         \
+        enum { N = 16 / SIZE };                                                                                   \
+        stream = stream && !(((uintptr_t)to | (uintptr_t)to_stride) & 15);                                        \
+        for (; rows - i >= N;) {                                                                                  \
+            ptrdiff_t tiles = (rows - i) / N < 4 ? (rows - i) / N : 4, j = 0;                                     \
+            for (; j + N <= cols; j += N) {                                                                       \
+                __m128i v[N], w[N], out[4][N];                                                                    \
+                for (ptrdiff_t g = 0; g < tiles; g++) {                                                           \
+                    const char *corner = from + (i + g * N) * from_stride + j * SIZE;                             \
+                    for (int k = 0; k < N; k++)                                                                   \
+                        v[k] = _mm_loadu_si128((const __m128i *)(corner + k * from_stride));                      \
+                    for (int step = 1; step < N; step *= 2) {                                                     \
+                        for (int k = 0; k < N / 2; k++) {                                                         \
+                            w[2 * k] = LO(v[k], v[k + N / 2]);                                                    \
+                            w[2 * k + 1] = HI(v[k], v[k + N / 2]);                                                \
+                        }                                                                                         \
+                        for (int k = 0; k < N; k++) v[k] = w[k];                                                  \
+                    }                                                                                             \
+                    for (int k = 0; k < N; k++) out[g][k] = v[k];                                                 \
+                }                                                                                                 \
+                for (int k = 0; k < N; k++)                                                                       \
+                    for (ptrdiff_t g = 0; g < tiles; g++) {                                                       \
+                        __m128i *place = (__m128i *)(to + (j + k) * to_stride + (i + g * N) * SIZE);              \
+                        if (stream) _mm_stream_si128(place, out[g][k]); else _mm_storeu_si128(place, out[g][k]);  \
+                    }                                                                                             \
+            }                                                                                                     \
+            kvb_scalar_##NAME(to, to_stride, from, from_stride, i, i + tiles * N, j, cols);                       \
+            i += tiles * N;                                                                                       \
+        }
+    #else
+    #define KVB_TILES(NAME, SIZE, LO, HI) (void)stream;
+    #endif
+    #define KVB_TRANSPOSE(NAME, SIZE, LO, HI)                                                                     \
+        static inline void kvb_scalar_##NAME(char *to, ptrdiff_t to_stride, const char *from,                     \
+                                             ptrdiff_t from_stride, ptrdiff_t i0, ptrdiff_t i1, ptrdiff_t j0,     \
+                                             ptrdiff_t j1) {                                                      \
+            for (ptrdiff_t i = i0; i < i1; i++)                                                                   \
+                for (ptrdiff_t j = j0; j < j1; j++)                                                               \
+                    memcpy(to + j * to_stride + i * SIZE, from + i * from_stride + j * SIZE, SIZE);               \
+        }                                                                                                         \
+        static void kvb_transpose_##NAME(char *to, ptrdiff_t to_stride, const char *from, ptrdiff_t from_stride,  \
+                                         ptrdiff_t rows, ptrdiff_t cols, int stream) {                            \
+            ptrdiff_t i = 0;                                                                                      \
+            KVB_TILES(NAME, SIZE, LO, HI)                                                                         \
+            kvb_scalar_##NAME(to, to_stride, from, from_stride, i, rows, 0, cols);                                \
+        }
+    KVB_TRANSPOSE(1, 1, _mm_unpacklo_epi8, _mm_unpackhi_epi8)
+    KVB_TRANSPOSE(2, 2, _mm_unpacklo_epi16, _mm_unpackhi_epi16)
+    KVB_TRANSPOSE(4, 4, _mm_unpacklo_epi32, _mm_unpackhi_epi32)
+    KVB_TRANSPOSE(8, 8, _mm_unpacklo_epi64, _mm_unpackhi_epi64)
+    KVB_TRANSPOSE(16, 16, _mm_unpacklo_epi64, _mm_unpackhi_epi64)
+
+    static void kvb_transpose(char *to, ptrdiff_t to_stride, const char *from, ptrdiff_t from_stride, ptrdiff_t rows,
+                              ptrdiff_t cols, size_t size, int stream) {
+        switch (size) {
+        case 1: kvb_transpose_1(to, to_stride, from, from_stride, rows, cols, stream); break;
+        case 2: kvb_transpose_2(to, to_stride, from, from_stride, rows, cols, stream); break;
+        case 4: kvb_transpose_4(to, to_stride, from, from_stride, rows, cols, stream); break;
+        case 8: kvb_transpose_8(to, to_stride, from, from_stride, rows, cols, stream); break;
+        case 16: kvb_transpose_16(to, to_stride, from, from_stride, rows, cols, stream); break;
+        }
+    }
+    """
+    void kvb_copy(char* to, const char* source, size_t n, bint stream) noexcept nogil
+    void kvb_zero(char* to, size_t n) noexcept nogil
+    void kvb_fence() noexcept nogil
+    void kvb_transpose(char* to, ptrdiff_t to_stride, const char* source, ptrdiff_t source_stride, ptrdiff_t rows,
+                       ptrdiff_t cols, size_t size, bint stream) noexcept nogil
+
+# A cache's blocks are seldom in the CPU's caches when they are written, so writing always streams. What `gather`
+# returns is about to be read: it streams only from this many bytes on, where the caches would not hold it anyway.
+cdef enum:
+    GATHER_STREAM_BYTES = 8 << 20
+
+
+cdef inline void move(char* to, int64_t to_token, int64_t to_run, const char* source, int64_t from_token,
+                      int64_t from_run, int64_t tokens, int64_t runs, int64_t size, bint stream) noexcept nogil:
+    """Copy `tokens` x `runs` pieces of `size` bytes, each side with its own two strides."""
+    cdef int64_t outer, inner, outer_to, outer_from, inner_to, inner_from, i, j
+    if to_run == size and from_run == size:
+        size *= runs
+        runs = 1
+    if runs == 1 and (tokens == 1 or (to_token == size and from_token == size)):
+        kvb_copy(to, source, size * tokens, stream)
+        return
+    if size <= 16 and size & (size - 1) == 0:
+        if to_token == size and from_run == size:
+            kvb_transpose(to, to_run, source, from_token, tokens, runs, size, stream)
+            return
+        if from_token == size and to_run == size:
+            kvb_transpose(to, to_token, source, from_run, runs, tokens, size, stream)
+            return
+    # In the order of the source's addresses, for the sake of prefetching.
+    if from_token <= from_run:
+        outer, outer_to, outer_from, inner, inner_to, inner_from = runs, to_run, from_run, tokens, to_token, from_token
+    else:
+        outer, outer_to, outer_from, inner, inner_to, inner_from = tokens, to_token, from_token, runs, to_run, from_run
+    for i in range(outer):
+        for j in range(inner):
+            kvb_copy(to + i * outer_to + j * inner_to, source + i * outer_from + j * inner_from, size, stream)
+
+
+def first_outside(size_t address, int64_t count, int64_t low, int64_t high):
+    """Position of the first of `count` int64 at `address` that is not in low..high (both included); -1 if all are."""
+    cdef const int64_t* values = <const int64_t*> address
+    cdef int64_t i
+    cdef int64_t found = -1
+    with nogil:
+        for i in range(count):
+            if values[i] < low or values[i] > high:
+                found = i
+                break
+    return found
+
+
+@cython.final
+cdef class BlockLayout:
+    """Where the bytes of a token lie in a cache of blocks: the strides of one K or V tensor, without its address.
+
+    A token has `heads` heads of `runs` runs of `run_bytes` contiguous bytes. In the cache, blocks are `block_bytes`
+    apart (the product of all sizes), tokens of a block `token_stride`, heads `head_stride`, the runs of a head
+    `run_stride`; in rows of tokens the runs of a head touch.
+
+    All sizes and strides are bytes or counts; `cache`, `source`, `target`, `slots`, `table`, `pairs` and `ids` are
+    addresses, the last four of contiguous int64.
+
+    Thread-safety: the methods release the GIL; calls that write the same bytes must not overlap.
+    """
+
+    def __init__(self, int64_t num_blocks, int64_t block_size, int64_t heads, int64_t runs, int64_t run_bytes,
+                 int64_t token_stride, int64_t head_stride, int64_t run_stride):
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.heads, self.runs, self.run_bytes = heads, runs, run_bytes
+        self.token_stride, self.head_stride, self.run_stride = token_stride, head_stride, run_stride
+        self.block_bytes = block_size * heads * runs * run_bytes
+
+    def __reduce__(self):
+        return BlockLayout, (self.num_blocks, self.block_size, self.heads, self.runs, self.run_bytes,
+                             self.token_stride, self.head_stride, self.run_stride)
+
+    def write(self, size_t cache, size_t source, int64_t token_stride, int64_t head_stride, size_t slots,
+              int64_t count):
+        """Row i of `source` goes to slot `slots[i]`, in order; a slot outside the cache is skipped."""
+        with nogil:
+            self._write(<char*> cache, <const char*> source, token_stride, head_stride, <const int64_t*> slots, count)
+
+    def gather(self, size_t cache, size_t target, size_t table, int64_t num_tokens):
+        """The first `num_tokens` tokens of the blocks in `table` go to the rows of `target`, which lie without gaps."""
+        with nogil:
+            self._gather(<const char*> cache, <char*> target, <const int64_t*> table, num_tokens)
+
+    def copy_blocks(self, size_t cache, size_t pairs, int64_t count):
+        """For each (source, target) of `pairs`, in order: the whole block."""
+        with nogil:
+            self._copy(<char*> cache, <const int64_t*> pairs, count)
+
+    def zero_blocks(self, size_t cache, size_t ids, int64_t count):
+        """All bytes of the blocks `ids` become zero."""
+        with nogil:
+            self._zero(<char*> cache, <const int64_t*> ids, count)
+
+    cdef void _write(self, char* cache, const char* source, int64_t token_stride, int64_t head_stride,
+                     const int64_t* slots, int64_t n) noexcept nogil:
+        cdef int64_t head_bytes = self.runs * self.run_bytes
+        # Heads that follow each other on both sides as runs do are more runs.
+        cdef bint fold = head_stride == head_bytes and self.head_stride == self.runs * self.run_stride
+        cdef int64_t heads = 1 if fold or self.runs == 1 else self.heads
+        cdef int64_t runs = self.heads if self.runs == 1 else self.heads * self.runs if fold else self.runs
+        cdef int64_t to_run = self.head_stride if self.runs == 1 else self.run_stride
+        cdef int64_t from_run = head_stride if self.runs == 1 else self.run_bytes
+        cdef int64_t i = 0
+        cdef int64_t count, limit, offset, slot, h
+        cdef char* to
+        while i < n:
+            slot = slots[i]
+            if <uint64_t> slot >= <uint64_t> (self.num_blocks * self.block_size):
+                i += 1
+                continue
+            offset = slot % self.block_size
+            limit = min(n - i, self.block_size - offset)
+            count = 1
+            while count < limit and slots[i + count] == slot + count:
+                count += 1
+            to = cache + slot // self.block_size * self.block_bytes + offset * self.token_stride
+            for h in range(heads):
+                move(to + h * self.head_stride, self.token_stride, to_run,
+                     source + i * token_stride + h * head_stride, token_stride, from_run,
+                     count, runs, self.run_bytes, True)
+            i += count
+        kvb_fence()
+
+    cdef void _gather(self, const char* cache, char* target, const int64_t* table, int64_t num_tokens) noexcept nogil:
+        cdef int64_t head_bytes = self.runs * self.run_bytes
+        cdef int64_t token_bytes = self.heads * head_bytes
+        cdef bint stream = num_tokens * token_bytes >= GATHER_STREAM_BYTES
+        cdef bint fold = self.runs == 1 or self.head_stride == self.runs * self.run_stride
+        cdef int64_t heads = 1 if fold else self.heads
+        cdef int64_t runs = self.heads * self.runs if fold else self.runs
+        cdef int64_t from_run = self.head_stride if self.runs == 1 else self.run_stride
+        cdef int64_t start = 0
+        cdef int64_t block, h
+        while start < num_tokens:
+            block = table[start // self.block_size]
+            if 0 <= block < self.num_blocks:
+                for h in range(heads):
+                    move(target + start * token_bytes + h * head_bytes, token_bytes, self.run_bytes,
+                         cache + block * self.block_bytes + h * self.head_stride, self.token_stride, from_run,
+                         min(self.block_size, num_tokens - start), runs, self.run_bytes, stream)
+            start += self.block_size
+        if stream:
+            kvb_fence()
+
+    cdef void _copy(self, char* cache, const int64_t* pairs, int64_t n) noexcept nogil:
+        cdef int64_t i, source, target
+        for i in range(n):
+            source, target = pairs[2 * i], pairs[2 * i + 1]
+            if 0 <= source < self.num_blocks and 0 <= target < self.num_blocks and source != target:
+                kvb_copy(cache + target * self.block_bytes, cache + source * self.block_bytes, self.block_bytes, True)
+        kvb_fence()
+
+    cdef void _zero(self, char* cache, const int64_t* ids, int64_t n) noexcept nogil:
+        cdef int64_t i
+        for i in range(n):
+            if 0 <= ids[i] < self.num_blocks:
+                kvb_zero(cache + ids[i] * self.block_bytes, self.block_bytes)
+        kvb_fence()

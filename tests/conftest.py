@@ -1,0 +1,40 @@
+"""What every test shares: hypothesis profiles, tests that need a GPU, and what is being tested."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# No deadlines: one slow example on a busy machine is not a fault. In CI the same examples every time.
+COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=bool(os.environ.get("CI")))
+settings.register_profile("default", COMMON, max_examples=100)
+settings.register_profile("long", COMMON, max_examples=2000, derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "default")
+
+
+def package_folder() -> Path:
+    spec = importlib.util.find_spec("kvblocks")
+    if spec is None or spec.origin is None:
+        raise pytest.UsageError("kvblocks is not installed; run `python3 dev.py test`, or `pip install -e .` first")
+    return Path(spec.origin).parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # dev.py says which build it made, so that another one on the path is never tested in its place.
+    expected = os.environ.get("KVBLOCKS_TESTED_BUILD")
+    if expected and Path(expected).resolve() != package_folder().resolve():
+        raise pytest.UsageError(f"these tests are for {expected}, but Python finds kvblocks in {package_folder()}")
+
+
+def pytest_report_header() -> str:
+    return f"kvblocks: {package_folder()}, hypothesis profile: {os.environ.get('HYPOTHESIS_PROFILE') or 'default'}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device; torch.cuda.is_available() is False")

@@ -1,0 +1,220 @@
+"""CacheEngine: all layers or none, exactly the bytes that the config says, and handles that share their storage."""
+
+import gc
+import logging
+import mmap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvblocks import memory
+from kvblocks.config import CacheConfig, Group, Window
+from kvblocks.engine import CacheEngine
+from kvblocks.errors import OutOfMemory
+from kvblocks.storage import LAYOUTS
+
+configs = st.builds(
+    CacheConfig,
+    num_layers=st.integers(1, 4),
+    num_kv_heads=st.integers(1, 3),
+    head_dim=st.integers(1, 3).map(lambda n: 16 * n),
+    num_gpu_blocks=st.integers(1, 5),
+    block_size=st.integers(1, 17),
+    v_head_dim=st.none() | st.integers(1, 20),
+)
+dtypes = st.sampled_from(["int8", "float8_e4m3fn", torch.bfloat16, "torch.float32", torch.float64])
+SMALL = CacheConfig(3, 2, 8, 5, 4)
+
+
+def tensors(engine: CacheEngine) -> list[Tensor]:
+    return [tensor for cache in engine for tensor in (cache.key_cache, cache.value_cache)]
+
+
+def mapped() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+
+
+@given(configs, dtypes, st.sampled_from(LAYOUTS))
+def test_bytes_are_those_of_the_config(config: CacheConfig, dtype: torch.dtype | str, layout: str) -> None:
+    engine = CacheEngine(config, dtype, "cpu", layout=layout)
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors(engine)]
+    assert engine.memory_bytes == config.memory_bytes(dtype) == sum(sizes)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors(engine)}
+    assert sum(storages.values()) == engine.memory_bytes
+    assert len(engine) == config.num_layers
+    assert (engine.config, engine.num_blocks, engine.block_size) == (config, config.num_gpu_blocks, config.block_size)
+    assert (engine.dtype, engine.device, engine.layout) == (engine[0].dtype, torch.device("cpu"), layout)
+    assert all(cache.v_head_dim == config.v_head_dim for cache in engine)
+
+
+@given(st.integers(-9, 9))
+def test_handing_out(layer: int) -> None:
+    engine = CacheEngine(SMALL, "float16", "cpu")
+    caches = engine.get_all_caches()
+    assert caches == list(engine)
+    if layer < 0:
+        with pytest.raises(ValueError, match=rf"layer={layer} is negative; layers are 0\.\.2"):
+            engine.get_cache(layer)
+    else:
+        assert engine.get_cache(layer) is (caches[layer] if layer < 3 else None)
+    if -3 <= layer < 3:
+        assert engine[layer] is engine[np.int64(layer)] is caches[layer]
+    else:
+        with pytest.raises(IndexError, match=rf"layer {layer} is outside -3\.\.2"):
+            engine[layer]
+
+
+@pytest.mark.parametrize("layer", [True, 1.0, "1", None, slice(1)])
+def test_a_layer_is_an_integer(layer: Any) -> None:
+    engine = CacheEngine(SMALL, "float16", "cpu")
+    with pytest.raises(TypeError, match="give an integer"):
+        engine.get_cache(layer)
+    with pytest.raises(TypeError, match="give an integer"):
+        engine[layer]
+
+
+def test_the_list_of_caches_is_the_callers_own() -> None:
+    engine = CacheEngine(SMALL, "float16", "cpu")
+    engine.get_all_caches().clear()
+    assert len(engine.get_all_caches()) == 3
+
+
+def test_handles_share_storage() -> None:
+    engine = CacheEngine(SMALL, "float32", "cpu")
+    rows = torch.randn(2, 2, 8)
+    cache = engine.get_cache(1)
+    assert cache is not None
+    cache.write(rows, rows, [3, 19])
+    assert torch.equal(engine[1].gather([0, 4], 8)[0][[3, 7]], rows)
+    assert not engine[0].key_cache.any()
+    assert not engine[2].key_cache.any()
+
+
+@given(st.permutations(range(5)), st.integers(0, 2), st.lists(st.integers(0, 4)))
+def test_copies_and_zeros_reach_every_layer(blocks: list[int], copies: int, ids: list[int]) -> None:
+    engine = CacheEngine(SMALL, "float32", "cpu", layout="NHD")
+    for tensor in tensors(engine):
+        tensor.normal_()
+    expected = [tensor.clone() for tensor in tensors(engine)]
+    pairs = [(blocks[2 * i], blocks[2 * i + 1]) for i in range(copies)]
+    for tensor in expected:
+        for source, target in pairs:
+            tensor[target] = tensor[source]
+        tensor[ids] = 0
+    engine.copy_blocks(pairs)
+    engine.zero_blocks(ids)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(engine), expected, strict=True))
+
+
+@pytest.mark.parametrize("pairs", [[[0, 1], [0, 5]], [[0, 1], [2, 1]], [[0, 1], [1, 2]], [[0, 1, 2]], [[0.0, 1.0]]])
+def test_a_bad_copy_changes_no_layer(pairs: Any) -> None:
+    engine = CacheEngine(SMALL, "float32", "cpu")
+    for tensor in tensors(engine):
+        tensor.normal_()
+    before = [tensor.clone() for tensor in tensors(engine)]
+    with pytest.raises((ValueError, TypeError), match="pairs"):
+        engine.copy_blocks(pairs)
+    with pytest.raises(ValueError, match=r"ids\[1\]=5"):
+        engine.zero_blocks([0, 5])
+    assert all(torch.equal(a, b) for a, b in zip(tensors(engine), before, strict=True))
+
+
+def test_one_line_says_how_much_was_allocated(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="kvblocks"):
+        CacheEngine(CacheConfig(4, 8, 128, 10), "bfloat16", "cpu")
+    assert [record.getMessage() for record in caplog.records] == ["KV cache on cpu: 10 blocks x 4 layers = 2.6 MB"]
+
+
+def test_what_is_not_supported_is_said() -> None:
+    groups = [Group(None, (0, 1)), Group(Window(8), (2,))]
+    with pytest.raises(NotImplementedError, match="2 groups"):
+        CacheEngine(SMALL.replace(groups=groups), "float16", "cpu")
+    with pytest.raises(TypeError, match="config is a dict; give a CacheConfig"):
+        CacheEngine({}, "float16", "cpu")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="layout='HNB'"):
+        CacheEngine(SMALL, "float16", "cpu", layout="HNB")
+
+
+def test_what_does_not_fit_is_out_of_memory() -> None:
+    config = CacheConfig(32, 8, 128, 2**31 - 1)
+    with pytest.raises(OutOfMemory) as caught:
+        CacheEngine(config, "bfloat16", "cpu")
+    assert caught.value.requested == config.memory_bytes("bfloat16")
+    assert caught.value.blocks_that_fit == caught.value.free // config.block_bytes("bfloat16")
+    fitting = config.replace(num_gpu_blocks=caught.value.blocks_that_fit)
+    assert fitting.memory_bytes("bfloat16") <= caught.value.free
+    with pytest.raises(OverflowError):
+        CacheEngine(config.replace(num_kv_heads=2**31 - 1), "bfloat16", "cpu")
+
+
+@pytest.mark.parametrize("failing", range(6))
+def test_a_failure_in_the_middle_leaves_nothing_allocated(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CacheConfig(3, 8, 128, 4096)  # 128 MiB for each tensor
+    zeroed, calls = memory.zeroed, iter(range(6))
+
+    def sometimes(nbytes: int, *, prefault: bool) -> Tensor:
+        if next(calls) == failing:
+            raise MemoryError("no more")
+        return zeroed(nbytes, prefault=prefault)
+
+    gc.collect()
+    before = mapped()
+    monkeypatch.setattr(memory, "zeroed", sometimes)
+    with pytest.raises(OutOfMemory, match="blocks fit"):
+        CacheEngine(config, "bfloat16", "cpu")
+    assert mapped() - before < 64 << 20
+
+
+def test_a_cache_outlives_its_engine_and_the_rest_goes() -> None:
+    gc.collect()
+    before = mapped()
+    engine = CacheEngine(CacheConfig(4, 8, 128, 8192), "bfloat16", "cpu")  # 512 MiB a layer
+    cache = engine[2]
+    del engine
+    gc.collect()
+    assert 512 << 20 <= mapped() - before < 768 << 20
+    assert cache.gather([0], 1)[0].sum() == 0
+
+
+def test_prefault_touches_everything() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    before = resident()
+    engine = CacheEngine(CacheConfig(4, 8, 128, 1024), "bfloat16", "cpu", prefault=True)
+    assert resident() - before >= engine.memory_bytes - (8 << 20)
+
+
+def test_many_threads_get_the_same_caches() -> None:
+    engine = CacheEngine(CacheConfig(8, 2, 16, 64), "float32", "cpu")
+    start = threading.Barrier(8)
+
+    def work(thread: int) -> list[int]:
+        start.wait()
+        seen = []
+        for _ in range(50):
+            seen.append([id(cache) for cache in engine.get_all_caches()])
+            for layer in range(8):
+                cache = engine.get_cache(layer)
+                assert cache is engine[layer]
+                rows = torch.full((4, 2, 16), float(thread + 10 * layer))
+                cache.write(rows, rows, [thread * 64 + layer * 4 + i for i in range(4)])
+        assert all(ids == seen[0] for ids in seen)
+        return seen[0]
+
+    with ThreadPoolExecutor(8) as pool:
+        seen = list(pool.map(work, range(8)))
+    assert all(ids == seen[0] for ids in seen)
+    for layer, cache in enumerate(engine):
+        keys = cache.gather(range(64), 1024)[0]
+        for thread in range(8):
+            rows = keys[thread * 64 + layer * 4 :][:4]
+            assert set(rows.flatten().tolist()) == {float(thread + 10 * layer)}
