@@ -168,9 +168,11 @@ def test_a_failure_in_the_middle_leaves_nothing_allocated(failing: int, monkeypa
     gc.collect()
     before = mapped()
     monkeypatch.setattr(memory, "zeroed", sometimes)
-    with pytest.raises(OutOfMemory, match="blocks fit"):
+    with pytest.raises(OutOfMemory, match="blocks fit") as caught:
         CacheEngine(config, "bfloat16", "cpu")
+    # While the error and its traceback are still held.
     assert mapped() - before < 64 << 20
+    assert caught.value.requested == config.memory_bytes("bfloat16")
 
 
 def test_a_cache_outlives_its_engine_and_the_rest_goes() -> None:

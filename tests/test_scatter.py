@@ -94,7 +94,6 @@ def test_gradients_are_neither_needed_nor_kept() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_nothing_waits_for_the_device() -> None:
     cache = torch.zeros(BLOCKS, BLOCK_SIZE, HEADS, DIM, device="cuda")
     rows = torch.ones(3, HEADS, DIM, device="cuda")
