@@ -776,6 +776,7 @@ cdef class BlockManager:
         cdef int64_t position, previous = -1
         cdef bytes data
         cdef Blob* blob
+        cdef Extra* item
         if salt:
             parts[0] = [struct.pack("=qq", -1, len(salt)), salt]
         for pair in extra:
@@ -801,11 +802,14 @@ cdef class BlockManager:
             raise MemoryError(f"no memory for {len(parts)} extras")
         for index in sorted(parts):
             data = b"".join(parts[index])
-            blob = blob_new(&self.core.pool.tree, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+            if len(data) > MAX_INT32:
+                raise ValueError(f"{len(data)} extra bytes in block {index} are more than {MAX_INT32}")
+            blob = blob_new(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
             if blob == NULL:
                 raise MemoryError(f"no memory for {len(data)} extra bytes")
-            out.extras[out.num_extras].index = index
-            out.extras[out.num_extras].blob = blob
+            item = &out.extras[out.num_extras]
+            item.index, item.size, item.blob = index, <int32_t>len(data), blob
+            hash_extra(&self.core.pool.tree, item)
             out.num_extras += 1
         return 0
 

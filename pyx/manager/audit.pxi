@@ -85,6 +85,7 @@ cdef bint audit_tree(Core* c, const int32_t* counts, const int32_t* order, Findi
     cdef int32_t n, b, parent, used = 0, found = 0
     cdef uint64_t bucket
     cdef Node* node
+    cdef Extra extra
     cdef int32_t* tokens
     for n in range(1, t.fresh):
         node = &t.nodes[n]
@@ -98,9 +99,13 @@ cdef bint audit_tree(Core* c, const int32_t* counts, const int32_t* order, Findi
             return broken(out, 3, b"a node's block does not hang on it; node:", n)
         if parent < 0 or parent >= t.fresh or parent and t.nodes[parent].block < 0:
             return broken(out, 3, b"a node's parent does not exist; node:", n)
-        if tree_hash(t, t.nodes[parent].hash, tokens, node.blob) != node.hash:
+        if (node.size == 0) != (node.blob == NULL):
+            return broken(out, 3, b"a node's extra bytes have no size, or no bytes; node:", n)
+        extra.blob, extra.size = node.blob, node.size
+        hash_extra(t, &extra)
+        if tree_hash(t, t.nodes[parent].hash, tokens, &extra if node.size else NULL) != node.hash:
             return broken(out, 3, b"a node's hash is not that of its prefix and tokens; node:", n)
-        if tree_find(t, parent, node.hash, tokens, node.blob) != n:
+        if tree_find(t, parent, node.hash, tokens, &extra if node.size else NULL) != n:
             return broken(out, 3, b"a node is not found under its key; node:", n)
         if parent and counts[b] and not counts[t.nodes[parent].block]:
             return broken(out, 4, b"a block is held and the one before it is not; block:", b)
@@ -164,7 +169,7 @@ cdef bint audit_sequences(Core* c, Finding* out) noexcept nogil:
                 return broken(out, 3, b"a published table is not a path of the tree; slot:", i)
             if memcmp(c.pool.tree.tokens + <size_t>n * bs, x.tokens + <size_t>j * bs, bs * sizeof(int32_t)):
                 return broken(out, 3, b"a node's tokens are not those of its block; node:", n)
-            if not blob_equal(c.pool.tree.nodes[n].blob, text_blob(x, j)):
+            if not same_extra(&c.pool.tree.nodes[n], extra_of(x, j)):
                 return broken(out, 3, b"a node's extra bytes are not those of its block; node:", n)
             parent = n
         if parent != seq.tip:

@@ -265,6 +265,7 @@ cdef void cut(Core* c, Seq* seq, int32_t num_tokens) noexcept nogil:
     cdef int32_t keep
     if num_tokens < seq.text.num_tokens:
         cut_text(&seq.text, num_tokens)
+        cut_extras(&c.pool.tree, &seq.text, num_tokens)
     seq.num_cached = min(seq.num_cached, num_tokens)
     seq.num_computed = min(seq.num_computed, num_tokens)
     seq.num_prepared = min(seq.num_prepared, num_tokens)
@@ -580,16 +581,15 @@ cdef bint core_reorder(Core* c, const Ints* seqs, const Ints* parents, Fault* f)
     """Each sequence becomes a child of its parent as it was before the call, under its own handle."""
     cdef Seq* made
     cdef Seq* seq
-    cdef Seq* parent
     cdef Py_ssize_t i
     cdef int32_t j
     c.serial += 1
     for i in range(seqs.size):
         seq = find(c, at(seqs, i), i, f)
-        if seq == NULL or not mark(seq, c.serial, i, f) or not is_at_rest(seq, i, f):
+        if seq == NULL or not mark(seq, c.serial, i, f) or find(c, at(parents, i), i, f) == NULL:
             return False
-        parent = find(c, at(parents, i), i, f)
-        if parent == NULL or not can_fork(parent, i, f):
+    for i in range(seqs.size):
+        if not is_at_rest(of(c, seqs, i), i, f) or not can_fork(of(c, parents, i), i, f):
             return False
     made = <Seq*>grab_zeroed(seqs.size or 1, sizeof(Seq))
     if made == NULL:

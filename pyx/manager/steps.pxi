@@ -127,7 +127,7 @@ cdef void publish(Core* c, Seq* seq) noexcept nogil:
     cdef uint64_t[RUN] hashes
     cdef int32_t i, j, n, node, own, full = block_of(c, min(seq.num_computed, seq.text.known))
     cdef int32_t* tokens
-    cdef Blob* blob
+    cdef const Extra* extra
     while seq.published < full:
         i = seq.published
         n = hash_run(t, t.nodes[seq.tip].hash, &seq.text, i, full, hashes)
@@ -144,8 +144,8 @@ cdef void publish(Core* c, Seq* seq) noexcept nogil:
                 # would hold a published block without the one before it, which could then be evicted first.
                 return
             tokens = seq.text.tokens + <size_t>j * c.block_size
-            blob = text_blob(&seq.text, j)
-            node = tree_find(t, seq.tip, hashes[j - i], tokens, blob)
+            extra = extra_of(&seq.text, j)
+            node = tree_find(t, seq.tip, hashes[j - i], tokens, extra)
             if node:
                 seq.table[j] = t.nodes[node].block
                 acquire(p, seq.table[j])
@@ -153,7 +153,7 @@ cdef void publish(Core* c, Seq* seq) noexcept nogil:
                 touch(c, seq)
                 c.counters.merged += 1
             else:
-                node = tree_insert(t, seq.tip, hashes[j - i], tokens, blob, own)
+                node = tree_insert(t, seq.tip, hashes[j - i], tokens, extra, own)
                 if node == 0:
                     seq.publishing = False
                     return

@@ -32,24 +32,25 @@ cdef extern from *:
     void kvb_prefetch_write(const void* p) noexcept nogil
 
 
-cdef struct Blob:       # extra bytes of one block, shared by sequences and nodes
+cdef struct Blob:       # bytes shared by sequences and nodes
     int64_t refs
-    uint64_t hash
-    int64_t size
     char* bytes
+
+
+cdef struct Extra:      # the extra bytes of block `index` of a text: entries of (offset, length, bytes), the first `size`
+    uint64_t hash
+    Blob* blob
+    int32_t size
+    int32_t index
 
 
 cdef struct Node:       # 32 bytes
     uint64_t hash
     Blob* blob
+    int32_t size        # extra bytes; 0: none, and no blob
     int32_t parent
     int32_t block       # the block that hangs here; -1 in a node that is not in use
     int32_t next        # in its bucket, or in the list of unused nodes
-
-
-cdef struct Extra:      # the extra bytes of block `index` of a text
-    int32_t index
-    Blob* blob
 
 
 cdef struct Text:       # what a sequence says
@@ -78,22 +79,12 @@ cdef struct Tree:
     uint64_t twist
 
 
-cdef Blob* blob_new(const Tree* t, const char* data, int64_t size) noexcept nogil:
+cdef Blob* blob_new(const char* data, size_t size) noexcept nogil:
     cdef Blob* blob = <Blob*>grab(sizeof(Blob) + size)
-    cdef uint64_t h = t.seal + <uint64_t>size, word
-    cdef int64_t i = 0
-    if blob == NULL:
-        return NULL
-    blob.refs = 1
-    blob.size = size
-    blob.bytes = <char*>blob + sizeof(Blob)
-    memcpy(blob.bytes, data, size)
-    while i < size:
-        word = 0
-        memcpy(&word, data + i, min(size - i, 8))
-        h = kvb_fold(h ^ t.key[0], word ^ t.seal) + i
-        i += 8
-    blob.hash = h
+    if blob != NULL:
+        blob.refs = 1
+        blob.bytes = <char*>blob + sizeof(Blob)
+        memcpy(blob.bytes, data, size)
     return blob
 
 
@@ -104,13 +95,25 @@ cdef inline void blob_drop(Blob* blob) noexcept nogil:
             free(blob)
 
 
-cdef inline bint blob_equal(const Blob* a, const Blob* b) noexcept nogil:
-    if a == b:
-        return True
-    return a != NULL and b != NULL and a.size == b.size and memcmp(a.bytes, b.bytes, a.size) == 0
+cdef void hash_extra(const Tree* t, Extra* extra) noexcept nogil:
+    cdef uint64_t h = t.seal + <uint64_t>extra.size, word
+    cdef int32_t i
+    for i in range(0, extra.size, 8):
+        word = 0
+        memcpy(&word, extra.blob.bytes + i, min(extra.size - i, 8))
+        h = kvb_fold(h ^ t.key[0], word ^ t.twist) + i
+    extra.hash = h
 
 
-cdef inline Blob* text_blob(const Text* x, int32_t index) noexcept nogil:
+cdef inline bint same_extra(const Node* node, const Extra* extra) noexcept nogil:
+    if extra == NULL:
+        return node.size == 0
+    return node.size == extra.size and (
+        node.blob == extra.blob or memcmp(node.blob.bytes, extra.blob.bytes, extra.size) == 0
+    )
+
+
+cdef inline const Extra* extra_of(const Text* x, int32_t index) noexcept nogil:
     """The extra bytes of block `index`, or NULL; extras are in order of their index."""
     cdef int32_t low = 0, high = x.num_extras, middle
     if high == 0:
@@ -121,18 +124,43 @@ cdef inline Blob* text_blob(const Text* x, int32_t index) noexcept nogil:
             low = middle + 1
         else:
             high = middle
-    return x.extras[low].blob if low < x.num_extras and x.extras[low].index == index else NULL
+    return &x.extras[low] if low < x.num_extras and x.extras[low].index == index else NULL
 
 
-cdef inline uint64_t tree_hash(const Tree* t, uint64_t parent, const int32_t* tokens, const Blob* blob) noexcept nogil:
+cdef void cut_extras(const Tree* t, Text* x, int32_t num_tokens) noexcept nogil:
+    """Forget the extra bytes of tokens from `num_tokens` on: other tokens may come there. The salt, at -1, stays."""
+    cdef Extra* extra
+    cdef int64_t[2] entry
+    cdef int32_t size
+    while x.num_extras:
+        extra = &x.extras[x.num_extras - 1]
+        size = 0
+        while size < extra.size:
+            memcpy(entry, extra.blob.bytes + size, sizeof(entry))
+            if entry[0] >= num_tokens - <int64_t>extra.index * t.block_size:
+                break
+            size += <int32_t>(sizeof(entry) + entry[1])
+        if size == extra.size:
+            return
+        if size:
+            extra.size = size
+            hash_extra(t, extra)
+            return
+        blob_drop(extra.blob)
+        x.num_extras -= 1
+
+
+cdef inline uint64_t tree_hash(
+    const Tree* t, uint64_t parent, const int32_t* tokens, const Extra* extra
+) noexcept nogil:
     cdef uint64_t h = kvb_nh(tokens, t.key, t.block_size)
-    if blob != NULL:
-        h += blob.hash
+    if extra != NULL:
+        h += extra.hash
     return kvb_fold(parent ^ t.seal, h ^ t.twist) & t.spread
 
 
 cdef inline int32_t tree_find(
-    const Tree* t, int32_t parent, uint64_t h, const int32_t* tokens, const Blob* blob
+    const Tree* t, int32_t parent, uint64_t h, const int32_t* tokens, const Extra* extra
 ) noexcept nogil:
     """The node with this key, or 0."""
     cdef int32_t n = t.buckets[h & t.mask]
@@ -143,7 +171,7 @@ cdef inline int32_t tree_find(
             node.hash == h
             and node.parent == parent
             and memcmp(t.tokens + <size_t>n * t.block_size, tokens, t.block_size * sizeof(int32_t)) == 0
-            and blob_equal(node.blob, blob)
+            and same_extra(node, extra)
         ):
             return n
         n = node.next
@@ -151,7 +179,7 @@ cdef inline int32_t tree_find(
 
 
 cdef inline int32_t tree_insert(
-    Tree* t, int32_t parent, uint64_t h, const int32_t* tokens, Blob* blob, int32_t block
+    Tree* t, int32_t parent, uint64_t h, const int32_t* tokens, const Extra* extra, int32_t block
 ) noexcept nogil:
     """A new node for a key that is not there, with `block` on it; 0 when the node capacity is spent."""
     cdef int32_t n
@@ -167,9 +195,10 @@ cdef inline int32_t tree_insert(
     t.num_nodes += 1
     node = &t.nodes[n]
     node.hash = h
-    node.blob = blob
-    if blob != NULL:
-        blob.refs += 1
+    if extra != NULL:
+        node.size = extra.size
+        node.blob = extra.blob
+        node.blob.refs += 1
     node.parent = parent
     node.block = block
     node.next = t.buckets[h & t.mask]
@@ -186,6 +215,7 @@ cdef inline void tree_remove(Tree* t, int32_t n) noexcept nogil:
     link[0] = node.next
     blob_drop(node.blob)
     node.blob = NULL
+    node.size = 0
     node.block = -1
     node.next = t.unused
     t.unused = n
@@ -199,7 +229,7 @@ cdef inline int32_t hash_run(
     cdef int32_t j, n = min(RUN, limit - first)
     cdef int32_t found
     for j in range(n):
-        parent = tree_hash(t, parent, x.tokens + <size_t>(first + j) * t.block_size, text_blob(x, first + j))
+        parent = tree_hash(t, parent, x.tokens + <size_t>(first + j) * t.block_size, extra_of(x, first + j))
         hashes[j] = parent
         kvb_prefetch(&t.buckets[parent & t.mask])
     for j in range(n):
@@ -221,7 +251,7 @@ cdef int32_t tree_walk(const Tree* t, const Text* x, int32_t limit, int32_t* nod
         n = hash_run(t, h, x, i, limit, hashes)
         for j in range(n):
             node = tree_find(
-                t, node, hashes[j], x.tokens + <size_t>(i + j) * t.block_size, text_blob(x, i + j)
+                t, node, hashes[j], x.tokens + <size_t>(i + j) * t.block_size, extra_of(x, i + j)
             )
             if node == 0:
                 return i + j
