@@ -5,6 +5,7 @@ of the prompt; equal ids mean equal tokens after an equal prefix (the format of 
 manager and numpy.
 """
 
+import itertools
 import json
 import time
 from collections import deque
@@ -19,10 +20,13 @@ import numpy.typing as npt
 from kvblocks.errors import NoFreeBlocks
 from kvblocks.manager import BlockManager, StepArrays
 
-__all__ = ["Replay", "Request", "Tally", "host_step", "read_trace", "small_trace"]
+__all__ = ["Replay", "Request", "Sample", "Tally", "host_step", "read_trace", "small_trace"]
 
 TOKENS_PER_ID = 512
 VOCABULARY = 151_000
+MAX_LENGTH = 2**30  # prompt and output together stay below 2**31 tokens
+MAX_HASH_ID = 2**54 - 1  # id * TOKENS_PER_ID stays below 2**63
+SAMPLE_STEPS = 16  # decode steps between two samples of the pool's use
 
 
 class Request(NamedTuple):
@@ -47,38 +51,57 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
 
 
 def read_trace(path: Path, limit: int | None = None) -> list[Request]:
-    """Read a trace file.
+    """Read the first `limit` requests of a trace file, by default all.
 
     Raises:
         ValueError: a line is not a request; the message names the line and the field.
+        OSError: the file cannot be read.
     """
-    with path.open(encoding="utf-8") as lines:
-        return list(_parse(lines, path.name, limit))
+    with path.open("rb") as lines:
+        return list(itertools.islice(_parse(lines, path.name), limit))
 
 
-def _parse(lines: Iterable[str], name: str, limit: int | None) -> Iterator[Request]:
-    count = 0
+def _parse(lines: Iterable[bytes], name: str) -> Iterator[Request]:
     for number, line in enumerate(lines, 1):
-        if count == limit:
-            return
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            request = Request(int(entry["input_length"]), int(entry["output_length"]), tuple(map(int, entry["hash_ids"])))
-        except KeyError as error:
-            raise ValueError(f"{name}:{number}: no field {error}") from None
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name}:{number}: not a request: {error}") from None
-        if not 1 <= request.input_length <= TOKENS_PER_ID * len(request.hash_ids) or request.output_length < 0:
-            raise ValueError(
-                f"{name}:{number}: input_length={request.input_length} must be 1 to {TOKENS_PER_ID} times the "
-                f"{len(request.hash_ids)} hash_ids, output_length={request.output_length} at least 0"
-            )
-        if min(request.hash_ids) < 0:
-            raise ValueError(f"{name}:{number}: hash_ids must not be negative")
-        yield request
-        count += 1
+        if line.strip():
+            try:
+                yield _request(line)
+            except ValueError as error:
+                raise ValueError(f"{name}:{number}: {error}") from None
+
+
+def _request(line: bytes) -> Request:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(entry, dict):
+        raise ValueError(f"a request is a JSON object, not {type(entry).__name__}")
+    for name in ("input_length", "output_length", "hash_ids"):
+        if name not in entry:
+            raise ValueError(f"field {name} is missing")
+    output_length = _whole(entry["output_length"], "output_length", 0, MAX_LENGTH)
+    ids = entry["hash_ids"]
+    if not isinstance(ids, list) or not ids:
+        raise ValueError(f"field hash_ids is {_shown(ids)}; it must be a list of whole numbers, at least one")
+    hash_ids = tuple(_whole(value, f"hash_ids[{i}]", 0, MAX_HASH_ID) for i, value in enumerate(ids))
+    # Ids past the prompt's end would make no tokens; too few of them could not make all.
+    longest = min(TOKENS_PER_ID * len(hash_ids), MAX_LENGTH)
+    input_length = _whole(entry["input_length"], "input_length", 1, longest, f" ({len(hash_ids)} hash_ids)")
+    return Request(input_length, output_length, hash_ids)
+
+
+def _whole(value: object, name: str, low: int, high: int, why: str = "") -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"field {name} is {_shown(value)}; it must be a whole number")
+    if not low <= value <= high:
+        raise ValueError(f"field {name} is {_shown(value)}; it must be {low} to {high}{why}")
+    return value
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def small_trace(num_requests: int = 200, seed: int = 0) -> list[Request]:
@@ -112,9 +135,20 @@ def host_step(max_seqs: int, max_tokens: int, max_blocks_per_seq: int) -> StepAr
     )
 
 
+class Sample(NamedTuple):
+    """The pool at one moment of a replay."""
+
+    step: int  # decode steps so far
+    usage: float  # share of the blocks that sequences hold
+    hit_rate: float  # of all prompt tokens so far, how many were cached
+
+
 @dataclass
 class Tally:
-    """What a replay did and how long its calls took (seconds inside them)."""
+    """What a replay did, and how long its calls took (seconds inside them).
+
+    Preempted sequences: their tokens count once, when first decoded; computing them again counts as `prefill`.
+    """
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -122,41 +156,69 @@ class Tally:
     decoded_tokens: int = 0
     decode_steps: int = 0
     admits: int = 0
+    refused: int = 0  # admits and resumes that found too few free blocks
+    preemptions: int = 0
+    resumed: int = 0
     frees: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("admit", "prefill", "decode", "free"), 0.0))
-    usage: list[tuple[int, float, float]] = field(default_factory=list)
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("admit", "prefill", "decode", "free"), 0.0)
+    )
+    samples: list[Sample] = field(default_factory=list)
 
     @property
     def total(self) -> float:
         return sum(self.seconds.values())
+
+    @property
+    def hit_rate(self) -> float:
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
 class Replay:
     """Run requests through a manager, at most `concurrency` at once, in order of arrival.
 
     A request is admitted with all of its prompt, prefilled in chunks of `step.max_tokens`, then decoded one token a step
-    together with all others: append, prepare, commit. When blocks run out, the newest sequence is preempted.
-
-    Raises:
-        ValueError: a request is longer than the pool or the step.
+    together with all others: append, prepare, commit. When blocks run out, the newest sequence is preempted, and resumed
+    before anything new is admitted, once another has ended.
     """
 
     def __init__(self, manager: BlockManager, step: StepArrays, concurrency: int) -> None:
+        if not 1 <= concurrency <= min(step.max_seqs, step.max_tokens):
+            raise ValueError(
+                f"concurrency={concurrency} must be 1 to {min(step.max_seqs, step.max_tokens)}, what the step holds"
+            )
         self.manager = manager
         self.step = step
         self.concurrency = concurrency
         self.tally = Tally()
         self._left: dict[int, int] = {}  # tokens still to decode, in order of admission
         self._batch: list[int] = []  # the same sequences; the last fills a gap, so that few rows of the step change
-        self._waiting: deque[tuple[int, int]] = deque()  # preempted
+        self._waiting: deque[tuple[int, int]] = deque()  # preempted: sequence, tokens still to decode
+        self._ended = False  # since the last preemption
         self._noise = 0
 
+    def check(self, request: Request) -> None:
+        """Raises ValueError when a request could not run even alone."""
+        size = self.manager.block_size
+        tokens = request.input_length + request.output_length
+        needed = -(-tokens // size)
+        for most, what in ((self.manager.num_blocks, "the pool has"), (self.step.max_blocks_per_seq, "the step takes")):
+            if needed > most:
+                raise ValueError(
+                    f"a request of {tokens} tokens ({request.input_length} in, {request.output_length} out) needs "
+                    f"{needed} blocks of {size}, and {what} {most}"
+                )
+
     def run(self, requests: Iterable[Request], on_request: Callable[[], Any] | None = None) -> Tally:
-        """Replay all requests to their end; `on_request` is called after each admission."""
+        """Replay all requests to their end; `on_request` is called after each admission.
+
+        Raises:
+            ValueError: a request does not fit the pool or the step, as `check` says.
+        """
         for request in requests:
+            self.check(request)
             while len(self._left) >= self.concurrency or self._waiting:
                 self._decode()
-            self._check(request)
             prompt = request.prompt()
             while not self._admit(prompt, request.output_length):
                 self._decode()
@@ -164,13 +226,8 @@ class Replay:
                 on_request()
         while self._left or self._waiting:
             self._decode()
+        self._sample()
         return self.tally
-
-    def _check(self, request: Request) -> None:
-        most = min(self.manager.num_blocks, self.step.max_blocks_per_seq)
-        longest = request.input_length + request.output_length
-        if -(-longest // self.manager.block_size) > most:
-            raise ValueError(f"a request of {longest} tokens does not fit {most} blocks of {self.manager.block_size}")
 
     def _admit(self, prompt: npt.NDArray[np.int32], output_length: int) -> bool:
         tally, clock = self.tally, time.perf_counter
@@ -181,6 +238,7 @@ class Replay:
             tally.seconds["admit"] += clock() - start
             if not self._left:
                 raise
+            tally.refused += 1
             return False
         tally.seconds["admit"] += clock() - start
         tally.admits += 1
@@ -188,11 +246,8 @@ class Replay:
         tally.prompt_tokens += len(prompt)
         tally.cached_tokens += cached
         self._prefill(seq, len(prompt) - cached)
-        if output_length:
-            self._enter(seq, output_length)
-        else:
-            self._free([seq])
-        tally.usage.append((tally.decode_steps, self.manager.usage, tally.cached_tokens / tally.prompt_tokens))
+        self._enter(seq, output_length)
+        self._sample()
         return True
 
     def _prefill(self, seq: int, num_tokens: int) -> None:
@@ -205,24 +260,31 @@ class Replay:
         self.tally.seconds["prefill"] += clock() - start
 
     def _resume(self) -> None:
-        while self._waiting and len(self._left) < self.concurrency:
+        tally, clock = self.tally, time.perf_counter
+        while self._waiting and (self._ended or not self._left):
             seq, left = self._waiting[0]
-            start = time.perf_counter()
+            start = clock()
             try:
                 cached = self.manager.resume(seq)
             except NoFreeBlocks:
+                tally.seconds["admit"] += clock() - start
                 if not self._left:
                     raise
+                tally.refused += 1
+                self._ended = False
                 return
-            finally:
-                self.tally.seconds["admit"] += time.perf_counter() - start
+            tally.seconds["admit"] += clock() - start
+            tally.resumed += 1
             self._waiting.popleft()
             self._prefill(seq, int(self.manager.lengths(seq).num_tokens[0]) - cached)
             self._enter(seq, left)
 
     def _enter(self, seq: int, left: int) -> None:
-        self._left[seq] = left
-        self._batch.append(seq)
+        if left:
+            self._left[seq] = left
+            self._batch.append(seq)
+        else:
+            self._free([seq])
 
     def _leave(self, seq: int) -> int:
         last = self._batch.pop()
@@ -232,14 +294,16 @@ class Replay:
 
     def _decode(self) -> None:
         """One step of every live sequence."""
-        if self._waiting:
-            self._resume()
+        self._resume()
+        if not self._batch:
+            return
         manager, tally, clock = self.manager, self.tally, time.perf_counter
         seqs = np.array(self._batch, np.int64)
         self._noise += len(seqs)
         tokens = _mix(np.arange(self._noise, self._noise + len(seqs), dtype=np.uint64) << np.uint64(20))
         start = clock()
         manager.append(seqs, tokens)
+        tally.decoded_tokens += len(seqs)
         while True:
             try:
                 step_id = manager.prepare(seqs, 1, self.step)
@@ -249,12 +313,16 @@ class Replay:
                     raise
                 newest = next(reversed(self._left))
                 manager.preempt(newest)
+                tally.preemptions += 1
+                self._ended = False
+                # The token it was just given is computed when it is resumed.
                 self._waiting.appendleft((newest, self._leave(newest) - 1))
                 seqs = np.array(self._batch, np.int64)
         manager.commit(step_id)
         tally.seconds["decode"] += clock() - start
         tally.decode_steps += 1
-        tally.decoded_tokens += len(seqs)
+        if tally.decode_steps % SAMPLE_STEPS == 0:
+            self._sample()
         done = []
         for seq in seqs.tolist():
             self._left[seq] -= 1
@@ -269,3 +337,8 @@ class Replay:
         self.manager.free(seqs)
         self.tally.seconds["free"] += time.perf_counter() - start
         self.tally.frees += len(seqs)
+        self._ended = True
+
+    def _sample(self) -> None:
+        tally = self.tally
+        tally.samples.append(Sample(tally.decode_steps, self.manager.usage, tally.hit_rate))

@@ -37,7 +37,7 @@ cdef struct Blob:       # bytes shared by sequences and nodes
     char* bytes
 
 
-cdef struct Extra:      # the extra bytes of block `index` of a text: entries of (offset, length, bytes), the first `size`
+cdef struct Extra:      # the extra bytes of block `index` of a text: `size` bytes of (offset, length, bytes) entries
     uint64_t hash
     Blob* blob
     int32_t size

@@ -1,0 +1,307 @@
+#!/usr/bin/env python3
+"""Set up, build and run kvblocks from a bare checkout: Python 3.11 or newer, a C compiler and pip are enough.
+
+    python3 dev.py generate [arguments of `kvblocks generate`]
+    python3 dev.py test [--checked] [arguments of pytest, relative to the checkout]
+
+`generate` builds, then runs `kvblocks generate`. `test` builds, then runs the linters, the type and stub checkers and
+pytest; with --checked it compiles a copy in build/checked with bounds checks and C assertions, and runs pytest on that.
+Both make a virtual environment in .venv, and on later calls redo only what is out of date. Standard library only, and
+what it writes is in the checkout (beside pip's own cache).
+"""
+
+import sys
+
+if sys.version_info < (3, 11):
+    sys.exit("dev.py needs Python 3.11 or newer; this is Python %d.%d (%s)" % (*sys.version_info[:2], sys.executable))
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+PYTHON = str(VENV / "bin" / "python")
+CONSTRAINTS = ROOT / "constraints.txt"
+CHECKED_TREE = ROOT / "build" / "checked"
+# What the tree for the checked build is a copy of.
+COPIED = ["kvblocks", "pyx", "tests", "benchmarks", ".ci", "setup.py", "pyproject.toml", "constraints.txt", "dev.py"]
+COPIED += ["MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"]
+GENERATE = ["generate"]
+TEST = ["generate", "test", "lint"]
+
+
+def say(message: str) -> None:
+    """Tell the person what happens; standard output is left to what they asked for."""
+    print(f"dev.py: {message}", file=sys.stderr, flush=True)
+
+
+def fail(message: str) -> SystemExit:
+    say(f"error: {message}")
+    return SystemExit(2)
+
+
+def environment() -> dict[str, str]:
+    """The environment of every command: .venv comes first, and nothing makes Python or pip look or write elsewhere."""
+    ignored = {"PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "KVBLOCKS_CHECKED_BUILD"}
+    kept = {name: value for name, value in os.environ.items() if name not in ignored}
+    path = os.pathsep.join([str(VENV / "bin"), os.environ.get("PATH", os.defpath)])
+    return kept | {"PATH": path, "VIRTUAL_ENV": str(VENV), "PIP_USER": "0"}
+
+
+def run(command: Sequence[str], changes: dict[str, str] | None = None, *, cwd: Path = ROOT) -> int:
+    """Run a command to its end; its exit status, 128 + n where signal n ended it."""
+    status = subprocess.run(command, cwd=cwd, env=environment() | (changes or {})).returncode
+    return 128 - status if status < 0 else status
+
+
+def run_setup(what: str, command: Sequence[str], changes: dict[str, str] | None = None, *, cwd: Path = ROOT) -> None:
+    """Run a command of the set-up, its output on standard error, and stop where it fails."""
+    done = subprocess.run(
+        command, cwd=cwd, env=environment() | (changes or {}), stdin=subprocess.DEVNULL, stdout=sys.stderr
+    )
+    if done.returncode:
+        raise fail(f"{what} failed with exit status {done.returncode}: {shlex.join(command)}")
+
+
+class State:
+    """What has been done in .venv, kept there as JSON; a fact is forgotten before it is made anew."""
+
+    def __init__(self) -> None:
+        self.path = VENV / "kvblocks-dev.json"
+        try:
+            self.facts: dict[str, Any] = json.loads(self.path.read_text())
+        except (FileNotFoundError, ValueError):
+            self.facts = {}
+
+    def get(self, name: str) -> Any:
+        return self.facts.get(name)
+
+    def set(self, name: str, value: Any) -> None:
+        self.facts[name] = value
+        scratch = self.path.with_suffix(".new")
+        scratch.write_text(json.dumps(self.facts, indent=1))
+        scratch.replace(self.path)
+
+
+@contextlib.contextmanager
+def only_one() -> Iterator[None]:
+    """Keep two calls from setting up at once."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with open(ROOT / "build" / "dev.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another dev.py to finish its set-up")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def make_venv() -> State:
+    """A working .venv of the Python that runs this, made anew if it is not."""
+    state = State()
+    made_with = [sys.version, sys.base_prefix, str(ROOT)]
+    if VENV.exists() and not state.facts and not (VENV / "kvblocks-dev").exists():
+        raise fail(f"{VENV} is there but was not made by dev.py; move it away, and dev.py makes its own")
+    if state.get("venv") == made_with and Path(PYTHON).exists():
+        return state
+    if importlib.util.find_spec("venv") is None:
+        raise fail("this Python has no venv module; install it (Debian and Ubuntu: apt install python3-venv)")
+    own_pip = importlib.util.find_spec("ensurepip") is not None
+    if not own_pip and importlib.util.find_spec("pip") is None:
+        raise fail(
+            "this Python has neither pip nor ensurepip; install one (Debian and Ubuntu: apt install python3-venv)"
+        )
+    say(f"making a virtual environment in {VENV} with Python {sys.version.split()[0]}")
+    shutil.rmtree(VENV, ignore_errors=True)
+    VENV.mkdir()
+    (VENV / "kvblocks-dev").touch()  # .venv is dev.py's to remove, even where making it is interrupted
+    options = [] if own_pip else ["--without-pip"]
+    run_setup("making the virtual environment", [sys.executable, "-m", "venv", *options, str(VENV)])
+    state = State()
+    state.set("venv", made_with)
+    return state
+
+
+def pip_install(what: str, arguments: Sequence[str], changes: dict[str, str] | None = None) -> None:
+    """Run pip for .venv, always under the constraints."""
+    pip = [PYTHON, "-m", "pip"]
+    if not any(VENV.glob("lib/python*/site-packages/pip")):
+        pip = [sys.executable, "-m", "pip", "--python", PYTHON]
+    options = ["--no-input", "--disable-pip-version-check", "--constraint", str(CONSTRAINTS)]
+    run_setup(what, [*pip, "install", *options, *arguments], changes)
+
+
+def install_dependencies(state: State, extras: Sequence[str]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    for extra in extras:
+        wanted += project["project"]["optional-dependencies"][extra]
+    wanted = list(dict.fromkeys(wanted))
+    constraints = CONSTRAINTS.read_text()
+    installed = state.get("installed") or {}
+    present = installed.get("requirements", []) if installed.get("constraints") == constraints else []
+    if set(wanted) <= set(present):
+        return
+    say(f"installing with pip, which can take minutes: {', '.join(wanted)}")
+    state.set("installed", None)
+    pip_install("installing what kvblocks needs", wanted)
+    state.set("installed", {"constraints": constraints, "requirements": sorted({*present, *wanted})})
+
+
+def cython_files() -> list[Path]:
+    found = [path for path in (ROOT / "pyx").rglob("*") if path.suffix in {".pyx", ".pxd", ".pxi"}]
+    return sorted([*found, *(ROOT / "kvblocks").rglob("*.pxd")])
+
+
+def compiled_names() -> list[str]:
+    return sorted(path.stem for path in (ROOT / "pyx").glob("*.pyx"))
+
+
+def fingerprint(tree: Path) -> dict[str, str]:
+    """Digests of all that a build is made from, and of the compiled modules that it left in `tree`."""
+    made_from = [ROOT / "setup.py", ROOT / "pyproject.toml", CONSTRAINTS, *cython_files(), *(ROOT / "pyx").rglob("*.h")]
+    digests = {
+        path.relative_to(base).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for base, paths in ((ROOT, made_from), (tree, modules(tree)))
+        for path in paths
+    }
+    return digests | {name: os.environ.get(name, "") for name in ("CC", "CFLAGS", "CPPFLAGS", "LDFLAGS", "LDSHARED")}
+
+
+def modules(tree: Path) -> list[Path]:
+    return sorted((tree / "kvblocks").rglob(f"*{sysconfig.get_config_var('EXT_SUFFIX')}"))
+
+
+def compiler() -> dict[str, str]:
+    """What to set so that the C compiler is found; stops where there is none."""
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        raise fail(f"Python.h is not in {sysconfig.get_path('include')}; install it (Debian: apt install python3-dev)")
+    named = os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
+    if shutil.which(shlex.split(named)[0]):
+        return {}
+    for other in ("gcc", "cc", "clang"):
+        if "CC" not in os.environ and shutil.which(other):
+            return {"CC": other}
+    raise fail(f"no C compiler: {named} is not on PATH; install gcc or set CC")
+
+
+def build(state: State) -> None:
+    """Install the checkout into .venv, editable, its compiled modules beside their sources."""
+    if state.get("build") == fingerprint(ROOT):
+        return
+    cc = compiler()
+    say(f"compiling {', '.join(compiled_names())}")
+    state.set("build", None)
+    for module in modules(ROOT):
+        module.unlink()
+    pip_install("building kvblocks", ["--no-deps", "--no-build-isolation", "--editable", str(ROOT)], cc)
+    state.set("build", fingerprint(ROOT))
+
+
+def build_checked(state: State) -> None:
+    """Copy the checkout to build/checked, with its own modules compiled under the checks."""
+    up_to_date = state.get("checked") == fingerprint(CHECKED_TREE)
+    kept = {module.name: module.read_bytes() for module in modules(CHECKED_TREE)} if up_to_date else {}
+    shutil.rmtree(CHECKED_TREE, ignore_errors=True)
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, CHECKED_TREE / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        elif (ROOT / name).exists():
+            shutil.copy2(ROOT / name, CHECKED_TREE / name)
+    for name, content in kept.items():
+        (CHECKED_TREE / "kvblocks" / name).write_bytes(content)
+    if up_to_date:
+        return
+    cc = compiler()
+    say(f"compiling the checked build in {CHECKED_TREE}")
+    state.set("checked", None)
+    command = [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"]
+    run_setup("the checked build", command, cc | {"KVBLOCKS_CHECKED_BUILD": "1"}, cwd=CHECKED_TREE)
+    state.set("checked", fingerprint(CHECKED_TREE))
+
+
+def run_tests(tree: Path, arguments: Sequence[str], *, checked: bool) -> int:
+    """pytest on the tests of `tree`, which find the kvblocks of `tree` in their own processes and all they start."""
+    changes = {"PYTHONPATH": str(tree), "KVBLOCKS_TESTED_BUILD": str(tree / "kvblocks")}
+    if checked:
+        changes["KVBLOCKS_CHECKED_BUILD"] = "1"
+    return run([PYTHON, "-m", "pytest", *arguments], changes, cwd=tree)
+
+
+def lint() -> dict[str, int]:
+    """The exit status of every check that is not a test."""
+    checks = {
+        "ruff check": ["ruff", "check"],
+        "ruff format": ["ruff", "format", "--check"],
+        "mypy": [PYTHON, "-m", "mypy", "--strict"],
+        "stubtest": [PYTHON, "-m", "mypy.stubtest", *(f"kvblocks.{name}" for name in compiled_names())],
+        "cython-lint": ["cython-lint", *(str(path.relative_to(ROOT)) for path in cython_files())],
+    }
+    results = {}
+    for name, command in checks.items():
+        say(name)
+        results[name] = run(command)
+    return results
+
+
+def generate(arguments: Sequence[str]) -> int:
+    with only_one():
+        state = make_venv()
+        install_dependencies(state, GENERATE)
+        build(state)
+    # -P: what lies in the caller's folder is not imported. exec: signals and the exit status are the command's own.
+    command = [PYTHON, "-P", "-m", "kvblocks", "generate", *arguments]
+    os.execve(PYTHON, command, environment())
+
+
+def test(arguments: Sequence[str]) -> int:
+    checked = "--checked" in arguments
+    arguments = [argument for argument in arguments if argument != "--checked"]
+    with only_one():
+        state = make_venv()
+        install_dependencies(state, TEST)
+        build(state)
+        if checked:
+            build_checked(state)
+    started = time.monotonic()
+    if checked:
+        say("pytest on the checked build")
+        results = {"pytest": run_tests(CHECKED_TREE, arguments, checked=True)}
+    else:
+        results = lint()
+        say("pytest")
+        results["pytest"] = run_tests(ROOT, arguments, checked=False)
+    failed = {name: status for name, status in results.items() if status}
+    for name, status in failed.items():
+        say(f"{name} failed with exit status {status}")
+    if not failed:
+        say(f"all passed in {time.monotonic() - started:.0f} s: {', '.join(results)}")
+    return results["pytest"] or next(iter(failed.values()), 0)
+
+
+def main(arguments: Sequence[str]) -> int:
+    commands = {"generate": generate, "test": test}
+    if arguments and arguments[0] in commands:
+        return commands[arguments[0]](arguments[1:])
+    print(__doc__.strip())
+    return 0 if arguments in (["-h"], ["--help"]) else 2
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

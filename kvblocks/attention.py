@@ -1,0 +1,293 @@
+"""Attention over the paged cache for a ragged batch, on plain torch: right on every device, layout and float dtype.
+
+The reference for faster paths, and what runs on CPU. Nothing is written to the cache here. Imports torch and storage.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvblocks.storage import PagedKVCache
+
+__all__ = ["StepLike", "paged_attention"]
+
+_GATHERED = 1 << 18  # elements of K and V that rows gathered together may have: it pays for short rows only
+_SCORES = 1 << 23  # scores held at once: long prefill chunks go through in slices of queries,
+_QUERIES = 512  # and in slices of so many, as a slice's keys end at its last query
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class StepLike(Protocol):
+    """What attention reads of a forward pass; `StepBuffers` is one.
+
+    `block_table` int32 [max_seqs, max_blocks_per_seq], `seq_lens` int32 [max_seqs] (tokens of each row, those of this
+    pass included), `query_start_loc` int32 [max_seqs + 1]: only the first `num_seqs` rows count. Row i's queries are
+    `query[query_start_loc[i]:query_start_loc[i + 1]]`, the last tokens of its sequence.
+    """
+
+    @property
+    def block_table(self) -> Tensor: ...
+    @property
+    def seq_lens(self) -> Tensor: ...
+    @property
+    def query_start_loc(self) -> Tensor: ...
+    @property
+    def num_seqs(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def max_query_len(self) -> int: ...
+    @property
+    def max_seq_len(self) -> int: ...
+
+
+def paged_attention(
+    query: Tensor,
+    cache: PagedKVCache,
+    step: StepLike,
+    *,
+    group: int = 0,
+    scale: float | None = None,
+    window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of this pass's tokens over the cached K and V of their own sequences.
+
+    The K and V of this pass must have been written before. Prefill chunks and decodes may be mixed. Scores and sums are
+    float32, float64 where the cache is. What lies in a slot at or past a sequence's length never reaches the output.
+
+    Args:
+        query: [tokens, heads, head_dim] of the cache's dtype, on its device. `heads` is a multiple of the cache's:
+            query head h reads K/V head `h // (heads / cache.num_heads)`. Rows past `step.num_tokens` are padding.
+        cache: one layer.
+        step: block tables and lengths of the pass.
+        group: layer group that the layer is in; one so far.
+        scale: factor of the scores; `1 / sqrt(head_dim)` by default.
+        window: a token attends to the last `window` tokens, itself counted.
+        chunk: a token attends within its own chunk of `chunk` positions.
+        softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2).
+        sinks: [heads]: one more score per head that takes part in the softmax and brings no value (gpt-oss).
+
+    Returns:
+        [tokens, heads, v_head_dim] of the query's dtype; zeros in the rows that are padding.
+
+    Raises:
+        TypeError: the cache's dtype is not one of float16, bfloat16, float32, float64 (8-bit caches would need scales),
+            or the query's differs from it.
+        ValueError: a shape, device, length or option is not as above; nothing has been computed.
+
+    Lengths are read on the host, so on a CUDA device the call waits for the device.
+    """
+    _check(query, cache, step, group, sinks)
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap={softcap} must be above 0 and finite, or None")
+    if scale is None:
+        scale = 1 / math.sqrt(cache.head_dim)
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale={scale} must be finite")
+    reach = _Reach(window, chunk)
+    rows = _rows(step, cache.block_size, reach)
+
+    output = query.new_zeros(*query.shape[:2], cache.v_head_dim)
+    for batch in _batches(rows, cache):
+        keys, values = _gather(batch, cache, step)
+        start, position, origin = _column(
+            [(row.start, row.seq_len - row.query_len, row.first * cache.block_size) for row in batch], query.device
+        )
+        row, length = batch[0], keys.shape[2]
+        per_slice = max(1, min(_QUERIES, _SCORES // (len(batch) * query.shape[1] * length)))
+        for low in range(0, row.query_len, per_slice):
+            high = min(row.query_len, low + per_slice)
+            queries = torch.arange(low, high, device=query.device)
+            first, last, hidden = 0, length, None
+            if len(batch) == 1:
+                before = row.seq_len - row.query_len
+                first = reach.start(before + low) - row.first * cache.block_size
+                last = before + high - row.first * cache.block_size
+            if len(batch) > 1 or high - low > 1:
+                places = origin + torch.arange(first, last, device=query.device)
+                hidden = reach.hidden(places[:, None, :], (position + queries)[:, :, None])
+            output[start + queries] = _attend(
+                query[start + queries], keys[:, :, first:last], values[:, :, first:last], hidden, scale, softcap, sinks
+            )
+    return output
+
+
+@dataclass(frozen=True, slots=True)
+class _Reach:
+    """How far back a token attends."""
+
+    window: int | None
+    chunk: int | None
+
+    def __post_init__(self) -> None:
+        for name, size in (("window", self.window), ("chunk", self.chunk)):
+            if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+                raise ValueError(f"{name}={size!r} must be an int of at least 1, or None")
+
+    def start(self, position: int) -> int:
+        """The first position that a token at `position` attends to."""
+        start = 0 if self.window is None else max(0, position - self.window + 1)
+        return start if self.chunk is None else max(start, position // self.chunk * self.chunk)
+
+    def hidden(self, keys: Tensor, queries: Tensor) -> Tensor:
+        """Whether a key's position is out of a query's reach; the two broadcast."""
+        hidden = keys > queries
+        if self.window is not None:
+            hidden |= keys <= queries - self.window
+        if self.chunk is not None:
+            hidden |= keys // self.chunk != queries // self.chunk
+        return hidden
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One sequence of the batch; its queries reach columns `first` to `last` of its block table, both included."""
+
+    index: int
+    start: int
+    query_len: int
+    seq_len: int
+    first: int
+    last: int
+
+    @property
+    def num_blocks(self) -> int:
+        return self.last - self.first + 1
+
+
+def _check(query: Tensor, cache: PagedKVCache, step: StepLike, group: int, sinks: Tensor | None) -> None:
+    if cache.dtype not in _FLOATS:
+        raise TypeError(f"the cache holds {cache.dtype}; attention takes {', '.join(map(str, _FLOATS))}")
+    if query.dtype != cache.dtype:
+        raise TypeError(f"query is {query.dtype} and the cache {cache.dtype}; they must be the same")
+    if query.ndim != 3 or query.shape[2] != cache.head_dim or not query.shape[1] or query.shape[1] % cache.num_heads:
+        raise ValueError(
+            f"query has shape {list(query.shape)}; give [tokens, heads, {cache.head_dim}] with heads a multiple of "
+            f"the cache's {cache.num_heads}"
+        )
+    if query.shape[0] < step.num_tokens:
+        raise ValueError(f"query has {query.shape[0]} rows, fewer than the step's num_tokens={step.num_tokens}")
+    for name, tensor in (("query", query), ("step.block_table", step.block_table), ("sinks", sinks)):
+        if tensor is not None and tensor.device != cache.device:
+            raise ValueError(f"{name} is on {tensor.device} and the cache on {cache.device}; move one of them")
+    if group != 0:
+        raise ValueError(f"group={group} must be 0: caches have one layer group")
+    if sinks is not None and sinks.shape != query.shape[1:2]:
+        raise ValueError(f"sinks has shape {list(sinks.shape)}; give one for each of the {query.shape[1]} query heads")
+
+
+def _rows(step: StepLike, block_size: int, reach: _Reach) -> list[_Row]:
+    starts = step.query_start_loc[: step.num_seqs + 1].tolist()
+    lens = step.seq_lens[: step.num_seqs].tolist()
+    if starts[0] != 0 or starts[-1] != step.num_tokens:
+        raise ValueError(
+            f"step.query_start_loc runs from {starts[0]} to {starts[-1]}; it must run from 0 to num_tokens="
+            f"{step.num_tokens}"
+        )
+    capacity = step.block_table.shape[1] * block_size
+    rows = []
+    for index, (seq_len, start, stop) in enumerate(zip(lens, starts, starts[1:], strict=False)):
+        query_len = stop - start
+        if not 1 <= query_len <= seq_len or seq_len > capacity:
+            raise ValueError(
+                f"row {index} of the step has {query_len} queries and seq_lens={seq_len}; there must be 1 to seq_lens "
+                f"queries, and {step.block_table.shape[1]} blocks of {block_size} hold {capacity} tokens"
+            )
+        first = reach.start(seq_len - query_len) // block_size
+        rows.append(_Row(index, start, query_len, seq_len, first, (seq_len - 1) // block_size))
+    return rows
+
+
+def _batches(rows: list[_Row], cache: PagedKVCache) -> Iterator[list[_Row]]:
+    """Rows with equally many queries, together as long as their padded K and V stay small."""
+    block = cache.block_size * cache.num_heads * (cache.head_dim + cache.v_head_dim)
+    batch: list[_Row] = []
+    for row in sorted(rows, key=lambda row: (row.query_len, row.num_blocks)):
+        if batch and (row.query_len != batch[0].query_len or (len(batch) + 1) * row.num_blocks * block > _GATHERED):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _column(rows: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, ...]:
+    """The columns of a table of ints, each [rows, 1]."""
+    return torch.unbind(torch.tensor(rows, device=device)[:, :, None], 1)
+
+
+def _gather(batch: list[_Row], cache: PagedKVCache, step: StepLike) -> tuple[Tensor, Tensor]:
+    """K and V of the blocks that the rows reach: [rows, kv heads, length, dim], from the start of their block `first`.
+
+    Of one row exactly its tokens are read. Several rows are padded with their own last block, and their values at and
+    past their length are zeroed: a weight of 0 would not do, as 0 * NaN is NaN.
+    """
+    size, device = cache.block_size, step.block_table.device
+    if len(batch) == 1:
+        row = batch[0]
+        table = step.block_table[row.index, row.first : row.last + 1]
+        keys, values = cache.gather(table, row.seq_len - row.first * size)
+        return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+    index, first, last, lens = _column(
+        [(row.index, row.first, row.last, row.seq_len - row.first * size) for row in batch], device
+    )
+    num_blocks = batch[-1].num_blocks
+    table = step.block_table[index, torch.minimum(first + torch.arange(num_blocks, device=device), last)]
+    length = num_blocks * size
+    keys, values = cache.gather(table.flatten(), len(batch) * length)
+    unused = torch.arange(length, device=device) >= lens
+    values.index_fill_(0, unused.flatten().nonzero()[:, 0], 0)
+    # Head by head without gaps: matmul would copy to that form too, and slower.
+    keys = keys.view(len(batch), length, *keys.shape[1:]).transpose(1, 2).contiguous()
+    return keys, values.view(len(batch), length, *values.shape[1:]).transpose(1, 2).contiguous()
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    hidden: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Softmax attention of [rows, queries, heads, dim] over [rows, kv heads, keys, dim] without what is hidden.
+
+    `hidden` is [rows, queries, keys]; returns [rows, queries, heads, v_head_dim] of the query's dtype.
+    """
+    rows, queries, heads, dim = query.shape
+    kv_heads = keys.shape[1]
+    plain = softcap is None and sinks is None
+    if plain and query.is_cpu and rows == 1 and queries > 1 and hidden is not None and values.shape[3] == dim:
+        # Torch's fused kernel: it keeps to what attention promises here as one row brings no slot that is unused.
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query.transpose(1, 2), keys, values, attn_mask=~hidden[:, None], scale=scale, enable_gqa=True
+        )
+        return output.transpose(1, 2)
+    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    groups = heads // kv_heads
+    # The query heads of one K/V head and the queries make one axis, so that K and V are read once and not repeated.
+    grouped = query.view(rows, queries, kv_heads, groups, dim).permute(0, 2, 3, 1, 4).to(compute).mul(scale)
+    scores = grouped.flatten(2, 3) @ keys.to(compute).transpose(2, 3)
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    scores = scores.view(rows, kv_heads, groups, queries, -1)
+    if hidden is not None:
+        scores.masked_fill_(hidden[:, None, None], -math.inf)
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        sinks = sinks.to(compute).view(kv_heads, groups, 1, 1)
+        largest = torch.maximum(scores.amax(-1, keepdim=True), sinks)
+        weights = scores.sub_(largest).exp_()
+        weights.div_(weights.sum(-1, keepdim=True) + (sinks - largest).exp_())
+    output = (weights.flatten(2, 3) @ values.to(compute)).view(rows, kv_heads, groups, queries, -1)
+    return output.permute(0, 3, 1, 2, 4).flatten(2, 3).to(query.dtype)

@@ -1,0 +1,107 @@
+"""The command line: what commands there are and what they take. Each does its work in a module of its own.
+
+Imports neither torch nor transformers until a command that needs them runs.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from decimal import Decimal
+
+from kvblocks import __version__
+from kvblocks.cli_replay import add_replay_parser
+
+__all__ = ["LAYOUTS", "UsageError", "main"]
+
+LAYOUTS = ("NHD", "HND", "HDN", "X")
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
+_UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done; the message is one sentence for the person who asked. Exit code 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line, `sys.argv` by default. Returns the exit code: 0 fine, 1 tokens differ, 2 wrong usage."""
+    args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to stop
+    try:
+        code: int = args.run(args)
+    except UsageError as error:
+        print(f"kvblocks: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kvblocks", description="The paged KV cache for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"kvblocks {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    add_replay_parser(commands, _count)
+    return parser
+
+
+def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    about = "answer many prompts at once with a transformers model over the paged cache"
+    parser = commands.add_parser("generate", help=about, description=f"{about[0].upper()}{about[1:]}.")
+    parser.set_defaults(run=_generate)
+    add = parser.add_argument
+    add("--model", metavar="MODEL", help="directory or hub id; by default a small Llama is made on the spot")
+    add("--prompts", metavar="FILE", help="one prompt a line, - for standard input; by default a built-in set")
+    add("--max-new-tokens", type=_count, default=64, metavar="N", help="for each prompt (default: %(default)s)")
+    add("--kv-memory", type=_size, default="64MiB", metavar="SIZE", help="for K and V (default: %(default)s)")
+    add("--block-size", type=_count, default=16, metavar="N", help="tokens in a block (default: %(default)s)")
+    add("--layout", choices=LAYOUTS, default="NHD", help="of the cache (default: %(default)s)")
+    add("--dtype", choices=("float16", "bfloat16", "float32", "float64"), help="default: what the model was saved in")
+    add("--device", help="cpu, cuda, cuda:1, ...; by default cuda where there is one")
+    add("--max-batch-tokens", type=_count, default=512, metavar="N", help="of one pass (default: %(default)s)")
+    add("--max-seqs", type=_count, default=64, metavar="N", help="sequences run at once (default: %(default)s)")
+    add("--threads", type=_count, metavar="N", help="on CPU; default: 1 for the built-in model, else what torch takes")
+    add(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help="generate again over transformers' contiguous cache and compare; by default with the built-in model",
+    )
+    add("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def _generate(args: argparse.Namespace) -> int:
+    try:
+        from kvblocks import cli_generate
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("rich", "transformers", "safetensors"):
+            raise
+        raise UsageError(
+            f'`kvblocks generate` needs {error.name}, which is not installed; run: pip install "kvblocks[generate]"'
+        ) from None
+    return cli_generate.run(args)
+
+
+def _count(text: str) -> int:
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if not 1 <= count < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 to {2**31 - 1}")
+    return count
+
+
+def _size(text: str) -> int:
+    """Bytes in a size such as 64MiB, 1.5GB, 4096."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip(), re.ASCII | re.IGNORECASE)
+    if match is None or match[2].upper() not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; give one like 64MiB, 1.5GB or 1048576")
+    size = int(Decimal(match[1]) * _UNITS[match[2].upper()])
+    if size >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than 2**63 - 1 bytes")
+    return size

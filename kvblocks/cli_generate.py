@@ -1,0 +1,282 @@
+"""The command `kvblocks generate`: load a model, continue prompts over the paged cache, verify, report.
+
+How generation goes is in `kvblocks.generation`. Imports torch, transformers and rich.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from kvblocks import demo
+from kvblocks.cli import UsageError
+from kvblocks.config import CacheConfig
+from kvblocks.errors import OutOfMemory
+from kvblocks.generation import Generator, Request
+from kvblocks.integrations.transformers import check_model, kv_shape, longest_sequence
+from kvblocks.verify import Verdict, verify
+
+__all__ = ["run"]
+
+
+@dataclass
+class _Served:
+    """A model with what turns text into its tokens and back."""
+
+    name: str
+    model: transformers.PreTrainedModel
+    encode: Callable[[str], tuple[int, ...]]
+    decode: Callable[[list[int]], str]
+    stop_tokens: frozenset[int]
+
+
+@dataclass
+class _Answer:
+    prompt: str
+    request: Request
+    tokens: list[int]
+    completion: str = ""
+    finish: str = ""
+    verdict: Verdict | None = None
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; 0 if all is well, 1 if tokens differ.
+
+    Raises:
+        UsageError: a model, file, device or size that cannot be.
+    """
+    chatter: Any = transformers.utils.logging
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
+    texts = _prompts(args.prompts)
+    threads = args.threads or (1 if args.model is None else None)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    served = _load(args)
+    answers = [
+        _Answer(text, Request(served.encode(text), args.max_new_tokens, served.stop_tokens), []) for text in texts
+    ]
+    config = _sizes(args, served, answers)
+    with _progress() as progress:
+        report = _generate(args, served, config, answers, progress)
+        if args.verify or (args.verify is None and args.model is None):
+            task = progress.add_task("verifying", total=len(answers))
+            for answer in answers:
+                answer.verdict = verify(served.model, answer.request, answer.tokens)
+                progress.advance(task)
+    if args.json:
+        print(json.dumps(_as_json(report, answers), ensure_ascii=False))
+    else:
+        _print(report, answers)
+    return 0 if all(answer.verdict is None or answer.verdict.passed for answer in answers) else 1
+
+
+def _prompts(name: str | None) -> list[str]:
+    if name is None:
+        return list(demo.PROMPTS)
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--prompts {name} cannot be read: {error}") from None
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UsageError(f"--prompts {name} has no prompt; give one a line")
+    return prompts
+
+
+def _load(args: argparse.Namespace) -> _Served:
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device} cannot be used: {_first_line(error)}") from None
+    if args.model is None:
+        model: transformers.PreTrainedModel = demo.small_llama()
+        torch.nn.Module.to(model, device=device, dtype=dtype or torch.float32)
+        return _Served("built-in Llama", model, demo.encode, demo.decode, frozenset([demo.EOS]))
+    if args.model.startswith((".", "/", "~")) and not Path(args.model).is_dir():
+        raise UsageError(f"--model {args.model} cannot be served: there is no such directory")
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype or "auto")
+        torch.nn.Module.to(model, device=device).train(False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        check_model(model)
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"--model {args.model} cannot be served: {_first_line(error)}") from None
+    stop = model.generation_config.eos_token_id
+    stop_tokens = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
+
+    def encode(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text)["input_ids"])
+
+    def decode(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+    return _Served(args.model, model, encode, decode, stop_tokens)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _sizes(args: argparse.Namespace, served: _Served, answers: list[_Answer]) -> CacheConfig:
+    """The cache that --kv-memory pays for, once the longest sequence is known to fit the model and it."""
+    longest = max(answers, key=lambda answer: len(answer.request.prompt))
+    num_tokens = len(longest.request.prompt) + args.max_new_tokens - 1
+    what = (
+        f"prompt {answers.index(longest) + 1} of {len(longest.request.prompt)} tokens, with {args.max_new_tokens} new"
+    )
+    empty = [number for number, answer in enumerate(answers, 1) if not answer.request.prompt]
+    if empty:
+        raise UsageError(f"prompt {empty[0]} has no tokens: {answers[empty[0] - 1].prompt!r}")
+    limit = longest_sequence(served.model.config)
+    if limit is not None and num_tokens > limit:
+        raise UsageError(f"{what}, needs {num_tokens} positions and the model has {limit}; lower --max-new-tokens")
+    dtype = served.model.dtype
+    try:
+        shape = kv_shape(served.model.config)
+    except ValueError as error:
+        raise UsageError(f"--model {served.name} cannot be served: {error}") from None
+    block = CacheConfig(
+        shape.num_layers, shape.num_kv_heads, shape.head_dim, 1, args.block_size, v_head_dim=shape.v_head_dim
+    )
+    needed, given = block.num_blocks_for(num_tokens), args.kv_memory // block.block_bytes(dtype)
+    if given < needed:
+        raise UsageError(
+            f"--kv-memory {_as_size(args.kv_memory)} holds {given} blocks of {args.block_size} tokens; {what}, needs "
+            f"{needed}: give at least {_as_size(needed * block.block_bytes(dtype))}"
+        )
+    try:
+        return block.replace(num_gpu_blocks=given)
+    except ValueError as error:
+        raise UsageError(f"--kv-memory {_as_size(args.kv_memory)} is too much: {error}") from None
+
+
+def _as_size(num_bytes: int) -> str:
+    """Exact, in the largest unit that divides it: 64MiB, 1088KiB, 1000B."""
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if num_bytes and num_bytes % 1024**power == 0:
+            return f"{num_bytes // 1024**power}{unit}"
+    return f"{num_bytes}B"
+
+
+def _generate(
+    args: argparse.Namespace, served: _Served, config: CacheConfig, answers: list[_Answer], progress: Progress
+) -> dict[str, Any]:
+    """Fill the answers in; returns what there is to report, by name."""
+    task = progress.add_task("generating", total=len(answers) * args.max_new_tokens)
+    try:
+        generator = Generator(
+            served.model,
+            config,
+            layout=args.layout,
+            max_batch_tokens=args.max_batch_tokens,
+            max_seqs=min(args.max_seqs, args.max_batch_tokens),
+        )
+    except (ValueError, OutOfMemory) as error:
+        raise UsageError(_first_line(error)) from None
+    with generator:
+        for answer in answers:
+            generator.add(answer.request)
+        num_passes = 0
+        start = time.perf_counter()
+        while generator.num_unfinished:
+            for new in generator.step():
+                answer = answers[new.request_id]
+                answer.tokens.append(new.token)
+                answer.finish = new.finish or ""
+                progress.advance(task, 1 + (args.max_new_tokens - len(answer.tokens) if new.finish else 0))
+            num_passes += 1
+        seconds = time.perf_counter() - start
+    for answer in answers:
+        answer.completion = served.decode(answer.tokens)
+    stats, engine = generator.manager.stats(), generator.engine
+    new_tokens = sum(len(answer.tokens) for answer in answers)
+    return {
+        "model": served.name,
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "device": str(engine.device),
+        "layout": engine.layout,
+        "block_size": engine.block_size,
+        "pool_bytes": engine.memory_bytes,
+        "num_blocks": engine.num_blocks,
+        "peak_used_blocks": stats.peak_used_blocks,
+        "preemptions": stats.preemptions,
+        "prompt_tokens": sum(len(answer.request.prompt) for answer in answers),
+        "hit_tokens": stats.hit_tokens,
+        "new_tokens": new_tokens,
+        "forward_passes": num_passes,
+        "seconds": seconds,
+        "tokens_per_second": new_tokens / seconds,
+    }
+
+
+def _progress() -> Progress:
+    """On standard error, so that standard output holds the answers and nothing else."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _as_json(report: dict[str, Any], answers: list[_Answer]) -> dict[str, Any]:
+    completions = []
+    for answer in answers:
+        entry: dict[str, Any] = {
+            "prompt": answer.prompt,
+            "prompt_tokens": list(answer.request.prompt),
+            "completion": answer.completion,
+            "tokens": answer.tokens,
+            "finish": answer.finish,
+            "verdict": None,
+        }
+        if answer.verdict is not None:
+            verdict = dataclasses.asdict(answer.verdict)
+            verdict["gap"] = verdict["gap"] if math.isfinite(verdict["gap"]) else None
+            entry["verdict"] = {"identical": answer.verdict.identical, "passed": answer.verdict.passed, **verdict}
+        completions.append(entry)
+    return {**report, "completions": completions}
+
+
+def _print(report: dict[str, Any], answers: list[_Answer]) -> None:
+    for number, answer in enumerate(answers, 1):
+        print(f"{number:3}  {_on_one_line(answer.prompt)}")
+        print(f"  →  {_on_one_line(answer.completion)}\n")
+    table = Table(box=box.SIMPLE, show_header=False)
+    for name, value in _table(report):
+        table.add_row(name, value)
+    Console(markup=False, highlight=False).print(table)
+    if answers[0].verdict is not None:
+        print(f"Against transformers' contiguous cache, in {report['dtype']}:")
+        for number, answer in enumerate(answers, 1):
+            print(f"{number:3}  {answer.verdict}")
+
+
+def _table(report: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    yield "model", f"{report['model']}, {report['dtype']} on {report['device']}"
+    yield "pool", f"{report['pool_bytes']:,} bytes"
+    yield "blocks", f"{report['num_blocks']:,} of {report['block_size']} tokens, layout {report['layout']}"
+    used = report["peak_used_blocks"]
+    yield "peak in use", f"{used:,} blocks ({used / report['num_blocks']:.1%})"
+    yield "preemptions", f"{report['preemptions']:,}"
+    yield "prompts", f"{report['prompt_tokens']:,} tokens, {report['hit_tokens']:,} cached ones reused"
+    yield "answers", f"{report['new_tokens']:,} tokens in {report['forward_passes']:,} forward passes"
+    yield "speed", f"{report['tokens_per_second']:,.0f} tokens/s ({report['seconds']:.2f} s)"
+
+
+def _on_one_line(text: str) -> str:
+    """A text with what would move the cursor written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

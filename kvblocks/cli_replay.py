@@ -1,0 +1,226 @@
+"""The command `kvblocks replay`: run a request trace through a block manager, then say what it did and how fast.
+
+How a replay goes is in `kvblocks.replay`. Imports numpy, rich and matplotlib only when the command runs and needs them.
+"""
+
+import argparse
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvblocks.manager import BlockManager
+    from kvblocks.replay import Request, Sample, Tally
+
+__all__ = ["add_replay_parser", "run"]
+
+FILE_BLOCKS, SMALL_BLOCKS = 131_072, 4096  # the small trace still sees evictions
+MAX_STEP_TOKENS = 8192  # prompt tokens of one prefill step, as serving engines do
+
+
+def add_replay_parser(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", count: Callable[[str], int]
+) -> None:
+    """Add the command to a command line; `count` reads a whole number of at least 1."""
+    about = "run a request trace through the block manager, without a model, as fast as it goes"
+    parser = commands.add_parser("replay", help=about, description=f"{about[0].upper()}{about[1:]}.")
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add(
+        "trace",
+        nargs="?",
+        metavar="TRACE",
+        help="file of JSON lines with input_length, output_length and hash_ids, one id for each 512 tokens of the prompt; "
+        "by default a small trace is made up",
+    )
+    blocks_help = f"in the pool (default: {FILE_BLOCKS}, and {SMALL_BLOCKS} for the made-up trace)"
+    add("--blocks", type=count, metavar="N", help=blocks_help)
+    add("--block-size", type=count, default=16, metavar="N", help="tokens in a block (default: %(default)s)")
+    add("--concurrency", type=count, default=32, metavar="N", help="requests at once, at most (default: %(default)s)")
+    add("--limit", type=count, metavar="N", help="requests to replay, from the start of the trace (default: all)")
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+    add("--plot", metavar="FILE.png", help="draw use of the pool and hit rate over time; the ending picks the format")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns 0.
+
+    Raises:
+        UsageError: the trace cannot be read, a request is too long for the pool, or a package is missing.
+    """
+    from kvblocks.cli import UsageError
+    from kvblocks.replay import Replay, host_step, read_trace, small_trace
+
+    if args.concurrency > 2**20:
+        raise UsageError(f"--concurrency {args.concurrency} must be at most {2**20}")
+    if args.plot:
+        _check_plot(args.plot)
+    if not args.json:
+        _need("rich", "its table; --json needs nothing")
+    if args.trace is None:
+        name, requests = "made-up trace", small_trace()[: args.limit]
+    else:
+        name = args.trace
+        try:
+            requests = read_trace(Path(args.trace), args.limit)
+        except OSError as error:
+            raise UsageError(f"cannot read {args.trace}: {error.strerror or error}") from None
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        if not requests:
+            raise UsageError(f"{args.trace} has no requests")
+    manager = _manager(args)
+    longest = max(request.input_length + request.output_length for request in requests)
+    step = host_step(args.concurrency, max(MAX_STEP_TOKENS, args.concurrency), -(-longest // args.block_size))
+    replay = Replay(manager, step, args.concurrency)
+    for number, request in enumerate(requests, 1):
+        try:
+            replay.check(request)
+        except ValueError as error:
+            raise UsageError(f"request {number} of {name}: {error}; give more --blocks") from None
+    with _progress(len(requests), shown=not args.json) as advance:
+        tally = replay.run(requests, advance)
+    result = summary(tally, manager, name, args.concurrency)
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        _print_table(result)
+    if args.plot:
+        _plot(tally.samples, result, args.plot)
+    return 0
+
+
+def summary(tally: "Tally", manager: "BlockManager", trace: str, concurrency: int) -> dict[str, Any]:
+    """What `--json` prints. Times are those inside calls of the manager; admits count what was refused, and resumes."""
+    stats = manager.stats()
+    asked = tally.admits + tally.resumed + tally.refused
+
+    def each(part: str, count: int) -> float | None:
+        return round(1e6 * tally.seconds[part] / count, 3) if count else None
+
+    return {
+        "trace": trace,
+        "requests": tally.requests,
+        "blocks": manager.num_blocks,
+        "block_size": manager.block_size,
+        "concurrency": concurrency,
+        "prompt_tokens": tally.prompt_tokens,
+        "cached_tokens": tally.cached_tokens,
+        "hit_rate": round(tally.hit_rate, 6),
+        "decoded_tokens": tally.decoded_tokens,
+        "decode_steps": tally.decode_steps,
+        "evictions": stats.evictions,
+        "preemptions": stats.preemptions,
+        "peak_used_blocks": stats.peak_used_blocks,
+        "peak_usage": round(stats.peak_used_blocks / manager.num_blocks, 6),
+        "seconds": {part: round(seconds, 6) for part, seconds in tally.seconds.items()},
+        "microseconds": {
+            "admit": each("admit", asked),
+            "prefill": each("prefill", tally.admits + tally.resumed),
+            "decode_step": each("decode", tally.decode_steps),
+            "decoded_token": each("decode", tally.decoded_tokens),
+            "free": each("free", tally.frees),
+        },
+    }
+
+
+def _manager(args: argparse.Namespace) -> "BlockManager":
+    from kvblocks.cli import UsageError
+    from kvblocks.manager import BlockManager
+
+    try:
+        # Preempted sequences keep their places.
+        blocks = args.blocks or (FILE_BLOCKS if args.trace else SMALL_BLOCKS)
+        return BlockManager(blocks, args.block_size, max_seqs=2 * args.concurrency + 1)
+    except (ValueError, MemoryError) as error:
+        raise UsageError(str(error)) from None
+
+
+def _need(package: str, what: str) -> None:
+    from importlib.util import find_spec
+
+    from kvblocks.cli import UsageError
+
+    if find_spec(package) is None:
+        raise UsageError(
+            f'`kvblocks replay` needs {package} for {what}; it is not installed; run: pip install "kvblocks[replay]"'
+        )
+
+
+@contextlib.contextmanager
+def _progress(total: int, *, shown: bool) -> "Iterator[Callable[[], object] | None]":
+    if not shown:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("requests", total=total)
+        yield lambda: bar.advance(task)
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(
+        f"{result['trace']}: {result['requests']:,} requests, {result['concurrency']} at once, "
+        f"{result['blocks']:,} blocks of {result['block_size']}",
+        highlight=False,
+        markup=False,
+    )
+    table = Table(box=box.SIMPLE, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("prompt tokens", f"{result['prompt_tokens']:,}")
+    table.add_row("hit rate", f"{result['hit_rate']:.1%}")
+    table.add_row("decoded tokens", f"{result['decoded_tokens']:,}")
+    table.add_row("evictions", f"{result['evictions']:,} blocks")
+    table.add_row("preemptions", f"{result['preemptions']:,}")
+    table.add_row("peak use", f"{result['peak_used_blocks']:,} blocks, {result['peak_usage']:.1%}")
+    table.add_section()
+    for name, microseconds in result["microseconds"].items():
+        table.add_row(name.replace("_", " "), "none" if microseconds is None else f"{microseconds:,.2f} µs")
+    table.add_row("all calls together", f"{sum(result['seconds'].values()):.3f} s")
+    console.print(table)
+
+
+def _check_plot(file: str) -> None:
+    """Before the replay, not after it: whether a plot can be written there."""
+    from kvblocks.cli import UsageError
+
+    _need("matplotlib", "--plot")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    path = Path(file)
+    if path.suffix[1:].lower() not in known:
+        raise UsageError(f"--plot {file}: the name must end in .png or another of: {', '.join(sorted(known))}")
+    if not path.parent.is_dir():
+        raise UsageError(f"--plot {file}: there is no folder {path.parent}")
+
+
+def _plot(samples: "Sequence[Sample]", result: dict[str, Any], file: str) -> None:
+    from matplotlib.figure import Figure
+
+    from kvblocks.cli import UsageError
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    steps = [sample.step for sample in samples]
+    axes.plot(steps, [100 * sample.usage for sample in samples], label="blocks in use", linewidth=1)
+    axes.plot(steps, [100 * sample.hit_rate for sample in samples], label="hit rate of the prompts so far")
+    axes.set(xlabel="decode step", ylabel="%", ylim=(0, 100), xlim=(0, None))
+    axes.set_title(f"{result['trace']}, {result['blocks']:,} blocks of {result['block_size']}", fontsize="medium")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        figure.savefig(file, dpi=150)
+    except OSError as error:
+        raise UsageError(f"cannot write {file}: {error.strerror or error}") from None

@@ -1,0 +1,267 @@
+"""The worked example: a whole engine for greedy generation with continuous batching over the paged cache.
+
+Read it to write your own. Policy lives here: who runs, who waits, who gives way. Blocks and slots are the manager's, K
+and V the cache's, and `kvblocks.integrations.transformers` brings them to the model's layers.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple, Self
+
+import torch
+from transformers import PreTrainedModel
+
+from kvblocks.config import CacheConfig
+from kvblocks.engine import CacheEngine
+from kvblocks.errors import NoFreeBlocks
+from kvblocks.integrations import transformers as integration
+from kvblocks.manager import BlockManager
+from kvblocks.step import StepBuffers
+
+__all__ = ["Generator", "Request", "Token"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to be continued.
+
+    Attributes:
+        prompt: token ids, at least one.
+        max_new_tokens: at least 1.
+        stop_tokens: ids that end the request; the one that does is its last token.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    stop_tokens: frozenset[int] = frozenset()
+
+
+class Token(NamedTuple):
+    """One new token of a request. With the last one, `finish` says why it is: "stop" or "length"."""
+
+    request_id: int
+    token: int
+    finish: str | None
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """A request on its way. Its tokens and how many are computed is for the manager to know, not noted here again."""
+
+    request_id: int
+    request: Request
+    handle: int = 0  # the manager's; 0 until the first admission, kept through preemption
+    num_new: int = 0
+
+
+@dataclass(eq=False)
+class _Row:
+    """What one sequence does in one forward pass; `samples` once all of its known tokens are in."""
+
+    sequence: _Sequence
+    query_len: int
+    samples: bool
+
+
+class Generator:
+    """Continue many prompts at once with one model and one paged cache.
+
+    The life of a request::
+
+        add ──> waiting ──admit / resume──> running ──last token──> freed
+                   ^                           │
+                   └──────────preempt──────────┘
+
+    Both queues keep the order of arrival, and who runs came before who waits. The oldest request always gets on, so all
+    of them end.
+
+    Args:
+        model: a decoder-only transformers model; the cache gets its dtype and device.
+        config: sizes of the cache, as `kvblocks.integrations.transformers.cache_config` gives them.
+        layout: of the cache.
+        max_batch_tokens: tokens of one forward pass. A prompt longer than what is left of them goes in chunks.
+        max_seqs: sequences that run at once, at most `max_batch_tokens`.
+        watermark: share of the pool that an admission leaves free, for those who run to grow into.
+
+    Raises:
+        ValueError: a model that cannot be served, or a number out of range.
+        OutOfMemory: the cache does not fit.
+
+    The model's layers attend through kvblocks until `close`, or the end of the `with` block.
+
+    Thread-safety: one thread drives a generator.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: CacheConfig,
+        *,
+        layout: str = "NHD",
+        max_batch_tokens: int = 512,
+        max_seqs: int = 64,
+        watermark: float = 0.01,
+    ) -> None:
+        if not 1 <= max_seqs <= max_batch_tokens:
+            raise ValueError(f"max_seqs={max_seqs} must be 1 to max_batch_tokens={max_batch_tokens}")
+        self.model = model
+        limit = integration.longest_sequence(model.config)
+        self.max_seq_len = config.max_tokens if limit is None else min(limit, config.max_tokens)
+        self.max_batch_tokens = max_batch_tokens
+        self.max_seqs = max_seqs
+        self._attached = ExitStack()
+        self._attached.enter_context(integration.attached(model))
+        try:
+            self.engine = CacheEngine(config, model.dtype, model.device, layout=layout)
+            self.manager = BlockManager(
+                config.num_gpu_blocks, config.block_size, max_seqs=max_seqs, watermark=watermark
+            )
+            self.buffers = StepBuffers(
+                max_seqs, max_batch_tokens, config.num_blocks_for(self.max_seq_len), device=model.device
+            )
+        except BaseException:
+            self.close()
+            raise
+        self._waiting: deque[_Sequence] = deque()
+        self._running: list[_Sequence] = []
+        self._num_added = 0
+
+    def add(self, request: Request) -> int:
+        """Queue a request; returns its id: 0, 1, 2, ...
+
+        Raises:
+            ValueError: the prompt is empty, `max_new_tokens` is below 1, or even alone the sequence would not fit.
+        """
+        if not request.prompt or request.max_new_tokens < 1:
+            raise ValueError(
+                f"a request of {len(request.prompt)} prompt tokens and max_new_tokens={request.max_new_tokens}; "
+                "both must be at least 1"
+            )
+        # The last new token is never fed back, so it needs no slot.
+        longest = len(request.prompt) + request.max_new_tokens - 1
+        if longest > self.max_seq_len:
+            raise ValueError(
+                f"{len(request.prompt)} prompt tokens and max_new_tokens={request.max_new_tokens} need {longest} "
+                f"slots; the cache and the model have {self.max_seq_len} for one sequence"
+            )
+        self._waiting.append(_Sequence(self._num_added, request))
+        self._num_added += 1
+        return self._waiting[-1].request_id
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that wait or run."""
+        return len(self._waiting) + len(self._running)
+
+    def stream(self) -> Iterator[Token]:
+        """The tokens of all requests, as they come, until all are finished. More may be added meanwhile."""
+        while self.num_unfinished:
+            yield from self.step()
+
+    @torch.inference_mode()
+    def step(self) -> list[Token]:
+        """One forward pass: at most one new token for each running sequence, none for those still in their prompt.
+
+        If the pass fails, the step is aborted: no sequence has moved, and the call may be repeated.
+        """
+        self._admit()
+        if not self._running:
+            return []
+        rows, step_id = self._prepare(self._schedule())
+        try:
+            if self.buffers.num_copies:
+                self.engine.copy_blocks(self.buffers.copies)
+            ends = accumulate(row.query_len for row in rows)
+            last_tokens = [end - 1 for row, end in zip(rows, ends, strict=True) if row.samples]
+            wanted = torch.tensor(last_tokens, dtype=torch.int64, device=self.model.device)
+            logits = integration.forward(self.model, self.engine, self.buffers, wanted)
+            tokens = logits.argmax(-1).tolist()
+        except BaseException:
+            self.manager.abort(step_id)
+            raise
+        # From here on the K and V of this pass count, and full blocks can be hit by other prompts.
+        self.manager.commit(step_id)
+        return self._append([row.sequence for row in rows if row.samples], tokens)
+
+    def close(self) -> None:
+        """Give the model its own attention back. The cache goes with the generator."""
+        self._attached.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _admit(self) -> None:
+        """Let in who waits, in order, as long as there are blocks for the whole of a prompt.
+
+        Reserving a part with `admit(reserve=...)` would let more in and preempt more.
+        """
+        while self._waiting and len(self._running) < self.max_seqs:
+            sequence = self._waiting[0]
+            try:
+                if sequence.handle:
+                    self.manager.resume(sequence.handle)
+                else:
+                    sequence.handle, _ = self.manager.admit(sequence.request.prompt)
+            except NoFreeBlocks:
+                if not self._running:
+                    raise
+                return
+            self._running.append(self._waiting.popleft())
+
+    def _schedule(self) -> list[_Row]:
+        """Share the tokens of a pass out: one to each who decodes, what is left to prompts, the oldest first."""
+        lengths = self.manager.lengths([sequence.handle for sequence in self._running])
+        missing = (lengths.num_tokens - lengths.num_computed).tolist()
+        budget = self.max_batch_tokens - missing.count(1)
+        rows = []
+        for sequence, num_missing in zip(self._running, missing, strict=True):
+            query_len = num_missing
+            if num_missing > 1:
+                query_len = min(num_missing, budget)
+                budget -= query_len
+            if query_len:
+                rows.append(_Row(sequence, query_len, samples=query_len == num_missing))
+        return rows
+
+    def _prepare(self, rows: list[_Row]) -> tuple[list[_Row], int]:
+        """Get slots for the rows, from the newest sequences if need be. `prepare` that fails has changed nothing."""
+        while True:
+            try:
+                handles = [row.sequence.handle for row in rows]
+                return rows, self.manager.prepare(handles, [row.query_len for row in rows], self.buffers)
+            except NoFreeBlocks:
+                if len(self._running) == 1:
+                    raise
+                newest = self._running.pop()
+                self.manager.preempt(newest.handle)
+                self._waiting.appendleft(newest)
+                rows = [row for row in rows if row.sequence is not newest]
+
+    def _append(self, sequences: list[_Sequence], tokens: list[int]) -> list[Token]:
+        """Hand the sampled tokens to the manager; who is finished gives all blocks back."""
+        news, ended, handles, ongoing = [], [], [], []
+        for sequence, token in zip(sequences, tokens, strict=True):
+            sequence.num_new += 1
+            finish = None
+            if token in sequence.request.stop_tokens:
+                finish = "stop"
+            elif sequence.num_new == sequence.request.max_new_tokens:
+                finish = "length"
+            news.append(Token(sequence.request_id, token, finish))
+            if finish is None:
+                handles.append(sequence.handle)
+                ongoing.append(token)
+            else:
+                ended.append(sequence)
+        if handles:
+            self.manager.append(handles, ongoing)
+        if ended:
+            self.manager.free([sequence.handle for sequence in ended])
+            self._running = [sequence for sequence in self._running if sequence not in ended]
+        return news

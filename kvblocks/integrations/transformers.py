@@ -1,0 +1,281 @@
+"""Hugging Face transformers models over the paged cache, unpatched, through their attention registry.
+
+Importing this module registers both under the name "kvblocks". Scheduling is not here. Imports transformers.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+
+from kvblocks.attention import paged_attention
+from kvblocks.config import CacheConfig
+from kvblocks.engine import CacheEngine
+from kvblocks.step import StepBuffers
+
+__all__ = ["KVShape", "attached", "cache_config", "check_model", "forward", "kv_shape", "longest_sequence"]
+
+NAME = "kvblocks"
+
+_SERVED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+class KVShape(NamedTuple):
+    """What a model's layers cache: heads count K/V heads, dims are of one head."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+
+
+def kv_shape(config: PreTrainedConfig) -> KVShape:
+    """Read from a transformers config what its layers cache; of a multimodal one, the text part.
+
+    Raises:
+        ValueError: the config lacks a number, or gives one for each layer.
+    """
+    text = config.get_text_config(decoder=True)
+
+    def number(name: str) -> int:
+        value = getattr(text, name, None)
+        if not isinstance(value, int):
+            raise ValueError(f"{type(text).__name__}.{name} is {value!r}; an int is needed to size a cache")
+        return value
+
+    num_layers, num_heads = number("num_hidden_layers"), number("num_attention_heads")
+    if getattr(text, "kv_lora_rank", None):
+        # Multi-head latent attention: transformers expands the latents to K and V for every head.
+        return KVShape(
+            num_layers, num_heads, number("qk_nope_head_dim") + number("qk_rope_head_dim"), number("v_head_dim")
+        )
+    if getattr(text, "multi_query", False):
+        num_kv_heads = 1
+    else:
+        num_kv_heads = (
+            num_heads if getattr(text, "num_key_value_heads", None) is None else number("num_key_value_heads")
+        )
+    has_head_dim = getattr(text, "head_dim", None) is not None
+    head_dim = number("head_dim") if has_head_dim else number("hidden_size") // num_heads
+    v_head_dim = head_dim if getattr(text, "v_head_dim", None) is None else number("v_head_dim")
+    return KVShape(num_layers, num_kv_heads, head_dim, v_head_dim)
+
+
+def cache_config(
+    config: PreTrainedConfig, memory_bytes: int, dtype: torch.dtype, *, block_size: int = 16
+) -> CacheConfig:
+    """The largest cache for the model within `memory_bytes`, all layers in one group.
+
+    Raises:
+        ValueError: not one block fits, or as for `kv_shape`.
+    """
+    shape = kv_shape(config)
+    return CacheConfig.for_memory(
+        shape.num_kv_heads,
+        shape.head_dim,
+        shape.num_layers,
+        memory_bytes,
+        dtype,
+        block_size=block_size,
+        v_head_dim=shape.v_head_dim,
+    )
+
+
+def longest_sequence(config: PreTrainedConfig) -> int | None:
+    """Tokens a sequence may have: the model's `max_position_embeddings`, or None where it names no limit.
+
+    Rotary frequencies of type "dynamic" and "longrope" change for all sequences of a batch once the longest passes the
+    length the model was first trained on. That length is the limit then: no request changes another's tokens.
+    """
+    text = config.get_text_config(decoder=True)
+    limits = [getattr(text, "max_position_embeddings", None)]
+    rope = getattr(text, "rope_parameters", None) or {}
+    for entry in [rope, *rope.values()]:
+        if isinstance(entry, dict) and entry.get("rope_type") in ("dynamic", "longrope"):
+            limits.append(entry.get("original_max_position_embeddings"))
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise ValueError, with the reason, for a model that cannot be served from the paged cache.
+
+    Served are decoders whose attention goes through transformers' attention registry and whose only state is K and V.
+    """
+    name, text = type(model).__name__, model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder; only decoder-only models are served")
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - _SERVED_LAYERS)
+    if others:
+        raise ValueError(
+            f"{name} has layers of type {', '.join(others)}; served are {', '.join(sorted(_SERVED_LAYERS))}"
+        )
+    if getattr(model, "_is_stateful", False):
+        raise ValueError(f"{name} keeps a recurrent state between tokens, which a K/V cache does not hold")
+    if not all(part._can_set_attn_implementation() for part in model.modules() if isinstance(part, PreTrainedModel)):
+        raise ValueError(f"{name} does not use transformers' attention registry, so its attention cannot be exchanged")
+    parameters = inspect.signature(model.forward).parameters
+    if "position_ids" not in parameters or all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+        raise ValueError(
+            f"{name}.forward takes no position_ids or hands nothing on to its layers; it cannot be batched"
+        )
+
+
+@contextmanager
+def attached(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model's layers attend through kvblocks; on leaving, as they did before.
+
+    Raises:
+        ValueError: see `check_model`.
+    """
+    check_model(model)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def forward(model: PreTrainedModel, engine: CacheEngine, step: StepBuffers, wanted: Tensor) -> Tensor:
+    """One forward pass over the tokens of a prepared step; their K and V are written into the cache on the way.
+
+    Args:
+        model: inside `attached`.
+        engine: a cache layer for each of the model's.
+        step: filled by `BlockManager.prepare`; its copies have been done.
+        wanted: int64 [n], the tokens of the step whose logits are asked for.
+
+    Returns:
+        logits [n, vocabulary], of the model's dtype.
+
+    Raises:
+        ValueError: a layer does what the cache cannot serve; the step should be aborted.
+    """
+    run = _Pass(engine, step)
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    output = model(
+        input_ids=step.input_ids[None, : step.num_tokens],
+        position_ids=step.positions[None, : step.num_tokens],
+        use_cache=False,
+        kvblocks=run,
+        **({"logits_to_keep": wanted} if keeps else {}),
+    )
+    if sorted(run.attended) != list(range(len(engine))):
+        raise ValueError(
+            f"of the {len(engine)} layers of {type(model).__name__}, these attended through kvblocks: "
+            f"{sorted(run.attended)}; each must once"
+        )
+    logits: Tensor = output.logits[0]
+    return logits if keeps else logits[wanted]
+
+
+@dataclass
+class _Pass:
+    """What the layers need in one forward pass; it reaches them through the keyword arguments of the model's call."""
+
+    engine: CacheEngine
+    step: StepBuffers
+    attended: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _LocalMask:
+    """Stands where a layer of limited reach would have its mask: the window or chunk that the mask would show."""
+
+    size: int
+
+
+def _mask(
+    *,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    allow_is_bidirectional_skip: bool | None = None,
+    **kwargs: Any,
+) -> _LocalMask | None:
+    """The mask function: no mask is built, as block tables and lengths say all; what they cannot say is an error.
+
+    Without a registered mask function transformers would drop a padding mask in silence.
+    """
+    if attention_mask is not None:
+        raise ValueError(f'attention "{NAME}" takes no padding mask: its batches are ragged; see {__name__}.forward')
+    if use_vmap or allow_is_bidirectional_skip is not None:
+        raise ValueError(f'attention "{NAME}" is causal; this model asks for a mask of its own')
+    return None if local_size is None else _LocalMask(local_size)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: _LocalMask | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    kvblocks: _Pass | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function: query, key, value [1, heads, tokens, dim]; returns [1, tokens, heads, dim]."""
+    if kvblocks is None:
+        raise ValueError(
+            f'attention "{NAME}" was called without a step: run the model through {__name__}.forward, or choose '
+            'another attention with model.set_attn_implementation("sdpa")'
+        )
+    layer: int | None = getattr(module, "layer_idx", None)
+    if layer is None or not 0 <= layer < len(kvblocks.engine):
+        raise ValueError(f"{type(module).__name__} has layer_idx={layer}; the cache has {len(kvblocks.engine)} layers")
+    where = f"layer {layer} ({type(module).__name__})"
+    if is_causal is False or not getattr(module, "is_causal", True):
+        raise ValueError(f"{where} is not causal; cached K and V serve causal attention only")
+    if position_bias is not None:
+        raise ValueError(f"{where} adds a position bias to its scores, which paged attention does not")
+    if dropout:
+        raise ValueError(f"{where} asks for dropout={dropout}; call model.eval()")
+    window, chunk = _reach(module, layer, sliding_window)
+    masked = attention_mask.size if isinstance(attention_mask, _LocalMask) else attention_mask
+    if masked != (window if chunk is None else chunk):
+        raise ValueError(f"{where} says window={window} and chunk={chunk}, but its mask is {masked}")
+    cache, step = kvblocks.engine[layer], kvblocks.step
+    keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    if keys.shape[1:] != (cache.num_heads, cache.head_dim) or values.shape[1:] != (cache.num_heads, cache.v_head_dim):
+        raise ValueError(
+            f"{where} makes K {list(keys.shape[1:])} and V {list(values.shape[1:])} (heads, dim), the cache holds "
+            f"{cache.num_heads} heads of {cache.head_dim} and {cache.v_head_dim}; unequal layers are not served"
+        )
+    kvblocks.attended.append(layer)
+    cache.write(keys, values, step.slot_mapping[: len(keys)])
+    output = paged_attention(
+        query[0].transpose(0, 1),
+        cache,
+        step,
+        scale=scaling,
+        window=window,
+        chunk=chunk,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return output[None], None
+
+
+def _reach(module: nn.Module, layer: int, sliding_window: int | None) -> tuple[int | None, int | None]:
+    """Window and chunk of a layer. Transformers hands it the window; that it is chunked stands in the config only."""
+    config = getattr(module, "config", None)
+    types = getattr(config, "layer_types", None)
+    if types and types[layer] == "chunked_attention":
+        return None, getattr(config, "attention_chunk_size", None)
+    return sliding_window, None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)

@@ -1,0 +1,847 @@
+"""A hypothesis state machine that drives a block manager and its plain-Python model side by side.
+
+Every call in random order, wrong ones too; after each, all that can be seen is compared. It also plays the device, so
+that a sequence which would read another one's cache is seen to do so. Knows a manager only by its public calls, through
+`Driver`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import numpy as np
+from hypothesis import note
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from manager_device import Device, RunRow, Truth
+from manager_model import UNKNOWN, ModelManager, ModelStep
+
+from kvblocks.errors import NoFreeBlocks, StaleSequence, TooManySequences
+
+EXPECTED_ERRORS = (ValueError, TypeError, StaleSequence, NoFreeBlocks, TooManySequences)
+SALTS = (b"", b"a")
+MARKS = (b"x", b"y", b"")
+
+
+@dataclass(frozen=True)
+class StepView:
+    """The arrays of a step with their padding, as lists, and its host ints."""
+
+    input_ids: list[int]
+    positions: list[int]
+    slot_mapping: list[int]
+    block_table: list[list[int]]
+    seq_lens: list[int]
+    query_start_loc: list[int]
+    copies: list[tuple[int, int]]
+    num_seqs: int
+    num_tokens: int
+    max_query_len: int
+    max_seq_len: int
+
+
+def padded(values: list[int], size: int, pad: int) -> list[int]:
+    return values + [pad] * (size - len(values))
+
+
+def read_model_step(step: ModelStep) -> StepView:
+    """What a StepBuffers of this size holds once the model's step is written to it."""
+    empty_rows = [[0] * step.max_blocks_per_seq] * (step.max_seqs - step.num_seqs)
+    return StepView(
+        padded(step.input_ids, step.max_tokens, 0),
+        padded(step.positions, step.max_tokens, 0),
+        padded(step.slot_mapping, step.max_tokens, -1),
+        [padded(row, step.max_blocks_per_seq, 0) for row in step.block_table] + empty_rows,
+        padded(step.seq_lens, step.max_seqs, 0),
+        padded(step.query_start_loc, step.max_seqs + 1, step.num_tokens),
+        list(step.copies),
+        step.num_seqs,
+        step.num_tokens,
+        step.max_query_len,
+        step.max_seq_len,
+    )
+
+
+@dataclass(frozen=True)
+class Driver:
+    """How to make a manager under test and its steps, and how to read those."""
+
+    manager: Callable[..., Any]
+    step: Callable[[int, int, int], Any]  # max_seqs, max_tokens, max_blocks_per_seq
+    read: Callable[[Any], StepView]
+
+
+MODEL = Driver(ModelManager, ModelStep, read_model_step)
+
+
+@dataclass(frozen=True)
+class Raised:
+    kind: type[BaseException]
+    numbers: tuple[Any, ...]  # what the error carries besides its message
+
+
+def plain(value: Any) -> Any:
+    """A returned value as lists, tuples and ints."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, tuple):
+        return tuple(plain(item) for item in value)
+    return value
+
+
+def outcome(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return plain(call(*args, **kwargs))
+    except EXPECTED_ERRORS as error:
+        numbers = (getattr(error, name, None) for name in ("needed", "free", "max_seqs", "handle"))
+        return Raised(type(error), tuple(numbers))
+
+
+@dataclass(frozen=True)
+class Action:
+    name: str
+    weight: int
+    when: Callable[[Any], Any]
+
+
+ACTIONS: list[Action] = []
+Rule = Callable[[Any], None]
+
+
+def action(weight: int, when: Callable[[Any], Any] = lambda machine: True) -> Callable[[Rule], Rule]:
+    """A method of the machine that is done in about `weight` of the steps in which `when` holds.
+
+    Not a `@rule` each: hypothesis leaves some out of a run, and without `admit` or `commit` there is little to see.
+    """
+
+    def register(method: Rule) -> Rule:
+        ACTIONS.append(Action(method.__name__, weight, when))
+        return method
+
+    return register
+
+
+class ManagerMachine(RuleBasedStateMachine):
+    """Subclass with `driver`; see `machine_for`."""
+
+    driver: Driver
+    reference: Callable[..., ModelManager]
+
+    @rule(seed=st.integers(0, 2**32 - 1))
+    def act(self, seed: int) -> None:
+        """One action; what it is and all its arguments follow from the seed, which is quick, and evenly spread."""
+        self.finished = False
+        self.rng = Random(seed)
+        names = [a.name for a in ACTIONS for _ in range(self.weight(a)) if a.when(self)]
+        getattr(self, self.rng.choice(names))()
+        self.finished = True
+
+    def weight(self, a: Action) -> int:
+        return a.weight * (4 if a.name in self.favourites else 1)
+
+    @initialize(seed=st.integers(0, 2**32 - 1))
+    def start(self, seed: int) -> None:
+        self.rng = Random(seed)
+        choice = self.rng.choice
+        num_blocks = choice([8, 10, 6, 12, 7, 5, 4, 3, 2])
+        self.block_size = choice([2, 2, 1, 1, 3, 4])
+        self.vocabulary = choice([2, 3])
+        # A liar sets placeholders to other tokens than were computed; the bookkeeping must stand it, the K/V cannot.
+        self.honest = choice([True, True, True, False])
+        self.favourites = self.rng.sample([a.name for a in ACTIONS], choice([0, 1, 2, 3]))
+        config: dict[str, Any] = {
+            "max_seqs": choice([8, 8, 6, 3]),
+            "max_nodes": choice([None, None, None, 1, 3]),
+            "max_open_steps": choice([3, 8, 1]),
+            "prefix_caching": choice([*[True] * 9, False]),
+            "watermark": choice([0.0, 0.0, 0.0, 0.1, 0.3]),
+        }
+        note(f"manager({num_blocks}, {self.block_size}, {config}); honest: {self.honest}")
+        self.caching = config["prefix_caching"]
+        self.max_seqs = config["max_seqs"]
+        self.model = type(self).reference(num_blocks, self.block_size, **config)
+        self.subject = self.driver.manager(num_blocks, self.block_size, **config)
+        # Reused over many steps of different size, as engines do; the small one is there to be overfilled.
+        sizes = [(8, 64, 24), (8, 64, 24), (2, 6, 4)]
+        self.steps = [(self.driver.step(*size), ModelStep(*size)) for size in sizes]
+        self.max_prompt = max(2, min(14, num_blocks * self.block_size // 2))
+        self.prompts: list[tuple[list[int], bytes, list[tuple[int, bytes]]]] = []
+        self.gone: list[int] = []
+        self.device = Device(self.block_size)
+        self.weights = 0
+        self.truths: dict[int, Truth] = {}
+        self.runs: list[tuple[int, list[RunRow]]] = []
+        self.compare()
+
+    # Both managers
+
+    def both(self, name: str, *args: Any, also: tuple[type[BaseException], ...] = (), **kwargs: Any) -> Any:
+        """Call both, compare; `also` are errors that the call may raise in place of the model's."""
+        expected = outcome(getattr(self.model, name), *args, **kwargs)
+        got = outcome(getattr(self.subject, name), *args, **kwargs)
+        self.same(f"{name}{args}{kwargs or ''}", expected, got, also)
+        self.compare()
+        return expected
+
+    def same(self, call: str, expected: Any, got: Any, also: tuple[type[BaseException], ...]) -> None:
+        note(f"{call} -> {got}")
+        if isinstance(expected, Raised) and isinstance(got, Raised) and got.kind in also:
+            return
+        assert got == expected, f"{call}: expected {expected}, got {got}"
+
+    def compare(self) -> None:
+        model, subject = self.model, self.subject
+        assert subject.num_free_blocks == model.num_free_blocks, f"{model.num_free_blocks} blocks are free in the model"
+        assert subject.num_sequences == model.num_sequences, (
+            f"expected {model.num_sequences}, got {subject.num_sequences}"
+        )
+        assert abs(subject.usage - model.usage) < 1e-9
+        assert tuple(subject.stats()) == tuple(model.stats()), f"expected {model.stats()}, got {subject.stats()}"
+        handles = list(model.sequences)
+        assert plain(tuple(subject.lengths(handles))) == tuple(model.lengths(handles))
+        for handle in handles:
+            table, tokens = model.block_table(handle), model.tokens(handle)
+            assert plain(subject.block_table(handle)) == table, f"the table of {handle} is {table} in the model"
+            assert plain(subject.tokens(handle)) == tokens
+            if self.honest:
+                truth = self.truths[handle]
+                assert all(token in (UNKNOWN, true) for token, true in zip(tokens, truth.tokens, strict=True))
+                computed = int(subject.lengths([handle]).num_computed[0])
+                contents = self.device.identities(truth)[:computed]
+                self.device.check(plain(subject.block_table(handle)), contents, f"sequence {handle}")
+        subject.audit()
+
+    def compare_steps(self, subject_step: Any, model_step: ModelStep) -> None:
+        got, expected = self.driver.read(subject_step), read_model_step(model_step)
+        for name in StepView.__dataclass_fields__:
+            ours, theirs = getattr(expected, name), getattr(got, name)
+            assert theirs == ours, f"step.{name}: expected {ours}, got {theirs}"
+
+    # What to draw from
+
+    @property
+    def handles(self) -> list[int]:
+        return list(self.model.sequences)
+
+    @property
+    def pins(self) -> list[int]:
+        return list(self.model.pins)
+
+    def in_step(self, handle: int) -> bool:
+        return any(row.handle == handle for _, rows in self.runs for row in rows)
+
+    @property
+    def resting(self) -> list[int]:
+        return [h for h in self.handles if not self.in_step(h) and not self.model.sequences[h].preempted]
+
+    @property
+    def preempted(self) -> list[int]:
+        return [h for h in self.handles if self.model.sequences[h].preempted]
+
+    @property
+    def runnable(self) -> list[int]:
+        """Those with tokens that no step has taken yet."""
+        sequences = self.model.sequences.items()
+        return [h for h, s in sequences if not s.preempted and s.num_prepared < len(s.tokens)]
+
+    @property
+    def unknown(self) -> list[int]:
+        return [h for h, s in self.model.sequences.items() if UNKNOWN in s.tokens]
+
+    def some(self, handles: list[int]) -> list[int]:
+        """A random batch of at least one, in random order."""
+        return self.rng.sample(handles, self.rng.randint(1, len(handles)))
+
+    def coin(self) -> bool:
+        return self.rng.random() < 0.5
+
+    def a_token(self) -> int:
+        return self.rng.randrange(self.vocabulary)
+
+    def some_tokens(self, count: int) -> list[int]:
+        return [self.a_token() for _ in range(count)]
+
+    def a_prompt(self) -> tuple[list[int], dict[str, Any]]:
+        """Tokens and identity; often those of an earlier sequence, cut or continued, so that prefixes collide."""
+        salt = b""
+        extra: list[tuple[int, bytes]] = []
+        known = self.prompts + [
+            (s.tokens, s.salt, sorted(s.extra.items()))
+            for s in self.model.sequences.values()
+            if UNKNOWN not in s.tokens
+        ]
+        known = [prompt for prompt in known if prompt[0]]
+        if known and self.rng.randint(0, 3) > 0:
+            old, salt, extra = self.rng.choice(known)
+            kept = len(old) if self.coin() else self.rng.randint(1, len(old))
+            more = self.rng.randint(0, self.block_size + 1)
+            tokens = old[:kept] + self.some_tokens(min(more, max(0, self.max_prompt - kept)))
+        else:
+            most = min(self.max_prompt, 3 * self.block_size + 1)
+            tokens = self.some_tokens(self.rng.choice(range(most, 0, -1)))
+        if self.rng.randint(0, 4) == 0:
+            salt = self.rng.choice(SALTS)
+        if self.rng.randint(0, 3) == 0:
+            places = sorted(self.rng.sample(range(len(tokens)), min(len(tokens), self.rng.randint(0, 2))))
+            extra = [(place, self.rng.choice(MARKS)) for place in places]
+        return tokens, {"salt": salt, "extra": [(place, mark) for place, mark in extra if place < len(tokens)]}
+
+    def a_reserve(self) -> int | None:
+        return self.rng.choice([None, None, 0, 1, 2, 5, 10**6])
+
+    def as_input(self, values: list[int], dtypes: tuple[type, ...] = (np.int64,)) -> Any:
+        """The same ints as a list, an array, or a view with a stride."""
+        kind = self.rng.choice(["list", "array", "strided"])
+        if kind == "list":
+            return values
+        dtype = self.rng.choice(dtypes)
+        if kind == "array":
+            return np.array(values, dtype)
+        return np.repeat(np.array(values, dtype), 2)[::2]
+
+    def token_input(self, tokens: list[int]) -> Any:
+        return self.as_input(tokens, (np.int32, np.int64))
+
+    # Coming and going
+
+    @action(3)
+    def admit(self) -> None:
+        tokens, identity = self.a_prompt()
+        given = self.token_input(tokens)
+        reserve = self.a_reserve()
+        can = self.both("can_admit", given, **identity, reserve=reserve)
+        result = self.both_admit(given, identity, reserve)
+        self.prompts = [*self.prompts[-5:], (tokens, identity["salt"], identity["extra"])]
+        assert (can == 0) == (not isinstance(result, Raised)) or can == 2
+
+    @action(6, when=lambda self: self.model.free_slots)
+    def serve(self) -> None:
+        """The common case: admitted and computed in one step. Twins may come together, and steps be prepared ahead."""
+        tokens, identity = self.a_prompt()
+        batch: list[int] = []
+        for _ in range(self.rng.choice([1, 1, 2])):
+            admitted = self.both_admit(self.token_input(tokens), identity, self.a_reserve())
+            if not isinstance(admitted, Raised):
+                batch.append(admitted[0])
+        ahead = self.rng.choice([0, 0, 1, 2])
+        for which in range(ahead + 1):
+            sequences = [self.model.sequences[handle] for handle in batch]
+            lens = [len(s.tokens) - s.num_prepared for s in sequences]
+            if not batch or isinstance(self.run(batch, lens, which % 2), Raised):
+                break
+            if which < ahead:
+                self.append_to(batch)
+        if self.runs:
+            self.close("commit", 0)
+
+    @action(3, when=lambda self: self.resting and self.model.free_slots)
+    def sample(self) -> None:
+        """Several continuations of one sequence: forked, then each writes its own next token."""
+        parent = self.rng.choice(self.resting)
+        if parent in self.unknown and self.coin():
+            self.learn([parent], [self.model.tokens(parent).count(UNKNOWN)])
+        children = self.both_fork(parent, self.rng.randint(1, 2))
+        if isinstance(children, Raised):
+            return
+        batch = [parent, *children][self.rng.randint(0, 1) :]
+        self.append_to(batch)
+        self.run(batch, [1] * len(batch), self.rng.randint(0, 1))
+
+    def both_admit(self, tokens: Any, identity: dict[str, Any], reserve: int | None) -> Any:
+        expected = outcome(self.model.admit, tokens, **identity, reserve=reserve)
+        got = outcome(self.subject.admit, tokens, **identity, reserve=reserve)
+        self.same(f"admit({tokens}, {identity}, {reserve})", expected, got, (TooManySequences, NoFreeBlocks))
+        if not isinstance(expected, Raised):
+            handle, cached = expected
+            self.truths[handle] = Truth(
+                identity["salt"], plain(np.asarray(tokens)), dict(identity["extra"]), self.weights, cached
+            )
+            if not self.caching:
+                assert cached == 0
+        self.compare()
+        return expected
+
+    @action(1, when=lambda self: self.model.node_of)
+    def match(self) -> None:
+        tokens, identity = self.a_prompt()
+        self.both("match", self.token_input(tokens), **identity)
+        self.both("can_admit", tokens, **identity, reserve=self.a_reserve())
+
+    @action(3, when=lambda self: len(self.handles) > 1)
+    def free(self) -> None:
+        batch = self.some(self.handles)[:2]
+        given = batch[0] if len(batch) == 1 and self.coin() else self.as_input(batch)
+        for handle in batch:
+            del self.truths[handle]
+        self.both("free", given)
+        self.gone = [*self.gone[-5:], *batch]
+
+    @action(8, when=lambda self: self.handles and 3 * self.model.num_free_blocks < self.model.num_blocks)
+    def make_room(self) -> None:
+        """Something leaves a crowded pool, or most of what follows would be refused."""
+        self.free() if self.coin() or not self.resting else self.preempt()
+
+    @action(1, when=lambda self: self.resting)
+    def preempt(self) -> None:
+        handle = self.rng.choice(self.resting)
+        self.truths[handle].written = 0
+        self.both("preempt", handle)
+
+    @action(3, when=lambda self: self.preempted)
+    def resume(self) -> None:
+        handle = self.rng.choice(self.preempted)
+        reserve = self.a_reserve()
+        self.truths[handle].weights = self.weights
+        cached = self.both("resume", handle, reserve=reserve)
+        if not isinstance(cached, Raised):
+            self.truths[handle].written = cached
+
+    @action(3, when=lambda self: self.resting and self.model.free_slots)
+    def fork(self) -> None:
+        parent = self.rng.choice(self.resting)
+        count = self.rng.randint(1, 3)
+        self.both_fork(parent, count)
+
+    def both_fork(self, parent: int, count: int) -> Any:
+        expected = outcome(self.model.fork, parent, count)
+        got = outcome(self.subject.fork, parent, count)
+        self.same(f"fork({parent}, {count})", expected, got, ())
+        if not isinstance(expected, Raised):
+            for child in expected:
+                self.truths[child] = self.truths[parent].copy()
+        self.compare()
+        return expected
+
+    @action(2, when=lambda self: self.resting)
+    def reorder(self) -> None:
+        batch = self.some(self.resting)
+        parents = [self.rng.choice(self.resting) for _ in batch]
+        news = {handle: self.truths[parent].copy() for handle, parent in zip(batch, parents, strict=True)}
+        expected = outcome(self.model.reorder, batch, parents)
+        got = outcome(self.subject.reorder, self.as_input(batch), self.as_input(parents))
+        self.same(f"reorder({batch}, {parents})", expected, got, ())
+        if not isinstance(expected, Raised):
+            self.truths.update(news)
+        self.compare()
+
+    # Tokens
+
+    @action(2, when=lambda self: self.handles)
+    def append(self) -> None:
+        self.append_to(self.some(self.handles))
+
+    def append_to(self, batch: list[int]) -> None:
+        """One more token for each, in a third of the cases a placeholder."""
+        tokens = self.some_tokens(len(batch))
+        for handle, token in zip(batch, tokens, strict=True):
+            self.truths[handle].tokens.append(token)
+        unknown = self.rng.randint(0, 2) == 0
+        self.both("append", self.as_input(batch), None if unknown else self.token_input(tokens))
+
+    @action(2, when=lambda self: self.handles)
+    def extend(self) -> None:
+        batch = self.some(self.handles)
+        counts = [self.rng.randint(0, self.block_size + 1) for _ in batch]
+        tokens = self.some_tokens(sum(counts))
+        taken = 0
+        for handle, count in zip(batch, counts, strict=True):
+            self.truths[handle].tokens += tokens[taken : taken + count]
+            taken += count
+        unknown = self.rng.randint(0, 2) == 0
+        given = None if unknown else self.token_input(tokens)
+        self.both("extend", self.as_input(batch), given, self.as_input(counts))
+
+    @action(3, when=lambda self: self.unknown)
+    def set_tokens(self) -> None:
+        batch = self.some(self.unknown)
+        self.learn(batch, [self.rng.randint(1, self.model.tokens(handle).count(UNKNOWN)) for handle in batch])
+
+    def learn(self, batch: list[int], counts: list[int]) -> None:
+        """The first unknown tokens of each become known, as they were computed unless this is a liar."""
+        tokens: list[int] = []
+        for handle, count in zip(batch, counts, strict=True):
+            truth = self.truths[handle]
+            gaps = [i for i, token in enumerate(self.model.tokens(handle)) if token == UNKNOWN]
+            for position in gaps[:count]:
+                if position >= truth.written or not self.honest:
+                    truth.tokens[position] = self.a_token()
+                tokens.append(truth.tokens[position])
+        given = None if counts == [1] * len(batch) and self.coin() else counts
+        self.both("set_tokens", self.as_input(batch), self.token_input(tokens), given)
+
+    @action(2, when=lambda self: [h for h in self.handles if not self.in_step(h)])
+    def trim(self) -> None:
+        handle = self.rng.choice([h for h in self.handles if not self.in_step(h)])
+        length = len(self.truths[handle].tokens)
+        target = self.rng.randint(max(0, length - 2 * self.block_size), length)
+        self.truths[handle].cut(target)
+        self.both("trim", handle, target)
+
+    @action(4, when=lambda self: self.resting)
+    def rewind(self) -> None:
+        """Cut back to anywhere, then continued with the same tokens or others, and computed: an edited conversation."""
+        handle = self.rng.choice(self.resting)
+        truth = self.truths[handle]
+        target = self.rng.randint(0, len(truth.tokens))
+        more = truth.tokens[target:]
+        if self.coin():
+            more = self.some_tokens(self.rng.randint(1, self.block_size + 1))
+        truth.cut(target)
+        self.both("trim", handle, target)
+        truth.tokens += more
+        self.both("extend", [handle], more, [len(more)])
+        sequence = self.model.sequences[handle]
+        left = len(sequence.tokens) - sequence.num_prepared
+        if left > 0 and not isinstance(self.run([handle], [left]), Raised) and self.coin():
+            self.close("commit", 0)
+
+    # Steps
+
+    def run(self, seqs: Any, lens: Any, which: int = 0) -> Any:
+        """Prepare in both; where it succeeds, play the device's part in order: copies, then writes."""
+        subject_step, model_step = self.steps[which]
+        expected = outcome(self.model.prepare, seqs, lens, model_step)
+        got = outcome(self.subject.prepare, seqs, lens, subject_step)
+        self.same(f"prepare({seqs}, {lens})", expected, got, (NoFreeBlocks, ValueError))
+        self.compare_steps(subject_step, model_step)
+        if not isinstance(expected, Raised):
+            self.play(expected, plain(np.atleast_1d(np.asarray(seqs))), self.driver.read(subject_step))
+        self.compare()
+        return expected
+
+    def play(self, step_id: int, handles: list[int], step: StepView) -> None:
+        self.device.copy_blocks(step.copies)
+        written = {slot // self.block_size for slot in step.slot_mapping[: step.num_tokens]}
+        written |= {target for _, target in step.copies}
+        for _, rows in self.runs:
+            for row in rows:
+                if row.handle not in handles:
+                    assert not written & set(row.table), f"step {step_id} writes what an open step still names"
+        rows = []
+        for i, handle in enumerate(handles):
+            first, last = step.query_start_loc[i], step.query_start_loc[i + 1]
+            end = step.seq_lens[i]
+            start = end - (last - first)
+            table = step.block_table[i][: -(-end // self.block_size)]
+            contents = self.device.identities(self.truths[handle])[:end]
+            if self.honest:
+                self.device.check(table, contents[:start], f"sequence {handle} in step {step_id}")
+            for slot, position in zip(step.slot_mapping[first:last], range(start, end), strict=True):
+                self.device.slots[slot] = contents[position]
+            self.truths[handle].written = end
+            rows.append(RunRow(handle, start, end, table, contents))
+        if self.honest:
+            for row in rows:
+                self.device.check(row.table, row.contents, f"sequence {row.handle} in step {step_id}, all written")
+        self.runs.append((step_id, rows))
+
+    def close(self, name: str, index: int, accepted: list[int] | None = None, given: Any = None) -> None:
+        """Commit or abort; until then nothing may have been written over what the step reads."""
+        step_id, rows = self.runs[index]
+        if self.honest:
+            for row in rows:
+                self.device.check(row.table, row.contents, f"sequence {row.handle} in step {step_id}, at {name}")
+        self.runs.pop(index)
+        for i, row in enumerate(rows):
+            truth = self.truths.get(row.handle)
+            if truth is None:
+                continue
+            kept = row.end - row.start if accepted is None else accepted[i]
+            if name == "abort":
+                truth.written = row.start
+            elif row.start + kept < row.end:
+                truth.cut(row.start + kept)
+        args = (step_id,) if given is None else (step_id, given)
+        result = self.both(name, *args)
+        assert not isinstance(result, Raised), f"{name} of step {step_id} failed: {result}"
+
+    def query_lens(self, batch: list[int], most: int = 6) -> list[int]:
+        lens = []
+        for handle in batch:
+            s = self.model.sequences[handle]
+            lens.append(self.rng.randint(1, min(most, len(s.tokens) - s.num_prepared)))
+        return lens
+
+    @action(4, when=lambda self: self.runnable)
+    def prepare(self) -> None:
+        batch = self.some(self.runnable)
+        lens = self.query_lens(batch)
+        which = self.rng.choice([0, 0, 1, 1, 2])
+        self.run(self.as_input(batch), self.as_input(lens), which)
+
+    @action(6, when=lambda self: self.runnable)
+    def prefill(self) -> None:
+        """The whole of what is left of one or more sequences, at once; then the oldest step is done."""
+        batch = self.some(self.runnable)
+        sequences = [self.model.sequences[handle] for handle in batch]
+        lens = [len(s.tokens) - s.num_prepared for s in sequences]
+        if not isinstance(self.run(batch, lens), Raised):
+            self.close("commit", 0)
+
+    @action(4, when=lambda self: self.handles)
+    def decode(self) -> None:
+        """The next token of each, known or not, in a step that stays open."""
+        batch = [h for h in self.handles if h not in self.runnable and h not in self.preempted]
+        if not batch:
+            return
+        batch = self.some(batch)
+        self.append_to(batch)
+        self.run(batch, [1] * len(batch), self.rng.randint(0, 1))
+
+    @action(6, when=lambda self: self.runs)
+    def commit(self) -> None:
+        self.close("commit", 0)
+
+    @action(2, when=lambda self: self.runs)
+    def commit_part(self) -> None:
+        step_id, rows = self.runs[0]
+        accepted = [self.rng.randint(0, row.end - row.start) for row in rows]
+        later = {row.handle for _, others in self.runs[1:] for row in others}
+        refused = any(
+            row.handle in later and count < row.end - row.start for row, count in zip(rows, accepted, strict=True)
+        )
+        given = self.as_input(accepted)
+        if refused:
+            result = self.both("commit", step_id, given)
+            assert isinstance(result, Raised)
+            assert result.kind is ValueError
+        else:
+            self.close("commit", 0, accepted, given)
+
+    @action(1, when=lambda self: self.runs)
+    def abort(self) -> None:
+        self.close("abort", -1)
+
+    # The prefix cache from outside
+
+    @action(1, when=lambda self: self.model.node_of)
+    def pin(self) -> None:
+        tokens, identity = self.a_prompt()
+        self.both("pin", self.token_input(tokens), **identity, also=(ValueError, TooManySequences))
+
+    @action(1, when=lambda self: self.pins)
+    def unpin(self) -> None:
+        handle = self.rng.choice(self.pins)
+        self.both("unpin", handle)
+        self.gone = [*self.gone[-5:], handle]
+
+    @action(1, when=lambda self: self.model.node_of)
+    def reset_prefix_cache(self) -> None:
+        if self.coin():
+            self.weights += 1
+            self.both("reset_prefix_cache")
+
+    # Wrong calls: one rule, so that they do not crowd out the right ones
+
+    @action(3, when=lambda self: self.handles)
+    def wrong_call(self) -> None:
+        kinds = [self.no_such_sequence, self.not_now, self.bad_batch, self.bad_close, self.bad_prompt]
+        kinds += [self.bad_step] * bool(self.runnable) + [self.bad_types] * bool(self.resting)
+        kinds += [self.pin_for_a_sequence] * bool(self.pins) + [self.nothing_at_all]
+        self.rng.choice(kinds)()
+
+    def with_fault(self, right: list[int], wrong: int) -> list[int]:
+        """A batch that is right but for one item, so that a call which fails halfway is seen."""
+        place = self.rng.randint(0, len(right))
+        return [*right[:place], wrong, *right[place:]]
+
+    def no_such_sequence(self) -> None:
+        garbage = [0, -1, 1, 1 << 24, (1 << 24) + self.max_seqs, 9 << 24, 2**63 - 1, -(2**63)]
+        handle = self.rng.choice(self.gone if self.gone and self.coin() else garbage)
+        if handle in self.handles or handle in self.pins:
+            return
+        batch = self.with_fault(self.resting, handle)
+        ones = [1] * len(batch)
+        fine = self.resting[:1] or [handle]
+        calls: dict[str, Callable[[], Any]] = {
+            "append": lambda: self.both("append", batch, ones),
+            "append unknown": lambda: self.both("append", batch),
+            "extend": lambda: self.both("extend", batch, ones, ones),
+            "set_tokens": lambda: self.both("set_tokens", batch, ones, also=(ValueError,)),
+            "trim": lambda: self.both("trim", handle, 0),
+            "fork": lambda: self.both("fork", handle, 1, also=(TooManySequences,)),
+            "reorder": lambda: self.both("reorder", batch, batch),
+            "parents": lambda: self.both("reorder", fine, [handle]),
+            "free": lambda: self.both("free", batch),
+            "preempt": lambda: self.both("preempt", handle),
+            "resume": lambda: self.both("resume", handle),
+            "unpin": lambda: self.both("unpin", handle),
+            "block_table": lambda: self.both("block_table", handle),
+            "tokens": lambda: self.both("tokens", handle),
+            "lengths": lambda: self.both("lengths", batch),
+            "prepare": lambda: self.failing_prepare(batch, ones),
+        }
+        result = calls[self.rng.choice(sorted(calls))]()
+        assert isinstance(result, Raised)
+
+    def failing_prepare(self, seqs: Any, lens: Any) -> Any:
+        result = self.run(seqs, lens)
+        assert isinstance(result, Raised)
+        return result
+
+    def pin_for_a_sequence(self) -> None:
+        pin = self.rng.choice(self.pins)
+        batch = self.with_fault(self.resting, pin)
+        name = self.rng.choice(["free", "append", "lengths", "trim", "preempt", "resume", "fork", "tokens"])
+        args: tuple[Any, ...] = (batch,) if name in ("free", "append", "lengths") else (pin,)
+        result = self.both(name, *args, *([0] if name == "trim" else []), also=(TooManySequences,))
+        assert isinstance(result, Raised)
+
+    def not_now(self) -> None:
+        """Right calls on a sequence in the wrong state."""
+        handle = self.rng.choice(self.handles)
+        if handle not in self.preempted:
+            self.both("resume", handle)
+        else:
+            self.failing_prepare([handle], [1])
+        if handle not in self.resting:
+            self.both("preempt", handle)
+            self.both("fork", handle, 1, also=(TooManySequences,))
+            self.both("reorder", [handle], self.handles[:1])
+            self.both("reorder", self.handles[:1], [handle])
+        if self.in_step(handle):
+            self.both("trim", handle, 0)
+        self.both("unpin", handle)
+
+    def bad_batch(self) -> None:
+        batch = self.some(self.handles)
+        twice = self.with_fault(batch, batch[0])
+        token = self.rng.choice([-1, 2**31, 2**40, -(2**31)])
+        bad = [*self.some_tokens(len(batch) - 1), token]
+        n = len(batch)
+        unknowns = max(len(s.tokens) for s in self.model.sequences.values()) + 1
+        calls: dict[str, Callable[[], Any]] = {
+            "append twice": lambda: self.both("append", twice, [0] * len(twice)),
+            "extend twice": lambda: self.both("extend", twice, [0] * len(twice), [1] * len(twice)),
+            "free twice": lambda: self.both("free", twice),
+            "append too few": lambda: self.both("append", batch, [0] * (n - 1)),
+            "append too many": lambda: self.both("append", batch, [0] * (n + 1)),
+            "extend counts": lambda: self.both("extend", batch, [0] * n, [1] * (n + 1)),
+            "extend sum": lambda: self.both("extend", batch, [0] * (n + 1), [1] * n),
+            "extend negative": lambda: self.both("extend", [*batch], [0] * n, [*[1] * (n - 1), -1]),
+            "extend unknown negative": lambda: self.both("extend", [*batch], None, [*[1] * (n - 1), -1]),
+            "append bad token": lambda: self.both("append", batch, bad),
+            "extend bad token": lambda: self.both("extend", batch, bad, [1] * n),
+            "set bad token": lambda: self.both("set_tokens", batch, bad),
+            "set too many": lambda: self.both(
+                "set_tokens", batch, [0] * (n - 1 + unknowns), [*[1] * (n - 1), unknowns]
+            ),
+            "reorder lengths": lambda: self.both("reorder", batch, batch[:-1]),
+        }
+        result = calls[self.rng.choice(sorted(calls))]()
+        assert isinstance(result, Raised)
+
+    def bad_step(self) -> None:
+        batch = self.some(self.runnable)
+        last = self.model.sequences[batch[-1]]
+        too_long = len(last.tokens) - last.num_prepared + 1
+        n = len(batch)
+        calls: dict[str, Callable[[], Any]] = {
+            "empty": lambda: self.failing_prepare([], []),
+            "nothing": lambda: self.failing_prepare(batch, [*[1] * (n - 1), 0]),
+            "negative": lambda: self.failing_prepare(batch, [*[1] * (n - 1), -1]),
+            "too long": lambda: self.failing_prepare(batch, [*[1] * (n - 1), too_long]),
+            "twice": lambda: self.failing_prepare([*batch, batch[0]], [1] * (n + 1)),
+            "too few lengths": lambda: self.failing_prepare(batch, [1] * (n - 1)),
+            "a float": lambda: self.failing_prepare(batch, [1.5] * n),
+        }
+        calls[self.rng.choice(sorted(calls))]()
+
+    def bad_close(self) -> None:
+        ids = [step_id for step_id, _ in self.runs]
+        wrong = [0, -1, 10**9, self.model.last_step_id + 1, *range(1, (ids or [1])[0])[-2:]]
+        for name, right in (("commit", ids[:1]), ("abort", ids[-1:])):
+            candidates = [step_id for step_id in wrong + ids if step_id not in right]
+            result = self.both(name, self.rng.choice(candidates))
+            assert isinstance(result, Raised)
+        if self.runs:
+            step_id, rows = self.runs[0]
+            full = [row.end - row.start for row in rows]
+            for accepted in ([*full[:-1], full[-1] + 1], [*full[:-1], -1], full[:-1], [*full, 1], [0.5] * len(rows)):
+                assert isinstance(self.both("commit", step_id, accepted), Raised)
+
+    def bad_prompt(self) -> None:
+        tokens, identity = self.a_prompt()
+        n = len(tokens)
+        bad: list[tuple[Any, dict[str, Any]]] = [
+            ([], {}),
+            ([*tokens, -1], {}),
+            ([2**31, *tokens], {}),
+            ("abc", {}),
+            ([1.5], {}),
+            (None, {}),
+            (np.array([tokens]), {}),
+            (np.array(tokens, np.float32), {}),
+            (tokens, {"salt": "text"}),
+            (tokens, {"salt": None}),
+        ]
+        if self.caching:
+            bad += [
+                (tokens, {"extra": [(n, b"x")]}),
+                (tokens, {"extra": [(-1, b"x")]}),
+                (tokens, {"extra": [(0, b"x"), (0, b"y")]}),
+                ([*tokens, 0], {"extra": [(1, b"x"), (0, b"y")]}),
+                (tokens, {"extra": [(0, "x")]}),
+            ]
+        wrong, how = self.rng.choice(bad)
+        for name in ("admit", "match", "can_admit", "pin"):
+            assert isinstance(self.both(name, wrong, **how, also=()), Raised)
+        for reserve in (-1, 1.5):
+            for name in ("admit", "can_admit"):
+                assert isinstance(self.both(name, tokens, **identity, reserve=reserve), Raised)
+
+    def bad_types(self) -> None:
+        handle = self.rng.choice(self.resting)
+        length = len(self.truths[handle].tokens)
+        calls: list[tuple[Any, ...]] = [
+            ("append", [0.5], [1]),
+            ("append", "ab", [1]),
+            ("append", [handle], [0.5]),
+            ("append", np.array([[handle]]), [1]),
+            ("extend", [handle], [1], [1.0]),
+            ("extend", [handle], [1], None),
+            ("set_tokens", [handle], "a"),
+            ("trim", handle, 0.5),
+            ("trim", handle, -1),
+            ("trim", handle, length + 1),
+            ("trim", "a", 0),
+            ("fork", handle, 1.5),
+            ("fork", handle, -1),
+            ("free", 1.5),
+            ("free", None),
+            ("reorder", [handle], None),
+            ("preempt", None),
+            ("resume", 0.5),
+            ("unpin", None),
+            ("tokens", None),
+            ("block_table", 0.5),
+            ("lengths", "a"),
+            ("commit", None),
+            ("commit", 0.5),
+            ("abort", "a"),
+        ]
+        name, *args = self.rng.choice(calls)
+        assert isinstance(self.both(name, *args), Raised)
+
+    def nothing_at_all(self) -> None:
+        """Empty batches are no error and no change, but for a step."""
+        for name, args in (("append", ([],)), ("extend", ([], [], [])), ("free", ([],)), ("reorder", ([], []))):
+            assert self.both(name, *args) is None
+
+    def teardown(self) -> None:
+        """Whatever happened, everything can be closed and given back."""
+        if not getattr(self, "finished", False):
+            return  # the step before failed, or was cut short
+        while self.runs:
+            self.close("commit", 0)
+        for handle in self.pins:
+            self.both("unpin", handle)
+        handles = self.handles
+        self.truths.clear()
+        self.both("free", handles)
+        assert self.subject.num_free_blocks == self.model.num_blocks
+
+
+def machine_for(driver: Driver, reference: Callable[..., ModelManager] = ModelManager) -> type[ManagerMachine]:
+    return type("Machine", (ManagerMachine,), {"driver": driver, "reference": staticmethod(reference)})

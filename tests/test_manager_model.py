@@ -1,0 +1,353 @@
+"""What the block manager promises, one rule a story, told of the model and of the compiled manager alike."""
+
+from typing import Any
+
+import pytest
+from manager_compiled import COMPILED
+from manager_machine import MODEL, Driver, StepView, plain
+
+from kvblocks.errors import NoFreeBlocks, StaleSequence, TooManySequences
+
+GENERATION = 1 << 24
+
+
+class Engine:
+    """A manager with blocks of 2 tokens, unless told otherwise, and the few lines around it that an engine has."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self.step = driver.step(8, 64, 16)
+
+    def start(self, num_blocks: int = 8, block_size: int = 2, **config: Any) -> Any:
+        self.manager = self.driver.manager(num_blocks, block_size, **config)
+        return self.manager
+
+    def prepare(self, *seqs: int, lens: list[int] | None = None) -> int:
+        """All tokens that are left, or `lens` of them."""
+        lengths = self.manager.lengths(list(seqs))
+        left = [int(n) - int(c) for n, c in zip(lengths.num_tokens, lengths.num_computed, strict=True)]
+        step_id: int = self.manager.prepare(list(seqs), lens or left, self.step)
+        return step_id
+
+    def compute(self, *seqs: int) -> None:
+        self.manager.commit(self.prepare(*seqs))
+
+    def serve(self, tokens: list[int], **identity: Any) -> int:
+        seq: int = self.manager.admit(tokens, **identity)[0]
+        self.compute(seq)
+        return seq
+
+    def view(self) -> StepView:
+        return self.driver.read(self.step)
+
+    def table(self, seq: int) -> list[int]:
+        table: list[int] = plain(self.manager.block_table(seq))
+        return table
+
+    def lengths(self, seq: int) -> list[int]:
+        """num_cached, num_computed, reserved, num_tokens"""
+        return [int(values[0]) for values in self.manager.lengths([seq])]
+
+
+@pytest.fixture(params=[MODEL, COMPILED], ids=["model", "compiled"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return Engine(request.param)
+
+
+def test_blocks_are_taken_from_a_stack(engine: Engine) -> None:
+    manager = engine.start()
+    a, b = manager.admit([1, 2, 3])[0], manager.admit([4])[0]
+    assert (engine.table(a), engine.table(b)) == ([0, 1], [2])
+    manager.free([a, b])  # 1, 0, then 2: a table is given back from its end
+    assert engine.table(manager.admit([5, 6, 7, 8, 9])[0]) == [2, 0, 1]
+
+
+def test_a_handle_is_a_slot_and_its_generation(engine: Engine) -> None:
+    manager = engine.start(max_seqs=2)
+    a, b = manager.admit([1])[0], manager.admit([1])[0]
+    assert (a, b) == (GENERATION, GENERATION + 1)
+    with pytest.raises(TooManySequences):
+        manager.admit([1])
+    manager.free([b, a])
+    assert manager.admit([1])[0] == 2 * GENERATION
+    with pytest.raises(StaleSequence):
+        manager.free(a)
+
+
+def test_chunked_prefill_reserves_as_it_goes(engine: Engine) -> None:
+    manager = engine.start()
+    seq, _ = manager.admit([1, 2, 3, 4, 5], reserve=1)
+    assert (engine.lengths(seq), engine.table(seq)) == ([0, 0, 1, 5], [0])
+    manager.commit(engine.prepare(seq, lens=[3]))
+    assert (engine.lengths(seq), engine.table(seq)) == ([0, 3, 3, 5], [0, 1])
+
+
+def test_a_hit_leaves_a_token_to_compute(engine: Engine) -> None:
+    manager = engine.start()
+    a = engine.serve([1, 2, 3, 4])
+    assert manager.match([1, 2, 3, 4]) == 2
+    assert manager.match([1, 2, 3, 4, 5]) == 4
+    b, cached = manager.admit([1, 2, 3, 4, 5])
+    assert (cached, engine.table(a), engine.table(b)) == (4, [0, 1], [0, 1, 2])
+
+
+def test_nothing_is_published_before_it_is_counted(engine: Engine) -> None:
+    manager = engine.start()
+    seq, _ = manager.admit([1, 2, 3])
+    step_id = engine.prepare(seq)
+    assert manager.match([1, 2, 3]) == 0
+    manager.commit(step_id, [1])
+    assert manager.match([1, 2, 3]) == 0
+
+
+def test_an_aborted_step_was_never_prepared(engine: Engine) -> None:
+    manager = engine.start()
+    a = engine.serve([1, 2, 3])
+    b = manager.fork(a)[0]
+    manager.append([a, b], [8, 9])
+    manager.extend([b], [9, 9], [2])
+    before = [engine.lengths(s) + engine.table(s) for s in (a, b)], manager.num_free_blocks
+    manager.abort(engine.prepare(a, b))
+    assert ([engine.lengths(s) + engine.table(s) for s in (a, b)], manager.num_free_blocks) == before
+    assert engine.prepare(a, b) == 3  # but its number is gone
+
+
+def test_drafts_that_are_not_accepted_are_dropped(engine: Engine) -> None:
+    manager = engine.start()
+    seq = engine.serve([1, 2, 3])
+    manager.extend([seq], [4, 5, 6, 7], [4])
+    manager.commit(engine.prepare(seq), [1])
+    assert plain(manager.tokens(seq)) == [1, 2, 3, 4]
+    assert (engine.lengths(seq), engine.table(seq)) == ([0, 4, 4, 4], [0, 1])
+
+
+def test_a_sequence_of_a_later_step_cannot_be_cut(engine: Engine) -> None:
+    manager = engine.start()
+    seq, _ = manager.admit([1, 2, 3])
+    first = manager.prepare([seq], [2], engine.step)
+    later = manager.prepare([seq], [1], engine.step)
+    with pytest.raises(ValueError, match=r"."):
+        manager.commit(first, [1])
+    manager.abort(later)
+    manager.commit(first, [1])
+    assert engine.lengths(seq)[-1] == 1
+
+
+def test_a_shared_block_is_copied_before_it_is_written(engine: Engine) -> None:
+    manager = engine.start()
+    a = engine.serve([1, 2, 3])
+    b = manager.fork(a)[0]
+    assert engine.table(b) == [0, 1]
+    manager.append([b], [4])
+    step_id = engine.prepare(b)
+    assert engine.view().copies == [(1, 2)]
+    assert engine.view().slot_mapping[:2] == [2 * 2 + 1, -1]
+    assert (engine.table(a), engine.table(b)) == ([0, 1], [0, 2])
+    manager.commit(step_id)
+    manager.append([a], [5])
+    engine.prepare(a)
+    assert engine.view().copies == []  # it is its own again
+
+
+def test_a_published_block_is_copied_before_it_is_written(engine: Engine) -> None:
+    manager = engine.start()
+    seq = engine.serve([1, 2, 3, 4])
+    manager.trim(seq, 3)
+    manager.append([seq], [9])
+    engine.compute(seq)
+    assert engine.table(seq) == [0, 2]
+    assert (manager.match([1, 2, 3, 4, 0]), manager.match([1, 2, 3, 9, 0])) == (4, 4)
+
+
+def test_equal_blocks_become_one_and_the_other_waits_for_who_may_read_it(engine: Engine) -> None:
+    manager = engine.start()
+    a, b = manager.admit([1, 2])[0], manager.admit([1, 2])[0]
+    first = engine.prepare(a, b)
+    manager.append([b], [3])
+    second = manager.prepare([b], [1], engine.step)
+    assert engine.view().block_table[0][:2] == [1, 2]
+    manager.commit(first)
+    assert (engine.table(a), engine.table(b)) == ([0], [0, 2])
+    assert manager.num_free_blocks == 8 - 3  # the second step still names block 1
+    manager.commit(second)
+    assert manager.num_free_blocks == 8 - 2
+
+
+def test_eviction_takes_the_least_recently_used_and_a_child_before_its_parent(engine: Engine) -> None:
+    manager = engine.start(num_blocks=4)
+    old, new = engine.serve([1, 2, 3, 4]), engine.serve([5, 6, 7, 8])
+    manager.free(old)
+    manager.free(new)
+    assert manager.num_free_blocks == 4
+    assert engine.table(manager.admit([9])[0]) == [1]
+    assert (manager.match([1, 2, 3, 4, 0]), manager.match([5, 6, 7, 8, 0])) == (2, 4)
+
+
+def test_what_is_hit_is_not_free_for_the_rest(engine: Engine) -> None:
+    manager = engine.start(num_blocks=3)
+    manager.free(engine.serve([1, 2, 3, 4]))
+    with pytest.raises(NoFreeBlocks) as caught:
+        manager.admit([1, 2, 3, 4, 5, 6, 7])
+    assert (caught.value.needed, caught.value.free) == (2, 1)
+    assert manager.can_admit([1, 2, 3, 4, 5, 6, 7]) == 2  # NEVER: more than the whole pool
+    assert manager.can_admit([1, 2, 3, 4, 5, 6]) == 0
+
+
+def test_salt_and_extra_keep_equal_tokens_apart(engine: Engine) -> None:
+    manager = engine.start()
+    engine.serve([1, 2, 3], salt=b"tenant", extra=[(1, b"image")])
+    assert manager.match([1, 2, 3]) == 0
+    assert manager.match([1, 2, 3], salt=b"tenant") == 0
+    assert manager.match([1, 2, 3], salt=b"tenant", extra=[(0, b"image")]) == 0
+    assert manager.match([1, 2, 3], salt=b"tenant", extra=[(1, b"image")]) == 2
+
+
+def test_extra_goes_with_its_token(engine: Engine) -> None:
+    manager = engine.start()
+    seq, _ = manager.admit([1, 2], extra=[(1, b"image")])
+    manager.trim(seq, 1)
+    manager.append([seq], [2])  # the same id, but no image
+    engine.compute(seq)
+    assert manager.match([1, 2, 3], extra=[(1, b"image")]) == 0
+    assert manager.match([1, 2, 3]) == 2
+
+
+def test_a_placeholder_is_published_once_it_is_known(engine: Engine) -> None:
+    manager = engine.start()
+    seq = engine.serve([1, 2, 3])
+    manager.append(seq)
+    engine.prepare(seq)
+    assert engine.view().input_ids[0] == -1
+    manager.append([seq], [5])
+    manager.prepare([seq], [1], engine.step)
+    manager.commit(2)
+    assert plain(manager.tokens(seq)) == [1, 2, 3, -1, 5]
+    assert manager.match([1, 2, 3, 4, 5]) == 2
+    manager.set_tokens([seq], [4])
+    assert manager.match([1, 2, 3, 4, 5]) == 2
+    manager.commit(3)
+    assert manager.match([1, 2, 3, 4, 5]) == 4
+
+
+def test_a_shared_block_is_published_only_once_it_is_held_alone(engine: Engine) -> None:
+    manager = engine.start(num_blocks=8, block_size=1)
+    a = engine.serve([7])
+    manager.extend([a], None, [2])
+    engine.compute(a)
+    with pytest.raises(ValueError, match=r"."):
+        manager.fork(a)  # what was computed is not known
+    engine.serve([7, 1])
+    manager.set_tokens([a], [1, 2], [2])
+    b = manager.fork(a)[0]
+    manager.append([a], [3])
+    engine.compute(a)
+    assert engine.table(a)[:3] == engine.table(b)  # not merged with the other [7, 1]: b would be left behind
+    assert manager.match([7, 1, 2, 3]) == 2
+    manager.free(b)
+    manager.append([a], [4])
+    engine.compute(a)
+    assert manager.match([7, 1, 2, 3]) == 3
+
+
+def test_a_sequence_freed_in_an_open_step_leaves_when_it_closes(engine: Engine) -> None:
+    manager = engine.start()
+    seq, _ = manager.admit([1, 2, 3])
+    step_id = engine.prepare(seq)
+    manager.free(seq)
+    with pytest.raises(StaleSequence):
+        manager.tokens(seq)
+    assert (manager.num_sequences, manager.num_free_blocks) == (0, 6)
+    manager.commit(step_id)
+    assert manager.num_free_blocks == 8
+    assert manager.match([1, 2, 3]) == 2  # what it computed is good all the same
+
+
+def test_resume_hits_what_survived(engine: Engine) -> None:
+    manager = engine.start(num_blocks=4)
+    seq = engine.serve([1, 2, 3, 4, 5])
+    manager.preempt(seq)
+    assert (engine.lengths(seq), engine.table(seq)) == ([0, 0, 0, 5], [])
+    other, _ = manager.admit([6, 7, 8, 9, 10])  # two unused blocks, and the last of the prefix
+    with pytest.raises(NoFreeBlocks) as caught:
+        manager.resume(seq)
+    assert (caught.value.needed, caught.value.free) == (2, 0)
+    manager.free(other)
+    assert manager.resume(seq) == 2
+    assert engine.lengths(seq) == [2, 2, 5, 5]
+
+
+def test_a_beam_step_moves_many_at_once(engine: Engine) -> None:
+    manager = engine.start()
+    a, b = engine.serve([1, 2, 3]), engine.serve([4, 5, 6])
+    c = manager.fork(a)[0]
+    manager.reorder([a, b, c], [b, a, c])
+    assert [plain(manager.tokens(s)) for s in (a, b, c)] == [[4, 5, 6], [1, 2, 3], [1, 2, 3]]
+    assert (engine.table(a), engine.table(b), engine.table(c)) == ([2, 3], [0, 1], [0, 1])
+
+
+def test_a_pin_keeps_a_prefix(engine: Engine) -> None:
+    manager = engine.start(num_blocks=3)
+    seq = engine.serve([1, 2, 3, 4])
+    pin = manager.pin([1, 2, 3])
+    manager.free(seq)
+    assert manager.num_free_blocks == 2
+    manager.free(manager.admit([5, 6, 7])[0])
+    assert manager.match([1, 2, 3]) == 2
+    with pytest.raises(ValueError, match=r"."):
+        manager.free(pin)
+    manager.unpin(pin)
+    assert manager.num_free_blocks == 3
+
+
+def test_after_a_reset_the_old_publish_no_more(engine: Engine) -> None:
+    manager = engine.start()
+    seq = engine.serve([1, 2, 3])
+    manager.reset_prefix_cache()
+    assert manager.match([1, 2, 3]) == 0
+    manager.append([seq], [4])
+    engine.compute(seq)
+    assert manager.match([1, 2, 3, 4, 5]) == 0
+    manager.preempt(seq)
+    assert manager.resume(seq) == 0
+    engine.compute(seq)
+    assert manager.match([1, 2, 3, 4, 5]) == 4
+
+
+def test_without_a_node_to_hang_on_a_sequence_stops_publishing(engine: Engine) -> None:
+    manager = engine.start(max_nodes=1)
+    a = engine.serve([1, 2, 3, 4])
+    b = engine.serve([5, 6])
+    assert (manager.match([1, 2, 3, 4, 5]), manager.match([5, 6, 7])) == (2, 0)
+    manager.free([a, b])
+    manager.admit([9] * 16)  # the whole pool: the node is free again
+    assert manager.stats().evictions == 1
+
+
+def test_the_watermark_holds_back_admissions_only(engine: Engine) -> None:
+    manager = engine.start(num_blocks=4, watermark=0.25)
+    a, _ = manager.admit([1] * 8)  # nothing is held: ignored
+    manager.free(a)
+    b, _ = manager.admit([1] * 4)
+    with pytest.raises(NoFreeBlocks) as caught:
+        manager.admit([2] * 4)
+    assert (caught.value.needed, caught.value.free) == (2, 2)
+    manager.extend([b], [1] * 4, [4])
+    engine.compute(b)
+    assert manager.num_free_blocks == 0
+
+
+def test_a_call_that_fails_changes_nothing(engine: Engine) -> None:
+    manager = engine.start(num_blocks=4)
+    a, b = manager.admit([1, 2])[0], manager.admit([3, 4])[0]
+    stats, before = manager.stats(), engine.view()
+    with pytest.raises(ValueError, match=r"."):
+        manager.append([a, b], [5, -1])
+    with pytest.raises(ValueError, match=r"."):
+        manager.free([a, b, a])
+    manager.extend([a, b], [1] * 6, [3, 3])
+    with pytest.raises(NoFreeBlocks) as caught:
+        engine.prepare(a, b)
+    assert (caught.value.needed, caught.value.free) == (4, 2)
+    assert engine.view() == before
+    assert manager.stats() == stats
+    assert engine.lengths(a) == [0, 0, 2, 5]

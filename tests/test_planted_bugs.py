@@ -1,0 +1,251 @@
+"""Tests of the tests: the state machine must find bugs planted in a manager, one for each invariant and more.
+
+The mutants are subclasses of the plain-Python model, each with one line wrong.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+from manager_machine import MODEL, Driver, machine_for
+from manager_model import BlockKey, ModelManager, Node, OpenStep, Seq
+
+from kvblocks.errors import InvariantViolation
+
+# Bounded and the same every time; the first failure is enough, so nothing is spent on making it smaller.
+SETTINGS = settings(
+    max_examples=500,
+    stateful_step_count=50,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=[Phase.generate],
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def run(
+    subject: Callable[..., ModelManager],
+    reference: Callable[..., ModelManager] = ModelManager,
+    settings: settings = SETTINGS,
+) -> None:
+    machine = machine_for(Driver(subject, MODEL.step, MODEL.read), partial(reference, checking=False))
+    run_state_machine_as_test(machine, settings=settings)
+
+
+class ForkForgetsAReference(ModelManager):
+    def _child(self, parent: Seq, handle: int) -> Seq:
+        child = super()._child(parent, handle)
+        if child.table:
+            self.refs[child.table[-1]] -= 1
+        return child
+
+
+class WaitingBlockIsLost(ModelManager):
+    def _set_free(self, block: int, naming: OpenStep | None) -> None:
+        if naming is None:
+            super()._set_free(block, naming)
+
+
+class EvictionLeavesTheNode(ModelManager):
+    def _unpublish(self, block: int) -> None:
+        self.node_of.pop(block)
+
+
+class ParentIsReleasedFirst(ModelManager):
+    def _drop_from_end(self, sequence: Seq, num_blocks: int) -> None:
+        for block in sequence.table[num_blocks:]:
+            self._drop(block)
+        del sequence.table[num_blocks:]
+
+
+class CutKeepsTheTail(ModelManager):
+    def _cut(self, sequence: Seq, num_tokens: int) -> None:
+        blocks, table = self._blocks_for(sequence.reserved), list(sequence.table)
+        for block in table:
+            self._hold(block)
+        super()._cut(sequence, num_tokens)
+        for block in table[: len(sequence.table)]:
+            self._drop(block)
+        sequence.table += table[len(sequence.table) : blocks]
+
+
+class PublishedBlockIsWritten(ModelManager):
+    def _must_copy(self, sequence: Seq) -> bool:
+        index = sequence.num_prepared // self.block_size
+        return index < len(sequence.table) and self.refs[sequence.table[index]] > 1
+
+
+class SharedBlockIsWritten(ModelManager):
+    def _must_copy(self, sequence: Seq) -> bool:
+        index = sequence.num_prepared // self.block_size
+        return index < len(sequence.table) and sequence.table[index] in self.node_of
+
+
+class LastSlotTwice(ModelManager):
+    def _slot(self, sequence: Seq, position: int) -> int:
+        last = self.block_size > 1 and position % self.block_size == self.block_size - 1
+        return super()._slot(sequence, position) - int(last)
+
+
+class FailedAdmissionCounts(ModelManager):
+    def _find_room(self, sequence: Seq, reserve: int | None, watermark: int) -> tuple[list[int], int]:
+        self.counts["prompt_tokens"] += 1
+        found = super()._find_room(sequence, reserve, watermark)
+        self.counts["prompt_tokens"] -= 1
+        return found
+
+
+class FailedExtendKeepsSome(ModelManager):
+    def _extend(self, batch: list[Seq], tokens: Any, counts: list[int]) -> None:
+        first = batch[0] if batch else None
+        place = len(first.tokens) if first else 0
+        if first:
+            first.tokens.append(0)
+        super()._extend(batch, tokens, counts)
+        if first:
+            del first.tokens[place]
+
+
+class SaltIsIgnored(ModelManager):
+    def _find(self, tokens: list[int], salt: bytes, extra: dict[int, bytes], max_blocks: int) -> list[int]:
+        return super()._find(tokens, b"", extra, max_blocks)
+
+    def _parent_node(self, sequence: Seq, index: int) -> Node:
+        sequence.salt = b""
+        return super()._parent_node(sequence, index)
+
+
+class ExtraIsIgnored(ModelManager):
+    def _block_key(self, tokens: list[int], extra: dict[int, bytes], index: int) -> BlockKey:
+        return super()._block_key(tokens, {}, index)
+
+
+class ExtraOutlivesItsToken(ModelManager):
+    def _cut(self, sequence: Seq, num_tokens: int) -> None:
+        extra = sequence.extra
+        super()._cut(sequence, num_tokens)
+        sequence.extra = extra
+
+
+class WholePromptIsHit(ModelManager):
+    def _hit(self, tokens: list[int], salt: bytes, extra: dict[int, bytes]) -> list[int]:
+        return self._find(tokens, salt, extra, len(tokens) // self.block_size)
+
+
+class BlockDoesNotWait(ModelManager):
+    def _set_free(self, block: int, naming: OpenStep | None) -> None:
+        super()._set_free(block, None)
+
+
+class OldSequencesPublishAfterReset(ModelManager):
+    def reset_prefix_cache(self) -> None:
+        super().reset_prefix_cache()
+        for sequence in self._all_sequences():
+            sequence.may_publish = True
+            sequence.num_published = 0
+
+
+class SharedBlockIsPublished(ModelManager):
+    def _is_alone(self, block: int) -> bool:
+        return True
+
+
+class OneNodeTooMany(ModelManager):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.max_nodes += 1
+
+
+class NewestIsEvicted(ModelManager):
+    def _take(self) -> int:
+        self.idle.reverse()
+        block = super()._take()
+        self.idle.reverse()
+        return block
+
+
+class StepIdIsReused(ModelManager):
+    def abort(self, step_id: int) -> None:
+        super().abort(step_id)
+        self.last_step_id -= 1
+
+
+class HandleIsReused(ModelManager):
+    def _new_handle(self) -> int:
+        self.generations.clear()
+        return super()._new_handle()
+
+
+INVARIANTS: list[tuple[type[ModelManager], int]] = [
+    (ForkForgetsAReference, 1),
+    (WaitingBlockIsLost, 2),
+    (EvictionLeavesTheNode, 3),
+    (ParentIsReleasedFirst, 4),
+    (CutKeepsTheTail, 5),
+    (PublishedBlockIsWritten, 6),
+    (SharedBlockIsWritten, 6),
+    (LastSlotTwice, 7),
+    (FailedAdmissionCounts, 8),
+    (FailedExtendKeepsSome, 8),
+]
+OTHERS: list[type[ModelManager]] = [
+    SaltIsIgnored,
+    ExtraIsIgnored,
+    ExtraOutlivesItsToken,
+    WholePromptIsHit,
+    BlockDoesNotWait,
+    OldSequencesPublishAfterReset,
+    SharedBlockIsPublished,
+    OneNodeTooMany,
+    NewestIsEvicted,
+    StepIdIsReused,
+    HandleIsReused,
+]
+# Seen in the K/V alone, without a right manager to compare with.
+MISREAD: list[type[ModelManager]] = [
+    PublishedBlockIsWritten,
+    SharedBlockIsWritten,
+    LastSlotTwice,
+    SaltIsIgnored,
+    ExtraIsIgnored,
+    ExtraOutlivesItsToken,
+    BlockDoesNotWait,
+    OldSequencesPublishAfterReset,
+]
+
+
+def silent(mutant: type[ModelManager]) -> Callable[..., ModelManager]:
+    """The mutant without any check of its own."""
+
+    def audit(self: ModelManager) -> None:
+        pass
+
+    return partial(type(mutant.__name__, (mutant,), {"audit": audit}), checking=False)
+
+
+@pytest.mark.parametrize(("mutant", "invariant"), INVARIANTS)
+def test_audit_names_the_broken_invariant(mutant: type[ModelManager], invariant: int) -> None:
+    with pytest.raises(InvariantViolation) as caught:
+        run(mutant, mutant)
+    assert caught.value.invariant == invariant
+
+
+@pytest.mark.parametrize("mutant", [mutant for mutant, _ in INVARIANTS] + OTHERS)
+def test_comparison_finds(mutant: type[ModelManager]) -> None:
+    with pytest.raises((AssertionError, LookupError)):
+        run(silent(mutant))
+
+
+@pytest.mark.parametrize("mutant", MISREAD)
+def test_device_finds(mutant: type[ModelManager]) -> None:
+    with pytest.raises(AssertionError, match=r"reads another prefix|still names"):
+        run(silent(mutant), silent(mutant))
+
+
+def test_nothing_is_found_in_the_model_itself() -> None:
+    run(ModelManager, settings=settings(SETTINGS, max_examples=100))
