@@ -497,7 +497,9 @@ cdef class BlockManager:
             raise self.error(&f)
 
     def abort(self, step_id):
-        """Take back the newest open step, as if it had never been prepared.
+        """Take back the newest open step, as if it had never been prepared: sequences and their blocks are as before.
+
+        What `prepare` evicted stays evicted, since the pass may have begun to write there; `stats` keep their counts.
 
         Raises:
             ValueError: it is not the newest open step.

@@ -15,7 +15,7 @@ from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from manager_device import Device, RunRow, Truth
-from manager_model import UNKNOWN, ModelManager, ModelStep
+from manager_model import UNKNOWN, Admission, ModelManager, ModelStep
 
 from kvblocks.errors import NoFreeBlocks, StaleSequence, TooManySequences
 
@@ -236,6 +236,11 @@ class ManagerMachine(RuleBasedStateMachine):
         return [h for h in self.handles if not self.in_step(h) and not self.model.sequences[h].preempted]
 
     @property
+    def computed(self) -> list[int]:
+        """Those at rest with something to share or to go back to."""
+        return [h for h in self.resting if self.model.sequences[h].num_computed > 0]
+
+    @property
     def preempted(self) -> list[int]:
         return [h for h in self.handles if self.model.sequences[h].preempted]
 
@@ -282,7 +287,7 @@ class ManagerMachine(RuleBasedStateMachine):
             tokens = self.some_tokens(self.rng.choice(range(most, 0, -1)))
         if self.rng.randint(0, 4) == 0:
             salt = self.rng.choice(SALTS)
-        if self.rng.randint(0, 3) == 0:
+        if self.rng.randint(0, 2) == 0:
             places = sorted(self.rng.sample(range(len(tokens)), min(len(tokens), self.rng.randint(0, 2))))
             extra = [(place, self.rng.choice(MARKS)) for place in places]
         return tokens, {"salt": salt, "extra": [(place, mark) for place, mark in extra if place < len(tokens)]}
@@ -312,8 +317,7 @@ class ManagerMachine(RuleBasedStateMachine):
         reserve = self.a_reserve()
         can = self.both("can_admit", given, **identity, reserve=reserve)
         result = self.both_admit(given, identity, reserve)
-        self.prompts = [*self.prompts[-5:], (tokens, identity["salt"], identity["extra"])]
-        assert (can == 0) == (not isinstance(result, Raised)) or can == 2
+        assert can == Admission.NEVER or (can == Admission.NOW) == (not isinstance(result, Raised))
 
     @action(6, when=lambda self: self.model.free_slots)
     def serve(self) -> None:
@@ -335,10 +339,12 @@ class ManagerMachine(RuleBasedStateMachine):
         if self.runs:
             self.close("commit", 0)
 
-    @action(3, when=lambda self: self.resting and self.model.free_slots)
+    @action(3, when=lambda self: self.computed and self.model.free_slots)
     def sample(self) -> None:
         """Several continuations of one sequence: forked, then each writes its own next token."""
-        parent = self.rng.choice(self.resting)
+        parent = self.rng.choice(self.computed)
+        if not self.runs and self.coin():
+            self.run_ahead(parent)
         if parent in self.unknown and self.coin():
             self.learn([parent], [self.model.tokens(parent).count(UNKNOWN)])
         children = self.both_fork(parent, self.rng.randint(1, 2))
@@ -348,15 +354,24 @@ class ManagerMachine(RuleBasedStateMachine):
         self.append_to(batch)
         self.run(batch, [1] * len(batch), self.rng.randint(0, 1))
 
+    def run_ahead(self, handle: int) -> None:
+        """A block or so of tokens is computed before anybody knows them."""
+        tokens = self.some_tokens(self.rng.randint(1, self.block_size + 1))
+        self.truths[handle].tokens += tokens
+        self.both("extend", handle, None, len(tokens))
+        sequence = self.model.sequences[handle]
+        if not isinstance(self.run(handle, len(sequence.tokens) - sequence.num_prepared), Raised):
+            self.close("commit", 0)
+
     def both_admit(self, tokens: Any, identity: dict[str, Any], reserve: int | None) -> Any:
         expected = outcome(self.model.admit, tokens, **identity, reserve=reserve)
         got = outcome(self.subject.admit, tokens, **identity, reserve=reserve)
         self.same(f"admit({tokens}, {identity}, {reserve})", expected, got, (TooManySequences, NoFreeBlocks))
+        ids: list[int] = plain(np.asarray(tokens))
+        self.prompts = [*self.prompts[-5:], (ids, identity["salt"], identity["extra"])]
         if not isinstance(expected, Raised):
             handle, cached = expected
-            self.truths[handle] = Truth(
-                identity["salt"], plain(np.asarray(tokens)), dict(identity["extra"]), self.weights, cached
-            )
+            self.truths[handle] = Truth(identity["salt"], list(ids), dict(identity["extra"]), self.weights, cached)
             if not self.caching:
                 assert cached == 0
         self.compare()
@@ -478,15 +493,19 @@ class ManagerMachine(RuleBasedStateMachine):
         self.truths[handle].cut(target)
         self.both("trim", handle, target)
 
-    @action(4, when=lambda self: self.resting)
+    @action(6, when=lambda self: self.computed)
     def rewind(self) -> None:
-        """Cut back to anywhere, then continued with the same tokens or others, and computed: an edited conversation."""
-        handle = self.rng.choice(self.resting)
+        """An edited conversation: cut back to anywhere, continued with the same tokens or others, and computed.
+
+        Then the old one is asked for again.
+        """
+        handle = self.rng.choice(self.computed)
         truth = self.truths[handle]
+        old, identity = [*truth.tokens, 0], {"salt": truth.salt, "extra": sorted(truth.extra.items())}
         target = self.rng.randint(0, len(truth.tokens))
         more = truth.tokens[target:]
         if self.coin():
-            more = self.some_tokens(self.rng.randint(1, self.block_size + 1))
+            more = [1 - token % 2 for token in more[:1]] + self.some_tokens(self.rng.randint(0, self.block_size))
         truth.cut(target)
         self.both("trim", handle, target)
         truth.tokens += more
@@ -495,6 +514,7 @@ class ManagerMachine(RuleBasedStateMachine):
         left = len(sequence.tokens) - sequence.num_prepared
         if left > 0 and not isinstance(self.run([handle], [left]), Raised) and self.coin():
             self.close("commit", 0)
+        self.both_admit(old, identity, 0)
 
     # Steps
 
@@ -632,7 +652,7 @@ class ManagerMachine(RuleBasedStateMachine):
             self.weights += 1
             self.both("reset_prefix_cache")
 
-    # Wrong calls: one rule, so that they do not crowd out the right ones
+    # Wrong calls: one action, so that they do not crowd out the right ones
 
     @action(3, when=lambda self: self.handles)
     def wrong_call(self) -> None:

@@ -28,7 +28,7 @@ PATIENCE_S = 60
 
 class TestStateMachine(machine_for(COMPILED).TestCase):  # type: ignore[misc]
     settings = settings(
-        max_examples=4 * settings().max_examples,
+        max_examples=3 * settings().max_examples,
         stateful_step_count=50,
         deadline=None,
         suppress_health_check=list(HealthCheck),

@@ -17,7 +17,7 @@ from kvblocks.errors import InvariantViolation
 
 # Bounded and the same every time; the first failure is enough, so nothing is spent on making it smaller.
 SETTINGS = settings(
-    max_examples=500,
+    max_examples=1000,
     stateful_step_count=50,
     derandomize=True,
     database=None,
