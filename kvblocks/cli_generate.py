@@ -26,7 +26,7 @@ from kvblocks.cli import UsageError
 from kvblocks.config import CacheConfig
 from kvblocks.errors import OutOfMemory
 from kvblocks.generation import Generator, Request
-from kvblocks.integrations.transformers import check_model, kv_shape, longest_sequence
+from kvblocks.integrations.transformers import UnsupportedModel, check_model, kv_shape, longest_sequence
 from kvblocks.verify import Verdict, verify
 
 __all__ = ["run"]
@@ -150,7 +150,7 @@ def _sizes(args: argparse.Namespace, served: _Served, answers: list[_Answer]) ->
     dtype = served.model.dtype
     try:
         shape = kv_shape(served.model.config)
-    except ValueError as error:
+    except UnsupportedModel as error:
         raise UsageError(f"--model {served.name} cannot be served: {error}") from None
     block = CacheConfig(
         shape.num_layers, shape.num_kv_heads, shape.head_dim, 1, args.block_size, v_head_dim=shape.v_head_dim
@@ -186,7 +186,7 @@ def _generate(
             config,
             layout=args.layout,
             max_batch_tokens=args.max_batch_tokens,
-            max_seqs=min(args.max_seqs, args.max_batch_tokens),
+            max_seqs=args.max_seqs,
         )
     except (ValueError, OutOfMemory) as error:
         raise UsageError(_first_line(error)) from None
@@ -195,13 +195,16 @@ def _generate(
             generator.add(answer.request)
         num_passes = 0
         start = time.perf_counter()
-        while generator.num_unfinished:
-            for new in generator.step():
-                answer = answers[new.request_id]
-                answer.tokens.append(new.token)
-                answer.finish = new.finish or ""
-                progress.advance(task, 1 + (args.max_new_tokens - len(answer.tokens) if new.finish else 0))
-            num_passes += 1
+        try:
+            while generator.num_unfinished:
+                for new in generator.step():
+                    answer = answers[new.request_id]
+                    answer.tokens.append(new.token)
+                    answer.finish = new.finish or ""
+                    progress.advance(task, 1 + (args.max_new_tokens - len(answer.tokens) if new.finish else 0))
+                num_passes += 1
+        except UnsupportedModel as error:
+            raise UsageError(f"--model {served.name} cannot be served: {error}") from None
         seconds = time.perf_counter() - start
     for answer in answers:
         answer.completion = served.decode(answer.tokens)

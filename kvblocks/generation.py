@@ -83,7 +83,7 @@ class Generator:
         config: sizes of the cache, as `kvblocks.integrations.transformers.cache_config` gives them.
         layout: of the cache.
         max_batch_tokens: tokens of one forward pass. A prompt longer than what is left of them goes in chunks.
-        max_seqs: sequences that run at once, at most `max_batch_tokens`.
+        max_seqs: sequences that run at once; never more than `max_batch_tokens`, as each takes one to decode.
         watermark: share of the pool that an admission leaves free, for those who run to grow into.
 
     Raises:
@@ -105,22 +105,22 @@ class Generator:
         max_seqs: int = 64,
         watermark: float = 0.01,
     ) -> None:
-        if not 1 <= max_seqs <= max_batch_tokens:
-            raise ValueError(f"max_seqs={max_seqs} must be 1 to max_batch_tokens={max_batch_tokens}")
+        if max_seqs < 1 or max_batch_tokens < 1:
+            raise ValueError(f"max_seqs={max_seqs} and max_batch_tokens={max_batch_tokens} must be at least 1")
         self.model = model
         limit = integration.longest_sequence(model.config)
         self.max_seq_len = config.max_tokens if limit is None else min(limit, config.max_tokens)
         self.max_batch_tokens = max_batch_tokens
-        self.max_seqs = max_seqs
+        self.max_seqs = min(max_seqs, max_batch_tokens)
         self._attached = ExitStack()
         self._attached.enter_context(integration.attached(model))
         try:
             self.engine = CacheEngine(config, model.dtype, model.device, layout=layout)
             self.manager = BlockManager(
-                config.num_gpu_blocks, config.block_size, max_seqs=max_seqs, watermark=watermark
+                config.num_gpu_blocks, config.block_size, max_seqs=self.max_seqs, watermark=watermark
             )
             self.buffers = StepBuffers(
-                max_seqs, max_batch_tokens, config.num_blocks_for(self.max_seq_len), device=model.device
+                self.max_seqs, max_batch_tokens, config.num_blocks_for(self.max_seq_len), device=model.device
             )
         except BaseException:
             self.close()

@@ -49,12 +49,13 @@ class Case:
     with_sinks: bool = False
     padding: int = 0
     seed: int = 0
+    device: str = "cpu"
 
     def build(self) -> "Built":
         generator = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(self.dtype)
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
 
         blocks = [-(-seq_len // self.block_size) for seq_len, _ in self.rows]
         num_blocks = sum(blocks) + 2
@@ -65,7 +66,7 @@ class Case:
             self.head_dim,
             self.block_size,
             self.dtype,
-            "cpu",
+            self.device,
             layout=self.layout,
             v_head_dim=self.v_head_dim,
         )
@@ -84,16 +85,17 @@ class Case:
             cache.write(keys[-1], values[-1], slots)
         lens = [query_len for _, query_len in self.rows]
         starts = torch.tensor([0, *lens, 0, 0]).cumsum(0).to(torch.int32)
+        lens_and_nonsense = torch.tensor([seq_len for seq_len, _ in self.rows] + [2**31 - 1, -7], dtype=torch.int32)
         step = Step(
-            block_table=table,
-            seq_lens=torch.tensor([seq_len for seq_len, _ in self.rows] + [2**31 - 1, -7], dtype=torch.int32),
-            query_start_loc=starts,
+            block_table=table.to(self.device),
+            seq_lens=lens_and_nonsense.to(self.device),
+            query_start_loc=starts.to(self.device),
             num_seqs=len(self.rows),
             num_tokens=sum(lens),
             max_query_len=max(lens),
             max_seq_len=max(seq_len for seq_len, _ in self.rows),
         )
-        query = torch.cat([*queries, torch.full((self.padding, *queries[0].shape[1:]), math.nan, dtype=self.dtype)])
+        query = torch.cat([*queries, queries[0].new_full((self.padding, *queries[0].shape[1:]), math.nan)])
         sinks = normal(self.kv_heads * self.groups) * 2 if self.with_sinks else None
         return Built(self, cache, step, query, keys, values, sinks)
 
@@ -120,7 +122,7 @@ class Built:
             query = self.query[start : start + query_len].double()
             parts.append(dense_attention(query, keys.double(), values.double(), sinks=self.sinks, **self.case.options))
             start += query_len
-        return torch.cat([*parts, torch.zeros(self.case.padding, *parts[0].shape[1:], dtype=torch.float64)])
+        return torch.cat([*parts, parts[0].new_zeros(self.case.padding, *parts[0].shape[1:])])
 
     def check(self) -> None:
         output = self.paged()
@@ -205,6 +207,17 @@ def test_equals_dense_attention(case: Case) -> None:
 def test_kinds_of_batches(rows: list[tuple[int, int]], layout: str, dtype: torch.dtype) -> None:
     for options in ({"scale": 1.0}, {"window": 3}, {"chunk": 4}, {"softcap": 1.5}):
         Case(rows, dtype=dtype, layout=layout, options=dict(options)).build().check()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_on_a_cuda_device(layout: str, dtype: torch.dtype) -> None:
+    rows = [(9, 3), (7, 3), (21, 8), (9, 1), (2, 1), (5, 5)]
+    for options in ({"scale": 1.0}, {"window": 3}, {"chunk": 4}, {"softcap": 1.5}):
+        case = Case(rows, dtype=dtype, layout=layout, options=dict(options), padding=2, device="cuda")
+        case.build().check()
+        replace(case, with_sinks=True).build().check()
 
 
 @given(cases())

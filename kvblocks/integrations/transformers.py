@@ -18,11 +18,24 @@ from kvblocks.config import CacheConfig
 from kvblocks.engine import CacheEngine
 from kvblocks.step import StepBuffers
 
-__all__ = ["KVShape", "attached", "cache_config", "check_model", "forward", "kv_shape", "longest_sequence"]
+__all__ = [
+    "KVShape",
+    "UnsupportedModel",
+    "attached",
+    "cache_config",
+    "check_model",
+    "forward",
+    "kv_shape",
+    "longest_sequence",
+]
 
 NAME = "kvblocks"
 
 _SERVED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+class UnsupportedModel(ValueError):
+    """A model that cannot be served from the paged cache; the message says why."""
 
 
 class KVShape(NamedTuple):
@@ -38,14 +51,14 @@ def kv_shape(config: PreTrainedConfig) -> KVShape:
     """Read from a transformers config what its layers cache; of a multimodal one, the text part.
 
     Raises:
-        ValueError: the config lacks a number, or gives one for each layer.
+        UnsupportedModel: the config lacks a number, or gives one for each layer.
     """
     text = config.get_text_config(decoder=True)
 
     def number(name: str) -> int:
         value = getattr(text, name, None)
         if not isinstance(value, int):
-            raise ValueError(f"{type(text).__name__}.{name} is {value!r}; an int is needed to size a cache")
+            raise UnsupportedModel(f"{type(text).__name__}.{name} is {value!r}; an int is needed to size a cache")
         return value
 
     num_layers, num_heads = number("num_hidden_layers"), number("num_attention_heads")
@@ -72,7 +85,8 @@ def cache_config(
     """The largest cache for the model within `memory_bytes`, all layers in one group.
 
     Raises:
-        ValueError: not one block fits, or as for `kv_shape`.
+        ValueError: not one block fits.
+        UnsupportedModel: as for `kv_shape`.
     """
     shape = kv_shape(config)
     return CacheConfig.for_memory(
@@ -102,25 +116,27 @@ def longest_sequence(config: PreTrainedConfig) -> int | None:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Raise ValueError, with the reason, for a model that cannot be served from the paged cache.
+    """Raise `UnsupportedModel` for one that is known not to work before it has run.
 
     Served are decoders whose attention goes through transformers' attention registry and whose only state is K and V.
     """
     name, text = type(model).__name__, model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder; only decoder-only models are served")
+        raise UnsupportedModel(f"{name} is an encoder-decoder; only decoder-only models are served")
     others = sorted(set(getattr(text, "layer_types", None) or ()) - _SERVED_LAYERS)
     if others:
-        raise ValueError(
+        raise UnsupportedModel(
             f"{name} has layers of type {', '.join(others)}; served are {', '.join(sorted(_SERVED_LAYERS))}"
         )
     if getattr(model, "_is_stateful", False):
-        raise ValueError(f"{name} keeps a recurrent state between tokens, which a K/V cache does not hold")
+        raise UnsupportedModel(f"{name} keeps a recurrent state between tokens, which a K/V cache does not hold")
     if not all(part._can_set_attn_implementation() for part in model.modules() if isinstance(part, PreTrainedModel)):
-        raise ValueError(f"{name} does not use transformers' attention registry, so its attention cannot be exchanged")
+        raise UnsupportedModel(
+            f"{name} does not use transformers' attention registry, so its attention cannot be exchanged"
+        )
     parameters = inspect.signature(model.forward).parameters
     if "position_ids" not in parameters or all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
-        raise ValueError(
+        raise UnsupportedModel(
             f"{name}.forward takes no position_ids or hands nothing on to its layers; it cannot be batched"
         )
 
@@ -130,7 +146,7 @@ def attached(model: PreTrainedModel) -> Iterator[None]:
     """Let the model's layers attend through kvblocks; on leaving, as they did before.
 
     Raises:
-        ValueError: see `check_model`.
+        UnsupportedModel: see `check_model`.
     """
     check_model(model)
     before = model.config._attn_implementation
@@ -154,7 +170,7 @@ def forward(model: PreTrainedModel, engine: CacheEngine, step: StepBuffers, want
         logits [n, vocabulary], of the model's dtype.
 
     Raises:
-        ValueError: a layer does what the cache cannot serve; the step should be aborted.
+        UnsupportedModel: a layer does what the cache cannot serve.
     """
     run = _Pass(engine, step)
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -166,7 +182,7 @@ def forward(model: PreTrainedModel, engine: CacheEngine, step: StepBuffers, want
         **({"logits_to_keep": wanted} if keeps else {}),
     )
     if sorted(run.attended) != list(range(len(engine))):
-        raise ValueError(
+        raise UnsupportedModel(
             f"of the {len(engine)} layers of {type(model).__name__}, these attended through kvblocks: "
             f"{sorted(run.attended)}; each must once"
         )
@@ -202,10 +218,12 @@ def _mask(
 
     Without a registered mask function transformers would drop a padding mask in silence.
     """
-    if attention_mask is not None:
-        raise ValueError(f'attention "{NAME}" takes no padding mask: its batches are ragged; see {__name__}.forward')
+    if attention_mask is not None and not attention_mask.all():
+        raise UnsupportedModel(
+            f'attention "{NAME}" takes no padding mask: its batches are ragged; see {__name__}.forward'
+        )
     if use_vmap or allow_is_bidirectional_skip is not None:
-        raise ValueError(f'attention "{NAME}" is causal; this model asks for a mask of its own')
+        raise UnsupportedModel(f'attention "{NAME}" is causal; this model asks for a mask of its own')
     return None if local_size is None else _LocalMask(local_size)
 
 
@@ -228,28 +246,33 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The attention function: query, key, value [1, heads, tokens, dim]; returns [1, tokens, heads, dim]."""
     if kvblocks is None:
-        raise ValueError(
-            f'attention "{NAME}" was called without a step: run the model through {__name__}.forward, or choose '
-            'another attention with model.set_attn_implementation("sdpa")'
+        raise UnsupportedModel(
+            f'attention "{NAME}" was called without a step: either the model was not run through {__name__}.forward '
+            "(for other uses, model.set_attn_implementation brings another attention back), or it hands no keyword "
+            f"arguments on to {type(module).__name__}"
         )
     layer: int | None = getattr(module, "layer_idx", None)
     if layer is None or not 0 <= layer < len(kvblocks.engine):
-        raise ValueError(f"{type(module).__name__} has layer_idx={layer}; the cache has {len(kvblocks.engine)} layers")
+        raise UnsupportedModel(
+            f"{type(module).__name__} has layer_idx={layer}; the cache has {len(kvblocks.engine)} layers"
+        )
     where = f"layer {layer} ({type(module).__name__})"
     if is_causal is False or not getattr(module, "is_causal", True):
-        raise ValueError(f"{where} is not causal; cached K and V serve causal attention only")
+        raise UnsupportedModel(f"{where} is not causal; cached K and V serve causal attention only")
     if position_bias is not None:
-        raise ValueError(f"{where} adds a position bias to its scores, which paged attention does not")
+        raise UnsupportedModel(f"{where} adds a position bias to its scores, which paged attention does not")
     if dropout:
-        raise ValueError(f"{where} asks for dropout={dropout}; call model.eval()")
+        raise UnsupportedModel(f"{where} asks for dropout={dropout}; call model.eval()")
+    if attention_mask is not None and not isinstance(attention_mask, _LocalMask):
+        raise UnsupportedModel(f"{where} makes a mask of its own, which paged attention does not take")
     window, chunk = _reach(module, layer, sliding_window)
-    masked = attention_mask.size if isinstance(attention_mask, _LocalMask) else attention_mask
+    masked = None if attention_mask is None else attention_mask.size
     if masked != (window if chunk is None else chunk):
-        raise ValueError(f"{where} says window={window} and chunk={chunk}, but its mask is {masked}")
+        raise UnsupportedModel(f"{where} has window={window} and chunk={chunk}, but its mask would show {masked}")
     cache, step = kvblocks.engine[layer], kvblocks.step
     keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
     if keys.shape[1:] != (cache.num_heads, cache.head_dim) or values.shape[1:] != (cache.num_heads, cache.v_head_dim):
-        raise ValueError(
+        raise UnsupportedModel(
             f"{where} makes K {list(keys.shape[1:])} and V {list(values.shape[1:])} (heads, dim), the cache holds "
             f"{cache.num_heads} heads of {cache.head_dim} and {cache.v_head_dim}; unequal layers are not served"
         )
@@ -274,6 +297,11 @@ def _reach(module: nn.Module, layer: int, sliding_window: int | None) -> tuple[i
     types = getattr(config, "layer_types", None)
     if types and types[layer] == "chunked_attention":
         return None, getattr(config, "attention_chunk_size", None)
+    if not types and sliding_window is None and getattr(config, "sliding_window", None) is not None:
+        raise UnsupportedModel(
+            f"{type(module).__name__} leaves its sliding window to transformers' cache: config.sliding_window is set, "
+            "the layer and its mask do not know of it"
+        )
     return sliding_window, None
 
 

@@ -1,0 +1,246 @@
+"""Families of transformers models through the paged cache, and those that it must refuse."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from kvblocks.config import CacheConfig
+from kvblocks.generation import Generator, Request
+from kvblocks.integrations.transformers import (
+    KVShape,
+    UnsupportedModel,
+    attached,
+    cache_config,
+    check_model,
+    kv_shape,
+    longest_sequence,
+)
+from kvblocks.verify import verify
+
+# These tensors are tiny, and threads would only wait for each other.
+torch.set_num_threads(1)
+
+VOCABULARY = 97
+TINY: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+BY_TURNS = ["sliding_attention", "full_attention"] * 2
+LATENT = {
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+
+# Every window and chunk is shorter than the sequences.
+FAMILIES: dict[str, tuple[str, dict[str, Any], KVShape]] = {
+    "llama": ("llama", {}, KVShape(4, 2, 16, 16)),
+    "gpt2, learned positions": ("gpt2", {"num_key_value_heads": None}, KVShape(4, 4, 16, 16)),
+    "gpt_bigcode, one K/V head": ("gpt_bigcode", {"num_key_value_heads": None}, KVShape(4, 1, 16, 16)),
+    "qwen2, windows in some layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
+        KVShape(4, 2, 16, 16),
+    ),
+    "qwen3, head_dim of its own": ("qwen3", {"head_dim": 32}, KVShape(4, 2, 32, 32)),
+    "mistral, windows": ("mistral", {"sliding_window": 9, "head_dim": None}, KVShape(4, 2, 16, 16)),
+    "phi3, windows": ("phi3", {"sliding_window": 9}, KVShape(4, 2, 16, 16)),
+    "gemma2, soft-capping and windows": (
+        "gemma2",
+        {"head_dim": 16, "sliding_window": 9, "layer_types": BY_TURNS, "attn_logit_softcapping": 3.0},
+        KVShape(4, 2, 16, 16),
+    ),
+    "gemma3, windows and two kinds of positions": (
+        "gemma3_text",
+        {"head_dim": 16, "sliding_window": 9, "layer_types": BY_TURNS},
+        KVShape(4, 2, 16, 16),
+    ),
+    "gpt-oss, sinks and windows": (
+        "gpt_oss",
+        {"head_dim": 16, "sliding_window": 9, "layer_types": BY_TURNS, "num_local_experts": 4},
+        KVShape(4, 2, 16, 16),
+    ),
+    "llama4, chunks": (
+        "llama4_text",
+        {
+            "head_dim": 16,
+            "attention_chunk_size": 8,
+            "layer_types": ["chunked_attention", "full_attention"] * 2,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 4,
+        },
+        KVShape(4, 2, 16, 16),
+    ),
+    "deepseek_v3, V narrower than K": ("deepseek_v3", LATENT, KVShape(4, 4, 24, 20)),
+    "biogpt, a mask of ones": ("biogpt", {"num_key_value_heads": None}, KVShape(4, 4, 16, 16)),
+}
+
+
+def build(name: str, **fields: Any) -> PreTrainedModel:
+    kinds: Any = transformers.AutoConfig
+    config = kinds.for_model(name, **{key: value for key, value in {**TINY, **fields}.items() if value is not None})
+    torch.manual_seed(0)
+    models: Any = AutoModelForCausalLM
+    model: PreTrainedModel = models.from_config(config)
+    model.train(False)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            # Sharp attention and logits far apart, so that a wrong window or cap changes tokens.
+            if weight.ndim > 1:
+                weight.normal_(0, 1.5 * 64**-0.5)
+            else:
+                weight.normal_(0 if name.endswith("bias") else 1, 0.3)
+    return model
+
+
+def generate(model: PreTrainedModel, requests: list[Request], num_blocks: int = 12) -> tuple[list[list[int]], int]:
+    """The new tokens, and how often a sequence was preempted."""
+    shape = kv_shape(model.config)
+    config = CacheConfig(shape.num_layers, shape.num_kv_heads, shape.head_dim, num_blocks, 5, shape.v_head_dim)
+    tokens: list[list[int]] = [[] for _ in requests]
+    with Generator(model, config, max_batch_tokens=24, max_seqs=4) as generator:
+        for request in requests:
+            generator.add(request)
+        for new in generator.stream():
+            tokens[new.request_id].append(new.token)
+        return tokens, generator.manager.stats().preemptions
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str) -> None:
+    name, fields, shape = FAMILIES[family]
+    model = build(name, **fields)
+    assert kv_shape(model.config) == shape
+    generator = torch.Generator().manual_seed(1)
+    requests = [
+        Request(tuple(torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()), 12)
+        for length in (3, 30, 17, 40, 1)
+    ]
+    tokens, preemptions = generate(model, requests)
+    verdicts = [verify(model, request, new) for request, new in zip(requests, tokens, strict=True)]
+    assert all(verdict.identical for verdict in verdicts), [str(verdict) for verdict in verdicts]
+    assert preemptions > 0
+    assert len({token for new in tokens for token in new}) > 5
+
+
+LINEAR = ["linear_attention", "full_attention"] * 2
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "linear attention": ("qwen3_next", {"layer_types": LINEAR}, "layers of type linear_attention; served are"),
+    "recurrent": ("rwkv", {"attention_hidden_size": 64}, "keeps a recurrent state"),
+    "no registry": (
+        "gptj",
+        {"rotary_dim": 8, "num_key_value_heads": None},
+        "does not use transformers' attention regis",
+    ),
+    "decoder half": ("bart", {"d_model": 64, "decoder_layers": 2}, "takes no position_ids or hands nothing on"),
+    "bidirectional": ("bert", {}, "is causal; this model asks for a mask of its own"),
+    "mask of its own": ("doge", {}, r"layer 0 \(DogeAttention\) makes a mask of its own"),
+    "attends twice": ("diffllama", {}, r"attended through kvblocks: \[0, 0, 1, 1, 2, 2, 3, 3\]; each must once"),
+    "window in the cache only": ("moshi", {"sliding_window": 9}, "leaves its sliding window to transformers' cache"),
+    "nothing handed on": ("stablelm", {}, "hands no keyword arguments on to StableLmAttention"),
+    "K and V repeated": (
+        "jetmoe",
+        {"head_dim": None, "kv_channels": 16},
+        r"makes K \[4, 16\].*the cache holds 2 heads",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_rather_than_wrong(kind: str) -> None:
+    name, fields, message = REFUSED[kind]
+    model = build(name, **fields)
+    before = model.config._attn_implementation
+    with pytest.raises(UnsupportedModel, match=message):
+        generate(model, [Request((3, 4, 5), 2)])
+    assert model.config._attn_implementation == before
+
+
+def test_encoder_decoders_are_refused() -> None:
+    config = transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    with pytest.raises(UnsupportedModel, match="T5ForConditionalGeneration is an encoder-decoder"):
+        check_model(transformers.T5ForConditionalGeneration(config))
+
+
+def test_dropout_is_refused() -> None:
+    model = build("llama", attention_dropout=0.1)
+    model.train(True)
+    with pytest.raises(UnsupportedModel, match=r"asks for dropout=0\.1; call model\.eval"):
+        generate(model, [Request((3, 4, 5), 2)])
+
+
+def test_a_layer_and_its_mask_must_agree() -> None:
+    model = build("qwen3", sliding_window=9, use_sliding_window=True, layer_types=BY_TURNS)
+    layer: Any = model.get_submodule("model.layers.2.self_attn")
+    layer.sliding_window = None
+    with pytest.raises(UnsupportedModel, match="has window=None and chunk=None, but its mask would show 9"):
+        generate(model, [Request((3, 4, 5), 2)])
+
+
+def test_a_batch_with_padding_is_an_error_not_a_wrong_answer() -> None:
+    model = build("llama")
+    tokens = torch.tensor([[0, 0, 5, 6], [3, 4, 5, 6]])
+    with attached(model):
+        with pytest.raises(ValueError, match="takes no padding mask: its batches are ragged"):
+            model(input_ids=tokens, attention_mask=(tokens > 0).long())
+        with pytest.raises(UnsupportedModel, match="called without a step"):
+            model(input_ids=tokens[1:], attention_mask=torch.ones(1, 4))
+
+
+def test_kv_shape_needs_numbers() -> None:
+    kind: Any = PreTrainedConfig
+    config = kind(num_hidden_layers=2, num_attention_heads=[4, 2], hidden_size=64)
+    with pytest.raises(UnsupportedModel, match=r"PreTrainedConfig\.num_attention_heads is \[4, 2\]; an int is needed"):
+        kv_shape(config)
+    with pytest.raises(UnsupportedModel, match=r"num_hidden_layers is None"):
+        kv_shape(PreTrainedConfig())
+
+
+def test_kv_shape_of_values_narrower_than_keys() -> None:
+    kind: Any = PreTrainedConfig
+    config = kind(num_hidden_layers=2, num_attention_heads=4, hidden_size=64, v_head_dim=12)
+    assert kv_shape(config) == KVShape(2, 4, 16, 12)
+
+
+def test_cache_config_takes_what_fits() -> None:
+    config = transformers.LlamaConfig(**TINY)
+    sized = cache_config(config, 1 << 20, torch.float16, block_size=8)
+    assert (sized.num_layers, sized.num_kv_heads, sized.head_dim, sized.block_size) == (4, 2, 16, 8)
+    assert sized.num_gpu_blocks == (1 << 20) // (8 * 4 * 2 * (16 + 16) * 2)
+
+
+def test_longest_sequence() -> None:
+    assert longest_sequence(transformers.LlamaConfig(max_position_embeddings=77)) == 77
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    phi3 = transformers.Phi3Config(
+        **{**TINY, "max_position_embeddings": 256},
+        original_max_position_embeddings=64,
+        rope_parameters={**rope, "original_max_position_embeddings": 64},
+    )
+    assert longest_sequence(phi3) == 64
+    by_layer = transformers.Gemma3TextConfig(max_position_embeddings=512)
+    assert longest_sequence(by_layer) == 512
+    assert longest_sequence(PreTrainedConfig()) is None

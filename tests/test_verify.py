@@ -1,0 +1,125 @@
+"""The verifier must find what is planted, and nothing else."""
+
+from functools import cache
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from kvblocks import demo
+from kvblocks.generation import Request
+from kvblocks.verify import NEAR_TIE, Verdict, verify
+
+# These tensors are tiny, and threads would only wait for each other.
+torch.set_num_threads(1)
+
+REQUEST = Request(demo.encode("Who holds the lock?"), 12)
+
+
+@cache
+def model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    small = demo.small_llama()
+    torch.nn.Module.to(small, dtype=dtype)
+    return small
+
+
+def greedy(dtype: torch.dtype = torch.float32, length: int = 12, swap: tuple[int, int] | None = None) -> list[int]:
+    """Greedy tokens over a contiguous cache; at `swap` = (position, rank) the token of that rank, not the best."""
+    past, feed = DynamicCache(config=model(dtype).config), list(REQUEST.prompt)
+    tokens = []
+    with torch.inference_mode():
+        for position in range(length):
+            output = model(dtype)(input_ids=torch.tensor([feed]), past_key_values=past, use_cache=True)
+            ranks = output.logits[0, -1].argsort(descending=True)
+            feed = [int(ranks[swap[1] if swap is not None and swap[0] == position else 0])]
+            tokens += feed
+    return tokens
+
+
+def test_the_same_tokens_are_identical() -> None:
+    verdict = verify(model(), REQUEST, greedy())
+    assert verdict == Verdict()
+    assert verdict.identical
+    assert verdict.passed
+    assert str(verdict) == "identical"
+
+
+@pytest.mark.parametrize("position", [0, 5, 11])
+def test_a_changed_token_is_found_where_it_is(position: int) -> None:
+    tokens = greedy()
+    right = tokens[position]
+    tokens[position] = 7
+    verdict = verify(model(), REQUEST, tokens)
+    assert (verdict.position, verdict.expected, verdict.got) == (position, right, 7)
+    assert verdict.gap > 0
+    assert not verdict.identical
+    assert not verdict.passed
+    assert str(verdict).startswith(f"DIFFERENT at token {position}: 7 instead of {right}, whose logit is ")
+
+
+def test_float32_has_no_near_ties() -> None:
+    """The runner-up, and all that follows from it, is still a difference."""
+    verdict = verify(model(), REQUEST, greedy(swap=(4, 1)))
+    assert verdict.position == 4
+    assert verdict.bound == 0
+    assert not verdict.passed
+
+
+def test_tokens_missing_or_too_many() -> None:
+    tokens = greedy()
+    short = verify(model(), REQUEST, tokens[:9])
+    assert (short.position, short.expected, short.got) == (9, tokens[9], None)
+    assert str(short) == f"DIFFERENT: ends before token 9, which is {tokens[9]}"
+    stopped = Request(REQUEST.prompt, 12, frozenset([tokens[6]]))
+    end = tokens.index(tokens[6]) + 1
+    assert verify(model(), stopped, tokens[:end]).identical
+    long = verify(model(), stopped, tokens)
+    assert (long.position, long.expected, long.got) == (end - 1, None, tokens[end])
+    assert str(long) == f"DIFFERENT: goes on after token {end - 1}, where the request ends"
+    assert not short.passed
+    assert not long.passed
+
+
+def gaps_of_runners_up(dtype: torch.dtype) -> list[float]:
+    """For each greedy token, by how many bounds the runner-up misses its logit."""
+    past, feed, gaps = DynamicCache(config=model(dtype).config), list(REQUEST.prompt), []
+    with torch.inference_mode():
+        for _ in range(12):
+            logits = model(dtype)(input_ids=torch.tensor([feed]), past_key_values=past, use_cache=True).logits[0, -1]
+            ranks = logits.float().sort(descending=True).values
+            bound = NEAR_TIE * torch.finfo(dtype).eps * float(ranks[0])
+            gaps.append(float(ranks[0] - ranks[1]) / bound)
+            feed = [int(logits.argmax())]
+    return gaps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_forgives_near_ties_and_nothing_else(dtype: torch.dtype) -> None:
+    gaps = gaps_of_runners_up(dtype)
+    closest = min(range(12), key=lambda position: gaps[position])
+    widest = max(range(12), key=lambda position: gaps[position])
+    assert gaps[widest] > 1
+    wrong = verify(model(dtype), REQUEST, greedy(dtype, swap=(widest, 1)))
+    assert wrong.position == widest
+    assert not wrong.passed
+    swapped = verify(model(dtype), REQUEST, greedy(dtype, swap=(closest, 1)))
+    assert swapped.position == closest
+    assert swapped.passed == (gaps[closest] <= 1)
+    assert swapped.gap == pytest.approx(gaps[closest] * swapped.bound)
+
+
+def test_what_follows_a_near_tie_is_held_against_it() -> None:
+    """After a forgiven token the comparison goes on along the tokens as given."""
+    dtype = torch.bfloat16
+    gaps = gaps_of_runners_up(dtype)
+    tie = min(range(11), key=lambda position: gaps[position])
+    assert gaps[tie] <= 1
+    tokens = greedy(dtype, swap=(tie, 1))
+    forgiven = verify(model(dtype), REQUEST, tokens)
+    assert forgiven.passed
+    assert forgiven.position == tie
+    assert str(forgiven).startswith(f"near tie at token {tie}: ")
+    tokens[11] = 7
+    found = verify(model(dtype), REQUEST, tokens)
+    assert found.position == 11
+    assert not found.passed
