@@ -656,6 +656,21 @@ cdef class BlockManager:
         """Make every hash of this manager, which must be new, equal."""
         self.core.pool.tree.spread = self.core.pool.tree.nodes[0].hash = self.core.pool.tree.seal = 0
 
+    def _longest_bucket(self):
+        """Nodes in the fullest bucket of the prefix tree."""
+        cdef const Tree* t = &self.core.pool.tree
+        cdef int32_t n, count, longest = 0
+        cdef uint64_t bucket
+        with self.lock:
+            for bucket in range(t.mask + 1):
+                count = 0
+                n = t.buckets[bucket]
+                while n:
+                    count += 1
+                    n = t.nodes[n].next
+                longest = max(longest, count)
+        return longest
+
     def _poke(self, str field, Py_ssize_t index, int64_t value):
         """Break the books: add `value` to one number in them."""
         cdef Pool* p = &self.core.pool

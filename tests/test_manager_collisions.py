@@ -1,8 +1,10 @@
-"""A hash only says where to look: with every hash equal, the manager does the same, only slower."""
+"""A hash only says where to look: with every hash equal the manager does the same, slower. And hashes do spread."""
 
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from manager_compiled import COMPILED
 from manager_machine import machine_for
@@ -36,3 +38,20 @@ def test_two_prompts_in_one_bucket_do_not_share() -> None:
     assert manager.match(range(9), salt=b"x") == 0
     assert manager.match(range(9), extra=[(0, b"x")]) == 0
     manager.audit()
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 16, 17])
+@pytest.mark.parametrize("salted", [False, True])
+def test_prompts_spread_over_the_buckets(block_size: int, salted: bool) -> None:
+    """First blocks, later blocks and salts: 2,000 nodes in at least twice as many buckets lie a few to a bucket."""
+    manager = BlockManager(2000, block_size)
+    step = COMPILED.step(1, 4 * block_size, 8)
+    rng = np.random.default_rng(0)
+    for number in range(500):
+        tokens = rng.integers(0, 3 if salted else 2**31, 4 * block_size)
+        tokens[0] = 7 if salted else number
+        seq, _ = manager.admit(tokens, salt=b"%d" % number if salted else b"")
+        manager.commit(manager.prepare(seq, manager.lengths(seq).num_tokens - manager.lengths(seq).num_cached, step))
+        manager.free(seq)
+    assert manager.stats().published == 2000
+    assert manager._longest_bucket() < 10

@@ -156,7 +156,7 @@ cdef inline uint64_t tree_hash(
     cdef uint64_t h = kvb_nh(tokens, t.key, t.block_size)
     if extra != NULL:
         h += extra.hash
-    return kvb_fold(parent ^ t.seal, h ^ t.twist) & t.spread
+    return kvb_fold(parent ^ t.twist, h ^ t.seal) & t.spread  # parent ^ seal would be 0 below the root
 
 
 cdef inline int32_t tree_find(
