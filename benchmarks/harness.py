@@ -32,6 +32,8 @@ class Row:
     amount: float | None = None
     unit: str = ""
     notes: Mapping[str, Any] = field(default_factory=dict)
+    # "B" where `seconds` are bytes, for benchmarks of memory.
+    measure: str = "s"
 
 
 def compare(contenders: Mapping[str, Callable[[], object]], repeats: int = 9, clock: str = "wall") -> dict[str, float]:
@@ -94,12 +96,12 @@ def report(title: str, rows: Sequence[Row], *, ours: str, workload: str, about: 
     table = []
     for row in rows:
         took = row.seconds[ours]
-        cells = [row.workload, _shown(took, row.amount, row.unit)]
+        cells = [row.workload, f"{took:.4g} B" if row.measure == "B" else _shown(took, row.amount, row.unit)]
         for rival in rivals:
             cells.append(f"{row.seconds[rival] / took:.2f} x" if rival in row.seconds else "")
         table.append(cells)
     print(*[f"{key}: {value}" for key, value in about.items()], f"workload: {workload}", sep="\n")
-    _print(f"{title} (x: how many times longer than {ours} it takes)", header, table)
+    _print(f"{title} (x: how many times what {ours} takes)", header, table)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     document = {"title": title, "workload": workload, **about, "ours": ours, "rows": [asdict(row) for row in rows]}

@@ -6,12 +6,12 @@ The reference for faster paths, and what runs on CPU. Nothing is written to the 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self, SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from kvblocks.storage import PagedKVCache
+from kvblocks.storage import PagedKVCache, checked_size
 
 __all__ = ["StepLike", "paged_attention"]
 
@@ -46,6 +46,7 @@ class StepLike(Protocol):
     def max_seq_len(self) -> int: ...
 
 
+@torch.no_grad()
 def paged_attention(
     query: Tensor,
     cache: PagedKVCache,
@@ -53,8 +54,8 @@ def paged_attention(
     *,
     group: int = 0,
     scale: float | None = None,
-    window: int | None = None,
-    chunk: int | None = None,
+    window: SupportsIndex | None = None,
+    chunk: SupportsIndex | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
@@ -83,16 +84,17 @@ def paged_attention(
             or the query's differs from it.
         ValueError: a shape, device, length or option is not as above; nothing has been computed.
 
-    Lengths are read on the host, so on a CUDA device the call waits for the device.
+    For inference: no gradient flows through it. Lengths are read on the host, so on a CUDA device the call waits for
+    the device.
     """
     _check(query, cache, step, group, sinks)
-    if softcap is not None and not 0 < softcap < math.inf:
+    if softcap is not None and not 0 < _number("softcap", softcap) < math.inf:
         raise ValueError(f"softcap={softcap} must be above 0 and finite, or None")
     if scale is None:
         scale = 1 / math.sqrt(cache.head_dim)
-    elif not math.isfinite(scale):
+    elif not math.isfinite(_number("scale", scale)):
         raise ValueError(f"scale={scale} must be finite")
-    reach = _Reach(window, chunk)
+    reach = _Reach.checked(window, chunk)
     rows = _rows(step, cache.block_size, reach)
 
     output = query.new_zeros(*query.shape[:2], cache.v_head_dim)
@@ -127,10 +129,12 @@ class _Reach:
     window: int | None
     chunk: int | None
 
-    def __post_init__(self) -> None:
-        for name, size in (("window", self.window), ("chunk", self.chunk)):
-            if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-                raise ValueError(f"{name}={size!r} must be an int of at least 1, or None")
+    @classmethod
+    def checked(cls, window: SupportsIndex | None, chunk: SupportsIndex | None) -> Self:
+        return cls(
+            None if window is None else checked_size("window", window),
+            None if chunk is None else checked_size("chunk", chunk),
+        )
 
     def start(self, position: int) -> int:
         """The first position that a token at `position` attends to."""
@@ -163,6 +167,12 @@ class _Row:
         return self.last - self.first + 1
 
 
+def _number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, SupportsFloat):
+        raise TypeError(f"{name} is a {type(value).__name__}; give a number")
+    return float(value)
+
+
 def _check(query: Tensor, cache: PagedKVCache, step: StepLike, group: int, sinks: Tensor | None) -> None:
     if cache.dtype not in _FLOATS:
         raise TypeError(f"the cache holds {cache.dtype}; attention takes {', '.join(map(str, _FLOATS))}")
@@ -175,6 +185,8 @@ def _check(query: Tensor, cache: PagedKVCache, step: StepLike, group: int, sinks
         )
     if query.shape[0] < step.num_tokens:
         raise ValueError(f"query has {query.shape[0]} rows, fewer than the step's num_tokens={step.num_tokens}")
+    if sinks is not None and not isinstance(sinks, Tensor):
+        raise TypeError(f"sinks is a {type(sinks).__name__}; give a tensor")
     for name, tensor in (("query", query), ("step.block_table", step.block_table), ("sinks", sinks)):
         if tensor is not None and tensor.device != cache.device:
             raise ValueError(f"{name} is on {tensor.device} and the cache on {cache.device}; move one of them")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvblocks.manager import BlockManager
-    from kvblocks.replay import Request, Sample, Tally
+    from kvblocks.replay import Sample, Tally
 
 __all__ = ["add_replay_parser", "run"]
 
@@ -32,8 +32,8 @@ def add_replay_parser(
         "trace",
         nargs="?",
         metavar="TRACE",
-        help="file of JSON lines with input_length, output_length and hash_ids, one id for each 512 tokens of the prompt; "
-        "by default a small trace is made up",
+        help="file of JSON lines with input_length, output_length and hash_ids, one id for each 512 tokens of the "
+        "prompt; by default a small trace is made up",
     )
     blocks_help = f"in the pool (default: {FILE_BLOCKS}, and {SMALL_BLOCKS} for the made-up trace)"
     add("--blocks", type=count, metavar="N", help=blocks_help)
@@ -155,7 +155,14 @@ def _progress(total: int, *, shown: bool) -> "Iterator[Callable[[], object] | No
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:

@@ -1,8 +1,8 @@
 """Replay a request trace through a BlockManager: bookkeeping only, no model.
 
-A trace is JSON lines: `timestamp` (ms), `input_length`, `output_length` (tokens) and `hash_ids`, one id for each 512 tokens
-of the prompt; equal ids mean equal tokens after an equal prefix (the format of the Mooncake traces). Imports the compiled
-manager and numpy.
+A trace is JSON lines: `timestamp` (ms, not used), `input_length`, `output_length` (tokens) and `hash_ids`, one id for
+each 512 tokens of the prompt; equal ids mean equal tokens after an equal prefix (the format of the Mooncake traces).
+Imports the compiled manager and numpy.
 """
 
 import itertools
@@ -38,8 +38,9 @@ class Request(NamedTuple):
 
     def prompt(self) -> npt.NDArray[np.int32]:
         """The prompt's token ids, a fixed function of its hash ids: int32 [input_length]."""
-        ids = np.asarray(self.hash_ids, np.uint64)[:, None] * np.uint64(TOKENS_PER_ID)
-        return _mix(ids + np.arange(TOKENS_PER_ID, dtype=np.uint64)).ravel()[: self.input_length]
+        first = np.asarray(self.hash_ids, np.uint64) * np.uint64(TOKENS_PER_ID)
+        tokens: npt.NDArray[np.uint64] = np.add.outer(first, np.arange(TOKENS_PER_ID, dtype=np.uint64))
+        return _mix(tokens.ravel()[: self.input_length])
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
@@ -111,10 +112,8 @@ def small_trace(num_requests: int = 200, seed: int = 0) -> list[Request]:
     chats: list[tuple[int, ...]] = []
     requests = []
     for _ in range(num_requests):
-        if chats and rng.random() < 0.6:
-            before = chats.pop(int(rng.integers(len(chats))))
-        else:
-            before = (int(rng.integers(8)),)
+        goes_on = chats and rng.random() < 0.6
+        before = chats.pop(int(rng.integers(len(chats)))) if goes_on else (int(rng.integers(8)),)
         ids = before + tuple(next(fresh) for _ in range(int(rng.integers(1, 8))))
         chats.append(ids)
         length = TOKENS_PER_ID * len(ids) - int(rng.integers(TOKENS_PER_ID))
@@ -177,9 +176,9 @@ class Tally:
 class Replay:
     """Run requests through a manager, at most `concurrency` at once, in order of arrival.
 
-    A request is admitted with all of its prompt, prefilled in chunks of `step.max_tokens`, then decoded one token a step
-    together with all others: append, prepare, commit. When blocks run out, the newest sequence is preempted, and resumed
-    before anything new is admitted, once another has ended.
+    A request is admitted with all of its prompt, prefilled in chunks of `step.max_tokens`, then decoded one token a
+    step together with all others: append, prepare, commit. When blocks run out, the newest sequence is preempted, and
+    resumed before anything new is admitted, once another has ended.
     """
 
     def __init__(self, manager: BlockManager, step: StepArrays, concurrency: int) -> None:

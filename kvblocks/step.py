@@ -1,12 +1,18 @@
 """StepBuffers: the arrays of one forward pass as torch tensors at fixed addresses, on the host or on a device.
 
-The manager fills the host image; here it is only allocated, carved into tensors and carried over. Imports torch and the
-compiled manager.
+The manager fills the host image; here it is only allocated, carved into tensors and carried over. Imports torch, the
+compiled manager, and storage for its checks.
 """
+
+import math
+from typing import SupportsIndex
 
 import torch
 
+from kvblocks.errors import OutOfMemory
 from kvblocks.manager import StepArrays
+from kvblocks.memory import available_memory
+from kvblocks.storage import checked_device, checked_size
 
 __all__ = ["StepBuffers"]
 
@@ -39,7 +45,9 @@ class StepBuffers(StepArrays):
         num_seqs, num_tokens, num_copies, max_query_len, max_seq_len: ints on the host.
 
     Raises:
-        ValueError: a size is not 1 to 2**31 - 1.
+        ValueError: a size is not 1 to 2**31 - 1, or there is no such device.
+        TypeError: a size is not an integer.
+        OutOfMemory: the arrays do not fit the host's memory.
         NotImplementedError: more than one group.
 
     On a CUDA device the copy is enqueued on the current stream. Two pinned images take turns, each guarded by an event,
@@ -48,26 +56,20 @@ class StepBuffers(StepArrays):
 
     def __init__(
         self,
-        max_seqs: int,
-        max_tokens: int,
-        max_blocks_per_seq: int,
+        max_seqs: SupportsIndex,
+        max_tokens: SupportsIndex,
+        max_blocks_per_seq: SupportsIndex,
         *,
         device: str | torch.device = "cpu",
         groups: int = 1,
         kv_indices: bool = False,
     ) -> None:
-        for name, value in (
-            ("max_seqs", max_seqs),
-            ("max_tokens", max_tokens),
-            ("max_blocks_per_seq", max_blocks_per_seq),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-            if not 1 <= value < 2**31:
-                raise ValueError(f"{name}={value} must be 1 to {2**31 - 1}")
+        max_seqs = checked_size("max_seqs", max_seqs)
+        max_tokens = checked_size("max_tokens", max_tokens)
+        max_blocks_per_seq = checked_size("max_blocks_per_seq", max_blocks_per_seq)
         if groups != 1:
             raise NotImplementedError(f"groups={groups}: only one layer group is supported")
-        self.device = torch.device(device)
+        self.device = checked_device(device)
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "input_ids": (torch.int64, (max_tokens,)),
             "positions": (torch.int64, (max_tokens,)),
@@ -84,15 +86,18 @@ class StepBuffers(StepArrays):
         offsets, size = {}, 0
         for name, (dtype, shape) in shapes.items():
             offsets[name] = size
-            size += -(-dtype.itemsize * torch.Size(shape).numel() // _ALIGNMENT) * _ALIGNMENT
+            size += -(-dtype.itemsize * math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
 
         def carve(image: torch.Tensor) -> dict[str, torch.Tensor]:
             return {
-                name: image[offsets[name] :][: dtype.itemsize * torch.Size(shape).numel()].view(dtype).view(shape)
+                name: image[offsets[name] :][: dtype.itemsize * math.prod(shape)].view(dtype).view(shape)
                 for name, (dtype, shape) in shapes.items()
             }
 
-        self._host = torch.zeros(size, dtype=torch.uint8)
+        free = available_memory()
+        if size > free:
+            raise OutOfMemory(f"step buffers of {size} bytes, and {free} are available", size, free, 0)
+        self._host = torch.zeros(size, dtype=torch.uint8, device="cpu")
         on_host = carve(self._host)
         uploads = self.device.type != "cpu"
         super().__init__(**{name: tensor.numpy() for name, tensor in on_host.items()}, uploads=uploads)
@@ -110,7 +115,7 @@ class StepBuffers(StepArrays):
         self._copies_image = tensors["copies"]
         self._turn = 0
         if uploads:
-            self._staging = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+            self._staging = [torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(2)]
             self._events = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
             self._upload()
 
@@ -125,4 +130,4 @@ class StepBuffers(StepArrays):
         event.synchronize()
         staging.copy_(self._host)
         self._image.copy_(staging, non_blocking=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))

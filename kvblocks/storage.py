@@ -14,6 +14,7 @@ from typing import Any, Self, SupportsIndex, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from kvblocks import memory, scatter
 from kvblocks.config import CacheConfig, itemsize
@@ -178,7 +179,7 @@ class PagedKVCache:
         prefault: bool = False,
     ) -> list[Self]:
         """`num_layers` caches of one shape, all of them or, with an error, none. Arguments and errors as for one."""
-        count = _size("num_layers", num_layers)
+        count = checked_size("num_layers", num_layers)
         shape = _Shape.checked(num_blocks, num_heads, head_dim, block_size, dtype, device, layout, v_head_dim)
         storages = iter(shape.allocate(count, prefault))
         caches = []
@@ -310,6 +311,8 @@ class PagedKVCache:
         return rows
 
     def _outputs(self, out: tuple[Tensor, Tensor], num_tokens: int) -> tuple[Tensor, Tensor]:
+        if not isinstance(out, tuple | list) or len(out) != 2:
+            raise TypeError("out must be two tensors, (keys, values)")
         for name, given, row in zip(("out[0]", "out[1]"), out, (self._keys.row, self._values.row), strict=True):
             self._same_kind(name, given)
             if given.shape != (num_tokens, *row) or not given.is_contiguous():
@@ -319,6 +322,8 @@ class PagedKVCache:
                 )
             if self._keys.holds(given.data_ptr()) or self._values.holds(given.data_ptr()):
                 raise ValueError(f"{name} lies in this cache's own storage; give memory of its own")
+        if num_tokens and _overlap(*out):
+            raise ValueError("out[0] and out[1] share memory; give each its own")
         return out
 
     def _same_kind(self, name: str, given: Tensor) -> None:
@@ -330,6 +335,7 @@ class PagedKVCache:
             raise ValueError(f"{name} is on {given.device}, this cache on {self.device}; move it with .to()")
         if given.layout is not torch.strided:
             raise TypeError(f"{name} is {given.layout}; give a dense tensor")
+        _has_memory(name, given)
 
     def _indices(self, name: str, given: Indices, low: int, high: int, first: int | None = None) -> Tensor:
         """`given` as a contiguous int64 tensor on the cache's device.
@@ -340,7 +346,7 @@ class PagedKVCache:
         if index.device != self.device and not index.is_cpu:
             raise ValueError(f"{name} is on {index.device}, this cache on {self.device}; move it with .to()")
         if index.is_cpu or _CHECKED:
-            host = index.cpu()
+            host = _has_memory(name, index.cpu())
             count = host.numel() if first is None else min(first, host.numel())
             bad = first_outside(host.data_ptr(), count, low, high)
             if bad >= 0:
@@ -381,13 +387,13 @@ class _Shape:
             raise ValueError(f"layout={layout!r} is unknown; use one of {', '.join(LAYOUTS)}")
         width = itemsize(dtype)
         shape = cls(
-            num_blocks=_size("num_blocks", num_blocks),
-            num_heads=_size("num_heads", num_heads),
-            head_dim=_size("head_dim", head_dim),
-            v_head_dim=_size("v_head_dim", head_dim if v_head_dim is None else v_head_dim),
-            block_size=_size("block_size", block_size),
+            num_blocks=checked_size("num_blocks", num_blocks),
+            num_heads=checked_size("num_heads", num_heads),
+            head_dim=checked_size("head_dim", head_dim),
+            v_head_dim=checked_size("v_head_dim", head_dim if v_head_dim is None else v_head_dim),
+            block_size=checked_size("block_size", block_size),
             dtype=dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype.removeprefix("torch.")),
-            device=_device(device),
+            device=checked_device(device),
             layout=layout,
         )
         if layout == "X" and shape.head_dim % (16 // width):
@@ -462,6 +468,18 @@ def _check_pairs(pairs: list[list[int]]) -> None:
         targets.add(target)
 
 
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two contiguous tensors have a byte in common."""
+    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
+
+
+def _has_memory(name: str, given: Tensor) -> Tensor:
+    """`given`, unless it is a tensor of shape only (under FakeTensorMode, say): addresses are read on CPU."""
+    if isinstance(given, FakeTensor):
+        raise TypeError(f"{name} is a fake tensor, without memory; give a real one")
+    return given
+
+
 def _integers(name: str, given: Indices) -> Tensor:
     """`given` as a contiguous int64 tensor, on the device where it is."""
     if isinstance(given, Tensor):
@@ -497,15 +515,17 @@ def _integer(name: str, value: SupportsIndex) -> int:
     return operator.index(value)
 
 
-def _size(name: str, value: SupportsIndex) -> int:
+def checked_size(name: str, value: SupportsIndex) -> int:
     number = _integer(name, value)
     if not 1 <= number < 2**31:
         raise ValueError(f"{name}={number} is outside 1..{2**31 - 1}")
     return number
 
 
-def _device(given: torch.device | str) -> torch.device:
+def checked_device(given: torch.device | str) -> torch.device:
     """The device that tensors allocated on `given` report: with an index where its kind has one."""
+    if not isinstance(given, str | torch.device):
+        raise TypeError(f"device is a {type(given).__name__}; give a torch.device or its name")
     try:
         device = torch.device(given)
     except RuntimeError as error:

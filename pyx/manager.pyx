@@ -101,7 +101,7 @@ cdef class BlockManager:
         watermark: share of the blocks, 0 to 1, that `admit` leaves free while anything is held.
 
     Sequences and pins are int handles that are never used twice. Arrays of integers may be numpy arrays, CPU tensors,
-    other integer buffers (all read in place), lists, or one int.
+    other integer buffers (read in place: nobody may write them during the call), lists, or one int.
 
     A call that raises has changed nothing. `NoFreeBlocks` carries `.needed` and `.free`; a handle that is not valid
     (any more) is `StaleSequence`.
@@ -113,15 +113,13 @@ cdef class BlockManager:
     cdef int32_t slots  # as many as were mapped; core.max_seqs shrinks when one is retired
     cdef cython.pymutex lock
 
-    def __init__(
+    def __cinit__(
         self, num_blocks, block_size, *, groups=(None,), max_seqs=65536, max_nodes=None, max_open_steps=8,
         prefix_caching=True, watermark=0.0,
     ):
         cdef Core* c = &self.core
         cdef Pool* p = &c.pool
         cdef Tree* t = &p.tree
-        if p.blocks != NULL:
-            raise RuntimeError("a BlockManager is initialised once")
         cdef int32_t blocks = <int32_t>bounded(num_blocks, "num_blocks", 1, MAX_INT32 - 1)
         cdef int32_t size = <int32_t>bounded(block_size, "block_size", 1, MAX_INT32)
         cdef int32_t nodes = blocks
@@ -160,7 +158,8 @@ cdef class BlockManager:
         t.nodes = <Node*>map_zeroed(<size_t>t.max_nodes + 1, sizeof(Node))
         t.tokens = <int32_t*>map_zeroed(<size_t>t.max_nodes + 1, size * sizeof(int32_t))
         t.buckets = <int32_t*>map_zeroed(t.mask + 1, sizeof(int32_t))
-        t.key = <uint32_t*>grab(<size_t>(size + 2) * sizeof(uint32_t))
+        cdef size_t key_bytes = (<size_t>size + 2 if prefix_caching else 1) * sizeof(uint32_t)
+        t.key = <uint32_t*>grab(key_bytes)
         if (
             p.blocks == NULL or p.stack == NULL or p.steps == NULL or c.seqs == NULL
             or t.nodes == NULL or t.tokens == NULL or t.buckets == NULL or t.key == NULL
@@ -168,7 +167,7 @@ cdef class BlockManager:
             raise MemoryError(f"no memory to keep books of num_blocks={blocks} blocks of block_size={size} tokens")
         p.blocks[blocks].prev = p.blocks[blocks].next = blocks
         t.nodes[0].hash = t.seal
-        cdef bytes key = os.urandom((size + 2) * sizeof(uint32_t))
+        cdef bytes key = os.urandom(key_bytes)
         memcpy(t.key, PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
 
     def __dealloc__(self):
@@ -441,6 +440,7 @@ cdef class BlockManager:
         cdef Ints s, q
         cdef Fault f
         cdef int64_t step_id = 0
+        cdef bint closed
         s.owned = q.owned = NULL
         s.viewed = q.viewed = False
         try:
@@ -460,8 +460,11 @@ cdef class BlockManager:
         if step._uploads:
             try:
                 step._upload()
-            except BaseException:
-                self.abort(step_id)
+            except BaseException as error:
+                with self.lock:
+                    closed = core_abort(&self.core, step_id, &f)
+                if not closed:
+                    error.add_note(f"step {step_id} stays open, as another thread has prepared a later one: abort both")
                 raise
         return step_id
 

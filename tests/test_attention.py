@@ -307,9 +307,12 @@ def test_the_query_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda b: {"window": 0}, ValueError, "window=0 must be an int of at least 1"),
-        (lambda b: {"window": True}, ValueError, "window=True"),
-        (lambda b: {"chunk": 2.5}, ValueError, r"chunk=2\.5"),
+        (lambda b: {"window": 0}, ValueError, r"window=0 is outside 1\.\.2147483647"),
+        (lambda b: {"window": True}, TypeError, "window=True"),
+        (lambda b: {"chunk": 2.5}, TypeError, r"chunk=2\.5"),
+        (lambda b: {"scale": "x"}, TypeError, "scale is a str"),
+        (lambda b: {"softcap": True}, TypeError, "softcap is a bool"),
+        (lambda b: {"sinks": [0.0] * 4}, TypeError, "sinks is a list"),
         (lambda b: {"softcap": 0.0}, ValueError, r"softcap=0\.0 must be above 0"),
         (lambda b: {"softcap": math.nan}, ValueError, "softcap=nan"),
         (lambda b: {"scale": math.inf}, ValueError, "scale=inf must be finite"),

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kvblocks import memory, storage
 from kvblocks.config import CacheConfig
@@ -550,3 +551,24 @@ def test_cuda_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OutOfMemory, match="blocks fit"):
         small(device="cuda", num_blocks=2**31 - 1, num_heads=64)
     assert not cache.key_cache.any()
+
+
+def test_tensors_without_memory_are_refused() -> None:
+    """A fake tensor has a shape and no address: compiled code must not follow it."""
+    cache = PagedKVCache(2, 1, 4, 2, torch.float32, "cpu")
+    rows = torch.ones(1, 1, 4)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(rows)
+        with pytest.raises(TypeError, match="fake"):
+            cache.write(fake, fake, [0])
+    assert not cache.key_cache.any()
+
+
+def test_outputs_that_share_memory_are_refused() -> None:
+    cache = PagedKVCache(2, 1, 4, 2, torch.float32, "cpu")
+    out = torch.ones(2, 1, 4)
+    with pytest.raises(ValueError, match="share memory"):
+        cache.gather([0], 2, out=(out, out))
+    with pytest.raises(TypeError, match="two tensors"):
+        cache.gather([0], 2, out=(out,))  # type: ignore[arg-type]
+    assert out.eq(1).all()

@@ -54,6 +54,8 @@ cdef class StepArrays:
         self, input_ids, positions, slot_mapping, block_table, seq_lens, query_start_loc, copies,
         kv_indptr=None, kv_indices=None, kv_last_page_len=None, *, uploads=False,
     ):
+        if self._rows != NULL:
+            raise RuntimeError("StepArrays is initialised once")
         cdef list views = []
         table = memoryview(block_table)
         if table.ndim != 2:
@@ -75,7 +77,6 @@ cdef class StepArrays:
         else:
             self._kv_indices = NULL
         self._uploads = uploads
-        free(self._rows)
         self._rows = <TableRow*>grab_zeroed(max_seqs, sizeof(TableRow))
         if self._rows == NULL:
             raise MemoryError(f"no memory for {max_seqs} rows")

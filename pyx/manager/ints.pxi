@@ -1,5 +1,6 @@
 # Integer arguments as C arrays. Buffers (numpy arrays, CPU tensors through .numpy(), array.array, memoryview) are read
-# in place; lists, tuples and ranges are converted once. All of it happens before the manager's lock is taken.
+# in place; lists, tuples and ranges are converted once. All of it happens before the manager's lock is taken. What is read
+# in place is read twice, to check and to use: nobody may write it during the call.
 
 
 cdef struct Ints:
@@ -55,14 +56,22 @@ cdef int open_ints(object obj, str name, Ints* out) except -1:
     if format[0] == c"@" or format[0] == c"=" or format[0] == c"<":
         format += 1
     cdef char kind = format[0]
-    if format[1] != 0 or kind not in b"bhilqBHILQ":
+    if kind == 0 or format[1] != 0 or kind not in b"bhilqBHILQ":
         raise TypeError(f"{name} must be integers, not elements of format {format.decode()!r}")
     cdef Py_ssize_t width = out.view.itemsize
-    if kind in b"ilq" and (out.view.ndim == 0 or out.size < 2 or out.view.strides[0] == width):
+    # Without strides (ctypes leaves them out) elements lie one after the other.
+    cdef Py_ssize_t stride = width
+    if out.view.ndim and out.view.strides != NULL:
+        stride = out.view.strides[0]
+    if kind in b"ilq" and (out.size < 2 or stride == width) and <size_t>out.view.buf % width == 0:
         out.data = out.view.buf
         out.wide = width == 8
-        return 0
-    return convert_buffer(name, out, kind in b"bhilq")
+    else:
+        convert_buffer(name, out, stride, kind in b"bhilq")
+    if out.view.ndim == 0:
+        out.value = at(out, 0)
+        out.scalar = True
+    return 0
 
 
 cdef int convert_items(object items, str name, Ints* out) except -1:
@@ -84,27 +93,23 @@ cdef int convert_items(object items, str name, Ints* out) except -1:
     return 0
 
 
-cdef int convert_buffer(str name, Ints* out, bint signed) except -1:
+cdef int convert_buffer(str name, Ints* out, Py_ssize_t stride, bint signed) except -1:
+    """Widen elements of any width, spacing and alignment to int64."""
     cdef Py_ssize_t i, width = out.view.itemsize
-    cdef Py_ssize_t stride = out.view.strides[0] if out.view.ndim else 0
+    cdef int shift = 64 - 8 * <int>width
     cdef const char* source = <const char*>out.view.buf
     cdef int64_t* target = <int64_t*>grab((out.size or 1) * sizeof(int64_t))
+    cdef uint64_t word
     if target == NULL:
         raise MemoryError(f"no memory for {out.size} {name}")
     out.owned = out.data = target
     out.wide = True
     for i in range(out.size):
-        if width == 1:
-            target[i] = (<const int8_t*>source)[0] if signed else (<const uint8_t*>source)[0]
-        elif width == 2:
-            target[i] = (<const int16_t*>source)[0] if signed else (<const uint16_t*>source)[0]
-        elif width == 4:
-            target[i] = (<const int32_t*>source)[0] if signed else (<const uint32_t*>source)[0]
-        else:
-            target[i] = (<const int64_t*>source)[0]
-            if not signed and target[i] < 0:
-                raise ValueError(f"{name}[{i}]={(<const uint64_t*>source)[0]} does not fit in 64 signed bits")
-        source += stride
+        word = 0
+        memcpy(&word, source + i * stride, width)
+        target[i] = <int64_t>(word << shift) >> shift if signed else <int64_t>word
+        if target[i] < 0 and not signed:
+            raise ValueError(f"{name}[{i}]={word} does not fit in 64 signed bits")
     return 0
 
 

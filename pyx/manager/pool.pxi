@@ -138,7 +138,7 @@ cdef inline void settle(Pool* p, int32_t b, int64_t step_id) noexcept nogil:
     """
     cdef int32_t i
     cdef Step* step
-    for i in range(p.num_steps - 1, -1, -1):
+    for i in range(p.num_steps - 1 if step_id else -1, -1, -1):
         step = pool_step(p, i)
         if step.id <= step_id:
             p.blocks[b].next = -1

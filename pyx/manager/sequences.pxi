@@ -192,7 +192,7 @@ cdef bint grow_table(Seq* seq, int32_t num_blocks) noexcept nogil:
     cdef int32_t* table
     if num_blocks <= seq.table_capacity:
         return True
-    capacity = num_blocks + num_blocks // 4 + 8
+    capacity = <int64_t>num_blocks + num_blocks // 4 + 8
     table = <int32_t*>regrow(seq.table, capacity * sizeof(int32_t))
     if table == NULL:
         return False
@@ -241,7 +241,7 @@ cdef bint copy_text(Text* target, const Text* source) noexcept nogil:
     """A copy that shares the extra bytes; false and nothing allocated when memory is out."""
     cdef int32_t i
     memset(target, 0, sizeof(Text))
-    if not grow_text(target, source.num_tokens + 1):
+    if not grow_text(target, <int64_t>source.num_tokens + (source.num_tokens == 0)):
         return False
     if source.num_extras:
         target.extras = <Extra*>grab(source.num_extras * sizeof(Extra))
@@ -335,7 +335,7 @@ cdef int64_t core_admit(Core* c, Text* x, int64_t reserve, Fault* f, int64_t* nu
     cdef int32_t* table
     if not has_room(c, 1, f):
         return 0
-    table = <int32_t*>grab((capacity + 8) * sizeof(int32_t))
+    table = <int32_t*>grab(<size_t>capacity * sizeof(int32_t))
     if table == NULL:
         fail(f, NO_MEMORY, 0, capacity, 0)
         return 0
@@ -344,7 +344,7 @@ cdef int64_t core_admit(Core* c, Text* x, int64_t reserve, Fault* f, int64_t* nu
         return 0
     seq = open_seq(c, LIVE)
     seq.table = table
-    seq.table_capacity = capacity + 8
+    seq.table_capacity = capacity
     seq.text = x[0]
     memset(x, 0, sizeof(Text))
     occupy(c, seq, hit, target)

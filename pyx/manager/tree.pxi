@@ -97,8 +97,8 @@ cdef inline void blob_drop(Blob* blob) noexcept nogil:
 
 cdef void hash_extra(const Tree* t, Extra* extra) noexcept nogil:
     cdef uint64_t h = t.seal + <uint64_t>extra.size, word
-    cdef int32_t i
-    for i in range(0, extra.size, 8):
+    cdef int64_t i
+    for i in range(0, <int64_t>extra.size, 8):
         word = 0
         memcpy(&word, extra.blob.bytes + i, min(extra.size - i, 8))
         h = kvb_fold(h ^ t.key[0], word ^ t.twist) + i

@@ -1,0 +1,74 @@
+"""Integers from wherever they come, and objects that were not made in the ordinary way."""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvblocks.errors import OutOfMemory
+from kvblocks.manager import BlockManager, StepArrays
+from kvblocks.step import StepBuffers
+
+TOKENS = [5, 1, 7, 1]
+
+BUFFERS: dict[str, Any] = {
+    "ctypes": (ctypes.c_int32 * 4)(*TOKENS),
+    "ctypes, narrow": (ctypes.c_int8 * 4)(*TOKENS),
+    "unaligned": np.frombuffer(b"x" + np.array(TOKENS, np.int64).tobytes(), np.int64, offset=1),
+    "reversed": np.array(TOKENS[::-1], np.int16)[::-1],
+    "strided": np.array([[token, 0] for token in TOKENS], np.int64)[:, 0],
+    "unsigned": np.array(TOKENS, np.uint64),
+    "bytes": bytes(TOKENS),
+    "tensor": torch.tensor(TOKENS),
+}
+
+
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_any_integer_buffer_is_read(kind: str) -> None:
+    manager = BlockManager(8, 2)
+    seq, _ = manager.admit(BUFFERS[kind])
+    assert manager.tokens(seq).tolist() == TOKENS
+
+
+@pytest.mark.parametrize("length", [2, np.int64(2), np.array(2, np.int32), torch.tensor(2), np.uint8(2)])
+def test_one_query_length_serves_all(length: Any) -> None:
+    manager, step = BlockManager(8, 2), StepBuffers(4, 16, 8)
+    seqs = [manager.admit(TOKENS)[0] for _ in range(3)]
+    manager.prepare(seqs, length, step)
+    assert step.seq_lens.tolist() == [2, 2, 2, 0]
+
+
+def test_a_manager_cannot_be_had_unmade() -> None:
+    with pytest.raises(TypeError):
+        BlockManager.__new__(BlockManager)
+
+
+def test_step_arrays_are_made_once_and_refuse_use_before() -> None:
+    manager, step = BlockManager(8, 2), StepBuffers(4, 16, 8)
+    seq, _ = manager.admit(TOKENS)
+    with pytest.raises(RuntimeError, match="once"):
+        StepArrays.__init__(step, *[np.zeros(1, np.int64)] * 7)
+    with pytest.raises(ValueError, match="max_seqs=0"):
+        manager.prepare([seq], 1, StepArrays.__new__(StepArrays))
+    manager.prepare([seq], 4, step)
+    assert step.num_tokens == 4
+
+
+def test_step_buffers_name_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="max_seqs=0"):
+        StepBuffers(0, 1, 1)
+    with pytest.raises(TypeError, match="max_tokens"):
+        StepBuffers(1, 1.5, 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="meta"):
+        StepBuffers(1, 1, 1, device="meta")
+    with pytest.raises(OutOfMemory):
+        StepBuffers(2**31 - 1, 1, 2**31 - 1)
+    with torch.device("meta"):  # a default device is for models, not for the host's side of a step
+        assert StepBuffers(1, 1, 1).input_ids.is_cpu
+
+
+def test_the_largest_block_is_a_block() -> None:
+    manager = BlockManager(1, 2**31 - 1, prefix_caching=False)
+    assert manager.can_admit(TOKENS).name == "NOW"
