@@ -1,6 +1,6 @@
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any, NamedTuple, NoReturn, TypeAlias, final
+from typing import Any, NamedTuple, NoReturn, Self, TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt
@@ -66,8 +66,8 @@ class StepArrays:
 
 @final
 class BlockManager:
-    def __init__(
-        self,
+    def __new__(
+        cls,
         num_blocks: int,
         block_size: int,
         *,
@@ -77,7 +77,7 @@ class BlockManager:
         max_open_steps: int = 8,
         prefix_caching: bool = True,
         watermark: float = 0.0,
-    ) -> None: ...
+    ) -> Self: ...
     @property
     def num_blocks(self) -> int: ...
     @property

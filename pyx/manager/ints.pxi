@@ -1,6 +1,6 @@
 # Integer arguments as C arrays. Buffers (numpy arrays, CPU tensors through .numpy(), array.array, memoryview) are read
-# in place; lists, tuples and ranges are converted once. All of it happens before the manager's lock is taken. What is read
-# in place is read twice, to check and to use: nobody may write it during the call.
+# in place; lists, tuples and ranges are converted once. All of it happens before the manager's lock is taken. What is
+# read in place is read twice, to check and to use: nobody may write it during the call.
 
 
 cdef struct Ints:
