@@ -42,7 +42,7 @@ def test_one_query_length_serves_all(length: Any) -> None:
 
 def test_a_manager_cannot_be_had_unmade() -> None:
     with pytest.raises(TypeError):
-        BlockManager.__new__(BlockManager)
+        BlockManager.__new__(BlockManager)  # type: ignore[call-arg]
 
 
 def test_step_arrays_are_made_once_and_refuse_use_before() -> None:
