@@ -4,6 +4,8 @@ Imports neither torch nor transformers until a command that needs them runs.
 """
 
 import argparse
+import contextlib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -33,12 +35,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to stop
     try:
         code: int = args.run(args)
+        sys.stdout.flush()
     except UsageError as error:
         print(f"kvblocks: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        _write_no_more()
+        return 141  # as a shell says of a program that SIGPIPE ended
+    except OSError as error:
+        _write_no_more()
+        print(f"kvblocks: error: {error}", file=sys.stderr)
+        return 2
     return code
+
+
+def _write_no_more() -> None:
+    """What is still buffered for standard output would raise again when Python ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,7 +85,8 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     add(
         "--verify",
         action=argparse.BooleanOptionalAction,
-        help="generate again over transformers' contiguous cache and compare; by default with the built-in model",
+        help="generate again over transformers' contiguous cache and compare; by default with the built-in model "
+        "(in half precision a mixture of experts may differ, where two experts tie)",
     )
     add("--json", action="store_true", help="print one JSON object instead of text")
 

@@ -89,10 +89,11 @@ def _prompts(name: str | None) -> list[str]:
     if name is None:
         return list(demo.PROMPTS)
     try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        text = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--prompts {name} cannot be read: {error}") from None
-    prompts = [line for line in text.splitlines() if line.strip()]
+    prompts = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
     if not prompts:
         raise UsageError(f"--prompts {name} has no prompt; give one a line")
     return prompts
@@ -101,6 +102,8 @@ def _prompts(name: str | None) -> list[str]:
 def _load(args: argparse.Namespace) -> _Served:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    if device.partition(":")[0] == "meta":
+        raise UsageError(f"--device {device} cannot be used: it holds no numbers")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -114,10 +117,14 @@ def _load(args: argparse.Namespace) -> _Served:
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype or "auto")
         torch.nn.Module.to(model, device=device).train(False)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
         check_model(model)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a damaged file raises what its reader likes
         raise UsageError(f"--model {args.model} cannot be served: {_first_line(error)}") from None
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    except Exception as error:
+        message = f"--model {args.model} has no tokenizer; save one beside the model: {_first_line(error)}"
+        raise UsageError(message) from None
     stop = model.generation_config.eos_token_id
     stop_tokens = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
 
@@ -144,6 +151,14 @@ def _sizes(args: argparse.Namespace, served: _Served, answers: list[_Answer]) ->
     empty = [number for number, answer in enumerate(answers, 1) if not answer.request.prompt]
     if empty:
         raise UsageError(f"prompt {empty[0]} has no tokens: {answers[empty[0] - 1].prompt!r}")
+    embeddings: Any = served.model.get_input_embeddings()
+    known = len(embeddings.weight)
+    for number, answer in enumerate(answers, 1):
+        if max(answer.request.prompt) >= known:
+            raise UsageError(
+                f"prompt {number} has token {max(answer.request.prompt)}, the model knows 0 to {known - 1}; "
+                "its tokenizer belongs to another model"
+            )
     limit = longest_sequence(served.model.config)
     if limit is not None and num_tokens > limit:
         raise UsageError(f"{what}, needs {num_tokens} positions and the model has {limit}; lower --max-new-tokens")
@@ -179,14 +194,16 @@ def _generate(
     args: argparse.Namespace, served: _Served, config: CacheConfig, answers: list[_Answer], progress: Progress
 ) -> dict[str, Any]:
     """Fill the answers in; returns what there is to report, by name."""
+    whole = sum(len(answer.request.prompt) + args.max_new_tokens for answer in answers)
     task = progress.add_task("generating", total=len(answers) * args.max_new_tokens)
     try:
         generator = Generator(
             served.model,
             config,
             layout=args.layout,
-            max_batch_tokens=args.max_batch_tokens,
-            max_seqs=args.max_seqs,
+            # Buffers are made for the most that a pass can hold, and no pass holds more than all sequences whole.
+            max_batch_tokens=min(args.max_batch_tokens, whole),
+            max_seqs=min(args.max_seqs, len(answers)),
         )
     except (ValueError, OutOfMemory) as error:
         raise UsageError(_first_line(error)) from None

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from transformers import PreTrainedModel
@@ -112,6 +112,7 @@ class Generator:
         self.max_seq_len = config.max_tokens if limit is None else min(limit, config.max_tokens)
         self.max_batch_tokens = max_batch_tokens
         self.max_seqs = min(max_seqs, max_batch_tokens)
+        self._closed = False
         self._attached = ExitStack()
         self._attached.enter_context(integration.attached(model))
         try:
@@ -133,8 +134,11 @@ class Generator:
         """Queue a request; returns its id: 0, 1, 2, ...
 
         Raises:
-            ValueError: the prompt is empty, `max_new_tokens` is below 1, or even alone the sequence would not fit.
+            ValueError: the prompt is empty or has a token that the model does not know, `max_new_tokens` is below 1, or
+                even alone the sequence would not fit.
+            RuntimeError: the generator is closed.
         """
+        self._check_open()
         if not request.prompt or request.max_new_tokens < 1:
             raise ValueError(
                 f"a request of {len(request.prompt)} prompt tokens and max_new_tokens={request.max_new_tokens}; "
@@ -147,6 +151,11 @@ class Generator:
                 f"{len(request.prompt)} prompt tokens and max_new_tokens={request.max_new_tokens} need {longest} "
                 f"slots; the cache and the model have {self.max_seq_len} for one sequence"
             )
+        embeddings: Any = self.model.get_input_embeddings()
+        known = len(embeddings.weight)
+        for token in request.prompt:
+            if not 0 <= token < known:
+                raise ValueError(f"token {token} is in the prompt; the model knows 0 to {known - 1}")
         self._waiting.append(_Sequence(self._num_added, request))
         self._num_added += 1
         return self._waiting[-1].request_id
@@ -166,7 +175,11 @@ class Generator:
         """One forward pass: at most one new token for each running sequence, none for those still in their prompt.
 
         If the pass fails, the step is aborted: no sequence has moved, and the call may be repeated.
+
+        Raises:
+            RuntimeError: the generator is closed.
         """
+        self._check_open()
         self._admit()
         if not self._running:
             return []
@@ -188,7 +201,12 @@ class Generator:
 
     def close(self) -> None:
         """Give the model its own attention back. The cache goes with the generator."""
+        self._closed = True
         self._attached.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the generator is closed: the model has its own attention back; make a new one")
 
     def __enter__(self) -> Self:
         return self

@@ -25,7 +25,7 @@ class Verdict:
         position: of the first new token that differs, or of the first that fails; None where all are identical.
         expected: the token over the contiguous cache, None where the request had ended before.
         got: the token as given, None where there is none.
-        gap: by how much the contiguous cache's logit of `expected` exceeds that of `got`.
+        gap: by how much the contiguous cache's logit of `expected` exceeds that of `got`; NaN where logits are.
         bound: the largest gap that passes for a near tie: `NEAR_TIE * eps * |best logit|` in half precision, else 0.
     """
 
@@ -47,6 +47,8 @@ class Verdict:
     def __str__(self) -> str:
         if self.identical:
             return "identical"
+        if math.isnan(self.gap):
+            return f"NOT A NUMBER at token {self.position}: the model's own logits have NaN, so nothing can be compared"
         if self.expected is None:
             return f"DIFFERENT: goes on after token {self.position}, where the request ends"
         if self.got is None:
@@ -64,6 +66,8 @@ def verify(model: PreTrainedModel, request: Request, tokens: Sequence[int]) -> V
     Up to the first difference both see the same tokens. Where it is a near tie, the contiguous cache goes on with the
     token that was given, so that every later token is held against its logits too.
 
+    The bound does not cover expert routing: in half precision a tie between experts can change a logit by more.
+
     The model attends as it does on its own: not inside `kvblocks.integrations.transformers.attached`.
     """
     cache = DynamicCache(config=model.config)
@@ -73,6 +77,8 @@ def verify(model: PreTrainedModel, request: Request, tokens: Sequence[int]) -> V
         inputs = torch.tensor([feed], device=model.device)
         logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits[0, -1]
         expected = int(logits.argmax())
+        if bool(logits.isnan().any()):
+            return Verdict(position, None, tokens[position] if position < len(tokens) else None, math.nan)
         if position == len(tokens):
             return Verdict(position, expected, None, math.inf)
         got = tokens[position]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -84,9 +85,9 @@ def test_json_says_it_all(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
 
 
 def test_prompts_from_standard_input(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\nc"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfa\r\nb\x0cB\nc")))
     report = generate(capsys, "--prompts", "-", "--max-new-tokens", "2", "--no-verify")
-    assert [entry["prompt"] for entry in report["completions"]] == ["a", "b", "c"]
+    assert [entry["prompt"] for entry in report["completions"]] == ["a", "b\x0cB", "c"]
     assert {entry["verdict"] for entry in report["completions"]} == {None}
 
 
@@ -95,6 +96,7 @@ def test_prompts_from_standard_input(capsys: pytest.CaptureFixture[str], monkeyp
     [
         (Verdict(3, 5, 6, 0.25, 0.0), 1, "  1  DIFFERENT at token 3: 6 instead of 5, whose logit is 0.25 higher"),
         (Verdict(3, 5, 6, 0.25, 0.5), 0, "  1  near tie at token 3: 6 instead of 5, whose logit is 0.25 higher"),
+        (Verdict(3, None, 6, float("nan")), 1, "  1  NOT A NUMBER at token 3"),
         (Verdict(3, 5, None, float("inf")), 1, "  1  DIFFERENT: ends before token 3"),
     ],
 )
@@ -141,7 +143,7 @@ def test_a_model_from_a_directory(
     saved_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(*arguments: str) -> dict[str, Any]:
-        monkeypatch.setattr(sys, "stdin", io.StringIO("a b c\nx y\n"))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a b c\nx y\n")))
         return generate(capsys, "--model", str(saved_model), "--prompts", "-", "--max-new-tokens", "6", *arguments)
 
     report = run()
@@ -178,6 +180,7 @@ def error(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> str:
         (["--max-new-tokens", "4000"], "needs 4156 positions and the model has 4096; lower --max-new-tokens"),
         (["--prompts", "no/such/file"], "--prompts no/such/file cannot be read: "),
         (["--prompts", __file__ + "/.."], "cannot be read: "),
+        (["--device", "meta"], "--device meta cannot be used: it holds no numbers"),
         (["--device", "warp"], "--device warp cannot be used: "),
         (["--model", "./no/such/model"], "--model ./no/such/model cannot be served: there is no such directory"),
     ],
@@ -192,6 +195,40 @@ def test_errors_about_prompts(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert "has no prompt; give one a line" in error(capsys, ["--prompts", str(prompts)])
     prompts.write_bytes(b"\xff\xfe")
     assert "cannot be read: 'utf-8' codec" in error(capsys, ["--prompts", str(prompts)])
+
+
+def test_errors_about_standard_input(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), errors="surrogateescape"))
+    assert "--prompts - cannot be read: 'utf-8' codec" in error(capsys, ["--prompts", "-"])
+
+
+def test_a_token_that_the_model_does_not_know(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "encode", lambda _: (1, 258))
+    assert "prompt 1 has token 258, the model knows 0 to 257; its tokenizer belongs to another" in error(capsys, [])
+
+
+def test_buffers_are_no_larger_than_the_prompts_need(capsys: pytest.CaptureFixture[str]) -> None:
+    most = str(2**31 - 1)
+    report = generate(capsys, "--max-new-tokens", "2", "--max-batch-tokens", most, "--max-seqs", most, "--no-verify")
+    assert report["forward_passes"] == 2
+
+
+def test_standard_output_that_takes_nothing() -> None:
+    command = [sys.executable, "-m", "kvblocks", "generate", "--max-new-tokens", "2", "--no-verify"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (done.returncode, "Traceback" in done.stderr, "error" in done.stderr) == (141, False, False)
+
+
+def test_a_damaged_model(capsys: pytest.CaptureFixture[str], tmp_path: Path, saved_model: Path) -> None:
+    for file in saved_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 40)
+    assert "cannot be served: " in error(capsys, ["--model", str(tmp_path)])
 
 
 def test_errors_about_models(capsys: pytest.CaptureFixture[str], tmp_path: Path, saved_model: Path) -> None:

@@ -277,6 +277,19 @@ def test_the_model_gets_its_attention_back() -> None:
     assert model.config._attn_implementation == before
 
 
+def test_one_generator_drives_a_model_and_none_after_close() -> None:
+    model = tiny_llama()
+    with Generator(model, sizes(model, 4, 8)) as generator:
+        with pytest.raises(ValueError, match="another generator drives this LlamaForCausalLM"):
+            Generator(model, sizes(model, 4, 8))
+        generator.add(Request(prompt(3), 2))
+        assert len(generator.step()) == 1
+    with pytest.raises(RuntimeError, match="the generator is closed"):
+        generator.add(Request(prompt(3), 2))
+    with pytest.raises(RuntimeError, match="the generator is closed"):
+        generator.step()
+
+
 def test_errors() -> None:
     model = tiny_llama()
     config = sizes(model, 4, 8)
@@ -291,6 +304,9 @@ def test_errors() -> None:
             generator.add(Request((1,), 0))
         with pytest.raises(ValueError, match=r"30 prompt tokens and max_new_tokens=4 need 33 slots; .* have 32"):
             generator.add(Request(prompt(30), 4))
+        for token in (-1, VOCABULARY):
+            with pytest.raises(ValueError, match=f"token {token} is in the prompt; the model knows 0 to 60"):
+                generator.add(Request((1, token), 2))
         assert generator.num_unfinished == 0
         tokens = run(generator, [Request(prompt(30), 3)])
     assert tokens == [expected(model, Request(prompt(30), 3))]

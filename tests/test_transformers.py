@@ -149,6 +149,7 @@ LINEAR = ["linear_attention", "full_attention"] * 2
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "linear attention": ("qwen3_next", {"layer_types": LINEAR}, "layers of type linear_attention; served are"),
+    "positions of its own": ("roberta", {"is_decoder": True}, "numbers its positions in its own way"),
     "recurrent": ("rwkv", {"attention_hidden_size": 64}, "keeps a recurrent state"),
     "no registry": (
         "gptj",
@@ -217,6 +218,9 @@ def test_kv_shape_needs_numbers() -> None:
         kv_shape(config)
     with pytest.raises(UnsupportedModel, match=r"num_hidden_layers is None"):
         kv_shape(PreTrainedConfig())
+    if hasattr(transformers, "Gemma4TextConfig"):
+        with pytest.raises(UnsupportedModel, match=r"Gemma4TextConfig\.head_dim differs between layers"):
+            kv_shape(transformers.Gemma4TextConfig())
 
 
 def test_kv_shape_of_values_narrower_than_keys() -> None:

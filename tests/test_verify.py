@@ -80,6 +80,16 @@ def test_tokens_missing_or_too_many() -> None:
     assert not long.passed
 
 
+def test_logits_that_are_no_numbers_prove_nothing() -> None:
+    broken = demo.small_llama()
+    with torch.no_grad():
+        broken.lm_head.weight[3] = torch.nan
+    verdict = verify(broken, REQUEST, [3] * 12)
+    assert verdict.position == 0
+    assert not verdict.passed
+    assert str(verdict).startswith("NOT A NUMBER at token 0")
+
+
 def gaps_of_runners_up(dtype: torch.dtype) -> list[float]:
     """For each greedy token, by how many bounds the runner-up misses its logit."""
     past, feed, gaps = DynamicCache(config=model(dtype).config), list(REQUEST.prompt), []

@@ -55,27 +55,31 @@ def kv_shape(config: PreTrainedConfig) -> KVShape:
     """
     text = config.get_text_config(decoder=True)
 
+    def read(name: str) -> Any:
+        try:
+            return getattr(text, name, None)
+        except RuntimeError as error:  # transformers' answer where layers have different values
+            raise UnsupportedModel(f"{type(text).__name__}.{name} differs between layers: {error}") from None
+
     def number(name: str) -> int:
-        value = getattr(text, name, None)
+        value = read(name)
         if not isinstance(value, int):
             raise UnsupportedModel(f"{type(text).__name__}.{name} is {value!r}; an int is needed to size a cache")
         return value
 
     num_layers, num_heads = number("num_hidden_layers"), number("num_attention_heads")
-    if getattr(text, "kv_lora_rank", None):
+    if read("kv_lora_rank"):
         # Multi-head latent attention: transformers expands the latents to K and V for every head.
         return KVShape(
             num_layers, num_heads, number("qk_nope_head_dim") + number("qk_rope_head_dim"), number("v_head_dim")
         )
-    if getattr(text, "multi_query", False):
+    if read("multi_query"):
         num_kv_heads = 1
     else:
-        num_kv_heads = (
-            num_heads if getattr(text, "num_key_value_heads", None) is None else number("num_key_value_heads")
-        )
-    has_head_dim = getattr(text, "head_dim", None) is not None
+        num_kv_heads = num_heads if read("num_key_value_heads") is None else number("num_key_value_heads")
+    has_head_dim = read("head_dim") is not None
     head_dim = number("head_dim") if has_head_dim else number("hidden_size") // num_heads
-    v_head_dim = head_dim if getattr(text, "v_head_dim", None) is None else number("v_head_dim")
+    v_head_dim = head_dim if read("v_head_dim") is None else number("v_head_dim")
     return KVShape(num_layers, num_kv_heads, head_dim, v_head_dim)
 
 
@@ -139,6 +143,8 @@ def check_model(model: PreTrainedModel) -> None:
         raise UnsupportedModel(
             f"{name}.forward takes no position_ids or hands nothing on to its layers; it cannot be batched"
         )
+    if any(hasattr(part, "create_position_ids_from_input_ids") for part in model.modules()):
+        raise UnsupportedModel(f"{name} numbers its positions in its own way; served are those that count from 0")
 
 
 @contextmanager
@@ -146,10 +152,12 @@ def attached(model: PreTrainedModel) -> Iterator[None]:
     """Let the model's layers attend through kvblocks; on leaving, as they did before.
 
     Raises:
-        UnsupportedModel: see `check_model`.
+        UnsupportedModel: see `check_model`; or the model attends through kvblocks already.
     """
     check_model(model)
     before = model.config._attn_implementation
+    if before == NAME:
+        raise UnsupportedModel(f"another generator drives this {type(model).__name__}; close that one first")
     model.set_attn_implementation(NAME)
     try:
         yield
