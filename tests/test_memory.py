@@ -47,12 +47,13 @@ def test_untouched_memory_is_not_resident_and_prefaulted_memory_is() -> None:
 
 
 def test_the_last_tensor_takes_the_memory_with_it() -> None:
+    gc.collect()
     before = mapped()
     tensor = memory.zeroed(GIB)
     last = tensor.view(torch.float32).view(4, -1)[3]
     del tensor
     gc.collect()
-    assert mapped() - before >= GIB
+    assert mapped() - before > GIB // 2  # what else comes and goes is far smaller
     assert last[0] == 0
     del last
     assert mapped() - before < GIB // 2
