@@ -30,7 +30,7 @@ class StepBuffers(StepArrays):
         max_tokens: query tokens of all rows together.
         max_blocks_per_seq: columns of the block table.
         device: where the tensors lie.
-        groups: layer groups; one so far.
+        groups: layer groups, 1 to 64.
         kv_indices: also keep `kv_indptr`, `kv_indices`, `kv_last_page_len`, the form that FlashInfer takes.
 
     Attributes:
@@ -41,14 +41,17 @@ class StepBuffers(StepArrays):
         seq_lens: int32 [max_seqs]: tokens of each sequence, those of this step included. Pads 0.
         query_start_loc: int32 [max_seqs + 1]: where each row's query tokens start. Pads repeat `num_tokens`.
         kv_indptr: int32 [max_seqs + 1], kv_indices: int32 [max_seqs * max_blocks_per_seq],
-            kv_last_page_len: int32 [max_seqs]; None unless asked for.
+            kv_last_page_len: int32 [max_seqs]; None unless asked for. Blocks that a group does not reach
+            are left out.
         num_seqs, num_tokens, num_copies, max_query_len, max_seq_len: ints on the host.
 
     Raises:
         ValueError: a size is not 1 to 2**31 - 1, or there is no such device.
         TypeError: a size is not an integer.
         OutOfMemory: the arrays do not fit the host's memory.
-        NotImplementedError: more than one group.
+
+    With several groups `slot_mapping`, `block_table`, `kv_indptr` and `kv_indices` are [groups, ...]: `block_table[g]`
+    and `slot_mapping[g]` are what the layers of group g take. In a block table what lies out of reach is padding.
 
     On a CUDA device the copy is enqueued on the current stream. Two pinned images take turns, each guarded by an event,
     so the host may prepare the next step while the device still reads this one.
@@ -67,21 +70,20 @@ class StepBuffers(StepArrays):
         max_seqs = checked_size("max_seqs", max_seqs)
         max_tokens = checked_size("max_tokens", max_tokens)
         max_blocks_per_seq = checked_size("max_blocks_per_seq", max_blocks_per_seq)
-        if groups != 1:
-            raise NotImplementedError(f"groups={groups}: only one layer group is supported")
+        each = () if checked_size("groups", groups) == 1 else (checked_size("groups", groups),)
         self.device = checked_device(device)
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "input_ids": (torch.int64, (max_tokens,)),
             "positions": (torch.int64, (max_tokens,)),
-            "slot_mapping": (torch.int64, (max_tokens,)),
-            "copies": (torch.int64, (max_seqs, 2)),
-            "block_table": (torch.int32, (max_seqs, max_blocks_per_seq)),
+            "slot_mapping": (torch.int64, (*each, max_tokens)),
+            "copies": (torch.int64, (groups * max_seqs, 2)),
+            "block_table": (torch.int32, (*each, max_seqs, max_blocks_per_seq)),
             "seq_lens": (torch.int32, (max_seqs,)),
             "query_start_loc": (torch.int32, (max_seqs + 1,)),
         }
         if kv_indices:
-            shapes["kv_indptr"] = (torch.int32, (max_seqs + 1,))
-            shapes["kv_indices"] = (torch.int32, (max_seqs * max_blocks_per_seq,))
+            shapes["kv_indptr"] = (torch.int32, (*each, max_seqs + 1))
+            shapes["kv_indices"] = (torch.int32, (*each, max_seqs * max_blocks_per_seq))
             shapes["kv_last_page_len"] = (torch.int32, (max_seqs,))
         offsets, size = {}, 0
         for name, (dtype, shape) in shapes.items():

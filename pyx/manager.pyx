@@ -10,7 +10,7 @@ from cpython.buffer cimport (
     PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcmp, memcpy, memset
 
@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvblocks.config import Chunk, Window
 from kvblocks.errors import InvariantViolation, NoFreeBlocks, StaleSequence, TooManySequences
 
 include "manager/memory.pxi"
@@ -90,13 +91,17 @@ cdef class BlockManager:
     Args:
         num_blocks: blocks in the pool, 1 to 2**31 - 2.
         block_size: tokens in a block.
-        groups: the reach of each layer group; only one group of full attention, `(None,)`, so far.
+        groups: the reach of each layer group, 1 to 64 of them: None for everything, a `Window` or a `Chunk`. Each
+            sequence has one block table for each; all draw from one pool. A block that nothing in its group's reach
+            needs any more is given back at `commit`.
         max_seqs: sequences and pins that may exist at once, at most 2**24.
         max_nodes: published blocks that may exist at once, by default `num_blocks`. When they are spent, sequences stop
             publishing.
         max_open_steps: steps that may be prepared and not yet committed or aborted.
         prefix_caching: whether computed blocks are published and hit.
         watermark: share of the blocks, 0 to 1, that `admit` leaves free while anything is held.
+
+    A hit needs every block of a full group, and of a group with a window or chunks those that its next token reaches.
 
     Sequences and pins are int handles that are never used twice. Arrays of integers may be numpy arrays, CPU tensors,
     other integer buffers (read in place: nobody may write them during the call), lists, or one int.
@@ -108,6 +113,7 @@ cdef class BlockManager:
     """
 
     cdef Core core
+    cdef readonly tuple groups
     cdef int32_t slots  # as many as were mapped; core.max_seqs shrinks when one is retired
     cdef cython.pymutex lock
 
@@ -123,8 +129,7 @@ cdef class BlockManager:
         cdef int32_t nodes = blocks
         if max_nodes is not None:
             nodes = <int32_t>bounded(max_nodes, "max_nodes", 0, MAX_INT32 - 1)
-        if tuple(groups) != (None,):
-            raise NotImplementedError(f"groups={groups!r}: only one group of full attention, (None,), is supported")
+        self.groups = checked_groups(groups, c)
         if isinstance(watermark, bool) or not isinstance(watermark, (int, float)):
             raise TypeError(f"watermark must be a number, not {type(watermark).__name__}")
         if not 0.0 <= watermark <= 1.0:
@@ -143,28 +148,31 @@ cdef class BlockManager:
         t.fresh = 1
         t.spread = ~<uint64_t>0
         t.seal, t.twist = struct.unpack("QQ", os.urandom(16))
-        t.mask = 1
-        while t.mask < 2 * <uint64_t>t.max_nodes:
-            t.mask *= 2
-        t.mask -= 1
+        t.num_groups = c.num_groups
+        t.width = (NODE_HEAD + c.num_groups * sizeof(int32_t) + 7) & ~<size_t>7
+        t.num_lines = <uint32_t>t.max_nodes // 6 + 1
+        p.queue_mask = 1
+        while p.queue_mask < <uint32_t>blocks + <uint32_t>blocks // 2:
+            p.queue_mask = 2 * p.queue_mask + 1
         # Zeroed memory that is not touched before it is used: a large pool costs nothing until it fills.
         p.num_blocks = blocks
-        p.blocks = <Block*>map_zeroed(<size_t>blocks + 1, sizeof(Block))
+        p.blocks = <Block*>map_zeroed(blocks, sizeof(Block))
+        p.queue = <int32_t*>map_zeroed(<size_t>p.queue_mask + 1, sizeof(int32_t))
         p.stack = <int32_t*>map_zeroed(blocks, sizeof(int32_t))
         p.steps = <Step*>grab_zeroed(p.max_steps, sizeof(Step))
         c.seqs = <Seq*>map_zeroed(c.max_seqs, sizeof(Seq))
-        t.nodes = <Node*>map_zeroed(<size_t>t.max_nodes + 1, sizeof(Node))
+        t.nodes = <char*>map_zeroed(<size_t>t.max_nodes + 1, t.width)
         t.tokens = <int32_t*>map_zeroed(<size_t>t.max_nodes + 1, size * sizeof(int32_t))
-        t.buckets = <int32_t*>map_zeroed(t.mask + 1, sizeof(int32_t))
+        t.lines = <Line*>map_zeroed(t.num_lines, sizeof(Line))
         cdef size_t key_bytes = (<size_t>size + 2 if prefix_caching else 1) * sizeof(uint32_t)
         t.key = <uint32_t*>grab(key_bytes)
         if (
-            p.blocks == NULL or p.stack == NULL or p.steps == NULL or c.seqs == NULL
-            or t.nodes == NULL or t.tokens == NULL or t.buckets == NULL or t.key == NULL
+            p.blocks == NULL or p.stack == NULL or p.queue == NULL or p.steps == NULL or c.seqs == NULL
+            or t.nodes == NULL or t.tokens == NULL or t.lines == NULL or t.key == NULL
         ):
             raise MemoryError(f"no memory to keep books of num_blocks={blocks} blocks of block_size={size} tokens")
-        p.blocks[blocks].prev = p.blocks[blocks].next = blocks
-        t.nodes[0].hash = t.seal
+        node_at(t, 0).hash = t.seal
+        node_at(t, 0).uses = 1
         cdef bytes key = os.urandom(key_bytes)
         memcpy(t.key, PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
 
@@ -177,16 +185,18 @@ cdef class BlockManager:
                 free(c.seqs[i].table)
         if c.pool.tree.nodes != NULL:
             for i in range(1, c.pool.tree.fresh):
-                blob_drop(c.pool.tree.nodes[i].blob)
+                blob_drop(node_at(&c.pool.tree, i).blob)
         if c.pool.steps != NULL:
             for i in range(c.pool.max_steps):
                 free(c.pool.steps[i].rows)
+                free(c.pool.steps[i].sources)
         unmap(c.seqs, self.slots, sizeof(Seq))
-        unmap(c.pool.blocks, <size_t>c.pool.num_blocks + 1, sizeof(Block))
+        unmap(c.pool.blocks, c.pool.num_blocks, sizeof(Block))
+        unmap(c.pool.queue, <size_t>c.pool.queue_mask + 1, sizeof(int32_t))
         unmap(c.pool.stack, c.pool.num_blocks, sizeof(int32_t))
-        unmap(c.pool.tree.nodes, <size_t>c.pool.tree.max_nodes + 1, sizeof(Node))
+        unmap(c.pool.tree.nodes, <size_t>c.pool.tree.max_nodes + 1, c.pool.tree.width)
         unmap(c.pool.tree.tokens, <size_t>c.pool.tree.max_nodes + 1, c.block_size * sizeof(int32_t))
-        unmap(c.pool.tree.buckets, c.pool.tree.mask + 1, sizeof(int32_t))
+        unmap(c.pool.tree.lines, c.pool.tree.num_lines, sizeof(Line))
         free(c.pool.steps)
         free(c.pool.tree.key)
 
@@ -247,14 +257,20 @@ cdef class BlockManager:
             ValueError, TypeError: `tokens`, `extra` or `reserve` is not as above.
         """
         cdef Text text
+        cdef Ints t
         cdef Fault f
         cdef int64_t seq, num_cached = 0, limit = reserve_limit(reserve)
+        t.owned = NULL
+        t.viewed = False
+        memset(&text, 0, sizeof(Text))
         try:
-            self.open_text(tokens, salt, extra, &text)
+            open_ints(tokens, "tokens", &t)
+            self.open_text(&t, salt, extra, &text, False)
             with nogil, self.lock:
                 seq = core_admit(&self.core, &text, limit, &f, &num_cached)
         finally:
             self.close_text(&text)
+            close_ints(&t)
         if seq == 0:
             raise self.error(&f)
         return seq, num_cached
@@ -262,44 +278,57 @@ cdef class BlockManager:
     def match(self, tokens, *, salt=b"", extra=()):
         """Tokens that `admit` would find in the prefix cache now. No effect."""
         cdef Text text
+        cdef Ints t
         cdef int32_t hit = 0
-        cdef int32_t* found = NULL
+        cdef int32_t* path = NULL
+        t.owned = NULL
+        t.viewed = False
+        memset(&text, 0, sizeof(Text))
         try:
-            self.open_text(tokens, salt, extra, &text)
-            found = <int32_t*>grab(<size_t>blocks_for(text.num_tokens, self.core.block_size) * sizeof(int32_t))
-            if found == NULL:
+            open_ints(tokens, "tokens", &t)
+            self.open_text(&t, salt, extra, &text, True)
+            path = <int32_t*>grab(<size_t>blocks_for(text.num_tokens, self.core.block_size) * sizeof(int32_t))
+            if path == NULL:
                 raise MemoryError(f"no memory to match {text.num_tokens} tokens")
             with nogil, self.lock:
-                hit = tree_walk(&self.core.pool.tree, &text, hit_limit(&self.core, &text), found)
+                hit = tree_walk(&self.core.pool.tree, &text, hit_limit(&self.core, &text), path)
+                hit = longest_hit(&self.core, path, hit)
         finally:
-            free(found)
+            free(path)
             self.close_text(&text)
+            close_ints(&t)
         return hit * self.core.block_size
 
     def can_admit(self, tokens, *, salt=b"", extra=(), reserve=None):
         """Whether `admit` would succeed NOW, LATER, or NEVER because the pool is too small for all of `tokens`."""
         cdef Text text
+        cdef Ints t
         cdef Fault f
-        cdef int64_t limit = reserve_limit(reserve)
-        cdef int32_t hit, target, needed = 0
-        cdef int32_t* found = NULL
+        cdef int64_t limit = reserve_limit(reserve), needed = 0
+        cdef int32_t hit, target
+        cdef int32_t* path = NULL
         cdef bint now = False
+        t.owned = NULL
+        t.viewed = False
+        memset(&text, 0, sizeof(Text))
         try:
-            self.open_text(tokens, salt, extra, &text)
-            needed = blocks_for(text.num_tokens, self.core.block_size)
-            found = <int32_t*>grab(<size_t>needed * sizeof(int32_t))
-            if found == NULL:
+            open_ints(tokens, "tokens", &t)
+            self.open_text(&t, salt, extra, &text, True)
+            path = <int32_t*>grab(<size_t>blocks_for(text.num_tokens, self.core.block_size) * sizeof(int32_t))
+            if path == NULL:
                 raise MemoryError(f"no memory to match {text.num_tokens} tokens")
+            needed = least_blocks(&self.core, text.num_tokens, limit >= 0)
             with nogil, self.lock:
                 now = has_room(&self.core, 1, &f) and plan_admission(
-                    &self.core, &text, limit, found, &hit, &target, &f, True
+                    &self.core, &text, limit, path, &hit, &target, &f, True
                 )
         finally:
-            free(found)
+            free(path)
             self.close_text(&text)
-        if needed > self.core.pool.num_blocks:
-            return Admission.NEVER
-        return Admission.NOW if now else Admission.LATER
+            close_ints(&t)
+        if now:
+            return Admission.NOW
+        return Admission.NEVER if needed > self.core.pool.num_blocks else Admission.LATER
 
     def preempt(self, seq):
         """Give back all blocks of a sequence in no open step; its tokens stay, for `resume`.
@@ -344,14 +373,20 @@ cdef class BlockManager:
             ValueError: no block of it is published.
         """
         cdef Text text
+        cdef Ints t
         cdef Fault f
         cdef int64_t handle = 0
+        t.owned = NULL
+        t.viewed = False
+        memset(&text, 0, sizeof(Text))
         try:
-            self.open_text(tokens, salt, extra, &text)
+            open_ints(tokens, "tokens", &t)
+            self.open_text(&t, salt, extra, &text, True)
             with nogil, self.lock:
                 handle = core_pin(&self.core, &text, &f)
         finally:
             self.close_text(&text)
+            close_ints(&t)
         if handle == 0:
             raise self.error(&f)
         return handle
@@ -586,9 +621,11 @@ cdef class BlockManager:
     # Looking in
 
     def block_table(self, seq):
-        """The blocks of a sequence, in order: int32 [blocks]."""
+        """The blocks of a sequence in order, int32 [blocks], with several groups [groups, blocks]; -1: out of reach."""
         cdef int64_t handle = as_int(seq, "seq")
-        return self.read(handle, True)
+        table = self.read(handle, True)
+        groups = self.core.num_groups
+        return table if groups == 1 else np.ascontiguousarray(table.reshape(-1, groups).T)
 
     def tokens(self, seq):
         """The token ids of a sequence, -1 for placeholders: int32 [num_tokens]."""
@@ -655,21 +692,19 @@ cdef class BlockManager:
 
     def _collide(self):
         """Make every hash of this manager, which must be new, equal."""
-        self.core.pool.tree.spread = self.core.pool.tree.nodes[0].hash = self.core.pool.tree.seal = 0
+        self.core.pool.tree.spread = node_at(&self.core.pool.tree, 0).hash = self.core.pool.tree.seal = 0
 
-    def _longest_bucket(self):
-        """Nodes in the fullest bucket of the prefix tree."""
+    def _longest_walk(self):
+        """Lines of the prefix tree's table that the longest way to a node takes."""
         cdef const Tree* t = &self.core.pool.tree
-        cdef int32_t n, count, longest = 0
-        cdef uint64_t bucket
+        cdef uint32_t i, start, longest = 0
+        cdef int32_t slot
         with self.lock:
-            for bucket in range(t.mask + 1):
-                count = 0
-                n = t.buckets[bucket]
-                while n:
-                    count += 1
-                    n = t.nodes[n].next
-                longest = max(longest, count)
+            for i in range(t.num_lines):
+                for slot in range(12):
+                    if t.lines[i].tags[slot]:
+                        start = line_of(t, node_at(t, t.lines[i].nodes[slot]).hash)
+                        longest = max(longest, (i - start if i >= start else t.num_lines - start + i) + 1)
         return longest
 
     def _poke(self, str field, Py_ssize_t index, int64_t value):
@@ -681,28 +716,32 @@ cdef class BlockManager:
                 p.blocks[index].refs += value
             elif field == "block_node":
                 p.blocks[index].node += value
-            elif field == "next":
-                p.blocks[index].next += value
-            elif field == "prev":
-                p.blocks[index].prev += value
+            elif field == "place":
+                p.blocks[index].place += value
+            elif field == "queue":
+                p.queue[(p.queue_head + index) & p.queue_mask] += value
             elif field == "num_cached":
                 p.num_cached += value
             elif field == "num_waiting":
                 p.num_waiting += value
             elif field == "node_parent":
-                p.tree.nodes[index].parent += value
+                node_at(&p.tree, index).parent += value
             elif field == "node_block":
-                p.tree.nodes[index].block += value
+                node_at(&p.tree, index).blocks[0] += value
             elif field == "node_token":
                 p.tree.tokens[index * p.tree.block_size] += value
             elif field == "node_hash":
-                p.tree.nodes[index].hash += value
+                node_at(&p.tree, index).hash += value
+            elif field == "node_uses":
+                node_at(&p.tree, index).uses += value
+            elif field == "passed":
+                p.tree.lines[index].passed += value
             elif field == "num_nodes":
                 p.tree.num_nodes += value
             elif field == "table":
                 seq.table[0] += value
-            elif field == "num_blocks":
-                seq.num_blocks += value
+            elif field == "num_rows":
+                seq.num_rows += value
             elif field == "reserved":
                 seq.reserved += value
             elif field == "num_computed":
@@ -731,7 +770,10 @@ cdef class BlockManager:
             if counted:
                 open_counts(counts, s.size, &n)
             with self.lock:
-                ok = core_extend(&self.core, &s, &t if given else NULL, &n if counted else NULL, &f)
+                if counted:
+                    ok = core_extend(&self.core, &s, &t if given else NULL, &n, &f)
+                else:
+                    ok = core_append(&self.core, &s, &t if given else NULL, &f)
         finally:
             close_ints(&s)
             close_ints(&t)
@@ -744,7 +786,7 @@ cdef class BlockManager:
         """A copy of a sequence's table or tokens, made without a Python object under the lock."""
         cdef Fault f
         cdef Seq* seq
-        cdef int32_t n = 0, room = -1
+        cdef int64_t n = 0, room = -1
         cdef int32_t[::1] out = None
         array = None
         while n > room:
@@ -754,36 +796,34 @@ cdef class BlockManager:
             with self.lock:
                 seq = find(&self.core, handle, 0, &f)
                 if seq != NULL:
-                    n = seq.num_blocks if blocks else seq.text.num_tokens
+                    n = <int64_t>seq.num_rows * self.core.num_groups if blocks else seq.text.num_tokens
                     if n and n <= room:
                         memcpy(&out[0], seq.table if blocks else seq.text.tokens, n * sizeof(int32_t))
             if seq == NULL:
                 raise self.error(&f)
         return array[:n]
 
-    cdef int open_text(self, tokens, salt, extra, Text* out) except -1:
-        """Copy tokens and extra bytes out of Python; closed with `close_text` unless a sequence took it over."""
-        cdef Ints t
+    cdef int open_text(self, const Ints* t, salt, extra, Text* out, bint borrow) except -1:
+        """Take tokens and extra bytes out of Python; closed with `close_text` unless a sequence took it over. Where
+        `borrow` allows it, tokens of 32 bits are read in place, as long as `t` is open."""
         cdef Py_ssize_t bad
-        memset(out, 0, sizeof(Text))
-        t.owned = NULL
-        t.viewed = False
         if not isinstance(salt, bytes):
             raise TypeError(f"salt must be bytes, not {type(salt).__name__}")
-        try:
-            open_ints(tokens, "tokens", &t)
-            if t.size == 0:
-                raise ValueError("tokens is empty: a sequence needs at least one token")
-            if t.size > MAX_INT32:
-                raise ValueError(f"{t.size} tokens are more than {MAX_INT32}")
+        if t.size == 0:
+            raise ValueError("tokens is empty: a sequence needs at least one token")
+        if t.size > MAX_INT32:
+            raise ValueError(f"{t.size} tokens are more than {MAX_INT32}")
+        if borrow and not t.wide:
+            bad = bad_token(t, kvb_bits(<const int32_t*>t.data, t.size))
+            if bad < 0:
+                out.tokens = <int32_t*>t.data
+        else:
             if not grow_text(out, t.size):
                 raise MemoryError(f"no memory for {t.size} tokens")
-            bad = copy_tokens(&t, out.tokens)
-            if bad >= 0:
-                raise ValueError(f"tokens[{bad}]={at(&t, bad)} must be 0 to {MAX_INT32}")
-            out.num_tokens = out.known = <int32_t>t.size
-        finally:
-            close_ints(&t)
+            bad = copy_tokens(t, out.tokens)
+        if bad >= 0:
+            raise ValueError(f"tokens[{bad}]={at(t, bad)} must be 0 to {MAX_INT32}")
+        out.num_tokens = out.known = <int32_t>t.size
         if self.core.caching and (salt or extra is not ()):
             self.open_extras(salt, extra, out)
         return 0
@@ -832,6 +872,8 @@ cdef class BlockManager:
         return 0
 
     cdef void close_text(self, Text* text) noexcept:
+        if text.capacity == 0:
+            text.tokens = NULL  # borrowed
         if text.num_extras:
             with self.lock:
                 clear_text(text)
@@ -869,6 +911,7 @@ cdef class BlockManager:
             STEP_SEQS: f"{v} seqs do not fit a step of max_seqs={b}",
             STEP_TOKENS: f"{v} tokens do not fit a step of max_tokens={b}",
             STEP_BLOCKS: f"sequence at {i} has {v} blocks, which do not fit max_blocks_per_seq={b} of the step",
+            STEP_GROUPS: f"the step has arrays for {b} layer groups, the manager has {v}",
             STEP_LIMIT: f"{v} steps are open, of max_open_steps={b}; commit or abort one",
             COMPUTED_UNKNOWN: f"sequence {v} (at {i}) has a computed placeholder at {b}; set_tokens first",
             NO_STEP: f"step {v} is not open; none is",
@@ -879,8 +922,38 @@ cdef class BlockManager:
             LATER_STEP: f"accepted[{i}]={v} cuts a sequence that is in the later open step {b}; abort that one first",
             NOT_UNKNOWN: f"{v} placeholders to set, but the sequence at {i} has {b}",
             BAD_TRIM: f"num_tokens={v} must be 0 to {b}",
+            OUT_OF_REACH: f"num_tokens={v} is too few: in group {i} the tokens before {b} slid out of reach; preempt "
+            "the sequence, trim and resume it",
             NOTHING_TO_PIN: f"no block of these {v} tokens is published (blocks of {b})",
         }[problem])
+
+
+cdef tuple checked_groups(object given, Core* c):
+    """The reaches of the layer groups, and the same in `c`."""
+    cdef int32_t g
+    groups = tuple(given)
+    if not 1 <= len(groups) <= MAX_GROUPS:
+        raise ValueError(f"groups={groups!r} has {len(groups)} layer groups; give 1 to {MAX_GROUPS}")
+    c.num_groups = <int32_t>len(groups)
+    for g in range(c.num_groups):
+        reach = groups[g]
+        if isinstance(reach, Window):
+            c.reaches[g].window = reach.size
+        elif isinstance(reach, Chunk):
+            c.reaches[g].chunk = reach.size
+        elif reach is not None:
+            raise TypeError(f"groups[{g}]={reach!r}; give None, a Window or a Chunk")
+        c.reach_ends = c.reach_ends or reach is not None
+    return groups
+
+
+cdef int64_t least_blocks(const Core* c, int32_t num_tokens, bint in_parts) noexcept nogil:
+    """Blocks that so many tokens cannot do without: all, or where they come in parts, those in reach at the end."""
+    cdef int32_t g
+    cdef int64_t n = 0
+    for g in range(c.num_groups):
+        n += blocks_for(num_tokens, c.block_size) - (first_row(c, g, num_tokens - 1) if in_parts else 0)
+    return n
 
 
 cdef int64_t reserve_limit(object reserve) except? -1:

@@ -1,21 +1,38 @@
 """How the tests that also know the plain-Python model drive the compiled block manager."""
 
+from typing import Any
+
+import torch
 from manager_machine import Driver, StepView
 
 from kvblocks.manager import BlockManager
 from kvblocks.step import StepBuffers
 
 
-def make_step(max_seqs: int, max_tokens: int, max_blocks_per_seq: int) -> StepBuffers:
-    return StepBuffers(max_seqs, max_tokens, max_blocks_per_seq)
+def make_step(max_seqs: int, max_tokens: int, max_blocks_per_seq: int, groups: int = 1) -> StepBuffers:
+    return StepBuffers(max_seqs, max_tokens, max_blocks_per_seq, groups=groups, kv_indices=True)
+
+
+def by_group(tensor: torch.Tensor | None, groups: int) -> list[Any]:
+    """As lists, one for each group also where there is one."""
+    assert tensor is not None
+    values: list[Any] = tensor.tolist()
+    return values if groups > 1 else [values]
 
 
 def read_step(step: StepBuffers) -> StepView:
+    groups = step.num_groups
+    starts = by_group(step.kv_indptr, groups)
+    pages = [found[: ends[-1]] for ends, found in zip(starts, by_group(step.kv_indices, groups), strict=True)]
+    assert step.kv_last_page_len is not None
     return StepView(
         step.input_ids.tolist(),
         step.positions.tolist(),
-        step.slot_mapping.tolist(),
-        step.block_table.tolist(),
+        by_group(step.slot_mapping, groups),
+        by_group(step.block_table, groups),
+        starts,
+        pages,
+        step.kv_last_page_len.tolist(),
         step.seq_lens.tolist(),
         step.query_start_loc.tolist(),
         [(source, target) for source, target in step.copies.tolist()],

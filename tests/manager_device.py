@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
+from kvblocks.config import Chunk, Window
+
 
 @dataclass
 class Truth:
@@ -32,16 +34,27 @@ class RunRow:
     handle: int
     start: int
     end: int
-    table: list[int]
+    tables: list[list[int]]  # of each group
     contents: list[int]  # identities of positions 0..end
+
+
+def first_reached(reach: Window | Chunk | None, position: int) -> int:
+    """The first position that the query at `position` attends to."""
+    if isinstance(reach, Window):
+        return max(0, position - (reach.size - 1))
+    if isinstance(reach, Chunk):
+        return max(p for p in range(position + 1) if p % reach.size == 0)
+    return 0
 
 
 @dataclass
 class Device:
-    """The K/V, by identity: a slot holds a number that stands for one exact prefix (weights, salt, tokens, extra)."""
+    """The K/V, by identity: a slot holds a group and a number that stands for one exact prefix (weights, salt, tokens,
+    extra)."""
 
     block_size: int
-    slots: dict[int, int] = field(default_factory=dict)
+    groups: Sequence[Window | Chunk | None]
+    slots: dict[int, tuple[int, int]] = field(default_factory=dict)
     names: dict[tuple[Any, ...], int] = field(default_factory=dict)
     fresh: Iterator[int] = field(default_factory=count)
 
@@ -57,9 +70,18 @@ class Device:
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         for source, target in pairs:
             for offset in range(self.block_size):
-                self.slots[target * self.block_size + offset] = self.slots.get(source * self.block_size + offset, -1)
+                found = self.slots.get(source * self.block_size + offset, (-1, -1))
+                self.slots[target * self.block_size + offset] = found
 
-    def check(self, table: Sequence[int], contents: list[int], what: str) -> None:
-        for position, name in enumerate(contents):
-            slot = table[position // self.block_size] * self.block_size + position % self.block_size
-            assert self.slots.get(slot) == name, f"{what}: position {position} reads another prefix in slot {slot}"
+    def reached(self, tables: Sequence[Sequence[int]], start: int) -> Iterator[int]:
+        """Blocks that queries from `start` on may read."""
+        for reach, table in zip(self.groups, tables, strict=True):
+            yield from table[first_reached(reach, start) // self.block_size :]
+
+    def check(self, tables: Sequence[Sequence[int]], contents: list[int], start: int, what: str) -> None:
+        """Whether all that queries from `start` on reach is what it should be."""
+        for g, table in enumerate(tables):
+            for position in range(first_reached(self.groups[g], start), len(contents)):
+                slot = table[position // self.block_size] * self.block_size + position % self.block_size
+                right = self.slots.get(slot) == (g, contents[position])
+                assert right, f"{what}: position {position} of group {g} reads another prefix in slot {slot}"

@@ -7,6 +7,7 @@ that a sequence which would read another one's cache is seen to do so. Knows a m
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from random import Random
 from typing import Any
 
@@ -17,10 +18,21 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from manager_device import Device, RunRow, Truth
 from manager_model import UNKNOWN, Admission, ModelManager, ModelStep
 
+from kvblocks.config import Chunk, Window
 from kvblocks.errors import NoFreeBlocks, StaleSequence, TooManySequences
 
 EXPECTED_ERRORS = (ValueError, TypeError, StaleSequence, NoFreeBlocks, TooManySequences)
 SALTS = (b"", b"a")
+GROUPS: list[tuple[Any, ...]] = [
+    *[(None,)] * 4,
+    (None, Window(2)),
+    (None, Window(5)),
+    (Window(3), None, Window(3)),
+    (None, Chunk(4)),
+    (Window(1), None),
+    (Window(4),),
+    (Chunk(3), Window(6)),
+]
 MARKS = (b"x", b"y", b"")
 
 
@@ -30,8 +42,11 @@ class StepView:
 
     input_ids: list[int]
     positions: list[int]
-    slot_mapping: list[int]
-    block_table: list[list[int]]
+    slot_mapping: list[list[int]]  # of each group, as the block tables
+    block_table: list[list[list[int]]]
+    kv_indptr: list[list[int]]
+    kv_indices: list[list[int]]  # as far as kv_indptr names them
+    kv_last_page_len: list[int]
     seq_lens: list[int]
     query_start_loc: list[int]
     copies: list[tuple[int, int]]
@@ -48,11 +63,15 @@ def padded(values: list[int], size: int, pad: int) -> list[int]:
 def read_model_step(step: ModelStep) -> StepView:
     """What a StepBuffers of this size holds once the model's step is written to it."""
     empty_rows = [[0] * step.max_blocks_per_seq] * (step.max_seqs - step.num_seqs)
+    starts = [[0, *accumulate(len(row) for row in rows)] for rows in step.pages]
     return StepView(
         padded(step.input_ids, step.max_tokens, 0),
         padded(step.positions, step.max_tokens, 0),
-        padded(step.slot_mapping, step.max_tokens, -1),
-        [padded(row, step.max_blocks_per_seq, 0) for row in step.block_table] + empty_rows,
+        [padded(slots, step.max_tokens, -1) for slots in step.slot_mapping],
+        [[padded(row, step.max_blocks_per_seq, 0) for row in rows] + empty_rows for rows in step.block_table],
+        [padded(ends, step.max_seqs + 1, ends[-1]) for ends in starts],
+        [[block for row in rows for block in row] for rows in step.pages],
+        padded(step.last_page_len, step.max_seqs, 0),
         padded(step.seq_lens, step.max_seqs, 0),
         padded(step.query_start_loc, step.max_seqs + 1, step.num_tokens),
         list(step.copies),
@@ -68,7 +87,7 @@ class Driver:
     """How to make a manager under test and its steps, and how to read those."""
 
     manager: Callable[..., Any]
-    step: Callable[[int, int, int], Any]  # max_seqs, max_tokens, max_blocks_per_seq
+    step: Callable[..., Any]  # max_seqs, max_tokens, max_blocks_per_seq, groups
     read: Callable[[Any], StepView]
 
 
@@ -144,13 +163,15 @@ class ManagerMachine(RuleBasedStateMachine):
     def start(self, seed: int) -> None:
         self.rng = Random(seed)
         choice = self.rng.choice
-        num_blocks = choice([8, 10, 6, 12, 7, 5, 4, 3, 2])
+        self.groups = choice(GROUPS)
+        num_blocks = choice([8, 10, 6, 12, 7, 5, 4, 3, 2]) * len(self.groups)
         self.block_size = choice([2, 2, 1, 1, 3, 4])
         self.vocabulary = choice([2, 3])
         # A liar sets placeholders to other tokens than were computed; the bookkeeping must stand it, the K/V cannot.
         self.honest = choice([True, True, True, False])
         self.favourites = self.rng.sample([a.name for a in ACTIONS], choice([0, 1, 2, 3]))
         config: dict[str, Any] = {
+            "groups": self.groups,
             "max_seqs": choice([8, 8, 6, 3]),
             "max_nodes": choice([None, None, None, 1, 3]),
             "max_open_steps": choice([3, 8, 1]),
@@ -164,11 +185,12 @@ class ManagerMachine(RuleBasedStateMachine):
         self.subject = self.driver.manager(num_blocks, self.block_size, **config)
         # Reused over many steps of different size, as engines do; the small one is there to be overfilled.
         sizes = [(8, 64, 24), (8, 64, 24), (2, 6, 4)]
-        self.steps = [(self.driver.step(*size), ModelStep(*size)) for size in sizes]
-        self.max_prompt = max(2, min(14, num_blocks * self.block_size // 2))
+        each = len(self.groups)
+        self.steps = [(self.driver.step(*size, each), ModelStep(*size, each)) for size in sizes]
+        self.max_prompt = max(2, min(14, num_blocks // each * self.block_size // 2))
         self.prompts: list[tuple[list[int], bytes, list[tuple[int, bytes]]]] = []
         self.gone: list[int] = []
-        self.device = Device(self.block_size)
+        self.device = Device(self.block_size, self.groups)
         self.weights = 0
         self.truths: dict[int, Truth] = {}
         self.runs: list[tuple[int, list[RunRow]]] = []
@@ -209,7 +231,10 @@ class ManagerMachine(RuleBasedStateMachine):
                 assert all(token in (UNKNOWN, true) for token, true in zip(tokens, truth.tokens, strict=True))
                 computed = int(subject.lengths([handle]).num_computed[0])
                 contents = self.device.identities(truth)[:computed]
-                self.device.check(plain(subject.block_table(handle)), contents, f"sequence {handle}")
+                tables = plain(subject.block_table(handle))
+                self.device.check(
+                    tables if len(self.groups) > 1 else [tables], contents, computed, f"sequence {handle}"
+                )
         subject.audit()
 
     def compare_steps(self, subject_step: Any, model_step: ModelStep) -> None:
@@ -405,12 +430,15 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @action(3, when=lambda self: self.preempted)
     def resume(self) -> None:
-        handle = self.rng.choice(self.preempted)
-        reserve = self.a_reserve()
+        self.both_resume(self.rng.choice(self.preempted), self.a_reserve())
+
+    def both_resume(self, handle: int, reserve: int | None) -> bool:
         self.truths[handle].weights = self.weights
         cached = self.both("resume", handle, reserve=reserve)
-        if not isinstance(cached, Raised):
-            self.truths[handle].written = cached
+        if isinstance(cached, Raised):
+            return False
+        self.truths[handle].written = cached
+        return True
 
     @action(3, when=lambda self: self.resting and self.model.free_slots)
     def fork(self) -> None:
@@ -489,9 +517,27 @@ class ManagerMachine(RuleBasedStateMachine):
     def trim(self) -> None:
         handle = self.rng.choice([h for h in self.handles if not self.in_step(h)])
         length = len(self.truths[handle].tokens)
-        target = self.rng.randint(max(0, length - 2 * self.block_size), length)
-        self.truths[handle].cut(target)
-        self.both("trim", handle, target)
+        self.cut_back(handle, self.rng.randint(max(0, length - 2 * self.block_size), length))
+
+    def cut_back(self, handle: int, target: int) -> bool:
+        """Trim; where that is refused, as what it needs has slid out of a window, in the way that the error names."""
+        trimmed = self.both_trim(handle, target)
+        if trimmed or not self.coin():
+            return trimmed
+        self.truths[handle].written = 0
+        self.both("preempt", handle)
+        assert self.both_trim(handle, target)
+        if target == 0:
+            return False
+        return self.both_resume(handle, None)
+
+    def both_trim(self, handle: int, target: int) -> bool:
+        expected = outcome(self.model.trim, handle, target)
+        self.same(f"trim({handle}, {target})", expected, outcome(self.subject.trim, handle, target), ())
+        if not isinstance(expected, Raised):
+            self.truths[handle].cut(target)
+        self.compare()
+        return not isinstance(expected, Raised)
 
     @action(6, when=lambda self: self.computed)
     def rewind(self) -> None:
@@ -506,8 +552,9 @@ class ManagerMachine(RuleBasedStateMachine):
         more = truth.tokens[target:]
         if self.coin():
             more = [1 - token % 2 for token in more[:1]] + self.some_tokens(self.rng.randint(0, self.block_size))
-        truth.cut(target)
-        self.both("trim", handle, target)
+        if not self.cut_back(handle, target):
+            return
+        truth = self.truths[handle]
         truth.tokens += more
         self.both("extend", [handle], more, [len(more)])
         sequence = self.model.sequences[handle]
@@ -532,28 +579,31 @@ class ManagerMachine(RuleBasedStateMachine):
 
     def play(self, step_id: int, handles: list[int], step: StepView) -> None:
         self.device.copy_blocks(step.copies)
-        written = {slot // self.block_size for slot in step.slot_mapping[: step.num_tokens]}
+        written = {slot // self.block_size for slots in step.slot_mapping for slot in slots[: step.num_tokens]}
         written |= {target for _, target in step.copies}
         for _, rows in self.runs:
             for row in rows:
                 if row.handle not in handles:
-                    assert not written & set(row.table), f"step {step_id} writes what an open step still names"
+                    named = set(self.device.reached(row.tables, row.start))
+                    assert not written & named, f"step {step_id} writes what an open step still names"
         rows = []
         for i, handle in enumerate(handles):
             first, last = step.query_start_loc[i], step.query_start_loc[i + 1]
             end = step.seq_lens[i]
             start = end - (last - first)
-            table = step.block_table[i][: -(-end // self.block_size)]
+            tables = [table[i][: -(-end // self.block_size)] for table in step.block_table]
             contents = self.device.identities(self.truths[handle])[:end]
             if self.honest:
-                self.device.check(table, contents[:start], f"sequence {handle} in step {step_id}")
-            for slot, position in zip(step.slot_mapping[first:last], range(start, end), strict=True):
-                self.device.slots[slot] = contents[position]
+                self.device.check(tables, contents[:start], start, f"sequence {handle} in step {step_id}")
+            for g, slots in enumerate(step.slot_mapping):
+                for slot, position in zip(slots[first:last], range(start, end), strict=True):
+                    self.device.slots[slot] = g, contents[position]
             self.truths[handle].written = end
-            rows.append(RunRow(handle, start, end, table, contents))
+            rows.append(RunRow(handle, start, end, tables, contents))
         if self.honest:
             for row in rows:
-                self.device.check(row.table, row.contents, f"sequence {row.handle} in step {step_id}, all written")
+                what = f"sequence {row.handle} in step {step_id}, all written"
+                self.device.check(row.tables, row.contents, row.start, what)
         self.runs.append((step_id, rows))
 
     def close(self, name: str, index: int, accepted: list[int] | None = None, given: Any = None) -> None:
@@ -561,7 +611,8 @@ class ManagerMachine(RuleBasedStateMachine):
         step_id, rows = self.runs[index]
         if self.honest:
             for row in rows:
-                self.device.check(row.table, row.contents, f"sequence {row.handle} in step {step_id}, at {name}")
+                what = f"sequence {row.handle} in step {step_id}, at {name}"
+                self.device.check(row.tables, row.contents, row.start, what)
         self.runs.pop(index)
         for i, row in enumerate(rows):
             truth = self.truths.get(row.handle)

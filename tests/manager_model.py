@@ -1,7 +1,7 @@
-"""A plain-Python model of `kvblocks.manager.BlockManager` with one layer group: the oracle of its tests.
+"""A plain-Python model of `kvblocks.manager.BlockManager`: the oracle of its tests.
 
 Lists and dicts, no cleverness: it is here to be read, and to be right. Speed and memory are not its business.
-Imports nothing of kvblocks but the errors, so that it shares no mistake with what it judges.
+Imports nothing of kvblocks but the errors and the names of reaches, so that it shares no mistake with what it judges.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +12,10 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
+from kvblocks.config import Chunk, Window
 from kvblocks.errors import InvariantViolation, NoFreeBlocks, StaleSequence, TooManySequences
 
+GONE = -1  # in a table: a block that no later token reaches
 UNKNOWN = -1  # how a placeholder shows among a sequence's tokens
 MAX_TOKEN = 2**31 - 1
 GENERATION_SHIFT = 24  # a handle is generation << 24 | slot
@@ -21,6 +23,8 @@ GENERATION_SHIFT = 24  # a handle is generation << 24 | slot
 Extra = Sequence[tuple[int, bytes]]
 # What makes two full blocks after one prefix equal: their tokens, and the extra bytes with their offset in the block.
 BlockKey = tuple[tuple[int, ...], tuple[tuple[int, bytes], ...]]
+
+Reach = Window | Chunk | None
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,14 +59,18 @@ class Lengths(NamedTuple):
 class ModelStep:
     """What one step shows to attention, without padding; the three sizes bound what `prepare` accepts."""
 
-    def __init__(self, max_seqs: int, max_tokens: int, max_blocks_per_seq: int) -> None:
+    def __init__(self, max_seqs: int, max_tokens: int, max_blocks_per_seq: int, groups: int = 1) -> None:
+        self.groups = groups
         self.max_seqs = max_seqs
         self.max_tokens = max_tokens
         self.max_blocks_per_seq = max_blocks_per_seq
         self.input_ids: list[int] = []
         self.positions: list[int] = []
-        self.slot_mapping: list[int] = []
-        self.block_table: list[list[int]] = []
+        # One list for each group. In a block table what is out of reach is 0.
+        self.slot_mapping: list[list[int]] = [[] for _ in range(groups)]
+        self.block_table: list[list[list[int]]] = [[] for _ in range(groups)]
+        self.pages: list[list[list[int]]] = [[] for _ in range(groups)]  # blocks of each row that its queries reach
+        self.last_page_len: list[int] = []
         self.seq_lens: list[int] = []
         self.query_start_loc: list[int] = [0]
         self.copies: list[tuple[int, int]] = []
@@ -74,11 +82,11 @@ class ModelStep:
 
 @dataclass(eq=False)
 class Node:
-    """One full block of tokens after one exact prefix. A root (of a salt) has no parent and no block."""
+    """One full block of tokens after one exact prefix. A root (of a salt) has no parent and no blocks."""
 
     parent: "Node | None"
     key: BlockKey
-    block: int
+    blocks: list[int | None]  # for each group the one that hangs here
     children: dict[BlockKey, "Node"] = field(default_factory=dict)
 
 
@@ -93,12 +101,13 @@ class Seq:
     tokens: list[int]
     salt: bytes
     extra: dict[int, bytes]
-    table: list[int] = field(default_factory=list)
+    table: list[list[int]] = field(default_factory=list)  # for each block of tokens one of each group, or GONE
     num_cached: int = 0
     num_computed: int = 0
     num_prepared: int = 0  # end of the newest open step's range; num_computed when no step is open
     reserved: int = 0
-    num_published: int = 0  # leading blocks that hang in the tree
+    num_published: int = 0  # leading rows of the table that are in the tree
+    tip: Node | None = None  # the node of the last of them
     may_publish: bool = True
     preempted: bool = False
     freed: bool = False  # its handle is gone, its blocks stay until its last open step closes
@@ -112,9 +121,9 @@ class Row:
     start: int
     query_len: int
     reserved_before: int
-    num_new_blocks: int
-    copy: tuple[int, int] | None  # (source, target) of a copy-on-write
-    slots: list[int]
+    rows_before: int
+    copies: list[tuple[int, int] | None]  # for each group (source, target) of a copy-on-write
+    slots: list[list[int]]  # of each group
 
     @property
     def end(self) -> int:
@@ -156,7 +165,7 @@ class ModelManager:
         num_blocks: int,
         block_size: int,
         *,
-        groups: Sequence[Any] = (None,),
+        groups: Sequence[Reach] = (None,),
         max_seqs: int = 65536,
         max_nodes: int | None = None,
         max_open_steps: int = 8,
@@ -164,8 +173,7 @@ class ModelManager:
         watermark: float = 0.0,
         checking: bool = True,
     ) -> None:
-        if tuple(groups) != (None,):
-            raise NotImplementedError("the model has one group that attends to everything")
+        self.groups = tuple(groups)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.max_seqs = max_seqs
@@ -184,7 +192,7 @@ class ModelManager:
         self.node_of: dict[int, Node] = {}  # published block -> its node
 
         self.sequences: dict[int, Seq] = {}
-        self.pins: dict[int, list[int]] = {}
+        self.pins: dict[int, tuple[list[list[int]], Node]] = {}
         self.free_slots = list(reversed(range(max_seqs)))  # a stack
         self.generations: dict[int, int] = {}
 
@@ -206,8 +214,10 @@ class ModelManager:
     def usage(self) -> float:
         return 1 - self.num_free_blocks / self.num_blocks
 
-    def block_table(self, seq: int) -> list[int]:
-        return list(self._sequence(seq).table)
+    def block_table(self, seq: int) -> list[Any]:
+        table = self._sequence(seq).table
+        tables = [[row[g] for row in table] for g in range(len(self.groups))]
+        return tables[0] if len(tables) == 1 else tables
 
     def tokens(self, seq: int) -> list[int]:
         return list(self._sequence(seq).tokens)
@@ -254,14 +264,16 @@ class ModelManager:
     def can_admit(self, tokens: Any, *, salt: bytes = b"", extra: Extra = (), reserve: int | None = None) -> Admission:
         ids, marks = self._prompt(tokens, salt, extra)
         room = _reserve(reserve)
-        if self._blocks_for(len(ids)) > self.num_blocks:
-            return Admission.NEVER
+        least = 0  # what it holds at its largest: every row, or where it comes in parts what its last token reaches
+        for g in range(len(self.groups)):
+            least += self._blocks_for(len(ids)) - (0 if room is None else self._first_row(g, len(ids) - 1))
+        no = Admission.NEVER if least > self.num_blocks else Admission.LATER
         if not self.free_slots:
-            return Admission.LATER
+            return no
         try:
             self._find_room(Seq(0, ids, salt, marks), room, self.watermark_blocks)
         except NoFreeBlocks:
-            return Admission.LATER
+            return no
         return Admission.NOW
 
     @public
@@ -290,7 +302,7 @@ class ModelManager:
         moves = [(old, source) for old, source in zip(olds, sources, strict=True) if old is not source]
         news = [self._child(source, old.handle) for old, source in moves]
         for (old, _), new in zip(moves, news, strict=True):
-            self._drop_from_end(old, 0)
+            self._let_go(old)
             self.sequences[old.handle] = new
 
     # Tokens come and go
@@ -325,6 +337,10 @@ class ModelManager:
             raise ValueError(f"num_tokens={num_tokens} is outside 0..{len(sequence.tokens)}")
         if self._steps_of(sequence):
             raise ValueError("the sequence is in an open step")
+        for g in range(len(self.groups)):
+            needed = range(self._first_row(g, num_tokens), self._blocks_for(num_tokens))
+            if num_tokens < sequence.num_computed and any(sequence.table[row][g] == GONE for row in needed):
+                raise ValueError("tokens that the next one reaches are gone")
         self._cut(sequence, num_tokens)
 
     # Steps
@@ -351,7 +367,8 @@ class ModelManager:
             num_blocks = self._blocks_for(max(sequence.reserved, end))
             if num_blocks > step.max_blocks_per_seq:
                 raise ValueError(f"{num_blocks} blocks, a row of the step has room for {step.max_blocks_per_seq}")
-            needed += num_blocks - len(sequence.table) + int(self._must_copy(sequence))
+            needed += (num_blocks - len(sequence.table)) * len(self.groups)
+            needed += sum(self._must_copy(sequence, g) for g in range(len(self.groups)))
         if sum(lens) > step.max_tokens:
             raise ValueError(f"{sum(lens)} tokens, the step has room for {step.max_tokens}")
         if needed > self.num_free_blocks:
@@ -380,12 +397,15 @@ class ModelManager:
         self.steps.pop(0)  # from here on "open steps" leaves this one out
         for row, count in zip(step.rows, counts, strict=True):
             sequence = row.sequence
-            if row.copy is not None:
-                self._drop(row.copy[0])
+            for copy in reversed(row.copies):
+                if copy is not None:
+                    self._drop(copy[0])
             sequence.num_computed = row.start + count
             if count < row.query_len:
                 self._cut(sequence, row.start + count)
-            self._publish(sequence)
+        for row in step.rows:
+            self._publish(row.sequence)
+            self._slide(row.sequence)
         for block in step.waiting:
             self._set_free(block, None)
         self._free_leavers(step)
@@ -397,12 +417,12 @@ class ModelManager:
         step = self.steps.pop()
         for row in reversed(step.rows):
             sequence = row.sequence
-            for _ in range(row.num_new_blocks):
-                self._drop(sequence.table.pop())
-            if row.copy is not None:
-                source, target = row.copy
-                sequence.table[row.start // self.block_size] = source
-                self._drop(target)
+            self._drop_from_end(sequence, row.rows_before)
+            for g, copy in reversed(list(enumerate(row.copies))):
+                if copy is not None:
+                    source, target = copy
+                    self._drop(target)
+                    sequence.table[row.start // self.block_size][g] = source
             sequence.reserved = row.reserved_before
             sequence.num_prepared = row.start
         for block in step.waiting:
@@ -423,7 +443,7 @@ class ModelManager:
     def preempt(self, seq: int) -> None:
         sequence = self._sequence(seq)
         self._must_rest(sequence)
-        self._drop_from_end(sequence, 0)
+        self._let_go(sequence)
         sequence.num_cached = sequence.num_computed = sequence.num_prepared = sequence.reserved = 0
         sequence.num_published = 0
         sequence.preempted = True
@@ -449,13 +469,11 @@ class ModelManager:
         ids, marks = self._prompt(tokens, salt, extra)
         if not self.free_slots:
             raise TooManySequences("every slot is taken", self.max_seqs)
-        blocks = self._find(ids, salt, marks, len(ids) // self.block_size)
-        if not blocks:
+        path = self._find(ids, salt, marks, len(ids) // self.block_size)
+        if not path:
             raise ValueError("nothing of this prefix is published")
         handle = self._new_handle()
-        for block in blocks:
-            self._hold(block)
-        self.pins[handle] = blocks
+        self.pins[handle] = self._hold_path(path), path[-1]
         return handle
 
     @public
@@ -464,8 +482,10 @@ class ModelManager:
             raise ValueError(f"{handle} is a sequence, not a pin")
         if handle not in self.pins:
             raise StaleSequence(f"no pin {handle}", handle)
-        for block in reversed(self.pins.pop(handle)):
-            self._drop(block)
+        rows, node = self.pins.pop(handle)
+        for row in reversed(rows):
+            self._drop_row(row)
+        self._prune(node)
         self._give_slot_back(handle)
 
     @public
@@ -476,11 +496,24 @@ class ModelManager:
         self.idle.clear()
         for sequence in self._all_sequences():
             sequence.may_publish = False
+            sequence.num_published = 0
+            sequence.tip = None
+        self.pins = {handle: (rows, self._root(b"")) for handle, (rows, _) in self.pins.items()}
 
     # Blocks
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
+
+    def _first_row(self, g: int, position: int) -> int:
+        """The first row of a table that tokens from `position` on reach in group g."""
+        reach = self.groups[g]
+        first = 0
+        if isinstance(reach, Window):
+            first = max(0, position - reach.size + 1)
+        elif isinstance(reach, Chunk):
+            first = position // reach.size * reach.size
+        return first // self.block_size
 
     def _take(self) -> int:
         if self.unused:
@@ -514,7 +547,25 @@ class ModelManager:
     def _drop_from_end(self, sequence: Seq, num_blocks: int) -> None:
         """Release the last blocks of a table until `num_blocks` are left."""
         while len(sequence.table) > num_blocks:
-            self._drop(sequence.table.pop())
+            self._drop_row(sequence.table.pop())
+
+    def _drop_row(self, row: list[int]) -> None:
+        for block in reversed(row):
+            if block != GONE:
+                self._drop(block)
+
+    def _let_go(self, sequence: Seq) -> None:
+        """Release all blocks, and the node that was published last."""
+        self._drop_from_end(sequence, 0)
+        self._stand_on(sequence, None)
+
+    def _slide(self, sequence: Seq) -> None:
+        """Give back what no token from `num_computed` on reaches."""
+        for g in range(len(self.groups)):
+            for row in sequence.table[: self._first_row(g, sequence.num_computed)]:
+                if row[g] != GONE:
+                    self._drop(row[g])
+                    row[g] = GONE
 
     # Prefix tree
 
@@ -523,19 +574,48 @@ class ModelManager:
         inside = [(position - start, extra[position]) for position in sorted(extra) if start <= position < end]
         return tuple(tokens[start:end]), tuple(inside)
 
-    def _find(self, tokens: list[int], salt: bytes, extra: dict[int, bytes], max_blocks: int) -> list[int]:
-        """Blocks of the longest published prefix. No node has an unknown token, so the walk ends before one."""
-        node = self.roots.get(salt)
-        blocks: list[int] = []
-        while node is not None and len(blocks) < max_blocks:
-            node = node.children.get(self._block_key(tokens, extra, len(blocks)))
-            if node is not None:
-                blocks.append(node.block)
-        return blocks
+    def _root(self, salt: bytes) -> Node:
+        return self.roots.setdefault(salt, Node(None, ((), ()), []))
 
-    def _hit(self, tokens: list[int], salt: bytes, extra: dict[int, bytes]) -> list[int]:
+    def _find(self, tokens: list[int], salt: bytes, extra: dict[int, bytes], max_blocks: int) -> list[Node]:
+        """The longest published prefix that every group can serve. No node has an unknown token."""
+        node = self.roots.get(salt)
+        path: list[Node] = []
+        while node is not None and len(path) < max_blocks:
+            node = node.children.get(self._block_key(tokens, extra, len(path)))
+            if node is not None:
+                path.append(node)
+        while not self._serves(path):
+            path.pop()
+        return path
+
+    def _serves(self, path: list[Node]) -> bool:
+        """Whether the blocks that a token after this path reaches are there in every group."""
+        return all(
+            node.blocks[g] is not None
+            for g in range(len(self.groups))
+            for node in path[self._first_row(g, len(path) * self.block_size) :]
+        )
+
+    def _hit(self, tokens: list[int], salt: bytes, extra: dict[int, bytes]) -> list[Node]:
         """As `_find`, leaving at least one token to compute."""
         return self._find(tokens, salt, extra, max(0, len(tokens) - 1) // self.block_size)
+
+    def _needed(self, path: list[Node]) -> list[list[int]]:
+        """The rows of a table that begins with this hit."""
+        first = [self._first_row(g, len(path) * self.block_size) for g in range(len(self.groups))]
+        rows = []
+        for i, node in enumerate(path):
+            row = [GONE if i < low else block for low, block in zip(first, node.blocks, strict=True)]
+            assert None not in row
+            rows.append([block for block in row if block is not None])
+        return rows
+
+    def _hold_path(self, path: list[Node]) -> list[list[int]]:
+        rows = self._needed(path)
+        for block in (block for row in rows for block in row if block != GONE):
+            self._hold(block)
+        return rows
 
     def _publish(self, sequence: Seq) -> None:
         """Hang every full computed block of known tokens in the tree, or take the equal one that hangs there."""
@@ -544,26 +624,34 @@ class ModelManager:
             key = self._block_key(sequence.tokens, sequence.extra, index)
             if UNKNOWN in key[0] or not self.prefix_caching:
                 return
-            own = sequence.table[index]
-            if not self._is_alone(own):
+            row = sequence.table[index]
+            if not all(self._is_alone(own) for own in row if own != GONE):
                 return
             parent = self._parent_node(sequence, index)
             node = parent.children.get(key)
-            if node is not None:
-                self._hold(node.block)
-                sequence.table[index] = node.block
-                steps = self._steps_of(sequence)
-                self._drop(own, steps[-1] if steps else None)
-                self.counts["merged"] += 1
-            elif len(self.node_of) >= self.max_nodes:
-                sequence.may_publish = False
-                return
-            else:
-                node = Node(parent, key, own)
-                parent.children[key] = node
-                self.node_of[own] = node
-                self.counts["published"] += 1
+            if node is None:
+                if len(self._all_nodes()) >= self.max_nodes:
+                    sequence.may_publish = False
+                    return
+                node = parent.children[key] = Node(parent, key, [None] * len(self.groups))
+            for g, own in enumerate(row):
+                if own != GONE:
+                    self._hang(sequence, node, g, own)
+            self._stand_on(sequence, node)
             sequence.num_published += 1
+
+    def _hang(self, sequence: Seq, node: Node, g: int, own: int) -> None:
+        there = node.blocks[g]
+        if there is None:
+            node.blocks[g] = own
+            self.node_of[own] = node
+            self.counts["published"] += 1
+            return
+        self._hold(there)
+        sequence.table[sequence.num_published][g] = there
+        steps = self._steps_of(sequence)
+        self._drop(own, steps[-1] if steps else None)
+        self.counts["merged"] += 1
 
     def _is_alone(self, block: int) -> bool:
         """Whether one sequence holds a block that is to be examined; a fork may have shared it before.
@@ -574,48 +662,71 @@ class ModelManager:
         return self.refs[block] == 1
 
     def _parent_node(self, sequence: Seq, index: int) -> Node:
-        if index > 0:
-            return self.node_of[sequence.table[index - 1]]
-        return self.roots.setdefault(sequence.salt, Node(None, ((), ()), -1))
+        return self._root(sequence.salt) if sequence.tip is None else sequence.tip
 
     def _unpublish(self, block: int) -> None:
         node = self.node_of.pop(block)
-        assert node.parent is not None
-        del node.parent.children[node.key]
+        node.blocks[node.blocks.index(block)] = None
+        self._prune(node)
+
+    def _stand_on(self, sequence: Seq, node: Node | None) -> None:
+        """Make `node` the one that the sequence published last."""
+        before, sequence.tip = sequence.tip, node
+        if before is not None:
+            self._prune(before)
+
+    def _prune(self, node: Node) -> None:
+        """Nodes without a block, a child or a holder go, from this one up."""
+        while node.parent is not None and not node.children and node.blocks == [None] * len(self.groups):
+            if node in self._holders():
+                return
+            del node.parent.children[node.key]
+            node = node.parent
+
+    def _holders(self) -> list[Node]:
+        tips = [sequence.tip for sequence in self._all_sequences() if sequence.tip is not None]
+        return tips + [node for _, node in self.pins.values()]
+
+    def _all_nodes(self) -> list[Node]:
+        return [node for root in self.roots.values() for node in _descendants(root)]
 
     # Sequences
 
-    def _find_room(self, sequence: Seq, reserve: int | None, watermark: int) -> tuple[list[int], int]:
+    def _find_room(self, sequence: Seq, reserve: int | None, watermark: int) -> tuple[list[Node], int]:
         """The hit of an admission and how many tokens get slots; NoFreeBlocks if fewer than `watermark` stay free."""
         hit = self._hit(sequence.tokens, sequence.salt, sequence.extra)
         target = len(sequence.tokens)
         if reserve is not None:
             target = min(target, len(hit) * self.block_size + reserve)
-        new = max(0, self._blocks_for(target) - len(hit))
-        available = self.num_free_blocks - sum(self.refs[block] == 0 for block in hit)
+        new = max(0, self._blocks_for(target) - len(hit)) * len(self.groups)
+        idle = [block for row in self._needed(hit) for block in row if block != GONE and self.refs[block] == 0]
+        available = self.num_free_blocks - len(idle)
         something_held = self.num_free_blocks < self.num_blocks
         if new > available or (something_held and available - new < watermark):
             raise NoFreeBlocks("not enough free blocks for the sequence", new, available)
         return hit, target
 
-    def _occupy(self, sequence: Seq, hit: list[int], target: int) -> None:
-        for block in hit:
-            self._hold(block)
-        sequence.table = list(hit)
+    def _occupy(self, sequence: Seq, hit: list[Node], target: int) -> None:
+        sequence.table = self._hold_path(hit)
+        sequence.tip = hit[-1] if hit else None
         cached = len(hit) * self.block_size
         sequence.num_cached = sequence.num_computed = sequence.num_prepared = cached
         sequence.num_published = len(hit)
         sequence.reserved = max(target, cached)
-        while len(sequence.table) < self._blocks_for(target):
-            sequence.table.append(self._take())
+        self._grow(sequence)
         self.counts["prompt_tokens"] += len(sequence.tokens)
         self.counts["hit_tokens"] += cached
+
+    def _grow(self, sequence: Seq) -> None:
+        """Blocks of every group for the reserved tokens."""
+        while len(sequence.table) < self._blocks_for(sequence.reserved):
+            sequence.table.append([self._take() for _ in self.groups])
 
     def _child(self, parent: Seq, handle: int) -> Seq:
         """A sequence that shares the blocks with computed tokens, and knows all that the parent knows."""
         computed = parent.num_computed
-        table = parent.table[: self._blocks_for(computed)]
-        for block in table:
+        table = [list(row) for row in parent.table[: self._blocks_for(computed)]]
+        for block in (block for row in table for block in row if block != GONE):
             self._hold(block)
         return Seq(
             handle,
@@ -628,6 +739,7 @@ class ModelManager:
             num_prepared=computed,
             reserved=computed,
             num_published=parent.num_published,
+            tip=parent.tip,
             may_publish=parent.may_publish,
         )
 
@@ -646,7 +758,10 @@ class ModelManager:
         sequence.num_computed = min(sequence.num_computed, num_tokens)
         sequence.num_prepared = min(sequence.num_prepared, num_tokens)
         sequence.reserved = min(sequence.reserved, num_tokens)
-        sequence.num_published = min(sequence.num_published, num_tokens // self.block_size)
+        while sequence.num_published > num_tokens // self.block_size:
+            assert sequence.tip is not None
+            sequence.num_published -= 1
+            self._stand_on(sequence, sequence.tip.parent if sequence.num_published else None)
         self._drop_from_end(sequence, self._blocks_for(sequence.reserved))
 
     def _must_rest(self, sequence: Seq) -> None:
@@ -669,7 +784,7 @@ class ModelManager:
                 self._leave(row.sequence)
 
     def _leave(self, sequence: Seq) -> None:
-        self._drop_from_end(sequence, 0)
+        self._let_go(sequence)
         self._give_slot_back(sequence.handle)
 
     def _all_sequences(self) -> list[Seq]:
@@ -722,32 +837,33 @@ class ModelManager:
 
     # Rows of a step
 
-    def _must_copy(self, sequence: Seq) -> bool:
-        """Whether the block that the next token is written to is another's too, or published."""
+    def _must_copy(self, sequence: Seq, g: int) -> bool:
+        """Whether the block that the next token is written to in group g is another's too, or published."""
         index = sequence.num_prepared // self.block_size
         if index >= len(sequence.table):
             return False
-        block = sequence.table[index]
+        block = sequence.table[index][g]
         return self.refs[block] > 1 or block in self.node_of
 
     def _prepare_row(self, sequence: Seq, query_len: int) -> Row:
         start, end = sequence.num_prepared, sequence.num_prepared + query_len
-        reserved_before, blocks_before = sequence.reserved, len(sequence.table)
-        copy = None
-        if self._must_copy(sequence):
-            index = start // self.block_size
-            copy = (sequence.table[index], self._take())  # the source keeps this sequence's reference until commit
-            sequence.table[index] = copy[1]
-            self.counts["copies"] += 1
+        reserved_before, rows_before = sequence.reserved, len(sequence.table)
+        copies: list[tuple[int, int] | None] = []
+        for g, must in enumerate([self._must_copy(sequence, g) for g in range(len(self.groups))]):
+            copies.append(None)
+            if must:  # the source keeps this sequence's reference until commit
+                row = sequence.table[start // self.block_size]
+                source, row[g] = row[g], self._take()
+                copies[g] = source, row[g]
+                self.counts["copies"] += 1
         sequence.reserved = max(sequence.reserved, end)
-        while len(sequence.table) < self._blocks_for(sequence.reserved):
-            sequence.table.append(self._take())
+        self._grow(sequence)
         sequence.num_prepared = end
-        slots = [self._slot(sequence, position) for position in range(start, end)]
-        return Row(sequence, start, query_len, reserved_before, len(sequence.table) - blocks_before, copy, slots)
+        slots = [[self._slot(sequence, g, position) for position in range(start, end)] for g in range(len(self.groups))]
+        return Row(sequence, start, query_len, reserved_before, rows_before, copies, slots)
 
-    def _slot(self, sequence: Seq, position: int) -> int:
-        return sequence.table[position // self.block_size] * self.block_size + position % self.block_size
+    def _slot(self, sequence: Seq, g: int, position: int) -> int:
+        return sequence.table[position // self.block_size][g] * self.block_size + position % self.block_size
 
     def _fill(self, step: ModelStep, rows: list[Row]) -> None:
         step.num_seqs = len(rows)
@@ -756,13 +872,22 @@ class ModelManager:
         step.max_seq_len = max(row.end for row in rows)
         step.input_ids = [token for row in rows for token in row.sequence.tokens[row.start : row.end]]
         step.positions = [position for row in rows for position in range(row.start, row.end)]
-        step.slot_mapping = [slot for row in rows for slot in row.slots]
-        step.block_table = [list(row.sequence.table) for row in rows]
+        each = range(len(self.groups))
+        step.slot_mapping = [[slot for row in rows for slot in row.slots[g]] for g in each]
+        step.block_table = [[[max(0, r[g]) for r in row.sequence.table] for row in rows] for g in each]
         step.seq_lens = [row.end for row in rows]
         step.query_start_loc = [0]
         for row in rows:
             step.query_start_loc.append(step.query_start_loc[-1] + row.query_len)
-        step.copies = [row.copy for row in rows if row.copy is not None]
+        step.pages = [
+            [
+                r[self._first_row(g, row.start) : self._blocks_for(row.end)]
+                for r, row in zip(step.block_table[g], rows, strict=True)
+            ]
+            for g in each
+        ]
+        step.last_page_len = [row.end - (self._blocks_for(row.end) - 1) * self.block_size for row in rows]
+        step.copies = [copy for row in rows for copy in row.copies if copy is not None]
 
     # Judging oneself
 
@@ -771,9 +896,9 @@ class ModelManager:
         rows = [row for step in self.steps for row in step.rows]
         waiting = [block for step in self.steps for block in step.waiting]
 
-        named = [block for sequence in self._all_sequences() for block in sequence.table]
-        named += [block for blocks in self.pins.values() for block in blocks]
-        named += [row.copy[0] for row in rows if row.copy is not None]
+        named = [b for sequence in self._all_sequences() for row in sequence.table for b in row if b != GONE]
+        named += [block for held_rows, _ in self.pins.values() for row in held_rows for block in row if block != GONE]
+        named += [copy[0] for step_row in rows for copy in step_row.copies if copy is not None]
         held = [block for block in range(self.num_blocks) if self.refs[block] > 0]
         for block in range(self.num_blocks):
             _require(1, self.refs[block] == named.count(block), f"the count of block {block} is wrong")
@@ -784,45 +909,57 @@ class ModelManager:
         everywhere = sorted(self.unused + self.idle + waiting + held)
         _require(2, everywhere == list(range(self.num_blocks)), "a block is lost or in two places")
 
-        reachable = [node for root in self.roots.values() for node in _descendants(root)]
-        _require(3, len(reachable) == len(self.node_of) <= self.max_nodes, "the tree and the blocks disagree")
+        reachable = self._all_nodes()
+        hanging = {block: node for node in reachable for block in node.blocks if block is not None}
+        _require(3, hanging == self.node_of and len(reachable) <= self.max_nodes, "the tree and the blocks disagree")
+        holders = self._holders()
         for node in reachable:
-            _require(3, self.node_of.get(node.block) is node, f"block {node.block} does not hang on its node")
+            alive = node.children or node in holders or any(block is not None for block in node.blocks)
+            _require(3, bool(alive), "a node has neither block nor child nor holder")
             _require(3, len(node.key[0]) == self.block_size and UNKNOWN not in node.key[0], "a node's tokens are wrong")
         for sequence in self._all_sequences():
-            if not sequence.may_publish:
-                continue
-            for index in range(sequence.num_published):
-                found = self.node_of.get(sequence.table[index])
-                _require(3, found is not None, f"block {index} of {sequence.handle} is not published")
-                assert found is not None
+            tip = sequence.tip
+            for index in reversed(range(sequence.num_published)):
+                assert tip is not None
                 key = self._block_key(sequence.tokens, sequence.extra, index)
-                _require(3, found.key == key, f"the tokens of block {index} of {sequence.handle} are not its node's")
+                _require(3, tip.key == key, f"the tokens of block {index} of {sequence.handle} are not its node's")
+                found = [self.node_of.get(block) for block in sequence.table[index] if block != GONE]
+                _require(3, all(node is tip for node in found), f"block {index} of {sequence.handle} is not published")
+                tip = tip.parent
+            at_root = tip is None or tip.parent is None
+            _require(3, at_root, f"{sequence.handle} stands deeper in the tree than it published")
 
         for node in reachable:
-            if node.parent is None or node.parent.parent is None:
-                continue
-            parent = node.parent.block
-            _require(4, parent in self.node_of, f"the parent of block {node.block} is not published")
-            if parent in self.idle:
-                ahead = self.idle[: self.idle.index(parent)]
-                _require(4, node.block in ahead, f"block {parent} would be evicted before its child {node.block}")
+            for g, reach in enumerate(self.groups):
+                child = node.blocks[g]
+                if child is None or reach is not None or node.parent is None or node.parent.parent is None:
+                    continue
+                parent = node.parent.blocks[g]
+                _require(4, parent is not None, f"the parent of block {child} is not published")
+                if parent in self.idle:
+                    ahead = self.idle[: self.idle.index(parent)]
+                    _require(4, child in ahead, f"block {parent} would be evicted before its child {child}")
 
         for sequence in self._all_sequences():
             s = sequence
             ordered = 0 <= s.num_cached <= s.num_computed <= s.num_prepared <= s.reserved <= len(s.tokens)
             _require(5, ordered, f"the lengths of {s.handle} are out of order")
             enough = len(s.table) == self._blocks_for(s.reserved)
-            _require(5, enough, f"{s.handle} has {len(s.table)} blocks for {s.reserved} reserved tokens")
+            _require(5, enough, f"{s.handle} has {len(s.table)} rows of blocks for {s.reserved} reserved tokens")
+            for g in range(len(self.groups)):
+                held = [index for index, blocks in enumerate(s.table) if blocks[g] != GONE]
+                within = list(range(self._first_row(g, s.num_computed), len(s.table)))
+                _require(5, held == within, f"{s.handle} holds {held} of group {g}, within reach are {within}")
 
         for row in rows:
-            for slot in row.slots:
+            mine = [block for blocks in row.sequence.table for block in blocks]
+            for slot in (slot for slots in row.slots for slot in slots):
                 block = slot // self.block_size
-                own = self.refs[block] == 1 and block in row.sequence.table and block not in self.node_of
+                own = self.refs[block] == 1 and block in mine and block not in self.node_of
                 _require(6, own, f"a step of {row.sequence.handle} writes block {block}, which is not its own")
 
         for step in self.steps:
-            slots = [slot for row in step.rows for slot in row.slots]
+            slots = [slot for row in step.rows for group in row.slots for slot in group]
             _require(7, len(set(slots)) == len(slots), f"step {step.step_id} writes a slot twice")
 
     def observe(self) -> Any:
@@ -831,9 +968,9 @@ class ModelManager:
             list(self.unused),
             list(self.idle),
             list(self.refs),
-            {block: (node.key, node.parent and node.parent.block) for block, node in self.node_of.items()},
+            [(node.key, list(node.blocks), id(node.parent)) for node in self._all_nodes()],
             {handle: _fields(sequence) for handle, sequence in self.sequences.items()},
-            {handle: list(blocks) for handle, blocks in self.pins.items()},
+            {handle: [list(row) for row in rows] for handle, (rows, _) in self.pins.items()},
             list(self.free_slots),
             dict(self.generations),
             [(s.step_id, [(_fields(r.sequence), r.start, r.end) for r in s.rows], list(s.waiting)) for s in self.steps],
@@ -843,7 +980,7 @@ class ModelManager:
 
 
 def _fields(sequence: Seq) -> dict[str, Any]:
-    return {**vars(sequence), "tokens": list(sequence.tokens), "table": list(sequence.table)}
+    return {**vars(sequence), "tokens": list(sequence.tokens), "table": [list(row) for row in sequence.table]}
 
 
 def _descendants(node: Node) -> list[Node]:

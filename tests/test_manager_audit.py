@@ -34,12 +34,10 @@ def busy_manager() -> tuple[BlockManager, dict[str, int]]:
 Poke = tuple[str, str | int, int]
 
 SWAPPED: list[Poke] = [  # the cached blocks, 2 then 1 then 0, come as 1 then 2 then 0
-    ("next", 32, -1),
-    ("next", 1, 2),
-    ("prev", 1, 30),
-    ("next", 2, -1),
-    ("prev", 2, -31),
-    ("prev", 0, 1),
+    ("queue", 0, -1),
+    ("queue", 1, 1),
+    ("place", 2, 1),
+    ("place", 1, -1),
 ]
 
 
@@ -50,15 +48,18 @@ SWAPPED: list[Poke] = [  # the cached blocks, 2 then 1 then 0, come as 1 then 2 
         ([("refs", "held", -1)], 1),
         ([("refs", 1, 1)], 1),
         ([("table", "other", 100)], 1),
-        ([("num_blocks", "other", -1)], 1),
+        ([("num_rows", "other", -1)], 1),
         ([("num_cached", 0, 1)], 1),
-        ([("next", 1, 1)], 1),
+        ([("place", 1, 1)], 1),
+        ([("queue", 1, 1)], 1),
         ([("num_waiting", 0, 1)], 2),
         ([("block_node", "held", 1)], 3),
         ([("node_token", 2, 1)], 3),
         ([("node_hash", 2, 1)], 3),
         ([("node_parent", 2, 1)], 3),
         ([("node_block", 2, 1)], 3),
+        ([("node_uses", 2, 1)], 3),
+        ([("passed", 0, 1)], 3),
         ([("num_nodes", 0, 1)], 3),
         ([("tip", "first", 1)], 3),
         (SWAPPED, 4),

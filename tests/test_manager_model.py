@@ -141,7 +141,7 @@ def test_a_shared_block_is_copied_before_it_is_written(engine: Engine) -> None:
     manager.append([b], [4])
     step_id = engine.prepare(b)
     assert engine.view().copies == [(1, 2)]
-    assert engine.view().slot_mapping[:2] == [2 * 2 + 1, -1]
+    assert engine.view().slot_mapping[0][:2] == [2 * 2 + 1, -1]
     assert (engine.table(a), engine.table(b)) == ([0, 1], [0, 2])
     manager.commit(step_id)
     manager.append([a], [5])
@@ -165,7 +165,7 @@ def test_equal_blocks_become_one_and_the_other_waits_for_who_may_read_it(engine:
     first = engine.prepare(a, b)
     manager.append([b], [3])
     second = manager.prepare([b], [1], engine.step)
-    assert engine.view().block_table[0][:2] == [1, 2]
+    assert engine.view().block_table[0][0][:2] == [1, 2]
     manager.commit(first)
     assert (engine.table(a), engine.table(b)) == ([0], [0, 2])
     assert manager.num_free_blocks == 8 - 3  # the second step still names block 1

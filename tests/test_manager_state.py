@@ -17,6 +17,7 @@ from manager_compiled import COMPILED, make_step, read_step
 from manager_device import Device, Truth
 from manager_machine import MODEL, Driver, machine_for, plain
 
+from kvblocks.config import Window
 from kvblocks.errors import NoFreeBlocks, StaleSequence, TooManySequences
 from kvblocks.manager import BlockManager
 from kvblocks.step import StepBuffers
@@ -245,7 +246,7 @@ class Worker(threading.Thread):
         self.manager = manager
         self.device = device
         self.deadline = deadline
-        self.step = make_step(2, 64, 16)
+        self.step = make_step(2, 64, 16, len(manager.groups))
         self.admitted = 0
         self.hit_tokens = 0
         self.prompt_tokens = 0
@@ -302,15 +303,18 @@ class Worker(threading.Thread):
         self.device.copy_blocks(view.copies)
         for i, truth in enumerate(truths):
             names = self.device.identities(truth)
-            self.device.check(view.block_table[i], names[: starts[i]], f"{self.name}, row {i}")
-            for j in range(lens[i]):
-                self.device.slots[view.slot_mapping[view.query_start_loc[i] + j]] = names[starts[i] + j]
+            tables = [table[i] for table in view.block_table]
+            self.device.check(tables, names[: starts[i]], starts[i], f"{self.name}, row {i}")
+            for g, slots in enumerate(view.slot_mapping):
+                for j in range(lens[i]):
+                    self.device.slots[slots[view.query_start_loc[i] + j]] = g, names[starts[i] + j]
         self.until(lambda: self.manager.commit(step_id), ValueError)
 
 
-def test_threads_lose_nothing_and_never_read_each_other() -> None:
-    manager = BlockManager(8 * THREADS, 2, max_seqs=THREADS + 3, max_open_steps=THREADS)
-    device = Device(2)
+@pytest.mark.parametrize("groups", [(None,), (None, Window(5))], ids=["one group", "two groups"])
+def test_threads_lose_nothing_and_never_read_each_other(groups: tuple[Window | None, ...]) -> None:
+    manager = BlockManager(8 * THREADS * len(groups), 2, groups=groups, max_seqs=THREADS + 3, max_open_steps=THREADS)
+    device = Device(2, groups)
     deadline = time.monotonic() + PATIENCE_S
     workers = [Worker(number, manager, device, deadline) for number in range(THREADS)]
     with eager_switching():

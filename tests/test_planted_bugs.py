@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from manager_machine import MODEL, Driver, machine_for
-from manager_model import BlockKey, ModelManager, Node, OpenStep, Seq
+from manager_model import GONE, BlockKey, ModelManager, Node, OpenStep, Seq
 
+from kvblocks.config import Chunk
 from kvblocks.errors import InvariantViolation
 
 # Bounded and the same every time; the first failure is enough, so nothing is spent on making it smaller.
@@ -40,8 +41,8 @@ def run(
 class ForkForgetsAReference(ModelManager):
     def _child(self, parent: Seq, handle: int) -> Seq:
         child = super()._child(parent, handle)
-        if child.table:
-            self.refs[child.table[-1]] -= 1
+        for block in [block for row in child.table for block in row if block != GONE][-1:]:
+            self.refs[block] -= 1
         return child
 
 
@@ -51,49 +52,59 @@ class WaitingBlockIsLost(ModelManager):
             super()._set_free(block, naming)
 
 
-class EvictionLeavesTheNode(ModelManager):
+class EvictionLeavesTheBlock(ModelManager):
     def _unpublish(self, block: int) -> None:
         self.node_of.pop(block)
 
 
+class EvictionLeavesTheNode(ModelManager):
+    def _prune(self, node: Node) -> None:
+        pass
+
+
+class NodeGoesWithItsBlock(ModelManager):
+    def _holders(self) -> list[Node]:
+        return []
+
+
 class ParentIsReleasedFirst(ModelManager):
     def _drop_from_end(self, sequence: Seq, num_blocks: int) -> None:
-        for block in sequence.table[num_blocks:]:
-            self._drop(block)
+        for row in sequence.table[num_blocks:]:
+            self._drop_row(row)
         del sequence.table[num_blocks:]
 
 
 class CutKeepsTheTail(ModelManager):
     def _cut(self, sequence: Seq, num_tokens: int) -> None:
-        blocks, table = self._blocks_for(sequence.reserved), list(sequence.table)
-        for block in table:
+        table = [list(row) for row in sequence.table]
+        for block in (block for row in table for block in row if block != GONE):
             self._hold(block)
         super()._cut(sequence, num_tokens)
-        for block in table[: len(sequence.table)]:
-            self._drop(block)
-        sequence.table += table[len(sequence.table) : blocks]
+        for row in table[: len(sequence.table)]:
+            self._drop_row(row)
+        sequence.table += table[len(sequence.table) :]
 
 
 class PublishedBlockIsWritten(ModelManager):
-    def _must_copy(self, sequence: Seq) -> bool:
+    def _must_copy(self, sequence: Seq, g: int) -> bool:
         index = sequence.num_prepared // self.block_size
-        return index < len(sequence.table) and self.refs[sequence.table[index]] > 1
+        return index < len(sequence.table) and self.refs[sequence.table[index][g]] > 1
 
 
 class SharedBlockIsWritten(ModelManager):
-    def _must_copy(self, sequence: Seq) -> bool:
+    def _must_copy(self, sequence: Seq, g: int) -> bool:
         index = sequence.num_prepared // self.block_size
-        return index < len(sequence.table) and sequence.table[index] in self.node_of
+        return index < len(sequence.table) and sequence.table[index][g] in self.node_of
 
 
 class LastSlotTwice(ModelManager):
-    def _slot(self, sequence: Seq, position: int) -> int:
+    def _slot(self, sequence: Seq, g: int, position: int) -> int:
         last = self.block_size > 1 and position % self.block_size == self.block_size - 1
-        return super()._slot(sequence, position) - int(last)
+        return super()._slot(sequence, g, position) - int(last)
 
 
 class FailedAdmissionCounts(ModelManager):
-    def _find_room(self, sequence: Seq, reserve: int | None, watermark: int) -> tuple[list[int], int]:
+    def _find_room(self, sequence: Seq, reserve: int | None, watermark: int) -> tuple[list[Node], int]:
         self.counts["prompt_tokens"] += 1
         found = super()._find_room(sequence, reserve, watermark)
         self.counts["prompt_tokens"] -= 1
@@ -112,7 +123,7 @@ class FailedExtendKeepsSome(ModelManager):
 
 
 class SaltIsIgnored(ModelManager):
-    def _find(self, tokens: list[int], salt: bytes, extra: dict[int, bytes], max_blocks: int) -> list[int]:
+    def _find(self, tokens: list[int], salt: bytes, extra: dict[int, bytes], max_blocks: int) -> list[Node]:
         return super()._find(tokens, b"", extra, max_blocks)
 
     def _parent_node(self, sequence: Seq, index: int) -> Node:
@@ -133,7 +144,7 @@ class ExtraOutlivesItsToken(ModelManager):
 
 
 class WholePromptIsHit(ModelManager):
-    def _hit(self, tokens: list[int], salt: bytes, extra: dict[int, bytes]) -> list[int]:
+    def _hit(self, tokens: list[int], salt: bytes, extra: dict[int, bytes]) -> list[Node]:
         return self._find(tokens, salt, extra, len(tokens) // self.block_size)
 
 
@@ -147,7 +158,6 @@ class OldSequencesPublishAfterReset(ModelManager):
         super().reset_prefix_cache()
         for sequence in self._all_sequences():
             sequence.may_publish = True
-            sequence.num_published = 0
 
 
 class SharedBlockIsPublished(ModelManager):
@@ -175,6 +185,53 @@ class StepIdIsReused(ModelManager):
         self.last_step_id -= 1
 
 
+class WindowIsOneShort(ModelManager):
+    """A block is given back one token too early."""
+
+    def _first_row(self, g: int, position: int) -> int:
+        return super()._first_row(g, position + 1)
+
+
+class WindowedBlocksStay(ModelManager):
+    def _slide(self, sequence: Seq) -> None:
+        pass
+
+
+class ChunkIsAWindow(ModelManager):
+    def _first_row(self, g: int, position: int) -> int:
+        reach = self.groups[g]
+        if not isinstance(reach, Chunk):
+            return super()._first_row(g, position)
+        return max(0, position - reach.size + 1) // self.block_size
+
+
+class HitAsksTheFirstGroupOnly(ModelManager):
+    def _serves(self, path: list[Node]) -> bool:
+        return all(node.blocks[0] is not None for node in path[self._first_row(0, len(path) * self.block_size) :])
+
+    def _needed(self, path: list[Node]) -> list[list[int]]:
+        rows = []
+        for i, node in enumerate(path):
+            first = [self._first_row(g, len(path) * self.block_size) for g in range(len(self.groups))]
+            rows.append([GONE if i < low or b is None else b for low, b in zip(first, node.blocks, strict=True)])
+        return rows
+
+
+class GroupsShareABlockOfTheirNode(ModelManager):
+    """What hangs there for one group is taken for another."""
+
+    def _hang(self, sequence: Seq, node: Node, g: int, own: int) -> None:
+        super()._hang(sequence, node, g if node.blocks[0] is None else 0, own)
+
+
+class TrimForgetsTheWindow(ModelManager):
+    def trim(self, seq: int, num_tokens: int) -> None:
+        sequence = self._sequence(seq)
+        if not 0 <= num_tokens <= len(sequence.tokens) or self._steps_of(sequence):
+            raise ValueError("the model's other checks")
+        self._cut(sequence, num_tokens)
+
+
 class HandleIsReused(ModelManager):
     def _new_handle(self) -> int:
         self.generations.clear()
@@ -184,9 +241,11 @@ class HandleIsReused(ModelManager):
 INVARIANTS: list[tuple[type[ModelManager], int]] = [
     (ForkForgetsAReference, 1),
     (WaitingBlockIsLost, 2),
+    (EvictionLeavesTheBlock, 3),
     (EvictionLeavesTheNode, 3),
     (ParentIsReleasedFirst, 4),
     (CutKeepsTheTail, 5),
+    (WindowedBlocksStay, 5),
     (PublishedBlockIsWritten, 6),
     (SharedBlockIsWritten, 6),
     (LastSlotTwice, 7),
@@ -205,6 +264,12 @@ OTHERS: list[type[ModelManager]] = [
     NewestIsEvicted,
     StepIdIsReused,
     HandleIsReused,
+    NodeGoesWithItsBlock,
+    WindowIsOneShort,
+    ChunkIsAWindow,
+    HitAsksTheFirstGroupOnly,
+    GroupsShareABlockOfTheirNode,
+    TrimForgetsTheWindow,
 ]
 # Seen in the K/V alone, without a right manager to compare with.
 MISREAD: list[type[ModelManager]] = [
@@ -216,6 +281,7 @@ MISREAD: list[type[ModelManager]] = [
     ExtraOutlivesItsToken,
     BlockDoesNotWait,
     OldSequencesPublishAfterReset,
+    WindowIsOneShort,
 ]
 
 

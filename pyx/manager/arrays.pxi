@@ -1,11 +1,39 @@
 # The arrays of a step, as addresses opened once. What is in them, not where they live, changes from step to step.
 
 
-cdef struct TableRow:   # what a row of the block table holds now
+cdef extern from *:
+    """
+    KVB_WIDE static void kvb_widen(const int32_t *tokens, int32_t n, int64_t *ids) {
+        for (int32_t i = 0; i < n; i++) ids[i] = tokens[i];
+    }
+    KVB_WIDE static void kvb_count(int64_t first, int32_t n, int64_t *positions) {
+        for (int32_t i = 0; i < n; i++) positions[i] = first + i;
+    }
+    /* The slots of n tokens, the first at `offset` in its block; blocks[0] and each `stride` further on are theirs. */
+    KVB_WIDE static void kvb_fill_slots(
+        const int32_t *blocks, int32_t stride, int32_t block_size, int32_t offset, int32_t n, int64_t *slots
+    ) {
+        while (n > 0) {
+            int32_t m = block_size - offset < n ? block_size - offset : n;
+            int64_t slot = (int64_t)*blocks * block_size + offset;
+            for (int32_t i = 0; i < m; i++) slots[i] = slot + i;
+            slots += m, n -= m, blocks += stride, offset = 0;
+        }
+    }
+    """
+    void kvb_widen(const int32_t* tokens, int32_t n, int64_t* ids) noexcept nogil
+    void kvb_count(int64_t first, int32_t n, int64_t* positions) noexcept nogil
+    void kvb_fill_slots(
+        const int32_t* blocks, int32_t stride, int32_t block_size, int32_t offset, int32_t n, int64_t* slots
+    ) noexcept nogil
+
+
+cdef struct TableRow:   # what a row of the block table holds now, in every group
     int64_t manager
     int64_t handle
     int64_t version
     int32_t length
+    int32_t computed    # tokens of the sequence that were, when its blocks out of reach became padding
 
 
 cdef int64_t* int64_array(object array, str name, Py_ssize_t size, list views) except NULL:
@@ -34,18 +62,23 @@ cdef class StepArrays:
     """The host arrays that `BlockManager.prepare` fills for one forward pass.
 
     Args:
-        input_ids, positions, slot_mapping: int64 [max_tokens]; pads 0, 0 and -1.
+        input_ids, positions: int64 [max_tokens]; pads 0.
+        slot_mapping: int64 [max_tokens]; pads -1.
         block_table: int32 [max_seqs, max_blocks_per_seq]; pads 0.
         seq_lens: int32 [max_seqs]: tokens of each row, this step's included; pads 0.
         query_start_loc: int32 [max_seqs + 1]; pads repeat `num_tokens`.
-        copies: int64 [max_seqs, 2]: (source, target) blocks, the first `num_copies` rows.
+        copies: int64 [max_seqs * groups, 2]: (source, target) blocks, the first `num_copies` rows.
         kv_indptr, kv_indices, kv_last_page_len: int32 [max_seqs + 1], [max_seqs * max_blocks_per_seq] and [max_seqs]:
             the blocks of all rows one after the other, where each row's start, and the tokens in its last; all or none.
+            Blocks that a group does not reach are left out.
         uploads: whether `prepare` calls `_upload` when it has filled them.
 
     Raises:
         TypeError: an array is not writable, contiguous or of its dtype.
         ValueError: the sizes of the arrays disagree.
+
+    With several layer groups `block_table`, `slot_mapping`, `kv_indptr` and `kv_indices` have one more dimension in
+    front, [groups, ...]; the number of dimensions of `block_table` says which it is.
 
     `kvblocks.StepBuffers` makes them, and carries them to a device.
     """
@@ -58,21 +91,25 @@ cdef class StepArrays:
             raise RuntimeError("StepArrays is initialised once")
         cdef list views = []
         table = memoryview(block_table)
-        if table.ndim != 2:
-            raise ValueError(f"block_table must have two dimensions, not {table.ndim}")
-        cdef Py_ssize_t max_seqs = table.shape[0], max_blocks = table.shape[1], max_tokens = len(input_ids)
+        if table.ndim != 2 and table.ndim != 3:
+            raise ValueError(f"block_table must have two dimensions, or three with groups, not {table.ndim}")
+        cdef Py_ssize_t groups = table.shape[0] if table.ndim == 3 else 1
+        cdef Py_ssize_t max_seqs = table.shape[table.ndim - 2], max_blocks = table.shape[table.ndim - 1]
+        cdef Py_ssize_t max_tokens = len(input_ids)
+        if not 1 <= groups <= MAX_GROUPS:
+            raise ValueError(f"{groups=} must be 1 to {MAX_GROUPS}")
         if not (1 <= max_seqs <= MAX_INT32 and 1 <= max_blocks <= MAX_INT32 and 1 <= max_tokens <= MAX_INT32):
             raise ValueError(f"{max_seqs=}, {max_blocks=} and {max_tokens=} must be 1 to {MAX_INT32}")
         self._input_ids = int64_array(input_ids, "input_ids", max_tokens, views)
         self._positions = int64_array(positions, "positions", max_tokens, views)
-        self._slot_mapping = int64_array(slot_mapping, "slot_mapping", max_tokens, views)
-        self._block_table = int32_array(block_table, "block_table", max_seqs * max_blocks, views)
+        self._slot_mapping = int64_array(slot_mapping, "slot_mapping", groups * max_tokens, views)
+        self._block_table = int32_array(block_table, "block_table", groups * max_seqs * max_blocks, views)
         self._seq_lens = int32_array(seq_lens, "seq_lens", max_seqs, views)
         self._query_start_loc = int32_array(query_start_loc, "query_start_loc", max_seqs + 1, views)
-        self._copies = int64_array(copies, "copies", max_seqs * 2, views)
+        self._copies = int64_array(copies, "copies", groups * max_seqs * 2, views)
         if kv_indices is not None:
-            self._kv_indptr = int32_array(kv_indptr, "kv_indptr", max_seqs + 1, views)
-            self._kv_indices = int32_array(kv_indices, "kv_indices", max_seqs * max_blocks, views)
+            self._kv_indptr = int32_array(kv_indptr, "kv_indptr", groups * (max_seqs + 1), views)
+            self._kv_indices = int32_array(kv_indices, "kv_indices", groups * max_seqs * max_blocks, views)
             self._kv_last_page_len = int32_array(kv_last_page_len, "kv_last_page_len", max_seqs, views)
         else:
             self._kv_indices = NULL
@@ -81,18 +118,20 @@ cdef class StepArrays:
         if self._rows == NULL:
             raise MemoryError(f"no memory for {max_seqs} rows")
         self._views = views
+        self.num_groups = <int32_t>groups
         self.max_seqs, self.max_blocks_per_seq, self.max_tokens = max_seqs, max_blocks, max_tokens
         self.num_seqs = self.num_tokens = self.num_copies = self.max_query_len = self.max_seq_len = 0
         cdef Py_ssize_t i
-        for i in range(max_tokens):
-            self._input_ids[i] = self._positions[i] = 0
+        memset(self._input_ids, 0, max_tokens * sizeof(int64_t))
+        memset(self._positions, 0, max_tokens * sizeof(int64_t))
+        for i in range(groups * max_tokens):
             self._slot_mapping[i] = -1
-        memset(self._block_table, 0, max_seqs * max_blocks * sizeof(int32_t))
+        memset(self._block_table, 0, groups * max_seqs * max_blocks * sizeof(int32_t))
         memset(self._seq_lens, 0, max_seqs * sizeof(int32_t))
         memset(self._query_start_loc, 0, (max_seqs + 1) * sizeof(int32_t))
         if self._kv_indices != NULL:
-            memset(self._kv_indptr, 0, (max_seqs + 1) * sizeof(int32_t))
-            memset(self._kv_indices, 0, max_seqs * max_blocks * sizeof(int32_t))
+            memset(self._kv_indptr, 0, groups * (max_seqs + 1) * sizeof(int32_t))
+            memset(self._kv_indices, 0, groups * max_seqs * max_blocks * sizeof(int32_t))
             memset(self._kv_last_page_len, 0, max_seqs * sizeof(int32_t))
 
     def __dealloc__(self):
@@ -102,75 +141,104 @@ cdef class StepArrays:
         """Carry the arrays to the device; called by `prepare` after it has filled them, where there is one."""
 
 
-cdef void sync_row(StepArrays a, Py_ssize_t i, int64_t manager, const Seq* seq) noexcept nogil:
+cdef inline int32_t* cells_at(StepArrays a, int32_t g, Py_ssize_t i) noexcept nogil:
+    return a._block_table + (g * a.max_seqs + i) * a.max_blocks_per_seq
+
+
+cdef void rewrite_row(
+    StepArrays a, Py_ssize_t i, const Core* c, const Seq* seq, int32_t have, int32_t computed
+) noexcept nogil:
+    """Write what row i lacks of a sequence's table: it has the first `have` rows, as they were when so many tokens were
+    computed. Blocks that went out of reach become padding."""
+    cdef int32_t g, j, low, gone
+    cdef int32_t* cells
+    for g in range(c.num_groups):
+        cells = cells_at(a, g, i)
+        gone, low = first_row(c, g, computed), first_row(c, g, seq.num_computed)
+        if gone < low:
+            memset(cells + gone, 0, (low - gone) * sizeof(int32_t))
+        if a._rows[i].length > seq.num_rows:
+            memset(cells + seq.num_rows, 0, (a._rows[i].length - seq.num_rows) * sizeof(int32_t))
+        low = max(have, low)
+        if c.num_groups == 1:
+            memcpy(cells + low, seq.table + low, (seq.num_rows - low) * sizeof(int32_t))
+            continue
+        for j in range(low, seq.num_rows):
+            cells[j] = row_at(c, seq, j)[g]
+
+
+cdef inline void sync_row(StepArrays a, Py_ssize_t i, const Core* c, const Seq* seq) noexcept nogil:
     """Bring row i of the block table up to date, writing only what is not there yet."""
     cdef TableRow* row = &a._rows[i]
-    cdef int32_t* cells = a._block_table + i * a.max_blocks_per_seq
-    cdef int32_t have = row.length
-    if row.handle != seq.handle or row.version != seq.version or row.manager != manager:
-        row.handle, row.version, row.manager = seq.handle, seq.version, manager
-        if have > seq.num_blocks:
-            memset(cells + seq.num_blocks, 0, (have - seq.num_blocks) * sizeof(int32_t))
-        have = 0
-    if have < seq.num_blocks:
-        memcpy(cells + have, seq.table + have, (seq.num_blocks - have) * sizeof(int32_t))
-    row.length = seq.num_blocks
+    if row.handle != seq.handle or row.version != seq.version or row.manager != c.uid:
+        row.handle, row.version, row.manager = seq.handle, seq.version, c.uid
+        rewrite_row(a, i, c, seq, 0, 0)
+    elif row.length != seq.num_rows or c.reach_ends:
+        rewrite_row(a, i, c, seq, row.length, row.computed)
+    row.length, row.computed = seq.num_rows, seq.num_computed
 
 
 cdef inline void fill_tokens(
-    StepArrays a, Py_ssize_t at_token, const Seq* seq, int32_t start, int32_t count, int32_t block_size, int32_t index
+    StepArrays a, Py_ssize_t at_token, const Core* c, const Seq* seq, int32_t start, int32_t count
 ) noexcept nogil:
-    """Write input ids, positions and slots of the tokens [start, start + count); the first lies in block `index`."""
+    """Write input ids, positions and slots of the tokens [start, start + count)."""
     cdef int64_t* ids = a._input_ids + at_token
     cdef int64_t* positions = a._positions + at_token
     cdef int64_t* slots = a._slot_mapping + at_token
     cdef const int32_t* tokens = seq.text.tokens + start
-    cdef int32_t i, done = 0, n, offset = start - index * block_size
-    cdef int64_t slot
+    cdef int32_t g, first = block_of(c, start), offset = start - first * c.block_size
     if count == 1:
         ids[0], positions[0] = tokens[0], start
-        slots[0] = <int64_t>seq.table[index] * block_size + offset
+        for g in range(c.num_groups):
+            slots[g * a.max_tokens] = <int64_t>row_at(c, seq, first)[g] * c.block_size + offset
         return
-    for i in range(count):
-        ids[i] = tokens[i]
-    for i in range(count):
-        positions[i] = start + i
-    while done < count:
-        n = min(count - done, block_size - offset)
-        slot = <int64_t>seq.table[index] * block_size + offset
-        for i in range(n):
-            slots[done + i] = slot + i
-        done += n
-        index += 1
-        offset = 0
+    kvb_widen(tokens, count, ids)
+    kvb_count(start, count, positions)
+    for g in range(c.num_groups):
+        kvb_fill_slots(row_at(c, seq, first) + g, c.num_groups, c.block_size, offset, count, slots + g * a.max_tokens)
 
 
-cdef void fill_pages(StepArrays a, Py_ssize_t num_seqs, int32_t block_size) noexcept nogil:
-    """Write the ragged form of the block table: only the blocks that hold tokens up to this step's last."""
+cdef void fill_pages(StepArrays a, const Core* c, const Step* step) noexcept nogil:
+    """Write the ragged form of the block table: of each row the blocks from the first that its queries reach to the one
+    with this step's last token."""
     cdef Py_ssize_t i
-    cdef int32_t n, end = 0
-    for i in range(num_seqs):
-        n = blocks_for(a._seq_lens[i], block_size)
-        a._kv_indptr[i] = end
-        memcpy(a._kv_indices + end, a._block_table + i * a.max_blocks_per_seq, n * sizeof(int32_t))
-        a._kv_last_page_len[i] = a._seq_lens[i] - (n - 1) * block_size
-        end += n
-    for i in range(num_seqs, a.max_seqs):
-        a._kv_indptr[i] = end
+    cdef int32_t g, n, low, end
+    cdef int32_t* indptr = a._kv_indptr
+    cdef int32_t* indices = a._kv_indices
+    for g in range(c.num_groups):
+        end = 0
+        for i in range(step.num_rows):
+            n = blocks_for(a._seq_lens[i], c.block_size)
+            low = first_row(c, g, step.rows[i].start)
+            indptr[i] = end
+            memcpy(indices + end, cells_at(a, g, i) + low, (n - low) * sizeof(int32_t))
+            a._kv_last_page_len[i] = a._seq_lens[i] - (n - 1) * c.block_size
+            end += n - low
+        for i in range(step.num_rows, a.max_seqs + 1):
+            indptr[i] = end
+        indptr += a.max_seqs + 1
+        indices += a.max_seqs * a.max_blocks_per_seq
+    for i in range(step.num_rows, a.max_seqs):
         a._kv_last_page_len[i] = 0
-    a._kv_indptr[a.max_seqs] = end
 
 
 cdef void pad_after(StepArrays a, Py_ssize_t num_seqs, Py_ssize_t num_tokens) noexcept nogil:
     """Turn what the step before wrote past these counts back into padding."""
     cdef Py_ssize_t i
+    cdef int32_t g
     for i in range(num_tokens, a.num_tokens):
         a._input_ids[i] = a._positions[i] = 0
-        a._slot_mapping[i] = -1
+    for g in range(a.num_groups):
+        for i in range(num_tokens, a.num_tokens):
+            a._slot_mapping[g * a.max_tokens + i] = -1
+        for i in range(num_seqs, a.num_seqs):
+            memset(cells_at(a, g, i), 0, a._rows[i].length * sizeof(int32_t))
     for i in range(num_seqs, a.num_seqs):
-        memset(a._block_table + i * a.max_blocks_per_seq, 0, a._rows[i].length * sizeof(int32_t))
         memset(&a._rows[i], 0, sizeof(TableRow))
         a._seq_lens[i] = 0
-    for i in range(num_seqs, a.max_seqs + 1):
-        a._query_start_loc[i] = <int32_t>num_tokens
+    if num_seqs != a.num_seqs or num_tokens != a.num_tokens:
+        for i in range(num_seqs, a.max_seqs + 1):
+            a._query_start_loc[i] = <int32_t>num_tokens
+    else:
+        a._query_start_loc[num_seqs] = <int32_t>num_tokens
     a.num_seqs, a.num_tokens = num_seqs, num_tokens

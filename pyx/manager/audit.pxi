@@ -19,19 +19,23 @@ cdef enum State:
 cdef bint audit_pool(Core* c, int32_t* counts, int32_t* order, char* state, Finding* out) noexcept nogil:
     """Invariants 1 and 2. Leaves each cached block's place in the LRU list in `order`."""
     cdef Pool* p = &c.pool
-    cdef int32_t i, j, b, previous, free_blocks = 0, held = 0, waiting = 0
+    cdef int32_t i, b, free_blocks = 0, held = 0, waiting = 0
+    cdef int64_t j
+    cdef uint32_t k, place
     cdef Step* step
     for i in range(c.fresh_seq):
-        for j in range(c.seqs[i].num_blocks):
+        for j in range(<int64_t>c.seqs[i].num_rows * c.num_groups):
             b = c.seqs[i].table[j]
+            if b == -1 and c.reach_ends:
+                continue
             if b < 0 or b >= p.num_blocks:
                 return broken(out, 1, b"a table names a block that does not exist", b)
             counts[b] += 1
     for i in range(p.num_steps):
         step = pool_step(p, i)
-        for j in range(<int32_t>step.num_rows):
-            if step.rows[j].copy_source >= 0:
-                counts[step.rows[j].copy_source] += 1
+        for j in range(step.num_rows * c.num_groups):
+            if step.sources[j] >= 0:
+                counts[step.sources[j]] += 1
     for i in range(p.fresh, p.num_blocks):
         state[i] = FREE
     free_blocks = p.num_blocks - p.fresh
@@ -43,20 +47,20 @@ cdef bint audit_pool(Core* c, int32_t* counts, int32_t* order, char* state, Find
             return broken(out, 1, b"a published block lies among the unpublished free ones", b)
         state[b] = FREE
         free_blocks += 1
-    previous = p.num_blocks
-    b = p.blocks[previous].next
     i = 0
-    while b != p.num_blocks:
-        if b < 0 or b >= p.fresh or state[b] != NOWHERE or p.blocks[b].prev != previous:
-            return broken(out, 1, b"the list of cached blocks is torn", b)
+    for k in range(p.queue_tail - p.queue_head):
+        place = (p.queue_head + k) & p.queue_mask
+        b = p.queue[place]
+        if b == -1:
+            continue
+        if b < 0 or b >= p.fresh or state[b] != NOWHERE or p.blocks[b].place != <int32_t>place:
+            return broken(out, 1, b"the queue of cached blocks is torn", b)
         state[b] = CACHED
         order[b] = i
         i += 1
         free_blocks += 1
-        previous = b
-        b = p.blocks[b].next
-    if p.blocks[p.num_blocks].prev != previous or i != p.num_cached:
-        return broken(out, 1, b"the list of cached blocks has another length than was counted", i)
+    if p.queue_tail - p.queue_head > p.queue_mask + 1 or i != p.num_cached:
+        return broken(out, 1, b"the queue of cached blocks has another length than was counted", i)
     for i in range(p.num_steps):
         b = pool_step(p, i).wait_head
         while b >= 0:
@@ -64,7 +68,7 @@ cdef bint audit_pool(Core* c, int32_t* counts, int32_t* order, char* state, Find
                 return broken(out, 1, b"a waiting block is free, published, or waits twice", b)
             state[b] = WAITING
             waiting += 1
-            b = p.blocks[b].next
+            b = p.blocks[b].place
     for b in range(p.num_blocks):
         if b < p.fresh and p.blocks[b].refs != counts[b] or b >= p.fresh and counts[b]:
             return broken(out, 1, b"a block's count is not the number of references to it", b)
@@ -78,60 +82,100 @@ cdef bint audit_pool(Core* c, int32_t* counts, int32_t* order, char* state, Find
     return True
 
 
-cdef bint audit_tree(Core* c, const int32_t* counts, const int32_t* order, Finding* out) noexcept nogil:
-    """Invariants 3 and 4."""
+cdef bint audit_node(
+    Core* c, int32_t n, const int32_t* counts, const int32_t* order, int32_t* uses, Finding* out
+) noexcept nogil:
+    """What invariants 3 and 4 say of one node. Counts its blocks and itself, its parent's child, in `uses`."""
     cdef Pool* p = &c.pool
     cdef Tree* t = &p.tree
-    cdef int32_t n, b, parent, used = 0, found = 0
-    cdef uint64_t bucket
-    cdef Node* node
+    cdef Node* node = node_at(t, n)
+    cdef Node* above
+    cdef int32_t g, b, parent = node.parent
+    cdef int32_t* tokens = tokens_at(t, n)
     cdef Extra extra
-    cdef int32_t* tokens
-    for n in range(1, t.fresh):
-        node = &t.nodes[n]
-        if node.block < 0:
+    if parent < 0 or parent >= t.fresh or node_at(t, parent).uses <= 0:
+        return broken(out, 3, b"a node's parent does not exist; node:", n)
+    above = node_at(t, parent)
+    uses[parent] += 1
+    if (node.size == 0) != (node.blob == NULL):
+        return broken(out, 3, b"a node's extra bytes have no size, or no bytes; node:", n)
+    extra.blob, extra.size = node.blob, node.size
+    hash_extra(t, &extra)
+    if tree_hash(t, above.hash, tokens, &extra if node.size else NULL) != node.hash:
+        return broken(out, 3, b"a node's hash is not that of its prefix and tokens; node:", n)
+    if tree_find(t, parent, node.hash, tokens, &extra if node.size else NULL) != n:
+        return broken(out, 3, b"a node is not found under its key; node:", n)
+    for g in range(c.num_groups):
+        b = node.blocks[g]
+        if b == -1:
             continue
-        used += 1
-        b = node.block
-        parent = node.parent
-        tokens = t.tokens + <size_t>n * t.block_size
-        if b >= p.fresh or p.blocks[b].node != n:
+        uses[n] += 1
+        if b < 0 or b >= p.fresh or p.blocks[b].node != n:
             return broken(out, 3, b"a node's block does not hang on it; node:", n)
-        if parent < 0 or parent >= t.fresh or parent and t.nodes[parent].block < 0:
-            return broken(out, 3, b"a node's parent does not exist; node:", n)
-        if (node.size == 0) != (node.blob == NULL):
-            return broken(out, 3, b"a node's extra bytes have no size, or no bytes; node:", n)
-        extra.blob, extra.size = node.blob, node.size
-        hash_extra(t, &extra)
-        if tree_hash(t, t.nodes[parent].hash, tokens, &extra if node.size else NULL) != node.hash:
-            return broken(out, 3, b"a node's hash is not that of its prefix and tokens; node:", n)
-        if tree_find(t, parent, node.hash, tokens, &extra if node.size else NULL) != n:
-            return broken(out, 3, b"a node is not found under its key; node:", n)
-        if parent and counts[b] and not counts[t.nodes[parent].block]:
+        if parent == 0 or c.reaches[g].window or c.reaches[g].chunk:
+            continue
+        if above.blocks[g] < 0:
+            return broken(out, 4, b"a block is published and the one before it is not; block:", b)
+        if counts[b] and not counts[above.blocks[g]]:
             return broken(out, 4, b"a block is held and the one before it is not; block:", b)
-        if parent and not counts[b] and not counts[t.nodes[parent].block] and order[b] > order[t.nodes[parent].block]:
+        if not counts[b] and not counts[above.blocks[g]] and order[b] > order[above.blocks[g]]:
             return broken(out, 4, b"a cached block would be evicted after the one before it; block:", b)
+    return True
+
+
+cdef bint audit_tree(Core* c, const int32_t* counts, const int32_t* order, int32_t* uses, Finding* out) noexcept nogil:
+    """Invariants 3 and 4. `uses` is zeroed scratch, one number for each node."""
+    cdef Pool* p = &c.pool
+    cdef Tree* t = &p.tree
+    cdef int32_t i, n, b, g, used = 0, found = 0
+    cdef uint32_t line, place
+    cdef int64_t passed = 0
+    for n in range(1, t.fresh):
+        if node_at(t, n).uses:
+            used += 1
+            if not audit_node(c, n, counts, order, uses, out):
+                return False
+    for i in range(c.fresh_seq):
+        if c.seqs[i].kind != UNUSED and c.seqs[i].tip > 0 and c.seqs[i].tip < t.fresh:
+            uses[c.seqs[i].tip] += 1
+    for n in range(1, t.fresh):
+        if node_at(t, n).uses != uses[n]:
+            return broken(out, 3, b"a node is not used as often as it notes; node:", n)
     if used != t.num_nodes or used > t.max_nodes:
         return broken(out, 3, b"the number of nodes is not what was counted:", used)
-    for bucket in range(t.mask + 1):
-        n = t.buckets[bucket]
-        while n:
+    for line in range(t.num_lines):
+        for i in range(12):
+            if t.lines[line].tags[i] == 0:
+                continue
+            n = t.lines[line].nodes[i]
+            if n <= 0 or n >= t.fresh or node_at(t, n).uses <= 0:
+                return broken(out, 3, b"the table finds what is no node; line:", line)
+            if tag_of(node_at(t, n).hash) != t.lines[line].tags[i]:
+                return broken(out, 3, b"the table has another tag than the node; node:", n)
             found += 1
-            if found > used or n >= t.fresh or t.nodes[n].block < 0 or (t.nodes[n].hash & t.mask) != bucket:
-                return broken(out, 3, b"the table finds what is no node; bucket:", <int64_t>bucket)
-            n = t.nodes[n].next
+            place = line_of(t, node_at(t, n).hash)
+            passed += line - place if line >= place else <int64_t>t.num_lines - place + line
+        passed -= t.lines[line].passed
     if found != used:
         return broken(out, 3, b"the table does not find every node; found:", found)
+    if passed:
+        return broken(out, 3, b"lines of the table were passed by more or fewer nodes than they count:", passed)
     for b in range(p.fresh):
         n = p.blocks[b].node
-        if n and (n >= t.fresh or t.nodes[n].block != b):
-            return broken(out, 3, b"a block hangs on a node that does not name it; block:", b)
+        if n < 0 or n >= t.fresh:
+            return broken(out, 3, b"a block hangs on a node that does not exist; block:", b)
+        if n:
+            found = 0
+            for g in range(c.num_groups):
+                found += node_at(t, n).blocks[g] == b
+            if found != 1:
+                return broken(out, 3, b"a block hangs on a node that does not name it; block:", b)
     return True
 
 
 cdef bint audit_sequences(Core* c, Finding* out) noexcept nogil:
     """Invariant 5, and what sequences know of the tree (3)."""
-    cdef int32_t i, j, n, parent, unknown, known, used = 0, alive = 0
+    cdef int32_t i, j, g, n, unknown, known, used = 0, alive = 0
     cdef int32_t bs = c.block_size
     cdef Seq* seq
     cdef Text* x
@@ -139,7 +183,7 @@ cdef bint audit_sequences(Core* c, Finding* out) noexcept nogil:
         seq = &c.seqs[i]
         x = &seq.text
         if seq.kind == UNUSED:
-            if seq.num_blocks or seq.handle > 0:
+            if seq.num_rows or seq.handle > 0 or seq.tip:
                 return broken(out, 5, b"a slot without a sequence holds blocks; slot:", i)
             continue
         used += 1
@@ -152,27 +196,33 @@ cdef bint audit_sequences(Core* c, Finding* out) noexcept nogil:
             return broken(out, 5, b"a sequence's lengths are out of order; slot:", i)
         if seq.open_steps == 0 and seq.num_prepared != seq.num_computed:
             return broken(out, 5, b"a sequence in no step has prepared tokens; slot:", i)
-        if seq.num_blocks != blocks_for(seq.reserved, bs) or seq.num_blocks > seq.table_capacity:
+        if seq.num_rows != blocks_for(seq.reserved, bs) or seq.num_rows > seq.table_capacity:
             return broken(out, 5, b"a sequence has not the blocks that its reserved tokens need; slot:", i)
+        for g in range(c.num_groups):
+            for j in range(seq.num_rows):
+                if (row_at(c, seq, j)[g] < 0) != (j < first_row(c, g, seq.num_computed)):
+                    return broken(out, 5, b"a sequence has a block out of reach, or not one within; slot:", i)
         unknown = known = 0
         for j in range(x.num_tokens):
             unknown += x.tokens[j] < 0
             known += unknown == 0
         if unknown != x.num_unknown or known != x.known:
             return broken(out, 5, b"a sequence miscounts its placeholders; slot:", i)
-        if seq.published * bs > seq.num_computed or seq.published > seq.num_blocks:
+        if seq.published * bs > seq.num_computed or seq.published > seq.num_rows:
             return broken(out, 3, b"a sequence published more than it computed; slot:", i)
-        parent = 0
-        for j in range(seq.published):
-            n = c.pool.blocks[seq.table[j]].node
-            if n == 0 or c.pool.tree.nodes[n].parent != parent:
-                return broken(out, 3, b"a published table is not a path of the tree; slot:", i)
-            if memcmp(c.pool.tree.tokens + <size_t>n * bs, x.tokens + <size_t>j * bs, bs * sizeof(int32_t)):
+        n = seq.tip
+        for j in range(seq.published - 1, -1, -1):
+            if n <= 0 or n >= c.pool.tree.fresh:
+                return broken(out, 3, b"a sequence's published blocks are no path of the tree; slot:", i)
+            for g in range(c.num_groups):
+                if row_at(c, seq, j)[g] >= 0 and c.pool.blocks[row_at(c, seq, j)[g]].node != n:
+                    return broken(out, 3, b"a published block does not hang on the sequence's node; slot:", i)
+            if memcmp(tokens_at(&c.pool.tree, n), x.tokens + <size_t>j * bs, bs * sizeof(int32_t)):
                 return broken(out, 3, b"a node's tokens are not those of its block; node:", n)
-            if not same_extra(&c.pool.tree.nodes[n], extra_of(x, j)):
+            if not same_extra(node_at(&c.pool.tree, n), extra_of(x, j)):
                 return broken(out, 3, b"a node's extra bytes are not those of its block; node:", n)
-            parent = n
-        if parent != seq.tip:
+            n = node_at(&c.pool.tree, n).parent
+        if n != 0:
             return broken(out, 3, b"a sequence's last published node is not what it notes; slot:", i)
     if used != c.num_slots or alive != c.num_seqs:
         return broken(out, 5, b"the number of sequences is not what was counted:", used)
@@ -182,7 +232,7 @@ cdef bint audit_sequences(Core* c, Finding* out) noexcept nogil:
 cdef bint audit_steps(Core* c, int32_t* written, Finding* out) noexcept nogil:
     """Invariants 6 and 7. `written` is zeroed scratch, one number for each block."""
     cdef Pool* p = &c.pool
-    cdef int32_t i, j, k, b, first, last
+    cdef int32_t i, j, k, g, b, first, last
     cdef Step* step
     cdef Row* row
     cdef Seq* seq
@@ -193,15 +243,16 @@ cdef bint audit_steps(Core* c, int32_t* written, Finding* out) noexcept nogil:
             seq = &c.seqs[row.slot]
             first = row.start // c.block_size
             last = (row.start + row.count - 1) // c.block_size
-            if seq.open_steps == 0 or last >= seq.num_blocks:
+            if seq.open_steps == 0 or last >= seq.num_rows:
                 return broken(out, 6, b"an open step writes where its sequence has no block; step:", step.id)
             for k in range(first, last + 1):
-                b = seq.table[k]
-                if p.blocks[b].refs != 1 or p.blocks[b].node:
-                    return broken(out, 6, b"an open step writes into a block that is shared or published; block:", b)
-                if written[b] == i + 1:
-                    return broken(out, 7, b"two rows of one step write into one block:", b)
-                written[b] = i + 1
+                for g in range(c.num_groups):
+                    b = row_at(c, seq, k)[g]
+                    if b < 0 or not may_write(c, b):
+                        return broken(out, 6, b"an open step writes a block that is shared or published; block:", b)
+                    if written[b] == i + 1:
+                        return broken(out, 7, b"two rows of one step write into one block:", b)
+                    written[b] = i + 1
     return True
 
 
@@ -210,19 +261,21 @@ cdef bint audit_core(Core* c, Finding* out) noexcept nogil:
     cdef int32_t* counts = <int32_t*>grab_zeroed(n, sizeof(int32_t))
     cdef int32_t* order = <int32_t*>grab_zeroed(n, sizeof(int32_t))
     cdef int32_t* written = <int32_t*>grab_zeroed(n, sizeof(int32_t))
+    cdef int32_t* uses = <int32_t*>grab_zeroed(c.pool.tree.fresh, sizeof(int32_t))
     cdef char* state = <char*>grab_zeroed(n, 1)
     cdef bint ok
-    if counts == NULL or order == NULL or written == NULL or state == NULL:
+    if counts == NULL or order == NULL or written == NULL or uses == NULL or state == NULL:
         ok = broken(out, 0, b"no memory to audit blocks:", n)
     else:
         ok = (
             audit_pool(c, counts, order, state, out)
-            and audit_tree(c, counts, order, out)
+            and audit_tree(c, counts, order, uses, out)
             and audit_sequences(c, out)
             and audit_steps(c, written, out)
         )
     free(counts)
     free(order)
     free(written)
+    free(uses)
     free(state)
     return ok

@@ -20,10 +20,10 @@ cdef inline int64_t at(const Ints* a, Py_ssize_t i) noexcept nogil:
 
 cdef int64_t as_int(object value, str name) except? -1:
     """`value` as a C integer; bools and floats are refused."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if type(value) is not int and (isinstance(value, bool) or not hasattr(value, "__index__")):
         raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
     try:
-        return value.__index__()
+        return value
     except OverflowError:
         raise ValueError(f"{name}={value!r} does not fit in 64 bits") from None
 
@@ -36,7 +36,7 @@ cdef int open_ints(object obj, str name, Ints* out) except -1:
     if isinstance(obj, (list, tuple, range)):
         return convert_items(obj, name, out)
     if not PyObject_CheckBuffer(obj):
-        if hasattr(obj, "__index__") and not hasattr(obj, "numpy"):
+        if type(obj) is int or hasattr(obj, "__index__") and not hasattr(obj, "numpy"):
             out.value = as_int(obj, name)
             out.data = &out.value
             out.size = 1
@@ -119,27 +119,43 @@ cdef inline void close_ints(Ints* a) noexcept:
     free(a.owned)
 
 
-cdef Py_ssize_t copy_tokens(const Ints* source, int32_t* target) noexcept nogil:
-    """Copy token ids; the index of the first outside 0...2**31-1, or -1 if there is none."""
+cdef extern from *:
+    """
+    /* Both give the bitwise or of all tokens: negative where one is, and past 31 bits where one is too large. */
+    KVB_WIDE static int64_t kvb_copy(const int32_t *source, Py_ssize_t n, int32_t *target) {
+        int32_t bits = 0;
+        for (Py_ssize_t i = 0; i < n; i++) bits |= target[i] = source[i];
+        return bits;
+    }
+    KVB_WIDE static int64_t kvb_narrow(const int64_t *source, Py_ssize_t n, int32_t *target) {
+        int64_t bits = 0;
+        for (Py_ssize_t i = 0; i < n; i++) bits |= source[i], target[i] = (int32_t)source[i];
+        return bits;
+    }
+    KVB_WIDE static int64_t kvb_bits(const int32_t *source, Py_ssize_t n) {
+        int32_t bits = 0;
+        for (Py_ssize_t i = 0; i < n; i++) bits |= source[i];
+        return bits;
+    }
+    """
+    int64_t kvb_copy(const int32_t* source, Py_ssize_t n, int32_t* target) noexcept nogil
+    int64_t kvb_narrow(const int64_t* source, Py_ssize_t n, int32_t* target) noexcept nogil
+    int64_t kvb_bits(const int32_t* source, Py_ssize_t n) noexcept nogil
+
+
+cdef Py_ssize_t bad_token(const Ints* tokens, int64_t bits) noexcept nogil:
+    """The index of the first token outside 0...2**31-1, or -1 if there is none; `bits` is the or of all."""
     cdef Py_ssize_t i
-    cdef int64_t bits = 0
-    cdef int32_t narrow_bits = 0
-    cdef const int64_t* wide
-    cdef const int32_t* narrow
-    if source.wide:
-        wide = <const int64_t*>source.data
-        for i in range(source.size):
-            bits |= wide[i]
-            target[i] = <int32_t>wide[i]
-    else:
-        narrow = <const int32_t*>source.data
-        for i in range(source.size):
-            narrow_bits |= narrow[i]
-            target[i] = narrow[i]
-        bits = narrow_bits
-    if bits >= 0 and bits <= MAX_INT32:
+    if 0 <= bits <= MAX_INT32:
         return -1
-    for i in range(source.size):
-        if at(source, i) < 0 or at(source, i) > MAX_INT32:
+    for i in range(tokens.size):
+        if at(tokens, i) < 0 or at(tokens, i) > MAX_INT32:
             return i
     return -1
+
+
+cdef Py_ssize_t copy_tokens(const Ints* source, int32_t* target) noexcept nogil:
+    """Copy token ids; the index of the first outside 0...2**31-1, or -1 if there is none."""
+    if source.wide:
+        return bad_token(source, kvb_narrow(<const int64_t*>source.data, source.size, target))
+    return bad_token(source, kvb_copy(<const int32_t*>source.data, source.size, target))

@@ -35,6 +35,12 @@ cdef extern from *:
         return base;
     }
     static void kvb_unmap(void *p, size_t n, size_t width) { if (p) munmap(p, n * width); }
+    /* Loops over tokens, compiled for wider vectors too; the loader takes what the processor has. */
+    #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+    #define KVB_WIDE __attribute__((target_clones("default", "arch=x86-64-v3")))
+    #else
+    #define KVB_WIDE
+    #endif
     #define KVB_MAX_GENERATION ((int64_t)1 << 38)
     """
     int64_t kvb_fail_in
@@ -49,3 +55,4 @@ cdef enum:
     MAX_INT32 = 0x7FFFFFFF
     SLOT_BITS = 24
     SLOT_MASK = 0xFFFFFF
+    MAX_GROUPS = 64

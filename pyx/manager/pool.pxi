@@ -1,15 +1,19 @@
 # The pool: which blocks are free, who is next, and when a released block may be used again. Knows blocks, their nodes
 # and open steps; knows no sequences.
 #
-# A block is free (on the stack, never used, or cached: on the LRU list), held (refs > 0), or waiting for an open step.
-# Among cached blocks a child is always released before its parent, so the head of the LRU list is a leaf.
+# A block is free (on the stack, never used, or cached: in the queue), held (refs > 0), or waiting for an open step.
+# The queue is a ring of cached blocks, the least recently used first; a block that is hit leaves a hole. An array, so
+# that an eviction can fetch what the next ones will need. Of cached blocks of one full group a child is always
+# released before its parent, so it is evicted first.
+
+cdef enum:
+    AHEAD = 4           # evictions between two stages of fetching: block, node, line of the table
 
 
-cdef struct Block:      # 16 bytes
+cdef struct Block:      # 12 bytes
     int32_t refs        # table entries, pins and pending copy sources that name it
     int32_t node        # where it is published, 0: nowhere
-    int32_t prev        # LRU list
-    int32_t next        # LRU list, or the waiting list of a step
+    int32_t place       # in the queue; or the next that waits for a step
 
 
 cdef struct Row:        # one sequence in one open step
@@ -17,14 +21,17 @@ cdef struct Row:        # one sequence in one open step
     int32_t start       # its tokens [start, start + count)
     int32_t count
     int32_t old_reserved
-    int32_t old_blocks
-    int32_t copy_source     # -1: none
+    int32_t old_rows
+    int32_t num_copies      # of blocks that it writes into and may not
+    int32_t full            # `commit` publishes the rows of the table before this one
     int64_t old_last_step
+    uint64_t hash           # of the first of these
 
 
 cdef struct Step:
     int64_t id
     Row* rows
+    int32_t* sources    # [rows, groups]: blocks to copy from, -1: none
     Py_ssize_t num_rows
     Py_ssize_t capacity
     int32_t wait_head   # blocks that wait for it, -1: none
@@ -33,10 +40,14 @@ cdef struct Step:
 
 cdef struct Pool:
     int32_t num_blocks
-    Block* blocks       # [num_blocks + 1]; the last is the LRU list's sentinel
+    Block* blocks
     int32_t* stack
     int32_t stack_size
     int32_t fresh       # blocks from here on were never used
+    int32_t* queue      # [queue_mask + 1], -1: a hole
+    uint32_t queue_mask
+    uint32_t queue_head # counts on for ever, as the tail does
+    uint32_t queue_tail
     int32_t num_cached
     int32_t num_waiting
     int64_t evictions
@@ -56,25 +67,67 @@ cdef inline int32_t pool_free(const Pool* p) noexcept nogil:
     return p.stack_size + (p.num_blocks - p.fresh) + p.num_cached
 
 
-cdef inline void lru_append(Pool* p, int32_t b) noexcept nogil:
-    cdef int32_t end = p.num_blocks, tail = p.blocks[end].prev
-    p.blocks[b].prev = tail
-    p.blocks[b].next = end
-    p.blocks[tail].next = b
-    p.blocks[end].prev = b
+cdef void queue_compact(Pool* p) noexcept nogil:
+    """Close the holes. The queue has room for half as many holes as there are blocks, so this is rare."""
+    cdef uint32_t i, end = p.queue_head
+    cdef int32_t b
+    for i in range(p.queue_tail - p.queue_head):
+        b = p.queue[(p.queue_head + i) & p.queue_mask]
+        if b >= 0:
+            p.queue[end & p.queue_mask] = b
+            p.blocks[b].place = <int32_t>(end & p.queue_mask)
+            end += 1
+    p.queue_tail = end
+
+
+cdef inline void queue_append(Pool* p, int32_t b) noexcept nogil:
+    cdef uint32_t place
+    if p.queue_tail - p.queue_head > p.queue_mask:
+        queue_compact(p)
+    place = p.queue_tail & p.queue_mask
+    p.queue[place] = b
+    p.blocks[b].place = <int32_t>place
+    p.queue_tail += 1
     p.num_cached += 1
 
 
-cdef inline void lru_remove(Pool* p, int32_t b) noexcept nogil:
-    cdef int32_t prev = p.blocks[b].prev, next = p.blocks[b].next
-    p.blocks[prev].next = next
-    p.blocks[next].prev = prev
+cdef inline void queue_remove(Pool* p, int32_t b) noexcept nogil:
+    p.queue[p.blocks[b].place] = -1
     p.num_cached -= 1
 
 
 cdef inline void unpublish(Pool* p, int32_t b) noexcept nogil:
-    tree_remove(&p.tree, p.blocks[b].node)
+    cdef int32_t n = p.blocks[b].node, g = 0
+    cdef Node* node = node_at(&p.tree, n)
+    while node.blocks[g] != b:
+        g += 1
+    node.blocks[g] = -1
     p.blocks[b].node = 0
+    tree_drop(&p.tree, n)
+
+
+cdef inline int32_t evict(Pool* p) noexcept nogil:
+    """The block that was used longest ago, unpublished; there is one. Fetches for the evictions that will follow."""
+    cdef uint32_t head = p.queue_head, mask = p.queue_mask
+    cdef int32_t b = p.queue[head & mask], next
+    while b < 0:
+        head += 1
+        b = p.queue[head & mask]
+    p.queue_head = head + 1
+    p.num_cached -= 1
+    # Past the tail lie blocks of before, or zeros: fetching for them is idle, no more.
+    next = p.queue[(head + 3 * AHEAD) & mask]
+    if next >= 0:
+        kvb_prefetch_write(&p.blocks[next])
+    next = p.queue[(head + 2 * AHEAD) & mask]
+    if next >= 0:
+        kvb_prefetch_write(node_at(&p.tree, p.blocks[next].node))
+    next = p.queue[(head + AHEAD) & mask]
+    if next >= 0:
+        kvb_prefetch_write(&p.tree.lines[line_of(&p.tree, node_at(&p.tree, p.blocks[next].node).hash)])
+    unpublish(p, b)
+    p.evictions += 1
+    return b
 
 
 cdef inline int32_t take(Pool* p) noexcept nogil:
@@ -87,46 +140,15 @@ cdef inline int32_t take(Pool* p) noexcept nogil:
         b = p.fresh
         p.fresh += 1
     else:
-        b = p.blocks[p.num_blocks].next
-        lru_remove(p, b)
-        unpublish(p, b)
-        p.evictions += 1
+        b = evict(p)
     p.blocks[b].refs = 1
     return b
-
-
-cdef void take_run(Pool* p, int32_t* out, int32_t n) noexcept nogil:
-    """`take` n times. Evictions go in runs, so that the nodes of a run are on their way before the first is needed."""
-    cdef int32_t i = 0, j, run, b
-    cdef int32_t[RUN] victims
-    cdef const Node* node
-    while i < n and p.num_cached < pool_free(p):
-        out[i] = take(p)
-        i += 1
-    while i < n:
-        run = min(RUN, n - i)
-        b = p.blocks[p.num_blocks].next
-        for j in range(run):
-            victims[j] = b
-            kvb_prefetch(&p.tree.nodes[p.blocks[b].node])
-            b = p.blocks[b].next
-        for j in range(run):
-            kvb_prefetch(&p.tree.buckets[p.tree.nodes[p.blocks[victims[j]].node].hash & p.tree.mask])
-        for j in range(run):
-            node = &p.tree.nodes[p.blocks[victims[j]].node]
-            kvb_prefetch(&p.tree.nodes[p.tree.buckets[node.hash & p.tree.mask]])
-        for j in range(run):
-            node = &p.tree.nodes[p.blocks[victims[j]].node]
-            kvb_prefetch(&p.tree.nodes[p.tree.nodes[p.tree.buckets[node.hash & p.tree.mask]].next])
-        for j in range(run):
-            out[i + j] = take(p)
-        i += run
 
 
 cdef inline void acquire(Pool* p, int32_t b) noexcept nogil:
     """One more reference to a block that is held or cached."""
     if p.blocks[b].refs == 0:
-        lru_remove(p, b)
+        queue_remove(p, b)
     p.blocks[b].refs += 1
 
 
@@ -141,16 +163,16 @@ cdef inline void settle(Pool* p, int32_t b, int64_t step_id) noexcept nogil:
     for i in range(p.num_steps - 1 if step_id else -1, -1, -1):
         step = pool_step(p, i)
         if step.id <= step_id:
-            p.blocks[b].next = -1
+            p.blocks[b].place = -1
             if step.wait_head < 0:
                 step.wait_head = b
             else:
-                p.blocks[step.wait_tail].next = b
+                p.blocks[step.wait_tail].place = b
             step.wait_tail = b
             p.num_waiting += 1
             return
     if p.blocks[b].node:
-        lru_append(p, b)
+        queue_append(p, b)
     else:
         p.stack[p.stack_size] = b
         p.stack_size += 1
@@ -163,18 +185,19 @@ cdef inline void release(Pool* p, int32_t b, int64_t step_id) noexcept nogil:
         settle(p, b, step_id)
 
 
-cdef void release_table(Pool* p, const int32_t* table, int32_t first, int32_t end) noexcept nogil:
+cdef inline void release_table(Pool* p, const int32_t* table, int64_t first, int64_t end) noexcept nogil:
     """Drop the references of table[first:end], the last one first, of a sequence in no open step."""
-    cdef int32_t i
+    cdef int64_t i
     for i in range(end - 1, first - 1, -1):
-        release(p, table[i], 0)
+        if table[i] >= 0:
+            release(p, table[i], 0)
 
 
 cdef void close_waiting(Pool* p, const Step* step) noexcept nogil:
     """Settle again what waited for a step that has left the ring."""
     cdef int32_t b = step.wait_head, following
     while b >= 0:
-        following = p.blocks[b].next
+        following = p.blocks[b].place
         p.num_waiting -= 1
         settle(p, b, step.id)
         b = following

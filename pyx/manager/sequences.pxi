@@ -8,6 +8,9 @@
 #
 # Its first `published` blocks hang on nodes of the tree, the last of them on `tip`. A block that is shared or published
 # is never written: `prepare` puts a copy in its place first.
+#
+# A table has one row for each block of tokens, and in it one block for each layer group. In a group with a window or
+# chunks the blocks that no later token can reach, those before `first_row`, are given back at `commit`: -1 in its rows.
 
 cdef enum Kind:
     UNUSED, LIVE, PREEMPTED, PIN, LEAVING       # LEAVING: freed while in an open step
@@ -16,7 +19,7 @@ cdef enum Problem:
     STALE, IS_PIN, IS_SEQUENCE, TWICE, IS_PREEMPTED, NOT_PREEMPTED, IN_STEP, BAD_TOKEN, BAD_COUNT, TOO_LONG
     SIZE_TOKENS, BAD_QUERY, NOT_ENOUGH_TOKENS, STEP_SEQS, STEP_TOKENS, STEP_BLOCKS, STEP_LIMIT
     COMPUTED_UNKNOWN, NO_STEP, NOT_OLDEST, NOT_NEWEST, SIZE_ACCEPTED, BAD_ACCEPTED, LATER_STEP, NOT_UNKNOWN, BAD_TRIM
-    NOTHING_TO_PIN, NO_BLOCKS, NO_SLOTS, NO_MEMORY
+    OUT_OF_REACH, STEP_GROUPS, NOTHING_TO_PIN, NO_BLOCKS, NO_SLOTS, NO_MEMORY
 
 
 cdef struct Fault:
@@ -31,13 +34,13 @@ cdef struct Seq:        # two cache lines: what `append` needs, what a step need
     int64_t mark        # the last batch that named it
     Text text
     Kind kind
-    int32_t num_blocks
+    int32_t num_rows    # of the table
 
-    int32_t* table
+    int32_t* table      # [num_rows, groups]
     int64_t version     # changes when entries of the table that were there change
     int64_t last_step   # the newest open step it is in
     int32_t open_steps
-    int32_t table_capacity
+    int32_t table_capacity  # rows
     int32_t num_cached
     int32_t num_computed
     int32_t num_prepared
@@ -48,6 +51,11 @@ cdef struct Seq:        # two cache lines: what `append` needs, what a step need
     int32_t next_unused
 
 
+cdef struct Reach:      # of a layer group: the window or the chunk of a query in tokens; both 0: everything before it
+    int32_t window
+    int32_t chunk
+
+
 cdef struct Counters:
     int64_t admitted, prompt_tokens, hit_tokens, preemptions, resumed, published, merged, copies, peak_used
 
@@ -56,6 +64,9 @@ cdef struct Core:
     Pool pool
     int32_t block_size
     int32_t shift       # block_size is 1 << shift, or shift is -1
+    int32_t num_groups
+    bint reach_ends     # in at least one group
+    Reach[MAX_GROUPS] reaches
     int32_t watermark   # blocks
     bint caching
     int64_t uid
@@ -83,6 +94,29 @@ cdef inline int32_t blocks_for(int64_t num_tokens, int32_t block_size) noexcept 
 cdef inline int32_t block_of(const Core* c, int32_t position) noexcept nogil:
     """The index of the block that holds a position: a shift where it can be, a division costs as much as the rest."""
     return position >> c.shift if c.shift >= 0 else position // c.block_size
+
+
+cdef inline int32_t first_row(const Core* c, int32_t g, int32_t position) noexcept nogil:
+    """The first table row that tokens from `position` on reach in group g."""
+    cdef const Reach* reach = &c.reaches[g]
+    if reach.window:
+        return block_of(c, position - reach.window + 1) if position >= reach.window else 0
+    if reach.chunk:
+        return block_of(c, position - position % reach.chunk)
+    return 0
+
+
+cdef inline int32_t* row_at(const Core* c, const Seq* seq, int32_t row) noexcept nogil:
+    return seq.table + <int64_t>row * c.num_groups
+
+
+cdef inline void stand_on(Tree* t, Seq* seq, int32_t node) noexcept nogil:
+    """Make `node` the one that the sequence published last; it keeps its nodes in the tree."""
+    if node:
+        node_at(t, node).uses += 1
+    if seq.tip:
+        tree_drop(t, seq.tip)
+    seq.tip = node
 
 
 cdef inline Seq* find_any(Core* c, int64_t handle, Py_ssize_t i, Fault* f) noexcept nogil:
@@ -168,14 +202,20 @@ cdef void clear_text(Text* x) noexcept nogil:
     memset(x, 0, sizeof(Text))
 
 
+cdef inline void release_rows(Core* c, Seq* seq, int32_t keep) noexcept nogil:
+    """Drop the rows of the table from `keep` on, of a sequence that no open step needs them for."""
+    release_table(&c.pool, seq.table, <int64_t>keep * c.num_groups, <int64_t>seq.num_rows * c.num_groups)
+    seq.num_rows = keep
+
+
 cdef void close_seq(Core* c, Seq* seq) noexcept nogil:
     """Give back blocks, memory and slot."""
     cdef int32_t slot = <int32_t>(seq - c.seqs)
-    release_table(&c.pool, seq.table, 0, seq.num_blocks)
+    release_rows(c, seq, 0)
+    stand_on(&c.pool.tree, seq, 0)
     clear_text(&seq.text)
     free(seq.table)
     seq.table = NULL
-    seq.num_blocks = 0
     if seq.handle > 0:
         spend_handle(seq)
     seq.kind = UNUSED
@@ -187,17 +227,17 @@ cdef void close_seq(Core* c, Seq* seq) noexcept nogil:
         c.max_seqs -= 1
 
 
-cdef bint grow_table(Seq* seq, int32_t num_blocks) noexcept nogil:
+cdef bint grow_table(Seq* seq, int32_t num_rows, int32_t num_groups) noexcept nogil:
     cdef int64_t capacity
     cdef int32_t* table
-    if num_blocks <= seq.table_capacity:
+    if num_rows <= seq.table_capacity:
         return True
-    capacity = <int64_t>num_blocks + num_blocks // 4 + 8
-    table = <int32_t*>regrow(seq.table, capacity * sizeof(int32_t))
+    capacity = min(<int64_t>num_rows + num_rows // 4 + 8, MAX_INT32)
+    table = <int32_t*>regrow(seq.table, capacity * num_groups * sizeof(int32_t))
     if table == NULL:
         return False
     seq.table = table
-    seq.table_capacity = <int32_t>min(capacity, MAX_INT32)
+    seq.table_capacity = <int32_t>capacity
     return True
 
 
@@ -262,7 +302,7 @@ cdef bint copy_text(Text* target, const Text* source) noexcept nogil:
 
 cdef void cut(Core* c, Seq* seq, int32_t num_tokens) noexcept nogil:
     """Drop tokens, and blocks that no reserved token needs any more. Blocks that stay are left as they are."""
-    cdef int32_t keep
+    cdef int32_t keep, tip = seq.tip, i
     if num_tokens < seq.text.num_tokens:
         cut_text(&seq.text, num_tokens)
         cut_extras(&c.pool.tree, &seq.text, num_tokens)
@@ -272,11 +312,12 @@ cdef void cut(Core* c, Seq* seq, int32_t num_tokens) noexcept nogil:
     seq.reserved = min(seq.reserved, num_tokens)
     keep = blocks_for(seq.reserved, c.block_size)
     if seq.published > num_tokens // c.block_size:
+        for i in range(seq.published - num_tokens // c.block_size):
+            tip = node_at(&c.pool.tree, tip).parent
         seq.published = num_tokens // c.block_size
-        seq.tip = c.pool.blocks[seq.table[seq.published - 1]].node if seq.published else 0
-    if keep < seq.num_blocks:
-        release_table(&c.pool, seq.table, keep, seq.num_blocks)
-        seq.num_blocks = keep
+        stand_on(&c.pool.tree, seq, tip)
+    if keep < seq.num_rows:
+        release_rows(c, seq, keep)
         touch(c, seq)
 
 
@@ -285,23 +326,44 @@ cdef inline int32_t hit_limit(Core* c, const Text* x) noexcept nogil:
     return min(x.num_tokens - 1, x.known) // c.block_size if c.caching and x.num_tokens else 0
 
 
+cdef int32_t longest_hit(const Core* c, const int32_t* nodes, int32_t n) noexcept nogil:
+    """How many of n nodes of a path make a hit: every group has the blocks that a token after them reaches."""
+    cdef int32_t i, g, best = 0
+    cdef int32_t[MAX_GROUPS] since      # the first row from which on the group has all blocks
+    cdef bint served
+    if not c.reach_ends and c.num_groups == 1:
+        return n
+    memset(since, 0, c.num_groups * sizeof(int32_t))
+    for i in range(n):
+        served = True
+        for g in range(c.num_groups):
+            if node_at(&c.pool.tree, nodes[i]).blocks[g] < 0:
+                since[g] = i + 1
+            served = served and since[g] <= min(first_row(c, g, (i + 1) * c.block_size), i + 1)
+        if served:
+            best = i + 1
+    return best
+
+
 cdef bint plan_admission(
     Core* c, const Text* x, int64_t reserve, int32_t* found, int32_t* num_found, int32_t* target, Fault* f,
     bint watermark,
 ) noexcept nogil:
-    """Find the hit and check that the blocks for the rest are there. `found` gets the hit's blocks. No effect."""
-    cdef int32_t i, hit, idle = 0, new, free_blocks
-    hit = tree_walk(&c.pool.tree, x, hit_limit(c, x), found)
-    for i in range(hit):
-        found[i] = c.pool.tree.nodes[found[i]].block
-        kvb_prefetch(&c.pool.blocks[found[i]])
-    for i in range(hit):
-        idle += c.pool.blocks[found[i]].refs == 0
+    """Find the hit and check that the blocks for the rest are there. `found` gets the hit's nodes. No effect."""
+    cdef int32_t i, g, b, hit, idle = 0, free_blocks
+    cdef int64_t new
+    hit = longest_hit(c, found, tree_walk(&c.pool.tree, x, hit_limit(c, x), found))
+    for g in range(c.num_groups):
+        for i in range(first_row(c, g, hit * c.block_size), hit):
+            kvb_prefetch(&c.pool.blocks[node_at(&c.pool.tree, found[i]).blocks[g]])
+        for i in range(first_row(c, g, hit * c.block_size), hit):
+            b = node_at(&c.pool.tree, found[i]).blocks[g]
+            idle += c.pool.blocks[b].refs == 0
     num_found[0] = hit
     target[0] = x.num_tokens
     if reserve >= 0:
         target[0] = <int32_t>min(<int64_t>x.num_tokens, <int64_t>hit * c.block_size + reserve)
-    new = blocks_for(target[0], c.block_size) - hit
+    new = <int64_t>(blocks_for(target[0], c.block_size) - hit) * c.num_groups
     free_blocks = pool_free(&c.pool)
     if new > free_blocks - idle:
         return fail(f, NO_BLOCKS, 0, new, free_blocks - idle)
@@ -310,17 +372,37 @@ cdef bint plan_admission(
     return True
 
 
-cdef void occupy(Core* c, Seq* seq, int32_t hit, int32_t target) noexcept nogil:
-    """Hold the hit in seq.table[:hit] and take the blocks for the rest; they are there, and the table has room."""
-    cdef int32_t i, num_blocks = blocks_for(target, c.block_size)
+cdef inline void hold_hit(Core* c, int32_t* table, const int32_t* nodes, int32_t hit) noexcept nogil:
+    """Hold the blocks that a hit needs and write them to the first rows of a table. `nodes` may lie in its end."""
+    cdef int32_t i, g, n, b
     for i in range(hit):
-        acquire(&c.pool, seq.table[i])
-    take_run(&c.pool, seq.table + hit, num_blocks - hit)
-    seq.num_blocks = num_blocks
+        n = nodes[i]
+        for g in range(c.num_groups):
+            b = -1
+            if i >= first_row(c, g, hit * c.block_size):
+                b = node_at(&c.pool.tree, n).blocks[g]
+                acquire(&c.pool, b)
+            table[<int64_t>i * c.num_groups + g] = b
+
+
+cdef inline int32_t* path_of(const Core* c, int32_t* table, int32_t capacity) noexcept nogil:
+    """Room for the nodes of a hit, one for each row, in the end of a table: `hold_hit` reads a node before it
+    overwrites it."""
+    return table + <int64_t>capacity * (c.num_groups - 1)
+
+
+cdef void occupy(Core* c, Seq* seq, const int32_t* nodes, int32_t hit, int32_t target) noexcept nogil:
+    """Hold the hit and take the blocks for the rest; they are there, and the table has room."""
+    cdef int64_t i
+    cdef int32_t tip = nodes[hit - 1] if hit else 0
+    stand_on(&c.pool.tree, seq, tip)
+    hold_hit(c, seq.table, nodes, hit)
+    seq.num_rows = blocks_for(target, c.block_size)
+    for i in range(<int64_t>hit * c.num_groups, <int64_t>seq.num_rows * c.num_groups):
+        seq.table[i] = take(&c.pool)
     seq.num_cached = seq.num_computed = seq.num_prepared = hit * c.block_size
     seq.reserved = max(target, seq.num_cached)
     seq.published = hit
-    seq.tip = c.pool.blocks[seq.table[hit - 1]].node if hit else 0
     seq.publishing = c.caching
     c.counters.prompt_tokens += seq.text.num_tokens
     c.counters.hit_tokens += seq.num_cached
@@ -333,13 +415,15 @@ cdef int64_t core_admit(Core* c, Text* x, int64_t reserve, Fault* f, int64_t* nu
     cdef Seq* seq
     cdef int32_t capacity = blocks_for(x.num_tokens, c.block_size)
     cdef int32_t* table
+    cdef int32_t* path
     if not has_room(c, 1, f):
         return 0
-    table = <int32_t*>grab(<size_t>capacity * sizeof(int32_t))
+    table = <int32_t*>grab(<size_t>capacity * c.num_groups * sizeof(int32_t))
     if table == NULL:
         fail(f, NO_MEMORY, 0, capacity, 0)
         return 0
-    if not plan_admission(c, x, reserve, table, &hit, &target, f, True):
+    path = path_of(c, table, capacity)
+    if not plan_admission(c, x, reserve, path, &hit, &target, f, True):
         free(table)
         return 0
     seq = open_seq(c, LIVE)
@@ -347,7 +431,7 @@ cdef int64_t core_admit(Core* c, Text* x, int64_t reserve, Fault* f, int64_t* nu
     seq.table_capacity = capacity
     seq.text = x[0]
     memset(x, 0, sizeof(Text))
-    occupy(c, seq, hit, target)
+    occupy(c, seq, path, hit, target)
     c.counters.admitted += 1
     num_cached[0] = seq.num_cached
     return seq.handle
@@ -356,15 +440,17 @@ cdef int64_t core_admit(Core* c, Text* x, int64_t reserve, Fault* f, int64_t* nu
 cdef bint core_resume(Core* c, int64_t handle, int64_t reserve, Fault* f, int64_t* num_cached) noexcept nogil:
     cdef Seq* seq = find(c, handle, 0, f)
     cdef int32_t hit, target
+    cdef int32_t* path
     if seq == NULL:
         return False
     if seq.kind != PREEMPTED:
         return fail(f, NOT_PREEMPTED, 0, handle, 0)
-    if not grow_table(seq, blocks_for(seq.text.num_tokens, c.block_size)):
+    if not grow_table(seq, blocks_for(seq.text.num_tokens, c.block_size), c.num_groups):
         return fail(f, NO_MEMORY, 0, 0, 0)
-    if not plan_admission(c, &seq.text, reserve, seq.table, &hit, &target, f, False):
+    path = path_of(c, seq.table, seq.table_capacity)
+    if not plan_admission(c, &seq.text, reserve, path, &hit, &target, f, False):
         return False
-    occupy(c, seq, hit, target)
+    occupy(c, seq, path, hit, target)
     touch(c, seq)
     seq.kind = LIVE
     c.counters.resumed += 1
@@ -373,27 +459,28 @@ cdef bint core_resume(Core* c, int64_t handle, int64_t reserve, Fault* f, int64_
 
 
 cdef int64_t core_pin(Core* c, const Text* x, Fault* f) noexcept nogil:
-    cdef int32_t i, n, limit = x.num_tokens // c.block_size if c.caching else 0
+    cdef int32_t n, limit = x.num_tokens // c.block_size if c.caching else 0
     cdef Seq* seq
     cdef int32_t* table
+    cdef int32_t* path
     if not has_room(c, 1, f):
         return 0
-    table = <int32_t*>grab((limit or 1) * sizeof(int32_t))
+    table = <int32_t*>grab(<size_t>(limit or 1) * c.num_groups * sizeof(int32_t))
     if table == NULL:
         fail(f, NO_MEMORY, 0, limit, 0)
         return 0
-    n = tree_walk(&c.pool.tree, x, limit, table)
+    path = path_of(c, table, limit)
+    n = longest_hit(c, path, tree_walk(&c.pool.tree, x, limit, path))
     if n == 0:
         free(table)
         fail(f, NOTHING_TO_PIN, 0, x.num_tokens, c.block_size)
         return 0
     seq = open_seq(c, PIN)
-    for i in range(n):
-        table[i] = c.pool.tree.nodes[table[i]].block
-        acquire(&c.pool, table[i])
+    stand_on(&c.pool.tree, seq, path[n - 1])
+    hold_hit(c, table, path, n)
     seq.table = table
     seq.table_capacity = limit
-    seq.num_blocks = n
+    seq.num_rows = n
     note_peak(c)
     return seq.handle
 
@@ -405,6 +492,41 @@ cdef bint core_unpin(Core* c, int64_t handle, Fault* f) noexcept nogil:
     if seq.kind != PIN:
         return fail(f, IS_SEQUENCE, 0, handle, 0)
     close_seq(c, seq)
+    return True
+
+
+cdef bint core_append(Core* c, const Ints* seqs, const Ints* tokens, Fault* f) noexcept nogil:
+    """Add one token to each, or a placeholder without tokens: `core_extend` for the common case."""
+    cdef Py_ssize_t i, n = seqs.size
+    cdef int64_t token
+    cdef Seq* seq
+    cdef Text* x
+    c.serial += 1
+    for i in range(n):
+        seq = find(c, at(seqs, i), i, f)
+        if seq == NULL or not mark(seq, c.serial, i, f):
+            return False
+        if tokens != NULL:
+            if i >= tokens.size:
+                return fail(f, SIZE_TOKENS, i, i + 1, tokens.size)
+            token = at(tokens, i)
+            if token < 0 or token > MAX_INT32:
+                return fail(f, BAD_TOKEN, i, token, 0)
+        if seq.text.num_tokens == seq.text.capacity:
+            if seq.text.num_tokens == MAX_INT32:
+                return fail(f, TOO_LONG, i, 1, MAX_INT32)
+            if not grow_text(&seq.text, <int64_t>seq.text.num_tokens + 1):
+                return fail(f, NO_MEMORY, i, 0, 0)
+    if tokens != NULL and n != tokens.size:
+        return fail(f, SIZE_TOKENS, -1, n, tokens.size)
+    for i in range(n):
+        x = &of(c, seqs, i).text
+        x.tokens[x.num_tokens] = <int32_t>at(tokens, i) if tokens != NULL else -1
+        x.num_tokens += 1
+        if tokens == NULL:
+            x.num_unknown += 1
+        elif x.num_unknown == 0:
+            x.known = x.num_tokens
     return True
 
 
@@ -485,6 +607,7 @@ cdef bint core_set_tokens(Core* c, const Ints* seqs, const Ints* tokens, const I
 
 
 cdef bint core_trim(Core* c, int64_t handle, int64_t num_tokens, Fault* f) noexcept nogil:
+    cdef int32_t g, held
     cdef Seq* seq = find(c, handle, 0, f)
     if seq == NULL:
         return False
@@ -492,6 +615,11 @@ cdef bint core_trim(Core* c, int64_t handle, int64_t num_tokens, Fault* f) noexc
         return fail(f, BAD_TRIM, 0, num_tokens, seq.text.num_tokens)
     if seq.open_steps:
         return fail(f, IN_STEP, 0, handle, seq.last_step)
+    if num_tokens < seq.num_computed and c.reach_ends:
+        for g in range(c.num_groups):
+            held = first_row(c, g, seq.num_computed)
+            if min(held, blocks_for(num_tokens, c.block_size)) > first_row(c, g, <int32_t>num_tokens):
+                return fail(f, OUT_OF_REACH, g, num_tokens, <int64_t>held * c.block_size)
     cut(c, seq, <int32_t>num_tokens)
     return True
 
@@ -503,11 +631,11 @@ cdef bint copy_seq(Core* c, const Seq* source, Seq* target) noexcept nogil:
     target.table_capacity = 0
     if not copy_text(&target.text, &source.text):
         return False
-    if not grow_table(target, n + 1):
+    if not grow_table(target, n + 1, c.num_groups):
         clear_text(&target.text)
         return False
-    memcpy(target.table, source.table, n * sizeof(int32_t))
-    target.num_blocks = n
+    memcpy(target.table, source.table, <size_t>n * c.num_groups * sizeof(int32_t))
+    target.num_rows = n
     target.num_cached = source.num_cached
     target.num_computed = target.num_prepared = target.reserved = source.num_computed
     target.published = source.published
@@ -536,7 +664,6 @@ cdef bint core_fork(Core* c, int64_t handle, int64_t n, int64_t* children, Fault
     cdef Seq* copies
     cdef Seq* child
     cdef int64_t i
-    cdef int32_t j
     if parent == NULL or not can_fork(parent, 0, f):
         return False
     if n > MAX_INT32 or not has_room(c, <int32_t>n, f):
@@ -555,11 +682,20 @@ cdef bint core_fork(Core* c, int64_t handle, int64_t n, int64_t* children, Fault
     for i in range(n):
         child = open_seq(c, LIVE)
         adopt(child, &copies[i])
-        for j in range(child.num_blocks):
-            c.pool.blocks[child.table[j]].refs += 1
+        share(c, child)
         children[i] = child.handle
     free(copies)
     return True
+
+
+cdef inline void share(Core* c, const Seq* seq) noexcept nogil:
+    """One more reference to all that a sequence made by `copy_seq` names."""
+    cdef int64_t i
+    for i in range(<int64_t>seq.num_rows * c.num_groups):
+        if seq.table[i] >= 0:
+            c.pool.blocks[seq.table[i]].refs += 1
+    if seq.tip:
+        node_at(&c.pool.tree, seq.tip).uses += 1
 
 
 cdef inline void adopt(Seq* seq, const Seq* made) noexcept nogil:
@@ -567,7 +703,7 @@ cdef inline void adopt(Seq* seq, const Seq* made) noexcept nogil:
     seq.text = made.text
     seq.table = made.table
     seq.table_capacity = made.table_capacity
-    seq.num_blocks = made.num_blocks
+    seq.num_rows = made.num_rows
     seq.num_cached = made.num_cached
     seq.num_computed = made.num_computed
     seq.num_prepared = made.num_prepared
@@ -602,13 +738,13 @@ cdef bint core_reorder(Core* c, const Ints* seqs, const Ints* parents, Fault* f)
             free(made)
             return fail(f, NO_MEMORY, i, 0, 0)
     for i in range(seqs.size):
-        for j in range(made[i].num_blocks):
-            c.pool.blocks[made[i].table[j]].refs += 1
+        share(c, &made[i])
     for i in range(seqs.size):
         if at(seqs, i) == at(parents, i):
             continue
         seq = of(c, seqs, i)
-        release_table(&c.pool, seq.table, 0, seq.num_blocks)
+        release_rows(c, seq, 0)
+        stand_on(&c.pool.tree, seq, 0)
         clear_text(&seq.text)
         free(seq.table)
         adopt(seq, &made[i])
@@ -640,9 +776,9 @@ cdef bint core_preempt(Core* c, int64_t handle, Fault* f) noexcept nogil:
     cdef Seq* seq = find(c, handle, 0, f)
     if seq == NULL or not is_at_rest(seq, 0, f):
         return False
-    release_table(&c.pool, seq.table, 0, seq.num_blocks)
-    seq.num_blocks = 0
-    seq.num_cached = seq.num_computed = seq.num_prepared = seq.reserved = seq.published = seq.tip = 0
+    release_rows(c, seq, 0)
+    stand_on(&c.pool.tree, seq, 0)
+    seq.num_cached = seq.num_computed = seq.num_prepared = seq.reserved = seq.published = 0
     seq.kind = PREEMPTED
     touch(c, seq)
     c.counters.preemptions += 1
@@ -652,25 +788,28 @@ cdef bint core_preempt(Core* c, int64_t handle, Fault* f) noexcept nogil:
 cdef void core_reset(Core* c) noexcept nogil:
     """Unpublish every block; sequences alive now publish no more."""
     cdef Pool* p = &c.pool
-    cdef int32_t i, j, b, following
+    cdef int32_t i, b
+    cdef int64_t j
+    cdef uint32_t k
     cdef Seq* seq
     for i in range(c.fresh_seq):
         seq = &c.seqs[i]
         seq.publishing = False
-        seq.published = seq.tip = 0
-        for j in range(seq.num_blocks):
-            if p.blocks[seq.table[j]].node:
+        seq.published = 0
+        stand_on(&p.tree, seq, 0)
+        for j in range(<int64_t>seq.num_rows * c.num_groups):
+            if seq.table[j] >= 0 and p.blocks[seq.table[j]].node:
                 unpublish(p, seq.table[j])
     for i in range(p.num_steps):
-        for j in range(<int32_t>pool_step(p, i).num_rows):
-            b = pool_step(p, i).rows[j].copy_source
+        for j in range(pool_step(p, i).num_rows * c.num_groups):
+            b = pool_step(p, i).sources[j]
             if b >= 0 and p.blocks[b].node:
                 unpublish(p, b)
-    b = p.blocks[p.num_blocks].next
-    while b != p.num_blocks:
-        following = p.blocks[b].next
-        lru_remove(p, b)
-        unpublish(p, b)
-        p.stack[p.stack_size] = b
-        p.stack_size += 1
-        b = following
+    for k in range(p.queue_tail - p.queue_head):
+        b = p.queue[(p.queue_head + k) & p.queue_mask]
+        if b >= 0:
+            unpublish(p, b)
+            p.stack[p.stack_size] = b
+            p.stack_size += 1
+    p.queue_head = p.queue_tail
+    p.num_cached = 0

@@ -2,14 +2,34 @@
 # `prepare` does everything that can fail, so that the other two cannot.
 
 
-cdef inline bint must_copy(Core* c, const Seq* seq) noexcept nogil:
-    """Whether the block that the next token is written into is there but may not be written."""
-    cdef int32_t index = block_of(c, seq.num_prepared)
-    cdef const Block* block
-    if index >= seq.num_blocks:
+cdef inline bint may_write(const Core* c, int32_t b) noexcept nogil:
+    return c.pool.blocks[b].refs == 1 and c.pool.blocks[b].node == 0
+
+
+cdef inline int32_t plan_copies(const Core* c, const Seq* seq, int32_t* sources) noexcept nogil:
+    """Note in `sources` the blocks that the next token is written into and may not be, one for each group or -1."""
+    cdef int32_t g, index = block_of(c, seq.num_prepared), n = 0
+    cdef const int32_t* blocks = row_at(c, seq, index)
+    for g in range(c.num_groups):
+        sources[g] = -1
+        if index < seq.num_rows and not may_write(c, blocks[g]):
+            sources[g] = blocks[g]
+            n += 1
+    return n
+
+
+cdef bint grow_step(Step* step, Py_ssize_t capacity, int32_t num_groups) noexcept nogil:
+    cdef Row* rows = <Row*>regrow(step.rows, capacity * sizeof(Row))
+    cdef int32_t* sources
+    if rows == NULL:
         return False
-    block = &c.pool.blocks[seq.table[index]]
-    return block.refs > 1 or block.node != 0
+    step.rows = rows
+    sources = <int32_t*>regrow(step.sources, capacity * num_groups * sizeof(int32_t))
+    if sources == NULL:
+        return False
+    step.sources = sources
+    step.capacity = capacity
+    return True
 
 
 cdef bint plan_step(
@@ -18,17 +38,15 @@ cdef bint plan_step(
     """Check a batch, find the memory for it, and note in step.rows what is to be done. No effect."""
     cdef Py_ssize_t i, n = seqs.size
     cdef int64_t q, end, needed = 0, num_tokens = 0, available = pool_free(&c.pool)
-    cdef int32_t num_blocks
+    cdef int32_t num_rows
     cdef Seq* seq
     cdef Row* row
     if n > a.max_seqs:
         return fail(f, STEP_SEQS, 0, n, a.max_seqs)
-    if n > step.capacity:
-        row = <Row*>regrow(step.rows, n * 2 * sizeof(Row))
-        if row == NULL:
-            return fail(f, NO_MEMORY, 0, 0, 0)
-        step.rows = row
-        step.capacity = n * 2
+    if a.num_groups != c.num_groups:
+        return fail(f, STEP_GROUPS, 0, c.num_groups, a.num_groups)
+    if n > step.capacity and not grow_step(step, n * 2, c.num_groups):
+        return fail(f, NO_MEMORY, 0, 0, 0)
     c.serial += 1
     for i in range(n):
         seq = find(c, at(seqs, i), i, f)
@@ -43,25 +61,23 @@ cdef bint plan_step(
             return fail(f, NOT_ENOUGH_TOKENS, i, q, seq.text.num_tokens - seq.num_prepared)
         num_tokens += q
         end = seq.num_prepared + q
-        num_blocks = seq.num_blocks
-        if end > <int64_t>num_blocks * c.block_size:
-            num_blocks = blocks_for(end, c.block_size)
-            needed += num_blocks - seq.num_blocks
-            if not grow_table(seq, num_blocks):
+        num_rows = seq.num_rows
+        if end > <int64_t>num_rows * c.block_size:
+            num_rows = blocks_for(end, c.block_size)
+            needed += <int64_t>(num_rows - seq.num_rows) * c.num_groups
+            if not grow_table(seq, num_rows, c.num_groups):
                 return fail(f, NO_MEMORY, i, 0, 0)
-        if num_blocks > a.max_blocks_per_seq:
-            return fail(f, STEP_BLOCKS, i, num_blocks, a.max_blocks_per_seq)
+        if num_rows > a.max_blocks_per_seq:
+            return fail(f, STEP_BLOCKS, i, num_rows, a.max_blocks_per_seq)
         row = &step.rows[i]
         row.slot = <int32_t>(seq - c.seqs)
         row.start = seq.num_prepared
         row.count = <int32_t>q
         row.old_reserved = seq.reserved
-        row.old_blocks = seq.num_blocks
+        row.old_rows = seq.num_rows
         row.old_last_step = seq.last_step
-        row.copy_source = -1
-        if must_copy(c, seq):
-            row.copy_source = seq.table[block_of(c, row.start)]
-            needed += 1
+        row.num_copies = plan_copies(c, seq, step.sources + i * c.num_groups)
+        needed += row.num_copies
     if num_tokens > a.max_tokens:
         return fail(f, STEP_TOKENS, 0, num_tokens, a.max_tokens)
     if needed > available:
@@ -71,9 +87,23 @@ cdef bint plan_step(
     return True
 
 
+cdef int32_t put_copies(Core* c, Seq* seq, int32_t index, int32_t* sources, int64_t* pairs) noexcept nogil:
+    """Put blocks of its own in place of those that the sequence may not write, with (source, target) of each."""
+    cdef int32_t g, n = 0
+    cdef int32_t* blocks = row_at(c, seq, index)
+    for g in range(c.num_groups):
+        if sources[g] >= 0:
+            blocks[g] = take(&c.pool)
+            pairs[2 * n], pairs[2 * n + 1] = sources[g], blocks[g]
+            n += 1
+    touch(c, seq)
+    return n
+
+
 cdef int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_lens, StepArrays a, Fault* f) noexcept nogil:
     """Reserve the next tokens of each sequence and fill the arrays; the step's id, 0 after a fault."""
     cdef Py_ssize_t i, num_copies = 0
+    cdef int64_t j
     cdef int32_t end, num_tokens = 0, longest_query = 0, longest_seq = 0
     cdef Step* step
     cdef Seq* seq
@@ -91,21 +121,21 @@ cdef int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_lens, Ste
         row = &step.rows[i]
         seq = &c.seqs[row.slot]
         end = row.start + row.count
-        if row.copy_source >= 0:
-            a._copies[2 * num_copies] = row.copy_source
-            a._copies[2 * num_copies + 1] = seq.table[block_of(c, row.start)] = take(&c.pool)
-            num_copies += 1
-            touch(c, seq)
+        if row.num_copies:
+            num_copies += put_copies(
+                c, seq, block_of(c, row.start), step.sources + i * c.num_groups, a._copies + 2 * num_copies
+            )
         if end > seq.reserved:
             seq.reserved = end
-            if end > <int64_t>seq.num_blocks * c.block_size:
-                take_run(&c.pool, seq.table + seq.num_blocks, blocks_for(end, c.block_size) - seq.num_blocks)
-                seq.num_blocks = blocks_for(end, c.block_size)
+            if end > <int64_t>seq.num_rows * c.block_size:
+                seq.num_rows = blocks_for(end, c.block_size)
+                for j in range(<int64_t>row.old_rows * c.num_groups, <int64_t>seq.num_rows * c.num_groups):
+                    seq.table[j] = take(&c.pool)
         seq.num_prepared = end
         seq.last_step = step.id
         seq.open_steps += 1
-        sync_row(a, i, c.uid, seq)
-        fill_tokens(a, num_tokens, seq, row.start, row.count, c.block_size, block_of(c, row.start))
+        sync_row(a, i, c, seq)
+        fill_tokens(a, num_tokens, c, seq, row.start, row.count)
         a._seq_lens[i] = end
         a._query_start_loc[i] = num_tokens
         num_tokens += row.count
@@ -113,54 +143,102 @@ cdef int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_lens, Ste
         longest_seq = max(longest_seq, end)
     pad_after(a, step.num_rows, num_tokens)
     if a._kv_indices != NULL:
-        fill_pages(a, step.num_rows, c.block_size)
+        fill_pages(a, c, step)
     a.num_copies, a.max_query_len, a.max_seq_len = num_copies, longest_query, longest_seq
     c.counters.copies += num_copies
     note_peak(c)
     return step.id
 
 
-cdef void publish(Core* c, Seq* seq) noexcept nogil:
-    """Hang every full, computed, known block on its node; take the block that is there already where one is."""
+cdef inline bint shared_unpublished(const Core* c, const int32_t* blocks) noexcept nogil:
+    """Whether one of a row's blocks was shared by a fork before its ids were known. If it were published or merged now,
+    the other holder would hold a published block without the one before it, which could then be evicted first."""
+    cdef int32_t g
+    for g in range(c.num_groups):
+        if blocks[g] >= 0 and c.pool.blocks[blocks[g]].refs > 1:
+            return True
+    return False
+
+
+cdef inline void hang_row(Core* c, Seq* seq, int32_t* blocks, int32_t n) noexcept nogil:
+    """Hang a row's blocks on its node, and take in their place those that hang there already."""
+    cdef Pool* p = &c.pool
+    cdef Node* node = node_at(&p.tree, n)
+    cdef int32_t g, own
+    for g in range(c.num_groups):
+        own = blocks[g]
+        if own < 0:
+            continue
+        if node.blocks[g] < 0:
+            node.blocks[g] = own
+            node.uses += 1
+            p.blocks[own].node = n
+            c.counters.published += 1
+        else:
+            blocks[g] = node.blocks[g]
+            acquire(p, blocks[g])
+            release(p, own, seq.last_step)
+            touch(c, seq)
+            c.counters.merged += 1
+
+
+cdef void publish(Core* c, Seq* seq, int32_t full, uint64_t first_hash) noexcept nogil:
+    """Hang every full, computed, known block, those before row `full`, on its node. `first_hash` is the first one's."""
     cdef Pool* p = &c.pool
     cdef Tree* t = &p.tree
     cdef uint64_t[RUN] hashes
-    cdef int32_t i, j, n, node, own, full = block_of(c, min(seq.num_computed, seq.text.known))
+    cdef int32_t[RUN] likely
+    cdef int32_t i, j, n, node
+    cdef int64_t k
     cdef int32_t* tokens
+    cdef int32_t* blocks
     cdef const Extra* extra
     while seq.published < full:
         i = seq.published
-        n = hash_run(t, t.nodes[seq.tip].hash, &seq.text, i, full, hashes)
+        hashes[0] = first_hash
+        n = 1
+        if full - i > 1:
+            n = hash_run(t, node_at(t, seq.tip).hash, &seq.text, i, full, hashes, likely)
         node = t.unused
-        for j in range(i, i + n):
-            kvb_prefetch_write(&p.blocks[seq.table[j]])
-            if node:
-                kvb_prefetch_write(t.tokens + <size_t>node * c.block_size)
-                node = t.nodes[node].next
-        for j in range(i, i + n):
-            own = seq.table[j]
-            if p.blocks[own].refs > 1:
-                # Shared by a fork before its ids were known. If it were published or merged now, the other holder
-                # would hold a published block without the one before it, which could then be evicted first.
+        for j in range(n):
+            if node == 0:
+                break
+            kvb_prefetch_write(tokens_at(t, node))
+            node = node_at(t, node).parent
+        for k in range(<int64_t>i * c.num_groups, <int64_t>(i + n) * c.num_groups):
+            if seq.table[k] >= 0:
+                kvb_prefetch_write(&p.blocks[seq.table[k]])
+        for j in range(n):
+            blocks = row_at(c, seq, i + j)
+            if shared_unpublished(c, blocks):
                 return
-            tokens = seq.text.tokens + <size_t>j * c.block_size
-            extra = extra_of(&seq.text, j)
-            node = tree_find(t, seq.tip, hashes[j - i], tokens, extra)
+            tokens = seq.text.tokens + <size_t>(i + j) * c.block_size
+            extra = extra_of(&seq.text, i + j)
+            node = tree_find(t, seq.tip, hashes[j], tokens, extra)
             if node:
-                seq.table[j] = t.nodes[node].block
-                acquire(p, seq.table[j])
-                release(p, own, seq.last_step)
-                touch(c, seq)
-                c.counters.merged += 1
+                node_at(t, node).uses += 1
             else:
-                node = tree_insert(t, seq.tip, hashes[j - i], tokens, extra, own)
+                node = tree_insert(t, seq.tip, hashes[j], tokens, extra)
                 if node == 0:
                     seq.publishing = False
                     return
-                p.blocks[own].node = node
-                c.counters.published += 1
+            hang_row(c, seq, blocks, node)
+            if seq.tip:
+                node_at(t, seq.tip).uses -= 1   # never the last one: `node` is its child
             seq.tip = node
             seq.published += 1
+
+
+cdef void slide(Core* c, Seq* seq, int32_t computed_before) noexcept nogil:
+    """Give back the blocks that went out of reach since so many tokens were computed. An open step may name them, but
+    its queries come later and do not reach them either."""
+    cdef int32_t g, i
+    cdef int32_t* blocks
+    for g in range(c.num_groups):
+        for i in range(first_row(c, g, computed_before), first_row(c, g, seq.num_computed)):
+            blocks = row_at(c, seq, i)
+            release(&c.pool, blocks[g], 0)
+            blocks[g] = -1
 
 
 cdef void close_step(Core* c, const Step* step) noexcept nogil:
@@ -172,6 +250,17 @@ cdef void close_step(Core* c, const Step* step) noexcept nogil:
         seq = &c.seqs[step.rows[i].slot]
         if seq.kind == LEAVING and seq.open_steps == 0:
             close_seq(c, seq)
+
+
+cdef inline uint64_t hash_next(const Core* c, const Seq* seq) noexcept nogil:
+    """The hash of the first block that is not published, its cache line on the way."""
+    cdef const Tree* t = &c.pool.tree
+    cdef uint64_t h = tree_hash(
+        t, node_at(t, seq.tip).hash, seq.text.tokens + <size_t>seq.published * c.block_size,
+        extra_of(&seq.text, seq.published),
+    )
+    kvb_prefetch_write(&t.lines[line_of(t, h)])
+    return h
 
 
 cdef bint core_commit(Core* c, int64_t step_id, const Ints* accepted, Fault* f) noexcept nogil:
@@ -200,8 +289,8 @@ cdef bint core_commit(Core* c, int64_t step_id, const Ints* accepted, Fault* f) 
     for i in range(step.num_rows):
         row = &step.rows[i]
         seq = &c.seqs[row.slot]
-        if row.copy_source >= 0:
-            release(p, row.copy_source, 0)
+        if row.num_copies:
+            release_table(p, step.sources, i * c.num_groups, (i + 1) * c.num_groups)
         seq.open_steps -= 1
         if seq.open_steps == 0:
             seq.last_step = 0
@@ -209,8 +298,18 @@ cdef bint core_commit(Core* c, int64_t step_id, const Ints* accepted, Fault* f) 
         seq.num_computed = row.start + <int32_t>n
         if n < row.count:
             cut(c, seq, seq.num_computed)
+        row.full = 0
         if seq.publishing and seq.num_computed - seq.published * c.block_size >= c.block_size:
-            publish(c, seq)
+            row.full = block_of(c, min(seq.num_computed, seq.text.known))
+            if row.full > seq.published:
+                row.hash = hash_next(c, seq)
+    for i in range(step.num_rows):
+        row = &step.rows[i]
+        seq = &c.seqs[row.slot]
+        if row.full > seq.published:
+            publish(c, seq, row.full, row.hash)
+        if c.reach_ends:
+            slide(c, seq, row.start)
     note_peak(c)
     close_step(c, step)
     return True
@@ -222,7 +321,9 @@ cdef bint core_abort(Core* c, int64_t step_id, Fault* f) noexcept nogil:
     cdef Seq* seq
     cdef Row* row
     cdef Py_ssize_t i
-    cdef int32_t index
+    cdef int32_t g
+    cdef int32_t* blocks
+    cdef int32_t* sources
     if p.num_steps == 0:
         return fail(f, NO_STEP, 0, step_id, 0)
     step = pool_step(p, p.num_steps - 1)
@@ -232,14 +333,15 @@ cdef bint core_abort(Core* c, int64_t step_id, Fault* f) noexcept nogil:
     for i in range(step.num_rows - 1, -1, -1):
         row = &step.rows[i]
         seq = &c.seqs[row.slot]
-        if seq.num_blocks > row.old_blocks or row.copy_source >= 0:
+        if seq.num_rows > row.old_rows or row.num_copies:
             touch(c, seq)
-        release_table(p, seq.table, row.old_blocks, seq.num_blocks)
-        seq.num_blocks = row.old_blocks
-        if row.copy_source >= 0:
-            index = block_of(c, row.start)
-            release(p, seq.table[index], 0)
-            seq.table[index] = row.copy_source
+        release_rows(c, seq, row.old_rows)
+        if row.num_copies:
+            blocks, sources = row_at(c, seq, block_of(c, row.start)), step.sources + i * c.num_groups
+            for g in range(c.num_groups - 1, -1, -1):
+                if sources[g] >= 0:
+                    release(p, blocks[g], 0)
+                    blocks[g] = sources[g]
         seq.reserved = row.old_reserved
         seq.num_prepared = row.start
         seq.open_steps -= 1

@@ -1,9 +1,13 @@
-# The prefix tree: who a full block of tokens is. A node is one block of tokens after one exact prefix; what hangs on it
-# is the block that holds its K and V. Knows nothing of sequences, reference counts or eviction.
+# The prefix tree: who a full block of tokens is. A node is one block of tokens after one exact prefix; on it hang the
+# blocks that hold its K and V, at most one for each layer group. Knows nothing of sequences, references or eviction.
 #
 # A node's key is (parent, its block_size tokens, its extra bytes). Every hit is compared with the node, so a hash only
-# decides where to look, never what matches. The hash is keyed per tree: nobody outside can aim at one bucket.
+# decides where to look, never what matches. It is keyed per tree: nobody outside can aim at one line of the table.
 # Node 0 is the root: no tokens, no block. A salt is part of the extra bytes of a sequence's first block.
+#
+# The table has one cache line for six nodes, with room for twelve: their tags (a byte of the hash, 0: empty) decide
+# nearly always alone, so that looking for a prefix that is not there costs one line. A node that finds its line full
+# goes to the next, and each line that it passes counts it.
 
 cdef enum:
     RUN = 32            # blocks hashed ahead of their look-up, so that their cache lines are on the way
@@ -15,26 +19,87 @@ cdef extern from *:
         unsigned __int128 p = (unsigned __int128)a * b;
         return (uint64_t)p ^ (uint64_t)(p >> 64);
     }
-    /* NH (Black et al., UMAC, 1999): sums of products of keyed halves; the two halves keep the loads contiguous. */
-    static inline uint64_t kvb_nh(const int32_t *t, const uint32_t *k, int32_t n) {
-        uint64_t s = 0;
-        int32_t h = n / 2;
-        for (int32_t i = 0; i < h; i++)
-            s += (uint64_t)((uint32_t)t[i] + k[i]) * (uint64_t)((uint32_t)t[i + h] + k[i + h]);
-        return n & 1 ? kvb_fold(s + k[n], (uint64_t)(uint32_t)t[n - 1] + k[n - 1]) : s;
+    /* NH (Black et al., UMAC, 1999) of `blocks` blocks of n tokens: sums of products of keyed halves; the two halves
+       keep the loads contiguous. */
+    KVB_WIDE static void kvb_nh(const int32_t *t, const uint32_t *k, int32_t n, int32_t blocks, uint64_t *out) {
+        const int32_t h = n / 2;
+        for (int32_t b = 0; b < blocks; b++, t += n) {
+            uint64_t s = 0;
+            for (int32_t i = 0; i < h; i++)
+                s += (uint64_t)((uint32_t)t[i] + k[i]) * (uint64_t)((uint32_t)t[i + h] + k[i + h]);
+            out[b] = n & 1 ? kvb_fold(s + k[n], (uint64_t)(uint32_t)t[n - 1] + k[n - 1]) : s;
+        }
     }
     #define kvb_prefetch(p) __builtin_prefetch(p)
     #define kvb_prefetch_write(p) __builtin_prefetch(p, 1)
+    #define kvb_lowest(mask) __builtin_ctz(mask)
+    static inline __attribute__((always_inline)) int kvb_differ(const int32_t *a, const int32_t *b, int32_t n) {
+        int32_t d = 0;
+        for (int32_t i = 0; i < n; i++) d |= a[i] ^ b[i];
+        return d != 0;
+    }
+    struct kvb_blob { int64_t refs; char *bytes; };
+    typedef struct {
+        uint64_t hash;
+        struct kvb_blob *blob;
+        int32_t parent, uses, size, blocks[];
+    } kvb_node;
+    #define KVB_NODE_HEAD offsetof(kvb_node, blocks)
+    /* How many of n nodes, without extra bytes, are a path down from `parent` that says these tokens. 0 is no node. */
+    KVB_WIDE static int32_t kvb_follow(
+        const char *nodes, size_t width, const int32_t *kept, int32_t size, int32_t parent, const int32_t *tokens,
+        const uint64_t *hashes, const int32_t *path, int32_t n
+    ) {
+        for (int32_t j = 0; j < n; j++, tokens += size) {
+            const kvb_node *node = (const kvb_node *)(nodes + path[j] * width);
+            if (!path[j] || node->hash != hashes[j] || node->parent != parent || node->size) return j;
+            if (kvb_differ(kept + (size_t)path[j] * size, tokens, size)) return j;
+            parent = path[j];
+        }
+        return n;
+    }
+    typedef struct { uint8_t tags[12]; uint32_t passed; int32_t nodes[12]; } kvb_line;
+    /* The slots of a line that have this tag, as bits. */
+    #ifdef __SSE2__
+    #include <emmintrin.h>
+    static inline uint32_t kvb_slots(const kvb_line *line, uint8_t tag) {
+        __m128i tags = _mm_load_si128((const __m128i *)line);
+        return (uint32_t)_mm_movemask_epi8(_mm_cmpeq_epi8(tags, _mm_set1_epi8((char)tag))) & 0xFFF;
+    }
+    #else
+    static inline uint32_t kvb_slots(const kvb_line *line, uint8_t tag) {
+        uint32_t found = 0;
+        for (int i = 0; i < 12; i++) found |= (uint32_t)(line->tags[i] == tag) << i;
+        return found;
+    }
+    #endif
     """
+    ctypedef struct Blob "struct kvb_blob":     # bytes shared by sequences and nodes
+        int64_t refs
+        char* bytes
+    ctypedef struct Node "kvb_node":            # 32 bytes with one group
+        uint64_t hash
+        Blob* blob          # NULL: no extra bytes
+        int32_t parent      # or the next unused node
+        int32_t uses        # blocks that hang here, children, and sequences that published this last; 0: not in use
+        int32_t size        # extra bytes
+        int32_t* blocks     # [groups]; -1: none
+    const size_t NODE_HEAD "KVB_NODE_HEAD"
+    ctypedef struct Line "kvb_line":
+        uint8_t[12] tags
+        uint32_t passed     # nodes whose place is this line or one before, and that went beyond it
+        int32_t[12] nodes
     uint64_t kvb_fold(uint64_t a, uint64_t b) noexcept nogil
-    uint64_t kvb_nh(const int32_t* tokens, const uint32_t* key, int32_t n) noexcept nogil
+    void kvb_nh(const int32_t* tokens, const uint32_t* key, int32_t n, int32_t blocks, uint64_t* out) noexcept nogil
     void kvb_prefetch(const void* p) noexcept nogil
     void kvb_prefetch_write(const void* p) noexcept nogil
-
-
-cdef struct Blob:       # bytes shared by sequences and nodes
-    int64_t refs
-    char* bytes
+    int kvb_lowest(uint32_t mask) noexcept nogil
+    bint kvb_differ(const int32_t* a, const int32_t* b, int32_t n) noexcept nogil
+    uint32_t kvb_slots(const Line* line, uint8_t tag) noexcept nogil
+    int32_t kvb_follow(
+        const char* nodes, size_t width, const int32_t* kept, int32_t size, int32_t parent, const int32_t* tokens,
+        const uint64_t* hashes, const int32_t* path, int32_t n
+    ) noexcept nogil
 
 
 cdef struct Extra:      # the extra bytes of block `index` of a text: `size` bytes of (offset, length, bytes) entries
@@ -42,15 +107,6 @@ cdef struct Extra:      # the extra bytes of block `index` of a text: `size` byt
     Blob* blob
     int32_t size
     int32_t index
-
-
-cdef struct Node:       # 32 bytes
-    uint64_t hash
-    Blob* blob
-    int32_t size        # extra bytes; 0: none, and no blob
-    int32_t parent
-    int32_t block       # the block that hangs here; -1 in a node that is not in use
-    int32_t next        # in its bucket, or in the list of unused nodes
 
 
 cdef struct Text:       # what a sequence says
@@ -65,18 +121,36 @@ cdef struct Text:       # what a sequence says
 
 cdef struct Tree:
     int32_t block_size
+    int32_t num_groups
     int32_t max_nodes
     int32_t num_nodes
     int32_t fresh       # nodes from here on were never used
     int32_t unused      # head of the list of nodes used before
-    Node* nodes
+    size_t width        # bytes of a node
+    char* nodes
     int32_t* tokens     # [max_nodes + 1, block_size]
-    int32_t* buckets
-    uint64_t mask
+    Line* lines
+    uint32_t num_lines
     uint64_t spread     # all ones; zero makes every hash equal (a test hook)
     uint32_t* key
     uint64_t seal       # hash of the root
     uint64_t twist
+
+
+cdef inline Node* node_at(const Tree* t, int32_t n) noexcept nogil:
+    return <Node*>(t.nodes + n * t.width)
+
+
+cdef inline int32_t* tokens_at(const Tree* t, int32_t n) noexcept nogil:
+    return t.tokens + <size_t>n * t.block_size
+
+
+cdef inline uint32_t line_of(const Tree* t, uint64_t h) noexcept nogil:
+    return <uint32_t>((h >> 32) * t.num_lines >> 32)
+
+
+cdef inline uint8_t tag_of(uint64_t h) noexcept nogil:
+    return <uint8_t>(h | ((h & 0xFF) == 0))
 
 
 cdef Blob* blob_new(const char* data, size_t size) noexcept nogil:
@@ -150,106 +224,166 @@ cdef void cut_extras(const Tree* t, Text* x, int32_t num_tokens) noexcept nogil:
         x.num_extras -= 1
 
 
-cdef inline uint64_t tree_hash(
-    const Tree* t, uint64_t parent, const int32_t* tokens, const Extra* extra
-) noexcept nogil:
-    cdef uint64_t h = kvb_nh(tokens, t.key, t.block_size)
+cdef inline uint64_t chain(const Tree* t, uint64_t parent, uint64_t h, const Extra* extra) noexcept nogil:
+    """The hash of a node, from its parent's and that of its tokens."""
     if extra != NULL:
         h += extra.hash
     return kvb_fold(parent ^ t.twist, h ^ t.seal) & t.spread  # parent ^ seal would be 0 below the root
+
+
+cdef inline uint64_t tree_hash(
+    const Tree* t, uint64_t parent, const int32_t* tokens, const Extra* extra
+) noexcept nogil:
+    cdef uint64_t h
+    kvb_nh(tokens, t.key, t.block_size, 1, &h)
+    return chain(t, parent, h, extra)
+
+
+cdef inline bint is_key(
+    const Tree* t, int32_t n, int32_t parent, uint64_t h, const int32_t* tokens, const Extra* extra
+) noexcept nogil:
+    cdef const Node* node = node_at(t, n)
+    return (
+        node.hash == h
+        and node.parent == parent
+        and not kvb_differ(tokens_at(t, n), tokens, t.block_size)
+        and same_extra(node, extra)
+    )
 
 
 cdef inline int32_t tree_find(
     const Tree* t, int32_t parent, uint64_t h, const int32_t* tokens, const Extra* extra
 ) noexcept nogil:
     """The node with this key, or 0."""
-    cdef int32_t n = t.buckets[h & t.mask]
-    cdef const Node* node
-    while n:
-        node = &t.nodes[n]
-        if (
-            node.hash == h
-            and node.parent == parent
-            and memcmp(t.tokens + <size_t>n * t.block_size, tokens, t.block_size * sizeof(int32_t)) == 0
-            and same_extra(node, extra)
-        ):
-            return n
-        n = node.next
+    cdef uint32_t i = line_of(t, h), left = t.num_lines, slots
+    cdef const Line* line
+    cdef int32_t n
+    while left:
+        line = &t.lines[i]
+        slots = kvb_slots(line, tag_of(h))
+        while slots:
+            n = line.nodes[kvb_lowest(slots)]
+            if is_key(t, n, parent, h, tokens, extra):
+                return n
+            slots &= slots - 1
+        if line.passed == 0:
+            return 0
+        i = i + 1 if i + 1 < t.num_lines else 0
+        left -= 1
     return 0
 
 
 cdef inline int32_t tree_insert(
-    Tree* t, int32_t parent, uint64_t h, const int32_t* tokens, const Extra* extra, int32_t block
+    Tree* t, int32_t parent, uint64_t h, const int32_t* tokens, const Extra* extra
 ) noexcept nogil:
-    """A new node for a key that is not there, with `block` on it; 0 when the node capacity is spent."""
-    cdef int32_t n
+    """A new node for a key that is not there, with one use for the caller; 0 when the node capacity is spent."""
+    cdef int32_t n, g, slot
+    cdef uint32_t i = line_of(t, h)
     cdef Node* node
     if t.num_nodes == t.max_nodes:
         return 0
     if t.unused:
         n = t.unused
-        t.unused = t.nodes[n].next
+        t.unused = node_at(t, n).parent
     else:
         n = t.fresh
         t.fresh += 1
     t.num_nodes += 1
-    node = &t.nodes[n]
+    node = node_at(t, n)
     node.hash = h
     if extra != NULL:
         node.size = extra.size
         node.blob = extra.blob
         node.blob.refs += 1
     node.parent = parent
-    node.block = block
-    node.next = t.buckets[h & t.mask]
-    t.buckets[h & t.mask] = n
-    memcpy(t.tokens + <size_t>n * t.block_size, tokens, t.block_size * sizeof(int32_t))
+    node_at(t, parent).uses += 1
+    node.uses = 1
+    for g in range(t.num_groups):
+        node.blocks[g] = -1
+    memcpy(tokens_at(t, n), tokens, t.block_size * sizeof(int32_t))
+    while kvb_slots(&t.lines[i], 0) == 0:
+        t.lines[i].passed += 1
+        i = i + 1 if i + 1 < t.num_lines else 0
+    slot = kvb_lowest(kvb_slots(&t.lines[i], 0))
+    t.lines[i].tags[slot] = tag_of(h)
+    t.lines[i].nodes[slot] = n
     return n
 
 
 cdef inline void tree_remove(Tree* t, int32_t n) noexcept nogil:
-    cdef Node* node = &t.nodes[n]
-    cdef int32_t* link = &t.buckets[node.hash & t.mask]
-    while link[0] != n:
-        link = &t.nodes[link[0]].next
-    link[0] = node.next
-    blob_drop(node.blob)
-    node.blob = NULL
-    node.size = 0
-    node.block = -1
-    node.next = t.unused
+    """Take a node without uses out of the table."""
+    cdef Node* node = node_at(t, n)
+    cdef uint32_t i = line_of(t, node.hash), slots
+    cdef Line* line
+    while True:
+        line = &t.lines[i]
+        slots = kvb_slots(line, tag_of(node.hash))
+        while slots and line.nodes[kvb_lowest(slots)] != n:
+            slots &= slots - 1
+        if slots:
+            break
+        line.passed -= 1
+        i = i + 1 if i + 1 < t.num_lines else 0
+    line.tags[kvb_lowest(slots)] = 0
+    if node.blob != NULL:
+        blob_drop(node.blob)
+        node.blob = NULL
+        node.size = 0
+    node.parent = t.unused
     t.unused = n
     t.num_nodes -= 1
 
 
+cdef inline void tree_drop(Tree* t, int32_t n) noexcept nogil:
+    """One use of a node less; nodes that nothing uses any more go, from here up."""
+    cdef int32_t parent
+    cdef Node* node = node_at(t, n)
+    node.uses -= 1
+    while node.uses == 0:
+        parent = node.parent
+        tree_remove(t, n)
+        n = parent
+        node = node_at(t, n)
+        node.uses -= 1
+
+
 cdef inline int32_t hash_run(
-    const Tree* t, uint64_t parent, const Text* x, int32_t first, int32_t limit, uint64_t* hashes
+    const Tree* t, uint64_t parent, const Text* x, int32_t first, int32_t limit, uint64_t* hashes, int32_t* likely
 ) noexcept nogil:
-    """Hash up to RUN blocks of `x` from block `first` on, after a parent of that hash, and fetch where they lead."""
+    """Hash up to RUN blocks of `x` from block `first` on, after a parent of that hash, and fetch the nodes they are
+    likely to be; 0: none."""
     cdef int32_t j, n = min(RUN, limit - first)
-    cdef int32_t found
+    cdef uint32_t slots
+    cdef const Line* line
+    kvb_nh(x.tokens + <size_t>first * t.block_size, t.key, t.block_size, n, hashes)
     for j in range(n):
-        parent = tree_hash(t, parent, x.tokens + <size_t>(first + j) * t.block_size, extra_of(x, first + j))
-        hashes[j] = parent
-        kvb_prefetch(&t.buckets[parent & t.mask])
+        parent = hashes[j] = chain(t, parent, hashes[j], extra_of(x, first + j))
+        kvb_prefetch_write(&t.lines[line_of(t, parent)])
     for j in range(n):
-        found = t.buckets[hashes[j] & t.mask]
-        if found:
-            kvb_prefetch(&t.nodes[found])
-            kvb_prefetch(t.tokens + <size_t>found * t.block_size)
-    for j in range(n):
-        kvb_prefetch(&t.nodes[t.nodes[t.buckets[hashes[j] & t.mask]].next])
+        line = &t.lines[line_of(t, hashes[j])]
+        slots = kvb_slots(line, tag_of(hashes[j]))
+        likely[j] = line.nodes[kvb_lowest(slots)] if slots else 0
+        if slots:
+            kvb_prefetch(node_at(t, likely[j]))
+            kvb_prefetch(tokens_at(t, likely[j]))
     return n
 
 
 cdef int32_t tree_walk(const Tree* t, const Text* x, int32_t limit, int32_t* nodes) noexcept nogil:
-    """Find the longest published prefix of `x`, at most `limit` blocks: its nodes, and how many there are."""
+    """Find the longest prefix of `x` in the tree, at most `limit` blocks: its nodes, and how many there are."""
     cdef uint64_t[RUN] hashes
     cdef int32_t i = 0, j, n, node = 0
     cdef uint64_t h = t.seal
     while i < limit:
-        n = hash_run(t, h, x, i, limit, hashes)
-        for j in range(n):
+        n = hash_run(t, h, x, i, limit, hashes, nodes + i)
+        j = 0
+        if x.num_extras == 0 or x.extras[x.num_extras - 1].index < i:
+            j = kvb_follow(
+                t.nodes, t.width, t.tokens, t.block_size, node, x.tokens + <size_t>i * t.block_size, hashes,
+                nodes + i, n,
+            )
+            node = nodes[i + j - 1] if j else node
+        for j in range(j, n):
             node = tree_find(
                 t, node, hashes[j], x.tokens + <size_t>(i + j) * t.block_size, extra_of(x, i + j)
             )
