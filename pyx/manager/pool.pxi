@@ -46,7 +46,7 @@ cdef struct Pool:
     int32_t fresh       # blocks from here on were never used
     int32_t* queue      # [queue_mask + 1], -1: a hole
     uint32_t queue_mask
-    uint32_t queue_head # counts on for ever, as the tail does
+    uint32_t queue_head  # counts on for ever, as the tail does
     uint32_t queue_tail
     int32_t num_cached
     int32_t num_waiting

@@ -193,11 +193,12 @@ cdef void publish(Core* c, Seq* seq, int32_t full, uint64_t first_hash) noexcept
     cdef int32_t* tokens
     cdef int32_t* blocks
     cdef const Extra* extra
+    cdef bint one = full - seq.published == 1
     while seq.published < full:
         i = seq.published
-        hashes[0] = first_hash
-        n = 1
-        if full - i > 1:
+        if one:
+            n, hashes[0] = 1, first_hash
+        else:
             n = hash_run(t, node_at(t, seq.tip).hash, &seq.text, i, full, hashes, likely)
         node = t.unused
         for j in range(n):
