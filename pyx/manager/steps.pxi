@@ -197,7 +197,7 @@ cdef void publish(Core* c, Seq* seq, int32_t full, uint64_t first_hash) noexcept
     while seq.published < full:
         i = seq.published
         if one:
-            n, hashes[0] = 1, first_hash
+            n, hashes[0], likely[0] = 1, first_hash, 0
         else:
             n = hash_run(t, node_at(t, seq.tip).hash, &seq.text, i, full, hashes, likely)
         node = t.unused
@@ -215,7 +215,7 @@ cdef void publish(Core* c, Seq* seq, int32_t full, uint64_t first_hash) noexcept
                 return
             tokens = seq.text.tokens + <size_t>(i + j) * c.block_size
             extra = extra_of(&seq.text, i + j)
-            node = tree_find(t, seq.tip, hashes[j], tokens, extra)
+            node = tree_find(t, seq.tip, hashes[j], tokens, extra) if likely[j] >= 0 else 0
             if node:
                 node_at(t, node).uses += 1
             else:

@@ -9,12 +9,11 @@
 # nearly always alone, so that looking for a prefix that is not there costs one line. A node that finds its line full
 # goes to the next, and each line that it passes counts it.
 
-cdef enum:
-    RUN = 32            # blocks hashed ahead of their look-up, so that their cache lines are on the way
-
-
 cdef extern from *:
     """
+    #ifndef KVB_RUN
+    #define KVB_RUN 32
+    #endif
     static inline uint64_t kvb_fold(uint64_t a, uint64_t b) {
         unsigned __int128 p = (unsigned __int128)a * b;
         return (uint64_t)p ^ (uint64_t)(p >> 64);
@@ -33,10 +32,15 @@ cdef extern from *:
     #define kvb_prefetch(p) __builtin_prefetch(p)
     #define kvb_prefetch_write(p) __builtin_prefetch(p, 1)
     #define kvb_lowest(mask) __builtin_ctz(mask)
-    static inline __attribute__((always_inline)) int kvb_differ(const int32_t *a, const int32_t *b, int32_t n) {
+    static inline int kvb_differ(const int32_t *a, const int32_t *b, int32_t n) {
         int32_t d = 0;
         for (int32_t i = 0; i < n; i++) d |= a[i] ^ b[i];
         return d != 0;
+    }
+    /* 16 is what everybody uses; as a constant it is four moves and no call. */
+    static inline void kvb_keep(int32_t *kept, const int32_t *tokens, int32_t n) {
+        if (n == 16) memcpy(kept, tokens, 16 * sizeof(int32_t));
+        else memcpy(kept, tokens, (size_t)n * sizeof(int32_t));
     }
     struct kvb_blob { int64_t refs; char *bytes; };
     typedef struct {
@@ -45,14 +49,14 @@ cdef extern from *:
         int32_t parent, uses, size, blocks[];
     } kvb_node;
     #define KVB_NODE_HEAD offsetof(kvb_node, blocks)
-    /* How many of n nodes, without extra bytes, are a path down from `parent` that says these tokens. 0 is no node. */
+    /* How many of n nodes, without extra bytes, are a path down from `parent` that says these tokens. */
     KVB_WIDE static int32_t kvb_follow(
         const char *nodes, size_t width, const int32_t *kept, int32_t size, int32_t parent, const int32_t *tokens,
         const uint64_t *hashes, const int32_t *path, int32_t n
     ) {
         for (int32_t j = 0; j < n; j++, tokens += size) {
             const kvb_node *node = (const kvb_node *)(nodes + path[j] * width);
-            if (!path[j] || node->hash != hashes[j] || node->parent != parent || node->size) return j;
+            if (path[j] <= 0 || node->hash != hashes[j] || node->parent != parent || node->size) return j;
             if (kvb_differ(kept + (size_t)path[j] * size, tokens, size)) return j;
             parent = path[j];
         }
@@ -74,6 +78,8 @@ cdef extern from *:
     }
     #endif
     """
+    enum:
+        RUN "KVB_RUN"       # blocks hashed ahead of their look-up, so that their cache lines are on the way
     ctypedef struct Blob "struct kvb_blob":     # bytes shared by sequences and nodes
         int64_t refs
         char* bytes
@@ -95,6 +101,7 @@ cdef extern from *:
     void kvb_prefetch_write(const void* p) noexcept nogil
     int kvb_lowest(uint32_t mask) noexcept nogil
     bint kvb_differ(const int32_t* a, const int32_t* b, int32_t n) noexcept nogil
+    void kvb_keep(int32_t* kept, const int32_t* tokens, int32_t n) noexcept nogil
     uint32_t kvb_slots(const Line* line, uint8_t tag) noexcept nogil
     int32_t kvb_follow(
         const char* nodes, size_t width, const int32_t* kept, int32_t size, int32_t parent, const int32_t* tokens,
@@ -278,8 +285,9 @@ cdef inline int32_t tree_insert(
 ) noexcept nogil:
     """A new node for a key that is not there, with one use for the caller; 0 when the node capacity is spent."""
     cdef int32_t n, g, slot
-    cdef uint32_t i = line_of(t, h)
+    cdef uint32_t i = line_of(t, h), slots
     cdef Node* node
+    cdef Line* line
     if t.num_nodes == t.max_nodes:
         return 0
     if t.unused:
@@ -300,13 +308,17 @@ cdef inline int32_t tree_insert(
     node.uses = 1
     for g in range(t.num_groups):
         node.blocks[g] = -1
-    memcpy(tokens_at(t, n), tokens, t.block_size * sizeof(int32_t))
-    while kvb_slots(&t.lines[i], 0) == 0:
-        t.lines[i].passed += 1
+    kvb_keep(tokens_at(t, n), tokens, t.block_size)
+    line = &t.lines[i]
+    slots = kvb_slots(line, 0)
+    while slots == 0:
+        line.passed += 1
         i = i + 1 if i + 1 < t.num_lines else 0
-    slot = kvb_lowest(kvb_slots(&t.lines[i], 0))
-    t.lines[i].tags[slot] = tag_of(h)
-    t.lines[i].nodes[slot] = n
+        line = &t.lines[i]
+        slots = kvb_slots(line, 0)
+    slot = kvb_lowest(slots)
+    line.tags[slot] = tag_of(h)
+    line.nodes[slot] = n
     return n
 
 
@@ -350,8 +362,8 @@ cdef inline void tree_drop(Tree* t, int32_t n) noexcept nogil:
 cdef inline int32_t hash_run(
     const Tree* t, uint64_t parent, const Text* x, int32_t first, int32_t limit, uint64_t* hashes, int32_t* likely
 ) noexcept nogil:
-    """Hash up to RUN blocks of `x` from block `first` on, after a parent of that hash, and fetch the nodes they are
-    likely to be; 0: none."""
+    """Hash up to RUN blocks of `x` from block `first` on, after a parent of that hash, and fetch the nodes that they
+    are likely to be; 0: not known, -1: none for certain."""
     cdef int32_t j, n = min(RUN, limit - first)
     cdef uint32_t slots
     cdef const Line* line
@@ -362,10 +374,12 @@ cdef inline int32_t hash_run(
     for j in range(n):
         line = &t.lines[line_of(t, hashes[j])]
         slots = kvb_slots(line, tag_of(hashes[j]))
-        likely[j] = line.nodes[kvb_lowest(slots)] if slots else 0
         if slots:
+            likely[j] = line.nodes[kvb_lowest(slots)]
             kvb_prefetch(node_at(t, likely[j]))
             kvb_prefetch(tokens_at(t, likely[j]))
+        else:
+            likely[j] = 0 if line.passed else -1
     return n
 
 
@@ -384,6 +398,8 @@ cdef int32_t tree_walk(const Tree* t, const Text* x, int32_t limit, int32_t* nod
             )
             node = nodes[i + j - 1] if j else node
         for j in range(j, n):
+            if nodes[i + j] < 0:
+                return i + j
             node = tree_find(
                 t, node, hashes[j], x.tokens + <size_t>(i + j) * t.block_size, extra_of(x, i + j)
             )
