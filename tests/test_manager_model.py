@@ -6,6 +6,7 @@ import pytest
 from manager_compiled import COMPILED
 from manager_machine import MODEL, Driver, StepView, plain
 
+from kvblocks.config import Chunk, Window
 from kvblocks.errors import NoFreeBlocks, StaleSequence, TooManySequences
 
 GENERATION = 1 << 24
@@ -16,10 +17,10 @@ class Engine:
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
-        self.step = driver.step(8, 64, 16)
 
     def start(self, num_blocks: int = 8, block_size: int = 2, **config: Any) -> Any:
         self.manager = self.driver.manager(num_blocks, block_size, **config)
+        self.step = self.driver.step(8, 64, 16, len(config.get("groups", (None,))))
         return self.manager
 
     def prepare(self, *seqs: int, lens: list[int] | None = None) -> int:
@@ -40,8 +41,8 @@ class Engine:
     def view(self) -> StepView:
         return self.driver.read(self.step)
 
-    def table(self, seq: int) -> list[int]:
-        table: list[int] = plain(self.manager.block_table(seq))
+    def table(self, seq: int) -> list[Any]:
+        table: list[Any] = plain(self.manager.block_table(seq))
         return table
 
     def lengths(self, seq: int) -> list[int]:
@@ -351,3 +352,86 @@ def test_a_call_that_fails_changes_nothing(engine: Engine) -> None:
     assert engine.view() == before
     assert manager.stats() == stats
     assert engine.lengths(a) == [0, 0, 2, 5]
+
+
+# Groups of different reach: blocks of 2 tokens, one group that attends to everything and one to the last 3 tokens
+
+
+def test_what_slides_out_of_a_window_is_given_back(engine: Engine) -> None:
+    manager = engine.start(num_blocks=16, groups=(None, Window(3)))
+    seq = manager.admit([1, 2, 3, 4, 5, 6, 7])[0]
+    assert engine.table(seq) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    engine.compute(seq)  # the next token, at position 7, reaches 5 and 6
+    assert engine.table(seq) == [[0, 2, 4, 6], [-1, -1, 5, 7]]
+    assert manager.num_free_blocks == 16 - 6
+    manager.append([seq], [8])
+    engine.prepare(seq)
+    assert [row[0][:4] for row in engine.view().block_table] == [[0, 2, 4, 6], [0, 0, 5, 7]]
+    assert engine.view().kv_indices == [[0, 2, 4, 6], [5, 7]]
+
+
+def test_a_chunk_is_given_back_when_the_next_begins(engine: Engine) -> None:
+    manager = engine.start(num_blocks=8, groups=(Chunk(4),))
+    seq = manager.admit([1, 2, 3, 4, 5])[0]
+    manager.commit(engine.prepare(seq, lens=[3]))
+    assert engine.table(seq) == [0, 1, 2]
+    manager.commit(engine.prepare(seq, lens=[1]))
+    assert engine.table(seq) == [-1, -1, 2]
+
+
+def test_a_hit_needs_only_what_a_window_reaches(engine: Engine) -> None:
+    manager = engine.start(num_blocks=16, groups=(None, Window(3)))
+    first = engine.serve([1, 2, 3, 4, 5, 6, 7, 8])
+    manager.free(first)
+    second, cached = manager.admit([1, 2, 3, 4, 5, 6, 9])
+    assert cached == 6
+    assert [row[2] >= 0 for row in engine.table(second)] == [True, True]
+    assert engine.table(second)[1][:2] == [-1, -1]
+
+
+def test_a_hit_ends_where_a_windows_blocks_were_evicted(engine: Engine) -> None:
+    manager = engine.start(num_blocks=10, groups=(None, Window(3)))
+    seq = engine.serve([1, 2, 3, 4, 5, 6, 7])  # rows 0 and 1 of the window are cached, 2 and 3 held
+    other = engine.serve([9, 9, 9, 9])  # takes two fresh blocks and evicts those two
+    assert manager.stats().evictions == 2
+    assert manager.match([1, 2, 3, 4, 5, 6, 7, 8]) == 6  # a token at 6 reaches row 2
+    assert manager.match([1, 2, 3, 4, 5]) == 0  # one at 4 reaches row 1
+    manager.free([seq, other])
+
+
+def test_windowed_blocks_alone_make_a_hit(engine: Engine) -> None:
+    """Where no group attends to everything, the blocks of the window are enough, and the way to them stays known."""
+    manager = engine.start(num_blocks=4, groups=(Window(3),))
+    seq = manager.admit([1, 2, 3, 4, 5, 6, 7], reserve=2)[0]
+    for _ in range(3):
+        manager.commit(engine.prepare(seq, lens=[2]))
+    engine.serve([9, 9, 9])  # evicts what slid out
+    assert manager.stats().evictions > 0
+    assert manager.match([1, 2, 3, 4, 5, 6, 7]) == 6
+    assert manager.match([1, 2, 3]) == 0
+    assert manager.match([2, 2, 3, 4, 5, 6, 7]) == 0
+
+
+def test_what_slid_away_cannot_be_trimmed_back_to(engine: Engine) -> None:
+    manager = engine.start(num_blocks=16, groups=(None, Window(3)))
+    seq = engine.serve([1, 2, 3, 4, 5, 6, 7])
+    with pytest.raises(ValueError, match=r"slid out of reach|are gone"):
+        manager.trim(seq, 4)
+    manager.trim(seq, 6)
+    manager.preempt(seq)
+    manager.trim(seq, 4)
+    assert manager.resume(seq) == 2  # of the window its first block is still there
+    manager.trim(seq, 0)
+    assert engine.table(seq) == [[], []]
+
+
+def test_a_step_has_arrays_for_each_group(engine: Engine) -> None:
+    manager = engine.start(num_blocks=16, groups=(None, Window(3), Window(3)))
+    seq = manager.admit([1, 2, 3])[0]
+    manager.commit(engine.prepare(seq))
+    view = engine.view()
+    assert [slots[:4] for slots in view.slot_mapping] == [[0, 1, 6, -1], [2, 3, 8, -1], [4, 5, 10, -1]]
+    child = manager.fork(seq)[0]
+    manager.append([seq, child], [4, 5])
+    engine.prepare(child)
+    assert engine.view().copies == [(3, 6), (4, 7), (5, 8)]  # the last block of each group is shared

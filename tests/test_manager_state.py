@@ -14,8 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from manager_compiled import COMPILED, make_step, read_step
-from manager_device import Device, Truth
-from manager_machine import MODEL, Driver, machine_for, plain
+from manager_device import Device, Truth, first_reached
+from manager_machine import GROUPS, MODEL, Driver, machine_for, plain
 
 from kvblocks.config import Window
 from kvblocks.errors import NoFreeBlocks, StaleSequence, TooManySequences
@@ -58,14 +58,17 @@ def prompts(draw: st.DrawFn) -> list[tuple[list[int], bytes, list[tuple[int, byt
 
 
 @pytest.mark.parametrize("driver", [COMPILED, MODEL], ids=["compiled", "model"])
-@given(prompts=prompts(), block_size=st.integers(1, 4), data=st.data())
+@given(prompts=prompts(), block_size=st.integers(1, 4), groups=st.sampled_from(GROUPS), data=st.data())
 def test_hits_are_what_a_trie_of_computed_prefixes_gives(
     driver: Driver,
     prompts: list[tuple[list[int], bytes, list[tuple[int, bytes]]]],
     block_size: int,
+    groups: tuple[Any, ...],
     data: st.DataObject,
 ) -> None:
-    manager, step = driver.manager(256, block_size), driver.step(1, 64, 64)
+    """In a pool that never evicts, also what slid out of a window is found again."""
+    manager = driver.manager(256 * len(groups), block_size, groups=groups)
+    step = driver.step(1, 64, 64, len(groups))
     computed: set[Any] = set()  # every prefix of whole blocks that went through a step
     for tokens, salt, extra in prompts:
 
@@ -93,6 +96,89 @@ def test_hits_are_what_a_trie_of_computed_prefixes_gives(
         if data.draw(st.booleans()):
             manager.free(seq)
         manager.audit()
+
+
+class Served:
+    """A small pool, whose K/V are played as they are written: a block is there as long as nothing was written over it.
+
+    That is the oracle for hits in groups of different reach, as whatever is computed is published, and free blocks that
+    are not are taken before one that is.
+    """
+
+    def __init__(self, driver: Driver, num_blocks: int, block_size: int, groups: tuple[Any, ...]) -> None:
+        self.driver, self.block_size, self.groups = driver, block_size, groups
+        self.manager = driver.manager(num_blocks, block_size, groups=groups, max_nodes=1000)
+        self.step = driver.step(1, 64, 64, len(groups))
+        self.device = Device(block_size, groups)
+
+    def names(self, tokens: list[int]) -> list[int]:
+        return self.device.identities(Truth(b"", tokens, {}, 0))
+
+    def expected_hit(self, tokens: list[int]) -> int:
+        size, slots = self.block_size, self.device.slots
+        blocks = range(self.manager.num_blocks)
+        there = {tuple(slots.get(b * size + i) for i in range(size)) for b in blocks}
+        names = self.names(tokens)
+
+        def serves(hit: int) -> bool:
+            return all(
+                tuple((g, name) for name in names[row * size : (row + 1) * size]) in there
+                for g, reach in enumerate(self.groups)
+                for row in range(first_reached(reach, hit) // size, hit // size)
+            )
+
+        return max(hit for hit in range(0, len(tokens), size) if serves(hit))
+
+    def serve(self, tokens: list[int], chunks: list[int]) -> int:
+        seq, cached = self.manager.admit(tokens, reserve=0)
+        assert cached == self.expected_hit(tokens)
+        names = self.names(tokens)
+        while cached < len(tokens):
+            chunk = min(len(tokens) - cached, chunks.pop() if chunks else len(tokens))
+            try:
+                step_id = self.manager.prepare([seq], [chunk], self.step)
+            except NoFreeBlocks:
+                self.manager.free(seq)
+                return 0
+            view = self.driver.read(self.step)
+            for g, written in enumerate(view.slot_mapping):
+                for i in range(chunk):
+                    block, offset = divmod(written[i], self.block_size)
+                    for later in range(offset, self.block_size):  # what was there before is over with its first token
+                        self.device.slots.pop(block * self.block_size + later, None)
+                    self.device.slots[written[i]] = g, names[cached + i]
+            self.manager.commit(step_id)
+            cached += chunk
+        self.manager.audit()
+        return int(seq)
+
+
+@pytest.mark.parametrize("driver", [COMPILED, MODEL], ids=["compiled", "model"])
+@given(
+    prompts=prompts(),
+    block_size=st.integers(1, 3),
+    groups=st.sampled_from([groups for groups in GROUPS if groups != (None,)]),
+    num_blocks=st.integers(4, 16),
+    data=st.data(),
+)
+def test_hits_in_groups_are_what_the_memory_still_holds(
+    driver: Driver,
+    prompts: list[tuple[list[int], bytes, list[tuple[int, bytes]]]],
+    block_size: int,
+    groups: tuple[Any, ...],
+    num_blocks: int,
+    data: st.DataObject,
+) -> None:
+    served = Served(driver, num_blocks, block_size, groups)
+    live: list[int] = []
+    texts = [tokens for tokens, _, _ in prompts]
+    for tokens in texts * 2:
+        seq = served.serve(tokens, data.draw(st.lists(st.integers(1, 5), max_size=4)))
+        live += [seq] if seq else []
+        while live and (not seq or data.draw(st.integers(0, 1))):
+            served.manager.free(live.pop(data.draw(st.integers(0, len(live) - 1))))
+        for asked in texts:
+            assert served.manager.match(asked) == served.expected_hit(asked)
 
 
 # Handles
