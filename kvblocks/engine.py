@@ -10,7 +10,7 @@ from typing import SupportsIndex
 import torch
 
 from kvblocks.config import CacheConfig
-from kvblocks.storage import Indices, PagedKVCache, _copy_blocks, _integer, _zero_blocks
+from kvblocks.storage import Indices, PagedKVCache, _integer, copy_blocks, together, zero_blocks
 
 __all__ = ["CacheEngine"]
 
@@ -70,6 +70,7 @@ class CacheEngine:
                 prefault=prefault,
             )
         )
+        self._mover = together(self._caches)
         _log.info(
             "KV cache on %s: %d blocks x %d layers = %.1f MB",
             self.device,
@@ -141,8 +142,8 @@ class CacheEngine:
 
     def copy_blocks(self, pairs: Indices) -> None:
         """`PagedKVCache.copy_blocks` in every layer; the pairs are checked once, before anything is copied."""
-        _copy_blocks(self._caches, pairs)
+        copy_blocks(self._caches[0], self._mover, pairs)
 
     def zero_blocks(self, ids: Indices) -> None:
         """`PagedKVCache.zero_blocks` in every layer; the ids are checked once, before anything is changed."""
-        _zero_blocks(self._caches, ids)
+        zero_blocks(self._caches[0], self._mover, ids)

@@ -7,12 +7,12 @@ harm. Imports only torch.
 import torch
 from torch import Tensor
 
-__all__ = ["copy_blocks", "gather", "write", "zero_blocks"]
+__all__ = ["bits", "copy_blocks", "gather", "write", "zero_blocks"]
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits(tensor: Tensor) -> Tensor:
     """The same memory as integers: bits that survive every operation, and operations that exist for every dtype."""
     return tensor.view(_BITS[tensor.itemsize])
 
@@ -38,7 +38,7 @@ def write(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
     """
     if not len(slots):
         return
-    cache, rows = _bits(cache), _bits(rows)
+    cache, rows = bits(cache), bits(rows)
     num_blocks, block_size = cache.shape[:2]
     valid = (slots >= 0) & (slots < num_blocks * block_size)
     slots, first, found = _stand_in(slots, valid, slots.new_zeros(1))
@@ -56,7 +56,7 @@ def gather(cache: Tensor, table: Tensor, num_tokens: int) -> Tensor:
         table: int64 [m] on its device, `m * block_size >= num_tokens`.
     """
     valid = (table >= 0) & (table < len(cache))
-    blocks = _bits(cache).index_select(0, torch.where(valid, table, 0))
+    blocks = bits(cache).index_select(0, torch.where(valid, table, 0))
     blocks.masked_fill_(~valid.view(-1, *[1] * (cache.ndim - 1)), 0)
     return blocks.flatten(0, 1)[:num_tokens].contiguous().view(cache.dtype)
 
@@ -71,7 +71,7 @@ def copy_blocks(cache: Tensor, pairs: Tensor) -> None:
     """
     if not len(pairs):
         return
-    cache = _bits(cache)
+    cache = bits(cache)
     valid = ((pairs >= 0) & (pairs < len(cache))).all(1)
     pairs, _, _ = _stand_in(pairs, valid, pairs.new_zeros(1, 2))
     cache.index_copy_(0, pairs[:, 1], cache.index_select(0, pairs[:, 0]))
@@ -87,6 +87,6 @@ def zero_blocks(cache: Tensor, ids: Tensor) -> None:
     """
     if not len(ids):
         return
-    cache = _bits(cache)
+    cache = bits(cache)
     ids, _, found = _stand_in(ids, (ids >= 0) & (ids < len(cache)), ids.new_zeros(1))
     cache.index_copy_(0, ids, torch.where(found, 0, cache.index_select(0, ids)))

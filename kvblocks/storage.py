@@ -1,10 +1,9 @@
 """PagedKVCache: the K and V blocks of one layer as two tensors, and moving tokens and blocks in and out of them.
 
 Knows integers in arrays, not who hands them out: the manager is not imported here. Imports torch, the sizes and the
-two movers.
+movers.
 """
 
-import math
 import operator
 import os
 from collections.abc import Sequence
@@ -16,10 +15,11 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from kvblocks import memory, scatter
+from kvblocks import memory
 from kvblocks.config import CacheConfig, itemsize
 from kvblocks.errors import OutOfMemory
-from kvblocks.movement import BlockLayout, first_outside
+from kvblocks.movement import first_outside
+from kvblocks.movers import Mover, Side, mover
 
 __all__ = ["LAYOUTS", "PagedKVCache"]
 
@@ -33,71 +33,6 @@ LAYOUTS = tuple(_KEY_AXES)
 
 # Whether indices that already lie on a device are brought to the host and checked, which waits for the device.
 _CHECKED = os.environ.get("KVBLOCKS_CHECKED") == "1"
-
-# glibc maps allocations of this size anew each time; mapped with huge pages, filling them costs a third.
-_OWN_MAPPING_BYTES = 32 << 20
-
-
-class _Side:
-    """K or V of a layer: the tensor, and how a token lies in it."""
-
-    def __init__(self, storage: Tensor, axes: str, sizes: dict[str, int], dtype: torch.dtype) -> None:
-        """Lay `storage` (uint8, without gaps) out as `axes`; `sizes` has b, h, d (all dims) and t."""
-        split = 16 // dtype.itemsize if "x" in axes else 1
-        sizes = sizes | {"d": sizes["d"] // split, "x": split}
-        self.tensor = storage.view(dtype).view([sizes[axis] for axis in axes])
-        self.nbytes = storage.nbytes
-        self.row = (sizes["h"], sizes["d"] * split)
-        # [blocks, block_size, heads, dims...], the same memory, whatever the layout.
-        self.by_token = self.tensor.permute([axes.index(axis) for axis in "bthdx" if axis in axes])
-        strides = dict(zip(axes, (step * dtype.itemsize for step in self.tensor.stride()), strict=True))
-        scattered = axes.index("d") < axes.index("t")
-        self.blocks = BlockLayout(
-            num_blocks=sizes["b"],
-            block_size=sizes["t"],
-            heads=sizes["h"],
-            runs=sizes["d"] if scattered else 1,
-            run_bytes=dtype.itemsize * (split if scattered else sizes["d"]),
-            token_stride=strides["t"],
-            head_stride=strides["h"],
-            run_stride=strides["d"],
-        )
-
-    @property
-    def compiled(self) -> bool:
-        """Whether the compiled mover reaches this memory."""
-        return self.tensor.is_cpu
-
-    def holds(self, address: int) -> bool:
-        return 0 <= address - self.tensor.data_ptr() < self.nbytes
-
-    def write(self, rows: Tensor, slots: Tensor) -> None:
-        if self.compiled:
-            steps = [step * rows.itemsize for step in rows.stride()]
-            self.blocks.write(self.tensor.data_ptr(), rows.data_ptr(), steps[0], steps[1], slots.data_ptr(), len(slots))
-        else:
-            scatter.write(self.by_token, rows.reshape(len(rows), *self.by_token.shape[2:]), slots)
-
-    def gather(self, table: Tensor, num_tokens: int, out: Tensor | None) -> Tensor:
-        if not self.compiled:
-            rows = scatter.gather(self.by_token, table, num_tokens).view(num_tokens, *self.row)
-            return rows if out is None else out.copy_(rows)
-        if out is None:
-            out = _empty((num_tokens, *self.row), self.tensor.dtype)
-        self.blocks.gather(self.tensor.data_ptr(), out.data_ptr(), table.data_ptr(), num_tokens)
-        return out
-
-    def copy_blocks(self, pairs: Tensor) -> None:
-        if self.compiled:
-            self.blocks.copy_blocks(self.tensor.data_ptr(), pairs.data_ptr(), len(pairs))
-        else:
-            scatter.copy_blocks(self.tensor, pairs)
-
-    def zero_blocks(self, ids: Tensor) -> None:
-        if self.compiled:
-            self.blocks.zero_blocks(self.tensor.data_ptr(), ids.data_ptr(), len(ids))
-        else:
-            scatter.zero_blocks(self.tensor, ids)
 
 
 class PagedKVCache:
@@ -195,8 +130,9 @@ class PagedKVCache:
         self.head_dim, self.v_head_dim = shape.head_dim, shape.v_head_dim
         self.dtype, self.device, self.layout = shape.dtype, shape.device, shape.layout
         sizes = {"b": shape.num_blocks, "h": shape.num_heads, "t": shape.block_size}
-        self._keys = _Side(keys, _KEY_AXES[shape.layout], sizes | {"d": shape.head_dim}, shape.dtype)
-        self._values = _Side(values, _VALUE_AXES[shape.layout], sizes | {"d": shape.v_head_dim}, shape.dtype)
+        self._keys = Side(keys, _KEY_AXES[shape.layout], sizes | {"d": shape.head_dim}, shape.dtype)
+        self._values = Side(values, _VALUE_AXES[shape.layout], sizes | {"d": shape.v_head_dim}, shape.dtype)
+        self._mover = mover([self._keys, self._values])
 
     @property
     def key_cache(self) -> Tensor:
@@ -233,8 +169,7 @@ class PagedKVCache:
         slots = self._indices("slot_mapping", slot_mapping, -1, capacity - 1)
         if slots.shape != keys.shape[:1]:
             raise ValueError(f"slot_mapping has shape {list(slots.shape)}; for {len(keys)} tokens give [{len(keys)}]")
-        self._keys.write(keys, slots)
-        self._values.write(values, slots)
+        self._mover.write(keys, values, slots)
 
     def gather(
         self, block_table: Indices, num_tokens: SupportsIndex, *, out: tuple[Tensor, Tensor] | None = None
@@ -264,8 +199,7 @@ class PagedKVCache:
                 f"block_table has {len(table)} blocks of {self.block_size} tokens; num_tokens={count} needs "
                 f"{-(-count // self.block_size)}"
             )
-        keys, values = (None, None) if out is None else self._outputs(out, count)
-        return self._keys.gather(table, count, keys), self._values.gather(table, count, values)
+        return self._mover.gather(table, count, None if out is None else self._outputs(out, count))
 
     def copy_blocks(self, pairs: Indices) -> None:
         """Copy whole blocks, K and V: block `pairs[i][1]` becomes a copy of block `pairs[i][0]`.
@@ -277,7 +211,7 @@ class PagedKVCache:
             ValueError: a block that does not exist, or a target that appears twice or as a source; nothing was copied.
             TypeError: not integers.
         """
-        _copy_blocks([self], pairs)
+        copy_blocks(self, self._mover, pairs)
 
     def zero_blocks(self, ids: Indices) -> None:
         """Set all K and V of the blocks `ids`, [n], to zero.
@@ -286,7 +220,7 @@ class PagedKVCache:
             ValueError: a block that does not exist; nothing was changed.
             TypeError: not integers.
         """
-        _zero_blocks([self], ids)
+        zero_blocks(self, self._mover, ids)
 
     def __repr__(self) -> str:
         return (
@@ -303,11 +237,10 @@ class PagedKVCache:
             raise ValueError(f"{name} has shape {list(rows.shape)}; this cache takes {shape}")
         if rows.is_neg():
             rows = rows.resolve_neg()
-        if rows.is_cpu:
-            if rows.stride(2) != 1:
-                rows = rows.contiguous()
-            if self._keys.holds(rows.data_ptr()) or self._values.holds(rows.data_ptr()):
-                rows = rows.clone(memory_format=torch.contiguous_format)
+        if rows.stride(2) != 1:
+            rows = rows.contiguous()
+        if self._keys.holds(rows.data_ptr()) or self._values.holds(rows.data_ptr()):
+            rows = rows.clone(memory_format=torch.contiguous_format)
         return rows
 
     def _outputs(self, out: tuple[Tensor, Tensor], num_tokens: int) -> tuple[Tensor, Tensor]:
@@ -338,7 +271,7 @@ class PagedKVCache:
         _has_memory(name, given)
 
     def _indices(self, name: str, given: Indices, low: int, high: int, first: int | None = None) -> Tensor:
-        """`given` as a contiguous int64 tensor on the cache's device.
+        """`given` as a contiguous tensor on the cache's device: int64, or int32 that already lay there.
 
         The first `first` elements, by default all, lie in low..high: checked, unless they already lie on a device.
         """
@@ -346,7 +279,7 @@ class PagedKVCache:
         if index.device != self.device and not index.is_cpu:
             raise ValueError(f"{name} is on {index.device}, this cache on {self.device}; move it with .to()")
         if index.is_cpu or _CHECKED:
-            host = _has_memory(name, index.cpu())
+            host = _has_memory(name, index.to("cpu", torch.int64))
             count = host.numel() if first is None else min(first, host.numel())
             bad = first_outside(host.data_ptr(), count, low, high)
             if bad >= 0:
@@ -434,28 +367,29 @@ class _Shape:
         return storages
 
 
-def _copy_blocks(caches: Sequence[PagedKVCache], pairs: Indices) -> None:
-    """`PagedKVCache.copy_blocks` on caches of one shape and device."""
-    index = caches[0]._indices("pairs", pairs, 0, caches[0].num_blocks - 1)
+def copy_blocks(cache: PagedKVCache, moves: Mover, pairs: Indices) -> None:
+    """`PagedKVCache.copy_blocks` by the mover of one or more caches like `cache`."""
+    index = cache._indices("pairs", pairs, 0, cache.num_blocks - 1)
     if index.numel() == 0:
         return
     if index.ndim != 2 or index.shape[1] != 2:
         raise ValueError(f"pairs has shape {list(index.shape)}; give [n, 2] of (source, target)")
     if _CHECKED or not isinstance(pairs, Tensor) or pairs.is_cpu:
         _check_pairs(index.tolist())
-    for cache in caches:
-        cache._keys.copy_blocks(index)
-        cache._values.copy_blocks(index)
+    moves.copy_blocks(index)
 
 
-def _zero_blocks(caches: Sequence[PagedKVCache], ids: Indices) -> None:
-    """`PagedKVCache.zero_blocks` on caches of one shape and device."""
-    index = caches[0]._indices("ids", ids, 0, caches[0].num_blocks - 1)
+def zero_blocks(cache: PagedKVCache, moves: Mover, ids: Indices) -> None:
+    """`PagedKVCache.zero_blocks` by the mover of one or more caches like `cache`."""
+    index = cache._indices("ids", ids, 0, cache.num_blocks - 1)
     if index.ndim != 1:
         raise ValueError(f"ids has shape {list(index.shape)}; give the blocks, [n]")
-    for cache in caches:
-        cache._keys.zero_blocks(index)
-        cache._values.zero_blocks(index)
+    moves.zero_blocks(index)
+
+
+def together(caches: Sequence[PagedKVCache]) -> Mover:
+    """What moves blocks in all `caches`, of one shape and device, at once."""
+    return mover([side for cache in caches for side in (cache._keys, cache._values)])
 
 
 def _check_pairs(pairs: list[list[int]]) -> None:
@@ -481,11 +415,11 @@ def _has_memory(name: str, given: Tensor) -> Tensor:
 
 
 def _integers(name: str, given: Indices) -> Tensor:
-    """`given` as a contiguous int64 tensor, on the device where it is."""
+    """`given` as a contiguous tensor on the device where it is, int64 on the CPU: compiled code reads no other."""
     if isinstance(given, Tensor):
         if given.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{name} is {given.dtype}; give int64 or int32")
-        return (given if given.dtype is torch.int64 else given.to(torch.int64)).contiguous()
+        return (given.to(torch.int64) if given.is_cpu else given).contiguous()
     array = given if isinstance(given, np.ndarray) else _array(name, given)
     if array.dtype not in (np.int64, np.int32):
         raise TypeError(f"{name} is {array.dtype}; give int64 or int32")
@@ -552,10 +486,3 @@ def _free(device: torch.device) -> int:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     return 0
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    nbytes = dtype.itemsize * math.prod(shape)
-    if nbytes < _OWN_MAPPING_BYTES:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    return memory.zeroed(nbytes).view(dtype).view(shape)

@@ -22,10 +22,19 @@ def package_folder() -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Triton decides when it is imported. Without a GPU its interpreter runs the kernels, on CPU tensors.
+    if not has_cuda():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     # dev.py says which build it made, so that another one on the path is never tested in its place.
     expected = os.environ.get("KVBLOCKS_TESTED_BUILD")
     if expected and Path(expected).resolve() != package_folder().resolve():
         raise pytest.UsageError(f"these tests are for {expected}, but Python finds kvblocks in {package_folder()}")
+
+
+def has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def pytest_report_header() -> str:
@@ -33,8 +42,5 @@ def pytest_report_header() -> str:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("cuda") is not None:
-        import torch
-
-        if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device; torch.cuda.is_available() is False")
+    if item.get_closest_marker("cuda") is not None and not has_cuda():
+        pytest.skip("needs a CUDA device; torch.cuda.is_available() is False")

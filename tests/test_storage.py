@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kvblocks import memory, storage
+from kvblocks import memory, movers, storage
 from kvblocks.config import CacheConfig
 from kvblocks.errors import OutOfMemory
 from kvblocks.storage import LAYOUTS, PagedKVCache
@@ -495,7 +495,7 @@ def test_inference_mode_and_default_devices_do_not_matter() -> None:
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches take the path of devices, though their tensors lie in CPU memory."""
-    monkeypatch.setattr(storage._Side, "compiled", property(lambda side: False))
+    monkeypatch.setattr(storage, "mover", movers.WithTorch)
 
 
 @pytest.mark.usefixtures("elsewhere")

@@ -1,0 +1,369 @@
+"""Triton kernels that move K and V: rows of tokens into slots and out of blocks, whole blocks, zeros.
+
+K and V are moved as integers of 1 to 8 bytes, so that every bit survives, in one launch for both. Nothing here
+allocates, waits or reads a value on the host: a launch can be captured in a CUDA graph. What is out of range is skipped
+(zeros, in what `gather` returns), as in `kvblocks.scatter`, which these kernels equal bit for bit.
+Imports torch and Triton.
+"""
+
+import functools
+import operator
+from dataclasses import dataclass
+from typing import Self
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvblocks.kernels.launch import on_device_of, power_of_2
+
+__all__ = ["Place", "alignment", "copy_blocks", "gather", "write", "zero_blocks"]
+
+_TILE_BYTES = 4096  # moved by one program: 32 bytes in flight for each of its 128 threads
+_TURNED_TILE_BYTES = 8192
+_CHUNK_BYTES = 8192
+_SECTOR_BYTES = 32  # the least that an access to the device's memory moves
+_UNITS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the bytes of a token lie in a cache of blocks; K or V of one layer, in bytes and counts.
+
+    A token has `heads` heads of `runs` runs of `run_bytes` contiguous bytes; blocks are `block_bytes` apart, tokens of
+    a block `token_stride`, heads `head_stride`, the runs of a head `run_stride`. In rows the runs of a head touch.
+    """
+
+    block_size: int
+    heads: int
+    runs: int
+    run_bytes: int
+    block_bytes: int
+    token_stride: int
+    head_stride: int
+    run_stride: int
+
+    @property
+    def alignment(self) -> int:
+        """Of every run, as far as 16 bytes, in a cache whose address is a multiple of 16."""
+        strides = [self.run_bytes, self.block_bytes]
+        strides += [self.token_stride] if self.block_size > 1 else []
+        strides += [self.head_stride] if self.heads > 1 else []
+        strides += [self.run_stride] if self.runs > 1 else []
+        return alignment(*strides)
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How K or V is moved: sizes and strides in units of 1 to 8 bytes, and the tile of one program.
+
+    A constant of the kernels, which read its fields through `value`: it comes wrapped, or bare where interpreted.
+    """
+
+    unit: tl.dtype
+    block_size: int
+    units: int  # of a token
+    head: int  # units of a head
+    run: int  # units of a run
+    block: int
+    token_stride: int
+    head_stride: int
+    run_stride: int
+    together: int  # units of rows that lie aligned together
+    turned: bool  # neighbours in the cache are tokens and not dims: a tile is transposed on its way
+    tokens: int  # of a tile
+    columns: int  # units of a token in a tile
+    vector: int  # tokens of a turned tile that may lie aligned together
+
+    @property
+    def value(self) -> Self:
+        return self
+
+    @property
+    def programs(self) -> int:
+        """Tiles that the units of a token take."""
+        return -(-self.units // self.columns)
+
+    @classmethod
+    @functools.lru_cache(4096)
+    def of(cls, place: Place, align: int) -> Self:
+        """For rows whose address and strides are multiples of `align` bytes."""
+        width = min(align, place.alignment, 8)
+        run = place.run_bytes // width
+        units = place.heads * place.runs * run
+        turned = place.token_stride == place.run_bytes < _SECTOR_BYTES and run & (run - 1) == 0
+        if turned:
+            tokens = min(32, max(8, power_of_2(place.block_size)))
+            columns = max(run, min(power_of_2(units), _TURNED_TILE_BYTES // width // tokens))
+            vector = min(_power_in(place.block_size), tokens, 16 // width) if run == 1 else 1
+        else:
+            columns = min(power_of_2(units), _TILE_BYTES // width)
+            tokens, vector = _TILE_BYTES // width // columns, 1
+        return cls(
+            unit=_UNITS[width],
+            block_size=place.block_size,
+            units=units,
+            head=place.runs * run,
+            run=run,
+            block=place.block_bytes // width,
+            token_stride=place.token_stride // width,
+            head_stride=place.head_stride // width,
+            run_stride=place.run_stride // width,
+            together=align // width,
+            turned=turned,
+            tokens=tokens,
+            columns=columns,
+            vector=vector,
+        )
+
+
+def alignment(*numbers: int) -> int:
+    """The largest power of two, up to 16, that divides every number (addresses, sizes and strides in bytes)."""
+    return _power_in(functools.reduce(operator.or_, numbers, 16))
+
+
+def _power_in(number: int) -> int:
+    """The largest power of two that divides a positive number."""
+    return number & -number
+
+
+@triton.jit
+def _in_cache(column, form: tl.constexpr):
+    """Offset of a token's unit `column` from its first one in the cache."""
+    in_head = column % form.value.head
+    offset = (column // form.value.head).to(tl.int64) * form.value.head_stride
+    if form.value.head == form.value.run:
+        return offset + in_head  # said in this form, it shows the compiler that units follow each other
+    return offset + (in_head // form.value.run).to(tl.int64) * form.value.run_stride + in_head % form.value.run
+
+
+@triton.jit
+def _store(cache, data, block, offset, there, first, form: tl.constexpr):
+    """Put a tile `data` [tokens, columns] into the cache, from a token's unit `first` on; the others are [tokens]."""
+    token = cache + block * form.value.block + offset * form.value.token_stride
+    if form.value.turned:
+        runs: tl.constexpr = form.value.columns // form.value.run
+        run = first + tl.arange(0, runs) * form.value.run
+        there = there[None, :] & (run < form.value.units)[:, None]
+        place = token[None, :] + _in_cache(run, form)[:, None]
+        if form.value.run == 1:
+            tl.store(place, tl.trans(data), mask=there)
+        else:
+            data = tl.permute(tl.reshape(data, (form.value.tokens, runs, form.value.run)), (1, 0, 2))
+            tl.store(place[:, :, None] + tl.arange(0, form.value.run)[None, None, :], data, mask=there[:, :, None])
+    else:
+        column = first + tl.arange(0, form.value.columns)
+        there = there[:, None] & (column < form.value.units)[None, :]
+        tl.store(token[:, None] + _in_cache(column, form)[None, :], data, mask=there)
+
+
+@triton.jit
+def _load(cache, block, offset, there, first, form: tl.constexpr):
+    """The tile [tokens, columns] that `_store` puts there; zeros where not `there`."""
+    token = cache + block * form.value.block + offset * form.value.token_stride
+    if form.value.turned:
+        runs: tl.constexpr = form.value.columns // form.value.run
+        run = first + tl.arange(0, runs) * form.value.run
+        there = there[None, :] & (run < form.value.units)[:, None]
+        place = token[None, :] + _in_cache(run, form)[:, None]
+        if form.value.run == 1:
+            data = tl.trans(tl.load(place, mask=there, other=0))
+        else:
+            place = place[:, :, None] + tl.arange(0, form.value.run)[None, None, :]
+            data = tl.permute(tl.load(place, mask=there[:, :, None], other=0), (1, 0, 2))
+            data = tl.reshape(data, (form.value.tokens, form.value.columns))
+    else:
+        column = first + tl.arange(0, form.value.columns)
+        there = there[:, None] & (column < form.value.units)[None, :]
+        data = tl.load(token[:, None] + _in_cache(column, form)[None, :], mask=there, other=0)
+    return data
+
+
+@triton.jit
+def _write_tile(cache, rows, row_stride, head_stride, slots, count, capacity, form: tl.constexpr):
+    cache = cache.to(tl.pointer_type(form.value.unit), bitcast=True)
+    rows = rows.to(tl.pointer_type(form.value.unit), bitcast=True)
+    place = tl.arange(0, form.value.tokens)
+    start = tl.program_id(0).to(tl.int64) * form.value.tokens
+    token = start + place
+    slot = tl.load(slots + token, mask=token < count, other=-1).to(tl.int64)
+    there = (slot >= 0) & (slot < capacity)
+    first = tl.program_id(1) * form.value.columns
+    column = first + tl.arange(0, form.value.columns)
+    head = (column // form.value.head).to(tl.int64)
+    source = token[:, None] * (row_stride.to(tl.int64) * form.value.together)
+    source += (head * (head_stride.to(tl.int64) * form.value.together) + column % form.value.head)[None, :]
+    data = tl.load(rows + source, mask=there[:, None] & (column < form.value.units)[None, :], other=0)
+    if form.value.vector > 1:
+        # Tokens whose slots follow each other, from an aligned one on, go as vectors, with one mask for each.
+        lead = place // form.value.vector * form.value.vector
+        leader = tl.load(slots + start + lead, mask=start + lead < count, other=-1).to(tl.int64)
+        follows = there & (leader % form.value.vector == 0) & (slot == leader + place % form.value.vector)
+        if tl.min(follows.to(tl.int32), 0) == 1:
+            leader = leader // form.value.vector * form.value.vector  # itself, in a form that says it is aligned
+            offset = leader % form.value.block_size + place % form.value.vector
+            _store(cache, data, leader // form.value.block_size, offset, leader >= 0, first, form)
+        else:
+            _store(cache, data, slot // form.value.block_size, slot % form.value.block_size, there, first, form)
+    else:
+        _store(cache, data, slot // form.value.block_size, slot % form.value.block_size, there, first, form)
+
+
+@triton.jit(do_not_specialize=["k_row", "k_head", "v_row", "v_head", "count", "capacity"])
+def _write(
+    k_cache,
+    v_cache,
+    keys,
+    values,
+    slots,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    count,
+    capacity,
+    k_form: tl.constexpr,
+    v_form: tl.constexpr,
+):
+    if tl.program_id(2) == 0:
+        _write_tile(k_cache, keys, k_row, k_head, slots, count, capacity, k_form)
+    else:
+        _write_tile(v_cache, values, v_row, v_head, slots, count, capacity, v_form)
+
+
+@triton.jit
+def _gather_tile(cache, out, table, count, num_blocks, form: tl.constexpr):
+    cache = cache.to(tl.pointer_type(form.value.unit), bitcast=True)
+    out = out.to(tl.pointer_type(form.value.unit), bitcast=True)
+    token = tl.program_id(0).to(tl.int64) * form.value.tokens + tl.arange(0, form.value.tokens)
+    entry = token // form.value.block_size
+    # Masked by whole blocks, so that neighbouring tokens can be loaded together.
+    block = tl.load(table + entry, mask=entry * form.value.block_size < count, other=-1).to(tl.int64)
+    first = tl.program_id(1) * form.value.columns
+    there = (block >= 0) & (block < num_blocks)
+    data = _load(cache, block, token % form.value.block_size, there, first, form)
+    column = first + tl.arange(0, form.value.columns)
+    mask = (token < count)[:, None] & (column < form.value.units)[None, :]
+    tl.store(out + (token * form.value.units)[:, None] + column[None, :], data, mask=mask)
+
+
+@triton.jit(do_not_specialize=["count", "num_blocks"])
+def _gather(k_cache, v_cache, keys, values, table, count, num_blocks, k_form: tl.constexpr, v_form: tl.constexpr):
+    if tl.program_id(2) == 0:
+        _gather_tile(k_cache, keys, table, count, num_blocks, k_form)
+    else:
+        _gather_tile(v_cache, values, table, count, num_blocks, v_form)
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def _blocks(
+    addresses,
+    ids,
+    num_blocks,
+    unit: tl.constexpr,
+    together: tl.constexpr,
+    k_units: tl.constexpr,
+    v_units: tl.constexpr,
+    chunk: tl.constexpr,
+    copies: tl.constexpr,
+):
+    """Copy block ids[2 i] to ids[2 i + 1], or zero block ids[i], in the cache at addresses[program_id(2)]."""
+    item = tl.program_id(0).to(tl.int64)
+    side = tl.program_id(2)
+    cache = tl.load(addresses + side).to(tl.pointer_type(unit))
+    cache = tl.multiple_of(cache, together)
+    units = tl.where(side % 2 == 0, k_units, v_units).to(tl.int64)
+    at = tl.program_id(1).to(tl.int64) * chunk + tl.arange(0, chunk)
+    if copies:
+        source = tl.load(ids + 2 * item).to(tl.int64)
+        target = tl.load(ids + 2 * item + 1).to(tl.int64)
+        there = (source >= 0) & (source < num_blocks) & (target >= 0) & (target < num_blocks)
+        mask = there & (at < units)
+        tl.store(cache + target * units + at, tl.load(cache + source * units + at, mask=mask, other=0), mask=mask)
+    else:
+        target = tl.load(ids + item).to(tl.int64)
+        mask = (target >= 0) & (target < num_blocks) & (at < units)
+        tl.store(cache + target * units + at, tl.zeros((chunk,), unit), mask=mask)
+
+
+def write(
+    caches: tuple[Tensor, Tensor],
+    places: tuple[Place, Place],
+    rows: tuple[Tensor, Tensor],
+    slots: Tensor,
+    capacity: int,
+) -> None:
+    """Row i of K's and V's rows goes to slot `slots[i]`; a slot outside 0..capacity - 1 is skipped.
+
+    Args:
+        caches: K and V of one layer, each of one integer dtype.
+        places: how tokens lie in them.
+        rows: [n, heads, dim] of the same bytes, the dims of a head without gaps, n >= 1.
+        slots: int64 or int32 [n]. The same slot twice: either row may win.
+        capacity: slots of the cache.
+    """
+    forms, strides = [], []
+    for row, place in zip(rows, places, strict=True):
+        steps = [
+            step * row.itemsize if size > 1 else 0 for size, step in zip(row.shape[:2], row.stride(), strict=False)
+        ]
+        form = _Form.of(place, alignment(row.data_ptr(), *steps))
+        width = form.unit.primitive_bitwidth // 8 * form.together
+        forms.append(form)
+        strides += [step // width for step in steps]
+    k, v = forms
+    count = len(slots)
+    grid = (max(-(-count // k.tokens), -(-count // v.tokens)), max(k.programs, v.programs), 2)
+    with on_device_of(slots):
+        _write[grid](*caches, *rows, slots, *strides, count, capacity, k, v)
+
+
+def gather(
+    caches: tuple[Tensor, Tensor],
+    places: tuple[Place, Place],
+    out: tuple[Tensor, Tensor],
+    table: Tensor,
+    num_blocks: int,
+) -> None:
+    """The tokens of the blocks in `table`, in order, fill K's and V's `out`; zeros where a block does not exist.
+
+    Args:
+        caches, places: as for `write`.
+        out: [n, heads, dim] of the caches' integer dtype, without gaps, n >= 1.
+        table: int64 or int32 [m], `m * block_size >= n`.
+        num_blocks: of the cache.
+    """
+    k, v = (_Form.of(place, alignment(tensor.data_ptr())) for tensor, place in zip(out, places, strict=True))
+    count = len(out[0])
+    grid = (max(-(-count // k.tokens), -(-count // v.tokens)), max(k.programs, v.programs), 2)
+    with on_device_of(table):
+        _gather[grid](*caches, *out, table, count, num_blocks, k, v)
+
+
+def copy_blocks(addresses: Tensor, places: tuple[Place, Place], pairs: Tensor, num_blocks: int) -> None:
+    """Block `pairs[i, 1]` becomes block `pairs[i, 0]` in all caches, for pairs of existing blocks.
+
+    Args:
+        addresses: int64 [layers * 2] on the device: of K and V of each layer in turn, multiples of 16.
+        places: how tokens lie in K and in V.
+        pairs: int64 or int32 [n, 2], n >= 1. A target appears once, and nowhere as a source.
+        num_blocks: of each cache.
+    """
+    _launch_blocks(addresses, places, pairs, num_blocks, True)
+
+
+def zero_blocks(addresses: Tensor, places: tuple[Place, Place], ids: Tensor, num_blocks: int) -> None:
+    """All bytes of the blocks `ids` [n], n >= 1, that exist become zero; the rest as for `copy_blocks`."""
+    _launch_blocks(addresses, places, ids, num_blocks, False)
+
+
+def _launch_blocks(addresses: Tensor, places: tuple[Place, Place], ids: Tensor, num_blocks: int, copies: bool) -> None:
+    k_bytes, v_bytes = (place.block_bytes for place in places)
+    align = alignment(k_bytes, v_bytes)
+    width = min(align, 8)
+    chunk = min(power_of_2(max(k_bytes, v_bytes)), _CHUNK_BYTES) // width
+    grid = (len(ids), -(-max(k_bytes, v_bytes) // (chunk * width)), len(addresses))
+    with on_device_of(ids):
+        _blocks[grid](
+            addresses, ids, num_blocks, _UNITS[width], align, k_bytes // width, v_bytes // width, chunk, copies
+        )
