@@ -18,6 +18,10 @@ cdef class StepArrays:
     cdef int32_t* _kv_indices
     cdef int32_t* _kv_last_page_len
     cdef TableRow* _rows
+    # What the image on the device holds, and room for a list of patches to it; none where there is no such image.
+    cdef TableRow* _sent
+    cdef int64_t* _patches
+    cdef Py_ssize_t _sent_seqs, _sent_tokens
     cdef list _views
     cdef bint _uploads
     cdef readonly int num_groups

@@ -1,7 +1,25 @@
 """StepBuffers: the arrays of one forward pass as torch tensors at fixed addresses, on the host or on a device.
 
-The manager fills the host image; here it is only allocated, carved into tensors and carried over. Imports torch, the
-compiled manager, and storage for its checks.
+The manager fills the arrays on the host; here they are allocated, carved into tensors and carried over. Imports torch,
+the compiled manager, `kvblocks.upload`, and storage for its checks.
+
+Who writes what on a CUDA device while somebody else may still read it, and why the two do not meet:
+
+| memory | written by | while it is read by | kept apart by |
+| --- | --- | --- | --- |
+| host arrays | `prepare` N + 1 | the packing of step N | `prepare` packs before it returns; one thread a step |
+| pinned image A | the packing of step N + 2 | the copy of step N | A's event, which the host waits for |
+| pinned image B | the packing of step N + 1 | the copy of step N | another image |
+| landing place | the copy of step N + 1 | the kernel that spreads step N's patches | the stream |
+| device's image | that kernel, in step N + 1 | the pass of step N, a graph's replay | the stream |
+| blocks | the pass of step N + 1, its copies | the pass of step N | the stream |
+| blocks of step N | a later owner, once `commit` gave them back | the pass of step N | the stream |
+| an image that is freed | whoever gets its memory | uploads on another stream | `record_stream` |
+
+The stream is the device's current one when `prepare` is called, and must be the one that the pass runs on. Where it
+changed since the last step, it is made to wait for the last upload; that it waits for the last pass is up to whoever
+changed it. The image holds one step: enqueue its pass before the next `prepare` into the same buffers, or use two. A
+CUDA graph is captured after a `prepare`, never around one; its replay works on the step that was prepared last.
 """
 
 import math
@@ -13,6 +31,7 @@ from kvblocks.errors import OutOfMemory
 from kvblocks.manager import StepArrays
 from kvblocks.memory import available_memory
 from kvblocks.storage import checked_device, checked_size
+from kvblocks.upload import Upload, lane
 
 __all__ = ["StepBuffers"]
 
@@ -53,8 +72,8 @@ class StepBuffers(StepArrays):
     With several groups `slot_mapping`, `block_table`, `kv_indptr` and `kv_indices` are [groups, ...]: `block_table[g]`
     and `slot_mapping[g]` are what the layers of group g take. In a block table what lies out of reach is padding.
 
-    On a CUDA device the copy is enqueued on the current stream. Two pinned images take turns, each guarded by an event,
-    so the host may prepare the next step while the device still reads this one.
+    On a CUDA device `prepare` enqueues one copy of what changed, and a kernel that puts it in place, on the current
+    stream, and returns; the host may be two steps ahead of the device. The module's docstring says what cannot race.
     """
 
     def __init__(
@@ -99,12 +118,14 @@ class StepBuffers(StepArrays):
         free = available_memory()
         if size > free:
             raise OutOfMemory(f"step buffers of {size} bytes, and {free} are available", size, free, 0)
-        self._host = torch.zeros(size, dtype=torch.uint8, device="cpu")
-        on_host = carve(self._host)
-        uploads = self.device.type != "cpu"
-        super().__init__(**{name: tensor.numpy() for name, tensor in on_host.items()}, uploads=uploads)
-        self._image = torch.empty(size, dtype=torch.uint8, device=self.device) if uploads else self._host
-        tensors = carve(self._image) if uploads else on_host
+        way = lane(self.device)
+        with torch.inference_mode(False):  # what is made in inference mode could not be filled outside of it
+            self._host = torch.zeros(size, dtype=torch.uint8, device="cpu")
+            tensors = carve(self._host)
+            super().__init__(**{name: tensor.numpy() for name, tensor in tensors.items()}, uploads=way is not None)
+            if way is not None:
+                self._to_device = Upload(way, self._host, self._pack_bytes(size))
+                tensors = carve(self._to_device.image)
         self.input_ids = tensors["input_ids"]
         self.positions = tensors["positions"]
         self.slot_mapping = tensors["slot_mapping"]
@@ -115,11 +136,6 @@ class StepBuffers(StepArrays):
         self.kv_indices = tensors.get("kv_indices")
         self.kv_last_page_len = tensors.get("kv_last_page_len")
         self._copies_image = tensors["copies"]
-        self._turn = 0
-        if uploads:
-            self._staging = [torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(2)]
-            self._events = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
-            self._upload()
 
     @property
     def copies(self) -> torch.Tensor:
@@ -127,9 +143,8 @@ class StepBuffers(StepArrays):
         return self._copies_image[: self.num_copies]
 
     def _upload(self) -> None:
-        self._turn = 1 - self._turn
-        event, staging = self._events[self._turn], self._staging[self._turn]
-        event.synchronize()
-        staging.copy_(self._host)
-        self._image.copy_(staging, non_blocking=True)
-        event.record(torch.cuda.current_stream(self.device))
+        try:
+            self._to_device.send(self._pack)
+        except BaseException:
+            self._forget()  # what has arrived is not known: the next step brings everything
+            raise

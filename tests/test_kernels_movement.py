@@ -171,6 +171,40 @@ def test_every_layout_and_dtype_through_the_public_calls(layout: str, dtype: tor
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize(
+    "slots",
+    [
+        range(32, 64),
+        [*range(32, 40), *range(8, 16), *range(24, 32), *range(16)[:8]],
+        [*range(1, 33)],
+        [32, 34, 33, *range(35, 64)],
+        [*range(32, 63), 62 - 32],
+        range(96, 128),  # past the end, and before the start: aligned, and one after the other
+        range(-32, 0),
+        [*range(80, 96), *range(96, 112)],
+    ],
+    ids=["blocks", "halves", "not aligned", "swapped", "last astray", "past the end", "negative", "over the end"],
+)
+def test_tokens_that_may_go_together_do_so_only_where_it_is_right(
+    slots: list[int], dtype: torch.dtype, layout: str, device: str
+) -> None:
+    shape = Shape(8, 2, 16, 16, 16, dtype, layout)
+    ours, theirs = shape.cache(WithTriton, device), shape.cache(WithTorch, device)
+    keys, values = (random_bits((32, 2, 16), dtype, seed, device) for seed in (1, 2))
+    for cache in (ours, theirs):
+        cache.key_cache.view(torch.uint8).fill_(3)
+        cache.value_cache.view(torch.uint8).fill_(5)
+    # The cache ends after 96 slots, and memory goes on: what is written past its end is seen.
+    unchecked(ours)._capacity = 96
+    unchecked(ours).write(keys, values, torch.tensor(list(slots), device=device))
+    inside = [slot if slot < 96 else -1 for slot in slots]
+    unchecked(theirs).write(keys, values, torch.tensor(inside, device=device))
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_blocks_of_all_layers_move_in_one_launch(layout: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CacheConfig(3, 2, 16, 5, 4, v_head_dim=24)
     ours = engine_moved_by(WithTriton, config, "float16", device, layout=layout)

@@ -36,6 +36,11 @@ cdef struct TableRow:   # what a row of the block table holds now, in every grou
     int32_t computed    # tokens of the sequence that were, when its blocks out of reach became padding
 
 
+cdef enum:
+    PATCH_WORDS = 6   # of int32 in a patch: three int64
+    ARRAYS = 10       # patches beside those of the table's rows, at most
+
+
 cdef int64_t* int64_array(object array, str name, Py_ssize_t size, list views) except NULL:
     return <int64_t*>array_address(array, name, size, 8, views)
 
@@ -117,6 +122,12 @@ cdef class StepArrays:
         self._rows = <TableRow*>grab_zeroed(max_seqs, sizeof(TableRow))
         if self._rows == NULL:
             raise MemoryError(f"no memory for {max_seqs} rows")
+        if uploads:
+            self._sent = <TableRow*>grab_zeroed(max_seqs, sizeof(TableRow))
+            self._patches = <int64_t*>grab((max_seqs + ARRAYS) * PATCH_WORDS * sizeof(int32_t))
+            if self._sent == NULL or self._patches == NULL:
+                raise MemoryError(f"no memory for {max_seqs} rows")
+        self._sent_seqs = self._sent_tokens = 0
         self._views = views
         self.num_groups = <int32_t>groups
         self.max_seqs, self.max_blocks_per_seq, self.max_tokens = max_seqs, max_blocks, max_tokens
@@ -136,9 +147,93 @@ cdef class StepArrays:
 
     def __dealloc__(self):
         free(self._rows)
+        free(self._sent)
+        free(self._patches)
 
     def _upload(self):
         """Carry the arrays to the device; called by `prepare` after it has filled them, where there is one."""
+
+    def _pack(self, size_t image, size_t out):
+        """Write what changed in the arrays since the last call to `out`, the words first, then the list of patches.
+
+        A patch is three int64: the first int32 of the image that it changes, where its words start in `out`, and how
+        many int32 they are. At most `_pack_bytes(image bytes)` are written.
+
+        Args:
+            image: address that positions count from; all arrays lie after it as they do in the device's image.
+            out: address of memory, a multiple of 8.
+
+        Returns:
+            bytes written, the int32 at which the patches start, their number, and the words of the longest.
+        """
+        cdef Pack pack
+        if self._sent == NULL:
+            raise RuntimeError("these StepArrays were made without uploads=True")
+        with nogil:
+            pack_step(self, <char*>image, <int32_t*>out, &pack)
+        return (pack.words + pack.count * PATCH_WORDS) * sizeof(int32_t), pack.words, pack.count, pack.longest
+
+    def _pack_bytes(self, Py_ssize_t image_bytes):
+        """Bytes that `_pack` writes at most for arrays that lie in `image_bytes`."""
+        return image_bytes + 8 + (self.max_seqs + ARRAYS) * PATCH_WORDS * sizeof(int32_t)
+
+    def _forget(self):
+        """Let the next `_pack` bring everything: nothing is known of what the device holds."""
+        cdef Py_ssize_t i
+        self._sent_seqs, self._sent_tokens = self.max_seqs, self.max_tokens
+        for i in range(self.max_seqs if self._sent != NULL else 0):
+            self._sent[i].manager, self._sent[i].length = -1, <int32_t>self.max_blocks_per_seq
+
+
+cdef struct Pack:
+    char* image
+    int32_t* out
+    int64_t* patches
+    Py_ssize_t words, count, longest
+
+
+cdef void add_patch(Pack* pack, const void* source, Py_ssize_t words) noexcept nogil:
+    cdef int64_t* patch = pack.patches + pack.count * (PATCH_WORDS // 2)
+    if words == 0:
+        return
+    patch[0] = (<const char*>source - pack.image) // <Py_ssize_t>sizeof(int32_t)
+    patch[1], patch[2] = pack.words, words
+    memcpy(pack.out + pack.words, source, words * sizeof(int32_t))
+    pack.words += words
+    pack.count += 1
+    pack.longest = max(pack.longest, words)
+
+
+cdef void pack_step(StepArrays a, char* image, int32_t* out, Pack* pack) noexcept nogil:
+    """Behind the counts of this step and the last one both the arrays and the device's image are padding."""
+    cdef Py_ssize_t i, seqs = max(a.num_seqs, a._sent_seqs), tokens = max(a.num_tokens, a._sent_tokens)
+    cdef int32_t start, stop
+    cdef TableRow* row
+    cdef TableRow* sent
+    pack.image, pack.out, pack.patches = image, out, a._patches
+    pack.words = pack.count = pack.longest = 0
+    add_patch(pack, a._input_ids, 2 * tokens)
+    add_patch(pack, a._positions, 2 * tokens)
+    add_patch(pack, a._slot_mapping, 2 * tokens)
+    add_patch(pack, a._copies, 4 * a.num_copies)
+    add_patch(pack, a._seq_lens, seqs)
+    add_patch(pack, a._query_start_loc, a.max_seqs + 1)
+    if a._kv_indices != NULL:
+        add_patch(pack, a._kv_indptr, a.max_seqs + 1)
+        add_patch(pack, a._kv_indices, a._kv_indptr[a.max_seqs])
+        add_patch(pack, a._kv_last_page_len, seqs)
+    for i in range(seqs):
+        row, sent = &a._rows[i], &a._sent[i]
+        start, stop = min(row.length, sent.length), max(row.length, sent.length)
+        if row.handle != sent.handle or row.version != sent.version or row.manager != sent.manager:
+            start = 0
+        add_patch(pack, a._block_table + i * a.max_blocks_per_seq + start, stop - start)
+        sent[0] = row[0]
+    if pack.words & 1:
+        pack.out[pack.words] = 0
+        pack.words += 1
+    memcpy(pack.out + pack.words, pack.patches, pack.count * PATCH_WORDS * sizeof(int32_t))
+    a._sent_seqs, a._sent_tokens = a.num_seqs, a.num_tokens
 
 
 cdef inline int32_t* cells_at(StepArrays a, int32_t g, Py_ssize_t i) noexcept nogil:

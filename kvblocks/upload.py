@@ -1,0 +1,157 @@
+"""Carrying the host arrays of a step to their image on a device: what changed, in one copy, on the current stream.
+
+Knows bytes and streams, neither sequences nor what the arrays mean. Imports torch and the kernels.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from kvblocks.kernels import kernels
+
+__all__ = ["CudaLane", "Event", "Lane", "Pack", "Upload", "lane"]
+
+# Given the addresses of the host arrays and of memory to fill: the bytes that were filled, where in them (in int32) the
+# patches start, their number, and the words of the longest. See `StepArrays._pack`.
+Pack: TypeAlias = Callable[[int, int], tuple[int, int, int, int]]
+
+
+class Event(Protocol):
+    """As `torch.cuda.Event`; `synchronize` returns at once where nothing was recorded."""
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class Upload:
+    """One device's image of a step, and two host images that take turns: a copy may run while the next one is packed.
+
+    Args:
+        lane: enqueues the work.
+        host: the arrays, uint8, whose address goes to every `Pack`; a multiple of 8 bytes.
+        pack_bytes: what a `Pack` fills at most.
+
+    Attributes:
+        image: on the device, uint8, at one address for good; it starts as a copy of `host`.
+    """
+
+    def __init__(self, lane: "Lane", host: Tensor, pack_bytes: int) -> None:
+        size = -(-pack_bytes // 8) * 8
+        self._lane, self._address = lane, host.data_ptr()
+        self.image, self._landing = lane.memory(host.nbytes), lane.memory(size)
+        self._staging = [lane.pinned(size), lane.pinned(size)]
+        self._events = [lane.event(), lane.event()]
+        self._turn = 0
+        with lane.entered(self._events[0], [self.image, self._landing]):
+            self.image.copy_(host)
+            self._events[0].record()
+
+    def send(self, pack: Pack) -> None:
+        """Pack what changed and enqueue its way into the image; waits only for the upload before the last one."""
+        last, self._turn = self._events[self._turn], 1 - self._turn
+        event, staging = self._events[self._turn], self._staging[self._turn]
+        with self._lane.entered(last, [self.image, self._landing]):
+            event.synchronize()
+            nbytes, patches_at, count, longest = pack(self._address, staging.data_ptr())
+            self._lane.copy(self._landing[:nbytes], staging[:nbytes])
+            patches = staging.view(torch.int64)[patches_at // 2 :][: 3 * count]
+            self._lane.apply(self.image, self._landing, patches, patches_at, longest)
+            event.record()
+
+
+def lane(device: torch.device) -> "Lane | None":
+    """The way to a device; none leads to the CPU, where the host arrays are the image."""
+    if device.type == "cpu":
+        return None
+    return CudaLane(device) if device.type == "cuda" else Lane(device)
+
+
+class Lane:
+    """A device that has done what it was told when the call returns."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def memory(self, nbytes: int) -> Tensor:
+        """Bytes on the device, uint8."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def pinned(self, nbytes: int) -> Tensor:
+        """Bytes on the host that a copy to the device may read while the host goes on, uint8."""
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+
+    def event(self) -> Event:
+        return _Nothing()
+
+    def entered(self, last: Event, memory: list[Tensor]) -> contextlib.AbstractContextManager[None]:
+        """A context in which work on `memory` is enqueued, behind `last`."""
+        return contextlib.nullcontext()
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+
+    def apply(self, image: Tensor, packed: Tensor, patches: Tensor, patches_at: int, longest: int) -> None:
+        """Bring patches into `image`.
+
+        Args:
+            image, packed: uint8 on the device.
+            patches: the list of them on the host, int64 [3 * count]; it also lies in `packed`, at int32 `patches_at`.
+            longest: words of the longest patch.
+        """
+        image, packed = image.view(torch.int32), packed.view(torch.int32)
+        for target, source, words in patches.view(-1, 3).tolist():
+            image[target : target + words] = packed[source : source + words]
+
+
+class CudaLane(Lane):
+    """The device's current stream."""
+
+    _stream: torch.cuda.Stream | None = None
+
+    def pinned(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+    def event(self) -> Event:
+        with torch.cuda.device(self._device):
+            event: Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        return event
+
+    @contextlib.contextmanager
+    def entered(self, last: Event, memory: list[Tensor]) -> Iterator[None]:
+        with torch.cuda.device(self._device):
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "step buffers cannot be filled while a CUDA graph is captured, as their host side is not part of it; "
+                    "call prepare() before the capture, and before every replay"
+                )
+            stream = torch.cuda.current_stream()
+            if stream != self._stream:
+                if isinstance(last, torch.cuda.Event):
+                    stream.wait_event(last)
+                for tensor in memory:
+                    tensor.record_stream(stream)
+                self._stream = stream
+            yield
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def apply(self, image: Tensor, packed: Tensor, patches: Tensor, patches_at: int, longest: int) -> None:
+        module = kernels("steps")
+        if module is None:
+            super().apply(image, packed, patches, patches_at, longest)
+        else:
+            count = len(patches) // 3
+            module.apply_patches(image.view(torch.int32), packed.view(torch.int32), patches_at, count, longest)
+
+
+class _Nothing:
+    """What a device that is never behind has to wait for."""
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
