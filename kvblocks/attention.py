@@ -1,6 +1,7 @@
-"""Attention over the paged cache for a ragged batch, on plain torch: right on every device, layout and float dtype.
+"""Attention over the paged cache for a ragged batch: the call, and plain torch that is right everywhere.
 
-The reference for faster paths, and what runs on CPU. Nothing is written to the cache here. Imports torch and storage.
+Plain torch is the reference for the kernels, and what runs on CPU; `kvblocks.attention_cuda` picks a kernel on CUDA.
+Nothing is written to the cache here. Imports torch, storage, and those kernels.
 """
 
 import math
@@ -11,6 +12,8 @@ from typing import Protocol, Self, SupportsFloat, SupportsIndex
 import torch
 from torch import Tensor
 
+from kvblocks import storage
+from kvblocks.attention_cuda import Request, way
 from kvblocks.storage import PagedKVCache, checked_size
 
 __all__ = ["StepLike", "paged_attention"]
@@ -84,8 +87,12 @@ def paged_attention(
             or the query's differs from it.
         ValueError: a shape, device, length or option is not as above; nothing has been computed.
 
-    For inference: no gradient flows through it. Lengths are read on the host, so on a CUDA device the call waits for
-    the device.
+    For inference: no gradient flows through it. On a CUDA device the work is done by torch's `varlen_attn` where a
+    backend that takes block tables is active (`torch.nn.attention.activate_flash_attention_impl`), else by a Triton
+    kernel, else, for what neither takes, by plain torch; which one is logged once by "kvblocks", with the reason. The
+    kernels do not wait for the device and can be captured in a CUDA graph: its replays may hold fewer sequences and
+    tokens than the step that was captured, and longer sequences, but no row of more than its `max_query_len` queries.
+    What lengths and tables hold is checked only by plain torch, and with KVBLOCKS_CHECKED=1.
     """
     _check(query, cache, step, group, sinks)
     if softcap is not None and not 0 < _number("softcap", softcap) < math.inf:
@@ -95,8 +102,26 @@ def paged_attention(
     elif not math.isfinite(_number("scale", scale)):
         raise ValueError(f"scale={scale} must be finite")
     reach = _Reach.checked(window, chunk)
-    rows = _rows(step, cache.block_size, reach)
+    if query.is_cuda and step.num_tokens:
+        request = Request(query, cache, step, scale, reach.window, reach.chunk, softcap, sinks)
+        run = way(request)
+        if run is not None:
+            if storage.CHECKED:
+                _rows(step, cache.block_size, reach)
+            return run(request)
+    return _on_torch(query, cache, step, scale, reach, softcap, sinks)
 
+
+def _on_torch(
+    query: Tensor,
+    cache: PagedKVCache,
+    step: StepLike,
+    scale: float,
+    reach: "_Reach",
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    rows = _rows(step, cache.block_size, reach)
     output = query.new_zeros(*query.shape[:2], cache.v_head_dim)
     for batch in _batches(rows, cache):
         keys, values = _gather(batch, cache, step)

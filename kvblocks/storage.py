@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensor
 from kvblocks import memory
 from kvblocks.config import CacheConfig, itemsize
 from kvblocks.errors import OutOfMemory
-from kvblocks.movement import first_outside
+from kvblocks.movement import BlockLayout, first_outside
 from kvblocks.movers import Mover, Side, mover
 
 __all__ = ["LAYOUTS", "PagedKVCache"]
@@ -32,7 +32,7 @@ _VALUE_AXES = _KEY_AXES | {"X": "bhdt"}
 LAYOUTS = tuple(_KEY_AXES)
 
 # Whether indices that already lie on a device are brought to the host and checked, which waits for the device.
-_CHECKED = os.environ.get("KVBLOCKS_CHECKED") == "1"
+CHECKED = os.environ.get("KVBLOCKSCHECKED") == "1"
 
 
 class PagedKVCache:
@@ -55,7 +55,7 @@ class PagedKVCache:
 
     A slot is `block * block_size + offset`. Indices are int64 or int32 tensors, numpy arrays, or lists. On the host
     they are checked before a byte is written. Those that already lie on a device are not waited for: what is out of
-    range there is dropped (zeros, in what `gather` returns). KVBLOCKS_CHECKED=1 in the environment checks them too.
+    range there is dropped (zeros, in what `gather` returns). KVBLOCKSCHECKED=1 in the environment checks them too.
 
     Raises:
         OutOfMemory: the memory is not there; nothing stays allocated.
@@ -141,6 +141,11 @@ class PagedKVCache:
     @property
     def value_cache(self) -> Tensor:
         return self._values.tensor
+
+    @property
+    def places(self) -> tuple[BlockLayout, BlockLayout]:
+        """Where the bytes of a token lie in `key_cache` and in `value_cache`."""
+        return self._keys.blocks, self._values.blocks
 
     @property
     def memory_bytes(self) -> int:
@@ -278,7 +283,7 @@ class PagedKVCache:
         index = _integers(name, given)
         if index.device != self.device and not index.is_cpu:
             raise ValueError(f"{name} is on {index.device}, this cache on {self.device}; move it with .to()")
-        if index.is_cpu or _CHECKED:
+        if index.is_cpu or CHECKED:
             host = _has_memory(name, index.to("cpu", torch.int64))
             count = host.numel() if first is None else min(first, host.numel())
             bad = first_outside(host.data_ptr(), count, low, high)
@@ -374,7 +379,7 @@ def copy_blocks(cache: PagedKVCache, moves: Mover, pairs: Indices) -> None:
         return
     if index.ndim != 2 or index.shape[1] != 2:
         raise ValueError(f"pairs has shape {list(index.shape)}; give [n, 2] of (source, target)")
-    if _CHECKED or not isinstance(pairs, Tensor) or pairs.is_cpu:
+    if CHECKED or not isinstance(pairs, Tensor) or pairs.is_cpu:
         _check_pairs(index.tolist())
     moves.copy_blocks(index)
 

@@ -125,7 +125,7 @@ class CudaLane(Lane):
         with torch.cuda.device(self._device):
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
-                    "step buffers cannot be filled while a CUDA graph is captured, as their host side is not part of it; "
+                    "step buffers cannot be filled while a CUDA graph is captured, as the host is not part of it; "
                     "call prepare() before the capture, and before every replay"
                 )
             stream = torch.cuda.current_stream()

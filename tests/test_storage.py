@@ -545,7 +545,7 @@ def test_cuda_checks(monkeypatch: pytest.MonkeyPatch) -> None:
         cache.write(rows.cpu(), rows, [0])
     with pytest.raises(ValueError, match=r"slot_mapping\[0\]=16"):
         cache.write(rows, rows, [16])
-    monkeypatch.setattr(storage, "_CHECKED", True)
+    monkeypatch.setattr(storage, "CHECKED", True)
     with pytest.raises(ValueError, match=r"slot_mapping\[0\]=16"):
         cache.write(rows, rows, torch.tensor([16], device="cuda"))
     with pytest.raises(OutOfMemory, match="blocks fit"):

@@ -1,0 +1,208 @@
+"""Which kernel attends on a CUDA device, and calling it: torch's `varlen_attn` where its backend pages, else our own.
+
+Nothing here waits for the device, so all of it can be captured in a CUDA graph. Arguments were checked by
+`kvblocks.attention`. Imports torch, storage, and the kernels.
+"""
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from kvblocks.kernels import kernels
+from kvblocks.storage import PagedKVCache
+
+if TYPE_CHECKING:
+    from kvblocks.attention import StepLike
+
+__all__ = ["Request", "Way", "kernel_way", "varlen_way", "way"]
+
+_log = logging.getLogger("kvblocks")
+
+# FlashAttention 3 loads pages of a multiple of its tile (64 tokens or more) whole, slots that nobody has written
+# included; smaller ones token by token, and zeros past a sequence's length.
+_VARLEN_BLOCK_SIZES = range(1, 64)
+_VARLEN_HEAD_DIMS = range(8, 257, 8)
+# What torch calls the backends that take a block table, and the compute capability that each needs for it.
+_PAGING = {"FA3": 9, "FA4": 10}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The arguments of a call, checked; `step` has at least one token."""
+
+    query: Tensor
+    cache: PagedKVCache
+    step: "StepLike"
+    scale: float
+    window: int | None
+    chunk: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+    @property
+    def reach(self) -> int:
+        """Tokens that a row may have: now, or when a graph that is being captured is replayed."""
+        if self.query.is_cuda and torch.cuda.is_current_stream_capturing():
+            return self.step.block_table.shape[1] * self.cache.block_size
+        return self.step.max_seq_len
+
+
+Way = Callable[[Request], Tensor]
+
+
+def way(request: Request) -> Way | None:
+    """What computes the request, the fastest first; None leaves it to plain torch. Each choice is logged once."""
+    reasons: list[str] = []
+    step = request.step
+    if any(lens.device != request.cache.device for lens in (step.seq_lens, step.query_start_loc)):
+        _say("plain torch, which waits for the device", "the step's lengths are not on it")
+        return None
+    for name, refuses, run in (("varlen_attn", varlen_refuses, varlen_way), ("Triton", kernel_refuses, kernel_way)):
+        reason = refuses(request)
+        if reason is None:
+            _say(f"torch's {name}" if run is varlen_way else "kvblocks' Triton kernel", "; ".join(reasons))
+            return run
+        reasons.append(f"not {name}: {reason}")
+    _say("plain torch, which waits for the device", "; ".join(reasons))
+    return None
+
+
+@functools.cache
+def _say(what: str, why: str) -> None:
+    _log.info("paged attention runs on %s%s", what, f" ({why})" if why else "")
+
+
+def varlen_refuses(request: Request) -> str | None:
+    """Why torch's `varlen_attn` cannot serve, if so."""
+    found = _varlen()
+    if found is None:
+        return f"torch {torch.__version__} has none that takes a block table"
+    cache, backend = request.cache, found[1]()
+    if backend not in _PAGING:
+        return f"the active backend, {backend or 'FA2'}, takes no block table"
+    if torch.cuda.get_device_capability(cache.device)[0] != _PAGING[backend]:
+        return f"{backend} pages on compute capability {_PAGING[backend]} only"
+    if cache.layout != "NHD":
+        return f"layout {cache.layout} is not NHD"
+    if cache.dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes no {cache.dtype}"
+    if cache.head_dim != cache.v_head_dim or cache.head_dim not in _VARLEN_HEAD_DIMS:
+        return f"head dims {cache.head_dim} and {cache.v_head_dim} are not one multiple of 8 up to 256"
+    if cache.block_size not in _VARLEN_BLOCK_SIZES:
+        return f"blocks of {cache.block_size} tokens are loaded whole, unwritten slots too"
+    for name in ("chunk", "softcap", "sinks"):
+        if getattr(request, name) is not None:
+            return f"it knows no {name}"
+    return None
+
+
+def kernel_refuses(request: Request) -> str | None:
+    """Why our Triton kernel cannot serve, if so."""
+    module, cache = kernels("attention"), request.cache
+    if module is None:
+        return "Triton is not installed"
+    if cache.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it takes no {cache.dtype}"
+    if max(cache.head_dim, cache.v_head_dim) > module.MAX_HEAD_DIM:
+        return f"head dims {cache.head_dim} and {cache.v_head_dim} pass {module.MAX_HEAD_DIM}"
+    group = request.query.shape[1] // cache.num_heads
+    if group > module.MAX_GROUP:
+        return f"{group} query heads for one of K and V pass {module.MAX_GROUP}"
+    return None
+
+
+def varlen_way(request: Request) -> Tensor:
+    found = _varlen()
+    if found is None:
+        raise RuntimeError("torch has no varlen_attn that takes a block table")
+    query, cache, step = request.query, request.cache, request.step
+    out = query.new_zeros(*query.shape[:2], cache.v_head_dim)
+    found[0](
+        out,
+        query,
+        cache.key_cache,
+        cache.value_cache,
+        step.query_start_loc[: step.num_seqs + 1],
+        None,
+        step.max_query_len,
+        request.reach,
+        scale=request.scale,
+        window_size=(-1 if request.window is None else request.window - 1, 0),
+        enable_gqa=query.shape[1] != cache.num_heads,
+        seqused_k=step.seq_lens[: step.num_seqs],
+        block_table=step.block_table[: step.num_seqs],
+    )
+    return out
+
+
+def kernel_way(request: Request, *, splits: int | None = None) -> Tensor:
+    """Our Triton kernel; `splits` as for `kvblocks.kernels.attention.attend`."""
+    module = kernels("attention")
+    if module is None:
+        raise RuntimeError("Triton is not installed, so its kernels cannot attend; `pip install triton`")
+    query, cache, step = request.query, request.cache, request.step
+    capacity = step.block_table.shape[1] * cache.block_size
+    out: Tensor = module.attend(
+        query if query.stride(2) == 1 else query.contiguous(),
+        (cache.key_cache, cache.value_cache),
+        _forms(cache),
+        step.block_table if step.block_table.stride(1) == 1 else step.block_table.contiguous(),
+        step.seq_lens,
+        step.query_start_loc,
+        num_seqs=step.num_seqs,
+        max_query_len=step.max_query_len,
+        max_seq_len=request.reach,
+        scale=request.scale,
+        window=request.window if (request.window or capacity) < capacity else None,
+        chunk=request.chunk if (request.chunk or capacity) < capacity else None,
+        softcap=request.softcap,
+        sinks=request.sinks,
+        splits=splits,
+    )
+    return out
+
+
+_known: "WeakKeyDictionary[PagedKVCache, tuple[Any, Any]]" = WeakKeyDictionary()
+
+
+def _forms(cache: PagedKVCache) -> tuple[Any, Any]:
+    """How K and V lie in memory, in elements, as the kernel's constants."""
+    found = _known.get(cache)
+    if found is None:
+        module, width = kernels("attention"), cache.dtype.itemsize
+        assert module is not None
+        keys, values = (
+            module.Form(
+                block_size=place.block_size,
+                heads=place.heads,
+                dims=place.runs * place.run_bytes // width,
+                run=place.run_bytes // width,
+                block=place.block_bytes // width,
+                token_stride=place.token_stride // width,
+                head_stride=place.head_stride // width,
+                run_stride=place.run_stride // width,
+            )
+            for place in cache.places
+        )
+        found = _known[cache] = (keys, values)
+    return found
+
+
+@functools.cache
+def _varlen() -> tuple[Callable[..., Any], Callable[[], str | None]] | None:
+    """torch's `varlen_attn_out` and what names its backend, where there is one that takes a block table."""
+    try:
+        from torch.nn.attention import current_flash_attention_impl
+        from torch.nn.attention.varlen import varlen_attn_out
+    except ImportError:
+        return None
+    if "block_table" not in inspect.signature(varlen_attn_out).parameters:
+        return None
+    return varlen_attn_out, current_flash_attention_impl
