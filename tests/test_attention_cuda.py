@@ -118,6 +118,20 @@ def test_blocks_out_of_reach_are_never_read(splits: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("entry", [-1, 10**6, 2**31 - 1, -(2**31)])
+def test_a_block_that_does_not_exist_is_zeros(entry: int, device: str) -> None:
+    """Tables on a device are not checked: a wrong one must not read what belongs to nobody."""
+    built = Case([(37, 3), (29, 1)], with_sinks=True, device=device).build()
+    for row in range(2):
+        built.step.block_table[row, 2] = entry
+        built.keys[row][8:12] = 0
+        built.values[row][8:12] = 0
+    for splits in (1, 4):
+        output = kernel_way(request_of(built), splits=splits)
+        torch.testing.assert_close(output.double(), built.dense(), rtol=5e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_what_a_graph_was_captured_for_serves_smaller_batches(device: str) -> None:
     """A replay has the host's numbers of the capture, and the device's arrays of its own step."""
     for rows in ([(40, 1), (7, 1), (1, 1)], [(9, 1)]):

@@ -259,8 +259,8 @@ def test_offsets_past_31_bits(layout: str, dtype: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_rows_whose_strides_pass_31_bits(device: str) -> None:
-    apart = 2**30 + 16
+@pytest.mark.parametrize("apart", [2**30 + 16, 2**30 + 1])
+def test_rows_whose_strides_pass_31_bits(apart: int, device: str) -> None:
     far = torch.zeros(3 * apart + 64, dtype=torch.uint8, device=device) if device != "cpu" else None
     far = memory.zeroed(3 * apart + 64) if far is None else far
     rows = far.as_strided((4, 2, 16), (apart, 32, 1))
