@@ -20,6 +20,7 @@ cdef class StepArrays:
     cdef TableRow* _rows
     # What the image on the device holds, and room for a list of patches to it; none where there is no such image.
     cdef TableRow* _sent
+    cdef int32_t* _sent_zeros
     cdef int64_t* _patches
     cdef Py_ssize_t _sent_seqs, _sent_tokens
     cdef list _views

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernel_helpers import DEVICES
 from torch import Tensor
 
-from kvblocks import BlockManager, NoFreeBlocks, StepBuffers, step
+from kvblocks import BlockManager, Chunk, NoFreeBlocks, StepBuffers, Window, step
 from kvblocks.kernels import kernels
 from kvblocks.upload import Event, Lane
 
@@ -81,7 +81,9 @@ def snapshot(buffers: StepBuffers, num_copies: int) -> dict[str, list[Any]]:
     found["copies"] = buffers._copies_image[:num_copies].tolist()
     if buffers.kv_indptr is not None and buffers.kv_indices is not None:
         found |= {name: getattr(buffers, name).tolist() for name in PAGES}
-        found["kv_indices"] = buffers.kv_indices[: int(buffers.kv_indptr[-1])].tolist()
+        ends = buffers.kv_indptr.view(buffers.num_groups, -1)[:, -1].tolist()
+        rows = buffers.kv_indices.view(buffers.num_groups, -1)
+        found["kv_indices"] = [row[:end].tolist() for row, end in zip(rows, ends, strict=True)]
     return found
 
 
@@ -90,7 +92,8 @@ class Engine:
 
     def __init__(self, seed: int, buffers: StepBuffers) -> None:
         self.rng = random.Random(seed)
-        self.manager = BlockManager(24, 4, max_open_steps=2)
+        reaches = (None,) if buffers.num_groups == 1 else (None, Window(6), Chunk(8))
+        self.manager = BlockManager(24 * len(reaches), 4, max_open_steps=2, groups=reaches)
         self.buffers = buffers
         self.seqs: list[int] = []
 
@@ -142,12 +145,14 @@ class Engine:
 
 @pytest.mark.parametrize("with_kernel", [True, False])
 @settings(max_examples=40)
-@given(seed=st.integers(0, 2**32), kv_indices=st.booleans())
-def test_a_late_device_sees_every_step_as_the_host_has_it(with_kernel: bool, seed: int, kv_indices: bool) -> None:
+@given(seed=st.integers(0, 2**32), kv_indices=st.booleans(), groups=st.sampled_from([1, 3]))
+def test_a_late_device_sees_every_step_as_the_host_has_it(
+    with_kernel: bool, seed: int, kv_indices: bool, groups: int
+) -> None:
     """Two managers make the same calls. On the device each pass reads the image when its turn comes, not before."""
     way = LateLane(with_kernel)
-    there = Engine(seed, buffers_over(way, kv_indices=kv_indices))
-    here = Engine(seed, buffers_over(None, kv_indices=kv_indices))
+    there = Engine(seed, buffers_over(way, kv_indices=kv_indices, groups=groups))
+    here = Engine(seed, buffers_over(None, kv_indices=kv_indices, groups=groups))
     expected: list[dict[str, list[Any]]] = []
     found: list[dict[str, list[Any]]] = []
     for number, same in zip(there.steps(25), here.steps(25), strict=True):

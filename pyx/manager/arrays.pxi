@@ -38,7 +38,7 @@ cdef struct TableRow:   # what a row of the block table holds now, in every grou
 
 cdef enum:
     PATCH_WORDS = 6   # of int32 in a patch: three int64
-    ARRAYS = 10       # patches beside those of the table's rows, at most
+    ARRAYS = 10       # patches beside those of the groups, at most
 
 
 cdef int64_t* int64_array(object array, str name, Py_ssize_t size, list views) except NULL:
@@ -61,6 +61,11 @@ cdef void* array_address(object array, str name, Py_ssize_t size, Py_ssize_t wid
     cdef void* address = view.buf
     PyBuffer_Release(&view)
     return address
+
+
+cdef inline Py_ssize_t max_patches(Py_ssize_t groups, Py_ssize_t max_seqs) noexcept nogil:
+    """In each row of each group's table the beginning and the end may change."""
+    return ARRAYS + groups * (3 + 2 * max_seqs)
 
 
 cdef class StepArrays:
@@ -124,8 +129,9 @@ cdef class StepArrays:
             raise MemoryError(f"no memory for {max_seqs} rows")
         if uploads:
             self._sent = <TableRow*>grab_zeroed(max_seqs, sizeof(TableRow))
-            self._patches = <int64_t*>grab((max_seqs + ARRAYS) * PATCH_WORDS * sizeof(int32_t))
-            if self._sent == NULL or self._patches == NULL:
+            self._sent_zeros = <int32_t*>grab_zeroed(groups * max_seqs, sizeof(int32_t))
+            self._patches = <int64_t*>grab(max_patches(groups, max_seqs) * PATCH_WORDS * sizeof(int32_t))
+            if self._sent == NULL or self._sent_zeros == NULL or self._patches == NULL:
                 raise MemoryError(f"no memory for {max_seqs} rows")
         self._sent_seqs = self._sent_tokens = 0
         self._views = views
@@ -148,6 +154,7 @@ cdef class StepArrays:
     def __dealloc__(self):
         free(self._rows)
         free(self._sent)
+        free(self._sent_zeros)
         free(self._patches)
 
     def _upload(self):
@@ -175,7 +182,7 @@ cdef class StepArrays:
 
     def _pack_bytes(self, Py_ssize_t image_bytes):
         """Bytes that `_pack` writes at most for arrays that lie in `image_bytes`."""
-        return image_bytes + 8 + (self.max_seqs + ARRAYS) * PATCH_WORDS * sizeof(int32_t)
+        return image_bytes + 8 + max_patches(self.num_groups, self.max_seqs) * PATCH_WORDS * sizeof(int32_t)
 
     def _forget(self):
         """Let the next `_pack` bring everything: nothing is known of what the device holds."""
@@ -204,40 +211,64 @@ cdef void add_patch(Pack* pack, const void* source, Py_ssize_t words) noexcept n
     pack.longest = max(pack.longest, words)
 
 
+cdef inline int32_t* cells_at(StepArrays a, int32_t g, Py_ssize_t i) noexcept nogil:
+    return a._block_table + (g * a.max_seqs + i) * a.max_blocks_per_seq
+
+
+cdef void pack_row(StepArrays a, int32_t g, Py_ssize_t i, bint same, Pack* pack) noexcept nogil:
+    """Add what changed in row i of group g's table: entries that went out of reach, which now are zeros, and the end."""
+    cdef const int32_t* cells = cells_at(a, g, i)
+    cdef int32_t* zeros = &a._sent_zeros[g * a.max_seqs + i]
+    cdef int32_t had = a._sent[i].length, has = a._rows[i].length
+    cdef int32_t start = min(had, has) if same else 0, low = zeros[0] if same else 0
+    cdef int32_t first = low
+    while low < has and cells[low] == 0:
+        low += 1
+    zeros[0] = low
+    if same:
+        add_patch(pack, cells + first, low - first)
+        start = max(start, low)
+    if start < max(had, has):
+        add_patch(pack, cells + start, max(had, has) - start)
+
+
 cdef void pack_step(StepArrays a, char* image, int32_t* out, Pack* pack) noexcept nogil:
     """Behind the counts of this step and the last one both the arrays and the device's image are padding."""
     cdef Py_ssize_t i, seqs = max(a.num_seqs, a._sent_seqs), tokens = max(a.num_tokens, a._sent_tokens)
-    cdef int32_t start, stop
+    cdef int32_t g
+    cdef bint same
     cdef TableRow* row
     cdef TableRow* sent
     pack.image, pack.out, pack.patches = image, out, a._patches
     pack.words = pack.count = pack.longest = 0
     add_patch(pack, a._input_ids, 2 * tokens)
     add_patch(pack, a._positions, 2 * tokens)
-    add_patch(pack, a._slot_mapping, 2 * tokens)
     add_patch(pack, a._copies, 4 * a.num_copies)
     add_patch(pack, a._seq_lens, seqs)
     add_patch(pack, a._query_start_loc, a.max_seqs + 1)
+    for g in range(a.num_groups):
+        add_patch(pack, a._slot_mapping + g * a.max_tokens, 2 * tokens)
+        if a._kv_indices != NULL:
+            add_patch(pack, a._kv_indptr + g * (a.max_seqs + 1), a.max_seqs + 1)
+            add_patch(
+                pack, a._kv_indices + g * a.max_seqs * a.max_blocks_per_seq,
+                a._kv_indptr[g * (a.max_seqs + 1) + a.max_seqs],
+            )
     if a._kv_indices != NULL:
-        add_patch(pack, a._kv_indptr, a.max_seqs + 1)
-        add_patch(pack, a._kv_indices, a._kv_indptr[a.max_seqs])
         add_patch(pack, a._kv_last_page_len, seqs)
     for i in range(seqs):
         row, sent = &a._rows[i], &a._sent[i]
-        start, stop = min(row.length, sent.length), max(row.length, sent.length)
-        if row.handle != sent.handle or row.version != sent.version or row.manager != sent.manager:
-            start = 0
-        add_patch(pack, a._block_table + i * a.max_blocks_per_seq + start, stop - start)
+        same = row.handle == sent.handle and row.version == sent.version and row.manager == sent.manager
+        if same and row.length == sent.length and row.computed == sent.computed:
+            continue
+        for g in range(a.num_groups):
+            pack_row(a, g, i, same, pack)
         sent[0] = row[0]
     if pack.words & 1:
         pack.out[pack.words] = 0
         pack.words += 1
     memcpy(pack.out + pack.words, pack.patches, pack.count * PATCH_WORDS * sizeof(int32_t))
     a._sent_seqs, a._sent_tokens = a.num_seqs, a.num_tokens
-
-
-cdef inline int32_t* cells_at(StepArrays a, int32_t g, Py_ssize_t i) noexcept nogil:
-    return a._block_table + (g * a.max_seqs + i) * a.max_blocks_per_seq
 
 
 cdef void rewrite_row(
