@@ -28,9 +28,10 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class StepLike(Protocol):
     """What attention reads of a forward pass; `StepBuffers` is one.
 
-    `block_table` int32 [max_seqs, max_blocks_per_seq], `seq_lens` int32 [max_seqs] (tokens of each row, those of this
-    pass included), `query_start_loc` int32 [max_seqs + 1]: only the first `num_seqs` rows count. Row i's queries are
-    `query[query_start_loc[i]:query_start_loc[i + 1]]`, the last tokens of its sequence.
+    `block_table` int32 [max_seqs, max_blocks_per_seq], or one for each layer group, [groups, ...]; `seq_lens` int32
+    [max_seqs] (tokens of each row, those of this pass included), `query_start_loc` int32 [max_seqs + 1]: only the first
+    `num_seqs` rows count. Row i's queries are `query[query_start_loc[i]:query_start_loc[i + 1]]`, the last tokens of
+    its sequence.
     """
 
     @property
@@ -72,7 +73,7 @@ def paged_attention(
             query head h reads K/V head `h // (heads / cache.num_heads)`. Rows past `step.num_tokens` are padding.
         cache: one layer.
         step: block tables and lengths of the pass.
-        group: layer group that the layer is in; one so far.
+        group: layer group that the layer is in, whose block table is read.
         scale: factor of the scores; `1 / sqrt(head_dim)` by default.
         window: a token attends to the last `window` tokens, itself counted.
         chunk: a token attends within its own chunk of `chunk` positions.
@@ -94,7 +95,8 @@ def paged_attention(
     tokens than the step that was captured, and longer sequences, but no row of more than its `max_query_len` queries.
     What lengths and tables hold is checked only by plain torch, and with KVBLOCKS_CHECKED=1.
     """
-    _check(query, cache, step, group, sinks)
+    table = _table(step, group)
+    _check(query, cache, step, sinks)
     if softcap is not None and not 0 < _number("softcap", softcap) < math.inf:
         raise ValueError(f"softcap={softcap} must be above 0 and finite, or None")
     if scale is None:
@@ -103,28 +105,29 @@ def paged_attention(
         raise ValueError(f"scale={scale} must be finite")
     reach = _Reach.checked(window, chunk)
     if query.is_cuda and step.num_tokens:
-        request = Request(query, cache, step, scale, reach.window, reach.chunk, softcap, sinks)
+        request = Request(query, cache, step, table, scale, reach.window, reach.chunk, softcap, sinks)
         run = way(request)
         if run is not None:
             if storage.CHECKED:
-                _rows(step, cache.block_size, reach)
+                _rows(step, table, cache.block_size, reach)
             return run(request)
-    return _on_torch(query, cache, step, scale, reach, softcap, sinks)
+    return _on_torch(query, cache, step, table, scale, reach, softcap, sinks)
 
 
 def _on_torch(
     query: Tensor,
     cache: PagedKVCache,
     step: StepLike,
+    table: Tensor,
     scale: float,
     reach: "_Reach",
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    rows = _rows(step, cache.block_size, reach)
+    rows = _rows(step, table, cache.block_size, reach)
     output = query.new_zeros(*query.shape[:2], cache.v_head_dim)
     for batch in _batches(rows, cache):
-        keys, values = _gather(batch, cache, step)
+        keys, values = _gather(batch, cache, table)
         start, position, origin = _column(
             [(row.start, row.seq_len - row.query_len, row.first * cache.block_size) for row in batch], query.device
         )
@@ -198,7 +201,14 @@ def _number(name: str, value: float) -> float:
     return float(value)
 
 
-def _check(query: Tensor, cache: PagedKVCache, step: StepLike, group: int, sinks: Tensor | None) -> None:
+def _table(step: StepLike, group: int) -> Tensor:
+    tables = step.block_table if step.block_table.ndim == 3 else step.block_table[None]
+    if isinstance(group, bool) or not isinstance(group, int) or not 0 <= group < len(tables):
+        raise ValueError(f"group={group!r} must be 0 to {len(tables) - 1}: the step has {len(tables)} layer groups")
+    return tables[group]
+
+
+def _check(query: Tensor, cache: PagedKVCache, step: StepLike, sinks: Tensor | None) -> None:
     if cache.dtype not in _FLOATS:
         raise TypeError(f"the cache holds {cache.dtype}; attention takes {', '.join(map(str, _FLOATS))}")
     if query.dtype != cache.dtype:
@@ -215,13 +225,11 @@ def _check(query: Tensor, cache: PagedKVCache, step: StepLike, group: int, sinks
     for name, tensor in (("query", query), ("step.block_table", step.block_table), ("sinks", sinks)):
         if tensor is not None and tensor.device != cache.device:
             raise ValueError(f"{name} is on {tensor.device} and the cache on {cache.device}; move one of them")
-    if group != 0:
-        raise ValueError(f"group={group} must be 0: caches have one layer group")
     if sinks is not None and sinks.shape != query.shape[1:2]:
         raise ValueError(f"sinks has shape {list(sinks.shape)}; give one for each of the {query.shape[1]} query heads")
 
 
-def _rows(step: StepLike, block_size: int, reach: _Reach) -> list[_Row]:
+def _rows(step: StepLike, table: Tensor, block_size: int, reach: _Reach) -> list[_Row]:
     starts = step.query_start_loc[: step.num_seqs + 1].tolist()
     lens = step.seq_lens[: step.num_seqs].tolist()
     if starts[0] != 0 or starts[-1] != step.num_tokens:
@@ -229,14 +237,14 @@ def _rows(step: StepLike, block_size: int, reach: _Reach) -> list[_Row]:
             f"step.query_start_loc runs from {starts[0]} to {starts[-1]}; it must run from 0 to num_tokens="
             f"{step.num_tokens}"
         )
-    capacity = step.block_table.shape[1] * block_size
+    capacity = table.shape[1] * block_size
     rows = []
     for index, (seq_len, start, stop) in enumerate(zip(lens, starts, starts[1:], strict=False)):
         query_len = stop - start
         if not 1 <= query_len <= seq_len or seq_len > capacity:
             raise ValueError(
                 f"row {index} of the step has {query_len} queries and seq_lens={seq_len}; there must be 1 to seq_lens "
-                f"queries, and {step.block_table.shape[1]} blocks of {block_size} hold {capacity} tokens"
+                f"queries, and {table.shape[1]} blocks of {block_size} hold {capacity} tokens"
             )
         first = reach.start(seq_len - query_len) // block_size
         rows.append(_Row(index, start, query_len, seq_len, first, (seq_len - 1) // block_size))
@@ -261,25 +269,25 @@ def _column(rows: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, 
     return torch.unbind(torch.tensor(rows, device=device)[:, :, None], 1)
 
 
-def _gather(batch: list[_Row], cache: PagedKVCache, step: StepLike) -> tuple[Tensor, Tensor]:
+def _gather(batch: list[_Row], cache: PagedKVCache, table: Tensor) -> tuple[Tensor, Tensor]:
     """K and V of the blocks that the rows reach: [rows, kv heads, length, dim], from the start of their block `first`.
 
     Of one row exactly its tokens are read. Several rows are padded with their own last block, and their values at and
     past their length are zeroed: a weight of 0 would not do, as 0 * NaN is NaN.
     """
-    size, device = cache.block_size, step.block_table.device
+    size, device = cache.block_size, table.device
     if len(batch) == 1:
         row = batch[0]
-        table = step.block_table[row.index, row.first : row.last + 1]
-        keys, values = cache.gather(table, row.seq_len - row.first * size)
+        blocks = table[row.index, row.first : row.last + 1]
+        keys, values = cache.gather(blocks, row.seq_len - row.first * size)
         return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
     index, first, last, lens = _column(
         [(row.index, row.first, row.last, row.seq_len - row.first * size) for row in batch], device
     )
     num_blocks = batch[-1].num_blocks
-    table = step.block_table[index, torch.minimum(first + torch.arange(num_blocks, device=device), last)]
+    blocks = table[index, torch.minimum(first + torch.arange(num_blocks, device=device), last)]
     length = num_blocks * size
-    keys, values = cache.gather(table.flatten(), len(batch) * length)
+    keys, values = cache.gather(blocks.flatten(), len(batch) * length)
     unused = torch.arange(length, device=device) >= lens
     values.index_fill_(0, unused.flatten().nonzero()[:, 0], 0)
     # Head by head without gaps: matmul would copy to that form too, and slower.

@@ -40,6 +40,7 @@ class Request:
     query: Tensor
     cache: PagedKVCache
     step: "StepLike"
+    table: Tensor  # of the layer's group
     scale: float
     window: int | None
     chunk: int | None
@@ -50,7 +51,7 @@ class Request:
     def reach(self) -> int:
         """Tokens that a row may have: now, or when a graph that is being captured is replayed."""
         if self.query.is_cuda and torch.cuda.is_current_stream_capturing():
-            return self.step.block_table.shape[1] * self.cache.block_size
+            return self.table.shape[1] * self.cache.block_size
         return self.step.max_seq_len
 
 
@@ -137,7 +138,7 @@ def varlen_way(request: Request) -> Tensor:
         window_size=(-1 if request.window is None else request.window - 1, 0),
         enable_gqa=query.shape[1] != cache.num_heads,
         seqused_k=step.seq_lens[: step.num_seqs],
-        block_table=step.block_table[: step.num_seqs],
+        block_table=request.table[: step.num_seqs],
     )
     return out
 
@@ -148,12 +149,12 @@ def kernel_way(request: Request, *, splits: int | None = None) -> Tensor:
     if module is None:
         raise RuntimeError("Triton is not installed, so its kernels cannot attend; `pip install triton`")
     query, cache, step = request.query, request.cache, request.step
-    capacity = step.block_table.shape[1] * cache.block_size
+    capacity = request.table.shape[1] * cache.block_size
     out: Tensor = module.attend(
         query if query.stride(2) == 1 else query.contiguous(),
         (cache.key_cache, cache.value_cache),
         _forms(cache),
-        step.block_table if step.block_table.stride(1) == 1 else step.block_table.contiguous(),
+        request.table if request.table.stride(1) == 1 else request.table.contiguous(),
         step.seq_lens,
         step.query_start_loc,
         num_seqs=step.num_seqs,

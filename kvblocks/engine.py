@@ -5,16 +5,29 @@ Knows sizes and storage, and neither the manager nor the model. Imports torch th
 
 import logging
 from collections.abc import Iterator
-from typing import SupportsIndex
+from typing import Self, SupportsIndex
 
 import torch
 
 from kvblocks.config import CacheConfig
-from kvblocks.storage import Indices, PagedKVCache, _integer, copy_blocks, together, zero_blocks
+from kvblocks.errors import OutOfMemory
+from kvblocks.memory import budget
+from kvblocks.storage import (
+    Indices,
+    PagedKVCache,
+    _integer,
+    checked_device,
+    copy_blocks,
+    free_memory,
+    together,
+    zero_blocks,
+)
 
 __all__ = ["CacheEngine"]
 
 _log = logging.getLogger("kvblocks")
+
+_ROUNDING = 2 << 20  # bytes; what torch rounds large CUDA allocations up to
 
 
 class CacheEngine:
@@ -78,6 +91,66 @@ class CacheEngine:
             len(self),
             self.memory_bytes / 1e6,
         )
+
+    @classmethod
+    def for_device(
+        cls,
+        num_kv_heads: SupportsIndex,
+        head_dim: SupportsIndex,
+        num_layers: SupportsIndex,
+        dtype: torch.dtype | str,
+        device: torch.device | str,
+        *,
+        memory: str | int = "90%",
+        block_size: SupportsIndex = 16,
+        v_head_dim: SupportsIndex | None = None,
+        layout: str = "HDN",
+    ) -> Self:
+        """As many blocks as fit into a share of what is free on the device now; load the model before.
+
+        Args:
+            num_kv_heads, head_dim, num_layers, block_size, v_head_dim: as for `CacheConfig.for_memory`.
+            dtype, device, layout: as for `PagedKVCache`.
+            memory: "90%" of the free memory, "8GiB", or bytes. The rest is left to activations and whoever else comes;
+                an INFO line of the logger "kvblocks" says how much that is.
+
+        Memory that torch's allocator holds without using it is given back first, and counts as free. On CPU the free
+        memory is what the machine, the process's cgroups and its limits leave.
+
+        Raises:
+            OutOfMemory: not even one block fits.
+            ValueError: `memory` is not a size, or more than is free; or as for the others.
+            NotImplementedError: the device does not say how much is free.
+            TypeError, OverflowError: as for `CacheConfig.for_memory` and `PagedKVCache`.
+        """
+        place = checked_device(device)
+        if place.type not in ("cpu", "cuda"):
+            raise NotImplementedError(f"{place} does not say how much memory is free; use CacheConfig.for_memory")
+        one = CacheConfig(num_layers, num_kv_heads, head_dim, 1, block_size, v_head_dim)
+        free = free_memory(place)
+        share = budget(memory, free)
+        # Each tensor of a CUDA device is rounded up.
+        usable = min(share, free - 2 * one.num_layers * _ROUNDING) if place.type == "cuda" else share
+        if usable < one.block_bytes(dtype):
+            raise OutOfMemory(
+                f"{place} has {free} bytes free, and memory={memory!r} of them holds no block of "
+                f"{one.block_bytes(dtype)} bytes",
+                one.block_bytes(dtype),
+                free,
+                0,
+            )
+        config = CacheConfig.for_memory(
+            num_kv_heads, head_dim, num_layers, usable, dtype, block_size=block_size, v_head_dim=v_head_dim
+        )
+        _log.info(
+            "KV cache on %s: %.1f MB of the %.1f MB that are free (memory=%s), %.1f MB in reserve",
+            place,
+            config.memory_bytes(dtype) / 1e6,
+            free / 1e6,
+            memory,
+            (free - config.memory_bytes(dtype)) / 1e6,
+        )
+        return cls(config, dtype, place, layout=layout)
 
     @property
     def config(self) -> CacheConfig:

@@ -9,11 +9,14 @@ import re
 import resource
 import sys
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import torch
 
-__all__ = ["available_memory", "zeroed"]
+__all__ = ["available_memory", "budget", "zeroed"]
+
+_UNITS = {"B": 1} | {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 
 
 def available_memory(proc: Path = Path("/proc")) -> int:
@@ -28,6 +31,29 @@ def available_memory(proc: Path = Path("/proc")) -> int:
     """
     rooms = [*_machine(proc), *_cgroups(proc), *_address_space(proc)]
     return max(0, min(rooms, default=sys.maxsize))
+
+
+def budget(memory: str | int, free: int) -> int:
+    """Bytes that "90%" of `free`, "1.5GiB", or a number of bytes stands for.
+
+    Raises:
+        ValueError: it is none of these, not above 0, above 100%, or more than is free.
+        TypeError: it is neither text nor an integer.
+    """
+    if isinstance(memory, bool) or not isinstance(memory, str | int):
+        raise TypeError(f"memory={memory!r} is a {type(memory).__name__}; give bytes, or text like '8GiB' or '90%'")
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]iB|B)", memory.strip()) if isinstance(memory, str) else None
+    if isinstance(memory, str) and found is None:
+        raise ValueError(f"memory={memory!r} is neither a size, like '8GiB' or '512MiB', nor a share, like '90%'")
+    if found is None:
+        nbytes = int(memory)
+    elif found[2] == "%":
+        nbytes = int(free * min(Fraction(found[1]) / 100, Fraction(2)))
+    else:
+        nbytes = int(Fraction(found[1]) * _UNITS[found[2]])
+    if not 0 < nbytes <= free:
+        raise ValueError(f"memory={memory!r} is {nbytes} bytes; give 1 to the {free} that are free")
+    return nbytes
 
 
 def zeroed(nbytes: int, *, prefault: bool = False) -> torch.Tensor:

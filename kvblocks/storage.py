@@ -360,7 +360,7 @@ class _Shape:
         # Outside of `except`, so that no traceback keeps what was allocated.
         if not fits:
             storages.clear()
-            free = _free(self.device)
+            free = free_memory(self.device)
             fitting = min(free // block_bytes, self.num_blocks)
             raise OutOfMemory(
                 f"{self.num_blocks} blocks of {block_bytes} bytes are {requested} bytes, and {self.device} has {free} "
@@ -484,7 +484,8 @@ def _zeroed(nbytes: int, device: torch.device, prefault: bool) -> Tensor:
     return torch.zeros(nbytes, dtype=torch.uint8, device=device)
 
 
-def _free(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
+    """Bytes that caches on `device` can have now; 0 where it does not say."""
     if device.type == "cpu":
         return memory.available_memory()
     if device.type == "cuda":

@@ -286,6 +286,18 @@ def test_scores_far_above_the_sinks() -> None:
     torch.testing.assert_close(built.paged(), built.dense())
 
 
+def test_a_layer_reads_the_table_of_its_group() -> None:
+    built = Case([(9, 3), (7, 1)]).build()
+    expected = built.paged()
+    tables = torch.stack([torch.full_like(built.step.block_table, -1), built.step.block_table])
+    built.step = replace(built.step, block_table=tables)
+    assert torch.equal(built.paged(group=1), expected)
+    with pytest.raises(ValueError, match="group=2 must be 0 to 1: the step has 2 layer groups"):
+        built.paged(group=2)
+    with pytest.raises(ValueError, match="group=True must be 0 to 1"):
+        built.paged(group=True)
+
+
 def test_a_step_of_nothing_gives_zeros() -> None:
     built = Case([(5, 2)], padding=3).build()
     step = replace(built.step, num_seqs=0, num_tokens=0)
@@ -316,7 +328,7 @@ def test_the_query_is_left_alone() -> None:
         (lambda b: {"softcap": 0.0}, ValueError, r"softcap=0\.0 must be above 0"),
         (lambda b: {"softcap": math.nan}, ValueError, "softcap=nan"),
         (lambda b: {"scale": math.inf}, ValueError, "scale=inf must be finite"),
-        (lambda b: {"group": 1}, ValueError, "group=1 must be 0"),
+        (lambda b: {"group": 1}, ValueError, "group=1 must be 0 to 0: the step has 1"),
         (lambda b: {"sinks": torch.zeros(3)}, ValueError, r"sinks has shape \[3\]; give one for each of the 4"),
         (lambda b: {"sinks": torch.zeros(4, device="meta")}, ValueError, "sinks is on meta and the cache on cpu"),
         (lambda b: {"query": b.query.double()}, TypeError, "query is torch.float64 and the cache torch.float32"),

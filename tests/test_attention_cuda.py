@@ -23,7 +23,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 def request_of(built: Built) -> Request:
     options: dict[str, Any] = dict.fromkeys(("window", "chunk", "softcap")) | built.case.options
     scale = options.pop("scale", built.cache.head_dim**-0.5)
-    return Request(built.query, built.cache, built.step, scale, sinks=built.sinks, **options)
+    return Request(built.query, built.cache, built.step, built.step.block_table, scale, sinks=built.sinks, **options)
 
 
 def check(case: Case, splits: int | None) -> None:
@@ -109,11 +109,19 @@ def test_scores_far_above_the_sinks(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("splits", [1, 4])
-def test_blocks_out_of_reach_are_never_read(splits: int, device: str) -> None:
-    built = Case([(37, 3), (29, 1)], options={"window": 6}, device=device).build()
+@pytest.mark.parametrize(("options", "low"), [({"window": 6}, 5), ({"window": 6, "chunk": 16}, 5), ({"chunk": 3}, 2)])
+def test_blocks_out_of_reach_are_never_read(options: dict[str, int], low: int, splits: int, device: str) -> None:
+    built = Case([(37, 3), (29, 1)], options=options, device=device).build()
     expected = kernel_way(request_of(built), splits=splits)
     for row, (seq_len, query_len) in enumerate(built.case.rows):
-        built.step.block_table[row, : (seq_len - query_len - 5) // 4] = -5
+        unreached = (seq_len - query_len - low) // 4
+        # A value that is read and then given no weight would bring its NaN along.
+        gone = built.step.block_table[row, :unreached].long()
+        built.cache.key_cache[gone] = math.nan
+        built.cache.value_cache[gone] = math.nan
+    assert torch.equal(kernel_way(request_of(built), splits=splits), expected)
+    for row, (seq_len, query_len) in enumerate(built.case.rows):
+        built.step.block_table[row, : (seq_len - query_len - low) // 4] = -5
     assert torch.equal(kernel_way(request_of(built), splits=splits), expected)
 
 
@@ -149,7 +157,7 @@ def test_what_a_graph_was_captured_for_serves_smaller_batches(device: str) -> No
             step, num_seqs=4, num_tokens=4, max_seq_len=48, block_table=table, seq_lens=lens, query_start_loc=starts
         )
         for splits in (1, 4):
-            output = kernel_way(replace(request_of(built), step=captured), splits=splits)
+            output = kernel_way(replace(request_of(built), step=captured, table=table), splits=splits)
             torch.testing.assert_close(output.double(), built.dense(), rtol=5e-5, atol=5e-5)
 
 

@@ -220,3 +220,63 @@ def test_many_threads_get_the_same_caches() -> None:
         for thread in range(8):
             rows = keys[thread * 64 + layer * 4 :][:4]
             assert set(rows.flatten().tolist()) == {float(thread + 10 * layer)}
+
+
+@pytest.fixture
+def half_a_gibibyte_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 512 << 20)
+
+
+@pytest.mark.usefixtures("half_a_gibibyte_free")
+@pytest.mark.parametrize(
+    ("given", "share"),
+    [("90%", 0.9), ("12.5%", 0.125), ("100%", 1.0), ("256MiB", 0.5), ("0.25GiB", 0.5), (128 << 20, 0.25)],
+)
+def test_for_device_takes_a_share_of_what_is_free(
+    given: str | int, share: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="kvblocks"):
+        engine = CacheEngine.for_device(2, 64, 4, "bfloat16", "cpu", memory=given, layout="NHD", v_head_dim=32)
+    block = CacheConfig(4, 2, 64, 1, v_head_dim=32).block_bytes("bfloat16")
+    assert engine.num_blocks == int((512 << 20) * share) // block
+    assert (engine.layout, engine[0].v_head_dim, engine.block_size) == ("NHD", 32, 16)
+    reserve = ((512 << 20) - engine.memory_bytes) / 1e6
+    said = f"KV cache on cpu: {engine.memory_bytes / 1e6:.1f} MB of the 536.9 MB that are free (memory={given}), "
+    assert caplog.records[0].getMessage() == said + f"{reserve:.1f} MB in reserve"
+
+
+@pytest.mark.usefixtures("half_a_gibibyte_free")
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ("90", ValueError, "memory='90' is neither a size"),
+        ("-5%", ValueError, "neither a size"),
+        ("0%", ValueError, "is 0 bytes; give 1 to the 536870912 that are free"),
+        ("101%", ValueError, "542239621 bytes"),
+        ("9" * 400 + "%", ValueError, "1073741824 bytes"),
+        ("1TiB", ValueError, "1099511627776 bytes; give 1 to the 536870912"),
+        (0, ValueError, "memory=0 is 0 bytes"),
+        (-1, ValueError, "memory=-1 is -1 bytes"),
+        (2**70, ValueError, "is 1180591620717411303424 bytes"),
+        (0.9, TypeError, "memory=0.9 is a float; give bytes, or text like '8GiB' or '90%'"),
+        (True, TypeError, "memory=True is a bool"),
+        (None, TypeError, "memory=None"),
+        ("1B", OutOfMemory, "536870912 bytes free, and memory='1B' of them holds no block of 32768 bytes"),
+    ],
+)
+def test_for_device_says_what_it_cannot_take(given: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        CacheEngine.for_device(2, 64, 4, "bfloat16", "cpu", memory=given)
+
+
+@pytest.mark.cuda
+def test_for_device_on_a_device() -> None:
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    engine = CacheEngine.for_device(8, 128, 32, "bfloat16", "cuda", memory="90%")
+    assert 0.89 * free <= engine.memory_bytes <= 0.9 * free
+    assert torch.cuda.mem_get_info()[0] >= 0.05 * free
+    del engine
+    gc.collect()
+    everything = CacheEngine.for_device(8, 128, 32, "bfloat16", "cuda", memory="100%")
+    assert everything.memory_bytes >= 0.98 * free

@@ -170,7 +170,7 @@ def _attend(
         if has_sinks:
             sink = tl.load(sinks + query_heads, mask=valid, other=0.0).to(tl.float32) * _LOG2_E
             largest = tl.where(split == 0, sink, float("-inf"))
-            total = tl.where(split == 0, 1.0, 0.0) + tl.zeros((rows,), tl.float32)
+            total = tl.full((rows,), 1.0, tl.float32)
         else:
             largest = tl.full((rows,), float("-inf"), tl.float32)
             total = tl.zeros((rows,), tl.float32)
@@ -203,8 +203,7 @@ def _attend(
             scores = tl.dot(q, k, input_precision="ieee") * scale
             if has_softcap:
                 scores = softcap * (1 - 2 / (tl.exp(2 * (scores / softcap)) + 1))  # softcap * tanh(scores / softcap)
-            seen = (key_place[None, :] <= position[:, None]) & (key_place >= low)[None, :]
-            seen = seen & (key_place < to_key)[None, :]
+            seen = (key_place[None, :] <= position[:, None]) & (key_place < to_key)[None, :]
             if window > 0:
                 seen = seen & (key_place[None, :] > position[:, None] - window)
             if chunk > 0:
