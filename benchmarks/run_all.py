@@ -17,6 +17,7 @@ from harness import RESULTS, Row, machine, report
 HERE = Path(__file__).parent
 QUICK = {
     "allocation.py": ["--repeats", "2", "--blocks", "131072"],
+    "cuda.py": ["--quick"],
     "decode_step.py": ["--batches", "32", "256", "--rounds", "3"],
     "memory_footprint.py": ["--blocks", "262144"],
     "prefix_lookup.py": ["--repeats", "5"],
