@@ -4,12 +4,12 @@ Knows sizes and storage, and neither the manager nor the model. Imports torch th
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Self, SupportsIndex
 
 import torch
 
-from kvblocks.config import CacheConfig
+from kvblocks.config import CacheConfig, Group
 from kvblocks.errors import OutOfMemory
 from kvblocks.memory import budget
 from kvblocks.storage import (
@@ -40,9 +40,12 @@ class CacheEngine:
         config: sizes.
         dtype, device, layout, prefault: as for `PagedKVCache`.
 
+    With several layer groups the layers that have the same place in their groups share memory: a block of the pool
+    belongs to one group at a time. Each layer has its own `PagedKVCache` all the same, to be used with the block table
+    and the slots of its group, `group_of(layer)`.
+
     Raises:
         OutOfMemory: the layers do not all fit; none stays allocated.
-        NotImplementedError: `config` has more than one layer group.
         OverflowError, ValueError, TypeError: as for `PagedKVCache`.
 
     Example:
@@ -66,9 +69,12 @@ class CacheEngine:
     ) -> None:
         if not isinstance(config, CacheConfig):
             raise TypeError(f"config is a {type(config).__name__}; give a CacheConfig")
-        if len(config.groups) > 1:
-            raise NotImplementedError(f"config has {len(config.groups)} groups; only one layer group is supported")
         self._config = config
+        self._places = [0] * config.num_layers
+        self._group_of = [0] * config.num_layers
+        for g, group in enumerate(config.groups):
+            for place, layer in enumerate(group.layers):
+                self._places[layer], self._group_of[layer] = place, g
         self._caches = tuple(
             PagedKVCache.layers(
                 config.num_layers,
@@ -81,9 +87,10 @@ class CacheEngine:
                 layout=layout,
                 v_head_dim=config.v_head_dim,
                 prefault=prefault,
+                places=self._places,
             )
         )
-        self._mover = together(self._caches)
+        self._mover = together(self._distinct())
         _log.info(
             "KV cache on %s: %d blocks x %d layers = %.1f MB",
             self.device,
@@ -91,6 +98,10 @@ class CacheEngine:
             len(self),
             self.memory_bytes / 1e6,
         )
+
+    def _distinct(self) -> list[PagedKVCache]:
+        """One cache of each place, which together are all memory there is."""
+        return list(dict(zip(self._places, self._caches, strict=True)).values())
 
     @classmethod
     def for_device(
@@ -104,12 +115,13 @@ class CacheEngine:
         memory: str | int = "90%",
         block_size: SupportsIndex = 16,
         v_head_dim: SupportsIndex | None = None,
+        groups: Iterable[Group] | None = None,
         layout: str = "HDN",
     ) -> Self:
         """As many blocks as fit into a share of what is free on the device now; load the model before.
 
         Args:
-            num_kv_heads, head_dim, num_layers, block_size, v_head_dim: as for `CacheConfig.for_memory`.
+            num_kv_heads, head_dim, num_layers, block_size, v_head_dim, groups: as for `CacheConfig.for_memory`.
             dtype, device, layout: as for `PagedKVCache`.
             memory: "90%" of the free memory, "8GiB", or bytes. The rest is left to activations and whoever else comes;
                 an INFO line of the logger "kvblocks" says how much that is.
@@ -126,11 +138,11 @@ class CacheEngine:
         place = checked_device(device)
         if place.type not in ("cpu", "cuda"):
             raise NotImplementedError(f"{place} does not say how much memory is free; use CacheConfig.for_memory")
-        one = CacheConfig(num_layers, num_kv_heads, head_dim, 1, block_size, v_head_dim)
+        one = CacheConfig(num_layers, num_kv_heads, head_dim, 1, block_size, v_head_dim, groups)
         free = free_memory(place)
         share = budget(memory, free)
         # Each tensor of a CUDA device is rounded up.
-        usable = min(share, free - 2 * one.num_layers * _ROUNDING) if place.type == "cuda" else share
+        usable = min(share, free - 2 * one.layers_per_group * _ROUNDING) if place.type == "cuda" else share
         if usable < one.block_bytes(dtype):
             raise OutOfMemory(
                 f"{place} has {free} bytes free, and memory={memory!r} of them holds no block of "
@@ -140,7 +152,14 @@ class CacheEngine:
                 0,
             )
         config = CacheConfig.for_memory(
-            num_kv_heads, head_dim, num_layers, usable, dtype, block_size=block_size, v_head_dim=v_head_dim
+            num_kv_heads,
+            head_dim,
+            num_layers,
+            usable,
+            dtype,
+            block_size=block_size,
+            v_head_dim=v_head_dim,
+            groups=one.groups,
         )
         _log.info(
             "KV cache on %s: %.1f MB of the %.1f MB that are free (memory=%s), %.1f MB in reserve",
@@ -167,7 +186,7 @@ class CacheEngine:
     @property
     def memory_bytes(self) -> int:
         """Bytes of all tensors together; the same as `config.memory_bytes(dtype)`."""
-        return sum(cache.memory_bytes for cache in self._caches)
+        return sum(cache.memory_bytes for cache in self._distinct())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -192,6 +211,18 @@ class CacheEngine:
         if index < 0:
             raise ValueError(f"layer={index} is negative; layers are 0..{len(self) - 1}")
         return self._caches[index] if index < len(self) else None
+
+    def group_of(self, layer: SupportsIndex) -> int:
+        """The layer group, an index into `config.groups`, whose block table and slots the layer uses.
+
+        Raises:
+            IndexError: no such layer.
+            TypeError: `layer` is not an integer.
+        """
+        index = _integer("layer", layer)
+        if not 0 <= index < len(self):
+            raise IndexError(f"layer {index} is outside 0..{len(self) - 1}")
+        return self._group_of[index]
 
     def get_all_caches(self) -> list[PagedKVCache]:
         """The caches of all layers, in order, in a list of the caller's own."""

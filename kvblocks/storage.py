@@ -112,15 +112,22 @@ class PagedKVCache:
         layout: str = "HDN",
         v_head_dim: SupportsIndex | None = None,
         prefault: bool = False,
+        places: Sequence[int] | None = None,
     ) -> list[Self]:
-        """`num_layers` caches of one shape, all of them or, with an error, none. Arguments and errors as for one."""
+        """`num_layers` caches of one shape, all of them or, with an error, none. Arguments and errors as for one.
+
+        Args:
+            places: for each layer the number of its memory, from 0 without gaps. Layers of one number share it, and
+                must never use the same block. By default each has its own.
+        """
         count = checked_size("num_layers", num_layers)
         shape = _Shape.checked(num_blocks, num_heads, head_dim, block_size, dtype, device, layout, v_head_dim)
-        storages = iter(shape.allocate(count, prefault))
+        chosen = range(count) if places is None else places
+        storages = shape.allocate(max(chosen) + 1, prefault)
         caches = []
-        for keys, values in zip(storages, storages, strict=True):
+        for place in chosen:
             cache = cls.__new__(cls)
-            cache._lay_out(shape, keys, values)
+            cache._lay_out(shape, storages[2 * place], storages[2 * place + 1])
             caches.append(cache)
         return caches
 

@@ -5,6 +5,7 @@ import logging
 import mmap
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvblocks import memory
-from kvblocks.config import CacheConfig, Group, Window
+from kvblocks.config import CacheConfig, Group
 from kvblocks.engine import CacheEngine
 from kvblocks.errors import OutOfMemory
 from kvblocks.storage import LAYOUTS
@@ -133,10 +134,30 @@ def test_one_line_says_how_much_was_allocated(caplog: pytest.LogCaptureFixture) 
     assert [record.getMessage() for record in caplog.records] == ["KV cache on cpu: 10 blocks x 4 layers = 2.6 MB"]
 
 
-def test_what_is_not_supported_is_said() -> None:
-    groups = [Group(None, (0, 1)), Group(Window(8), (2,))]
-    with pytest.raises(NotImplementedError, match="2 groups"):
-        CacheEngine(SMALL.replace(groups=groups), "float16", "cpu")
+@given(st.permutations(range(5)), st.lists(st.integers(0, 2), min_size=5, max_size=5), st.sampled_from(LAYOUTS))
+def test_layers_of_groups_share_memory_by_their_place(order: list[int], parts: list[int], layout: str) -> None:
+    members = [[layer for layer, part in zip(order, parts, strict=True) if part == g] for g in range(3)]
+    groups = tuple(Group(None, tuple(layers)) for layers in members if layers)
+    config = CacheConfig(5, 2, 16, 6, 4, groups=groups)
+    engine = CacheEngine(config, "bfloat16", "cpu", layout=layout)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors(engine)}
+    assert engine.memory_bytes == config.memory_bytes("bfloat16") == sum(storages.values())
+    assert len({id(cache) for cache in engine}) == len(engine) == 5
+    for g, group in enumerate(groups):
+        assert [engine.group_of(layer) for layer in group.layers] == [g] * len(group.layers)
+        assert len({engine[layer].key_cache.data_ptr() for layer in group.layers}) == len(group.layers)
+    for alike in zip_longest(*[[engine[layer] for layer in group.layers] for group in groups]):
+        assert len({cache.value_cache.data_ptr() for cache in alike if cache is not None}) == 1
+    with pytest.raises(IndexError, match="layer 5"):
+        engine.group_of(5)
+    keys = torch.randn(1, 2, 16).bfloat16()
+    for cache in engine:
+        cache.write(keys, keys, [4])
+    engine.copy_blocks([(1, 5)])
+    assert all(torch.equal(cache.gather([5], 1)[0], keys) for cache in engine)
+
+
+def test_what_is_wrong_is_said() -> None:
     with pytest.raises(TypeError, match="config is a dict; give a CacheConfig"):
         CacheEngine({}, "float16", "cpu")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="layout='HNB'"):

@@ -1,0 +1,151 @@
+"""Manager, engine and attention together over layers of different reach, against attention over all tokens there are.
+
+Blocks start as NaN, and become NaN again when their first slot is written, so that nothing but what a step wrote or a
+hit found can come out right.
+"""
+
+import math
+from typing import Any
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvblocks.attention import paged_attention
+from kvblocks.config import CacheConfig, Chunk, Group, Window
+from kvblocks.engine import CacheEngine
+from kvblocks.errors import NoFreeBlocks
+from kvblocks.manager import BlockManager
+from kvblocks.step import StepBuffers
+
+HEADS, KV_HEADS, DIM = 4, 2, 8
+REACHES: list[tuple[Any, ...]] = [
+    (None, Window(5)),
+    (Window(3), None, Window(3)),
+    (None, Chunk(6)),
+    (Window(1), Window(7)),
+    (Chunk(4), None),
+]
+
+
+class Model:
+    """Layers whose K and V are a function of the tokens up to their own, as a model's are."""
+
+    def __init__(self, reaches: tuple[Any, ...], num_blocks: int, block_size: int, layout: str) -> None:
+        self.reaches = reaches
+        # Two layers in the first group, one in the others: places that stay empty.
+        ids = [(0, len(reaches)), *[(i,) for i in range(1, len(reaches))]]
+        groups = [Group(reach, layers) for reach, layers in zip(reaches, ids, strict=True)]
+        config = CacheConfig(len(reaches) + 1, KV_HEADS, DIM, num_blocks, block_size, groups=groups)
+        self.engine = CacheEngine(config, "float64", "cpu", layout=layout)
+        self.manager = BlockManager(num_blocks, block_size, groups=reaches)
+        self.step = StepBuffers(8, 64, 32, groups=len(reaches))
+        for cache in self.engine:
+            cache.key_cache.fill_(math.nan)
+            cache.value_cache.fill_(math.nan)
+
+    def kv(self, layer: int, tokens: list[int], start: int) -> Tensor:
+        """K, V and queries of the tokens from `start` on: [tokens, heads, dim] of each, side by side."""
+        rows = []
+        for end in range(start, len(tokens)):
+            generator = torch.Generator().manual_seed(hash((layer, *tokens[: end + 1])) % 2**62)
+            rows.append(torch.randn(2 * KV_HEADS + HEADS, DIM, generator=generator, dtype=torch.float64))
+        return torch.stack(rows)
+
+    def expected(self, layer: int, tokens: list[int], start: int) -> Tensor:
+        rows = self.kv(layer, tokens, 0)
+        keys, values = (rows[:, i * KV_HEADS : (i + 1) * KV_HEADS].repeat_interleave(2, 1) for i in range(2))
+        reach = self.reaches[self.engine.group_of(layer)]
+        out = []
+        for position in range(start, len(tokens)):
+            first = 0
+            if isinstance(reach, Window):
+                first = max(0, position - reach.size + 1)
+            elif isinstance(reach, Chunk):
+                first = position // reach.size * reach.size
+            scores = torch.einsum("hd,thd->ht", rows[position, 2 * KV_HEADS :], keys[first : position + 1])
+            weights = (scores / math.sqrt(DIM)).softmax(1)
+            out.append(torch.einsum("ht,thd->hd", weights, values[first : position + 1]))
+        return torch.stack(out)
+
+    def run(self, seqs: list[int], lens: list[int]) -> None:
+        """One pass; every layer's attention is what it should be."""
+        step_id = self.manager.prepare(seqs, lens, self.step)
+        step, tokens = self.step, [self.manager.tokens(seq).tolist() for seq in seqs]
+        self.engine.copy_blocks(step.copies)
+        ends = step.seq_lens.tolist()
+        for layer, cache in enumerate(self.engine):
+            group = self.engine.group_of(layer)
+            rows = torch.cat([self.kv(layer, tokens[i][: ends[i]], ends[i] - lens[i]) for i in range(len(seqs))])
+            slots = step.slot_mapping[group][: step.num_tokens]
+            self.poison(cache, slots)
+            cache.write(rows[:, :KV_HEADS], rows[:, KV_HEADS : 2 * KV_HEADS], slots)
+            reach = self.reaches[group]
+            out = paged_attention(
+                rows[:, 2 * KV_HEADS :].contiguous(),
+                cache,
+                step,
+                group=group,
+                window=reach.size if isinstance(reach, Window) else None,
+                chunk=reach.size if isinstance(reach, Chunk) else None,
+            )
+            right = torch.cat([self.expected(layer, tokens[i][: ends[i]], ends[i] - lens[i]) for i in range(len(seqs))])
+            torch.testing.assert_close(out, right)
+        self.manager.commit(step_id)
+        self.manager.audit()
+
+    def poison(self, cache: Any, slots: Tensor) -> None:
+        """What was in a block before its first token is written is not there any more."""
+        size = cache.block_size
+        for slot in slots.tolist():
+            if slot % size == 0:
+                nothing = torch.full((size, KV_HEADS, DIM), math.nan, dtype=torch.float64)
+                cache.write(nothing, nothing, list(range(slot, slot + size)))
+
+
+@given(
+    reaches=st.sampled_from(REACHES),
+    block_size=st.integers(1, 4),
+    layout=st.sampled_from(["HDN", "NHD", "HND", "X"]),
+    data=st.data(),
+)
+def test_attention_reads_what_it_should(reaches: tuple[Any, ...], block_size: int, layout: str, data: Any) -> None:
+    model = Model(reaches, 12 * len(reaches), block_size, layout)
+    manager = model.manager
+    live: list[int] = []
+    hits = data.draw(st.lists(st.integers(0, 1), min_size=24, max_size=24), label="a common prompt")
+    for _ in range(data.draw(st.integers(3, 10), label="actions")):
+        action = data.draw(st.sampled_from(["admit", "admit", "decode", "fork", "free", "preempt", "drafts"]))
+        try:
+            if action == "admit" and len(live) < 6:
+                tokens = hits[: data.draw(st.integers(1, 24))] + data.draw(st.lists(st.integers(0, 1), max_size=4))
+                seq, cached = manager.admit(tokens, reserve=0)
+                live.append(seq)
+                while cached < len(tokens):
+                    chunk = data.draw(st.integers(1, min(len(tokens) - cached, 9)))
+                    model.run([seq], [chunk])
+                    cached += chunk
+            elif live and action == "decode":
+                for _ in range(data.draw(st.integers(1, 8))):
+                    manager.append(live, [1] * len(live))
+                    lengths = manager.lengths(live)
+                    model.run(live, (lengths.num_tokens - lengths.num_computed).tolist())
+            elif live and action == "fork" and len(live) < 6:
+                live += manager.fork(live[0])
+            elif live and action == "free":
+                manager.free(live.pop(data.draw(st.integers(0, len(live) - 1))))
+            elif live and action == "drafts":
+                manager.extend(live[:1], [0, 0, 1], [3])
+                lengths = manager.lengths(live[:1])
+                left = int(lengths.num_tokens[0] - lengths.num_computed[0])
+                step_id = manager.prepare(live[:1], [left], model.step)
+                manager.abort(step_id) if left % 2 else manager.commit(step_id, [0])
+            elif live and action == "preempt":
+                manager.preempt(live[-1])
+                cached = manager.resume(live[-1], reserve=0)
+                left = int(manager.lengths(live[-1:]).num_tokens[0]) - cached
+                model.run(live[-1:], [left])
+        except NoFreeBlocks:
+            manager.free(live)
+            live = []
