@@ -5,6 +5,7 @@ hit found can come out right.
 """
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from kvblocks.errors import NoFreeBlocks
 from kvblocks.manager import BlockManager
 from kvblocks.step import StepBuffers
 
+torch.set_num_threads(1)  # these tensors are tiny, and threads would only wait for each other
+
 HEADS, KV_HEADS, DIM = 4, 2, 8
 REACHES: list[tuple[Any, ...]] = [
     (None, Window(5)),
@@ -27,6 +30,13 @@ REACHES: list[tuple[Any, ...]] = [
     (Window(1), Window(7)),
     (Chunk(4), None),
 ]
+
+
+@cache
+def of_prefix(layer: int, tokens: tuple[int, ...]) -> Tensor:
+    """K, V and query of the last token, [heads, dim] of each; they depend on all before it."""
+    generator = torch.Generator().manual_seed(hash((layer, *tokens)) % 2**62)
+    return torch.randn(2 * KV_HEADS + HEADS, DIM, generator=generator, dtype=torch.float64)
 
 
 class Model:
@@ -41,33 +51,28 @@ class Model:
         self.engine = CacheEngine(config, "float64", "cpu", layout=layout)
         self.manager = BlockManager(num_blocks, block_size, groups=reaches)
         self.step = StepBuffers(8, 64, 32, groups=len(reaches))
-        for cache in self.engine:
-            cache.key_cache.fill_(math.nan)
-            cache.value_cache.fill_(math.nan)
+        for layer in self.engine:
+            layer.key_cache.fill_(math.nan)
+            layer.value_cache.fill_(math.nan)
 
     def kv(self, layer: int, tokens: list[int], start: int) -> Tensor:
         """K, V and queries of the tokens from `start` on: [tokens, heads, dim] of each, side by side."""
-        rows = []
-        for end in range(start, len(tokens)):
-            generator = torch.Generator().manual_seed(hash((layer, *tokens[: end + 1])) % 2**62)
-            rows.append(torch.randn(2 * KV_HEADS + HEADS, DIM, generator=generator, dtype=torch.float64))
-        return torch.stack(rows)
+        return torch.stack([of_prefix(layer, tuple(tokens[: end + 1])) for end in range(start, len(tokens))])
 
     def expected(self, layer: int, tokens: list[int], start: int) -> Tensor:
         rows = self.kv(layer, tokens, 0)
         keys, values = (rows[:, i * KV_HEADS : (i + 1) * KV_HEADS].repeat_interleave(2, 1) for i in range(2))
         reach = self.reaches[self.engine.group_of(layer)]
-        out = []
+        seen = torch.zeros(len(tokens) - start, len(tokens), dtype=torch.bool)
         for position in range(start, len(tokens)):
             first = 0
             if isinstance(reach, Window):
                 first = max(0, position - reach.size + 1)
             elif isinstance(reach, Chunk):
                 first = position // reach.size * reach.size
-            scores = torch.einsum("hd,thd->ht", rows[position, 2 * KV_HEADS :], keys[first : position + 1])
-            weights = (scores / math.sqrt(DIM)).softmax(1)
-            out.append(torch.einsum("ht,thd->hd", weights, values[first : position + 1]))
-        return torch.stack(out)
+            seen[position - start, first : position + 1] = True
+        scores = torch.einsum("qhd,thd->hqt", rows[start:, 2 * KV_HEADS :], keys) / math.sqrt(DIM)
+        return torch.einsum("hqt,thd->qhd", scores.masked_fill(~seen, -math.inf).softmax(2), values)
 
     def run(self, seqs: list[int], lens: list[int]) -> None:
         """One pass; every layer's attention is what it should be."""
@@ -75,16 +80,16 @@ class Model:
         step, tokens = self.step, [self.manager.tokens(seq).tolist() for seq in seqs]
         self.engine.copy_blocks(step.copies)
         ends = step.seq_lens.tolist()
-        for layer, cache in enumerate(self.engine):
+        for layer, blocks in enumerate(self.engine):
             group = self.engine.group_of(layer)
             rows = torch.cat([self.kv(layer, tokens[i][: ends[i]], ends[i] - lens[i]) for i in range(len(seqs))])
             slots = step.slot_mapping[group][: step.num_tokens]
-            self.poison(cache, slots)
-            cache.write(rows[:, :KV_HEADS], rows[:, KV_HEADS : 2 * KV_HEADS], slots)
+            self.poison(blocks, slots)
+            blocks.write(rows[:, :KV_HEADS], rows[:, KV_HEADS : 2 * KV_HEADS], slots)
             reach = self.reaches[group]
             out = paged_attention(
                 rows[:, 2 * KV_HEADS :].contiguous(),
-                cache,
+                blocks,
                 step,
                 group=group,
                 window=reach.size if isinstance(reach, Window) else None,
@@ -95,13 +100,13 @@ class Model:
         self.manager.commit(step_id)
         self.manager.audit()
 
-    def poison(self, cache: Any, slots: Tensor) -> None:
+    def poison(self, blocks: Any, slots: Tensor) -> None:
         """What was in a block before its first token is written is not there any more."""
-        size = cache.block_size
+        size = blocks.block_size
         for slot in slots.tolist():
             if slot % size == 0:
                 nothing = torch.full((size, KV_HEADS, DIM), math.nan, dtype=torch.float64)
-                cache.write(nothing, nothing, list(range(slot, slot + size)))
+                blocks.write(nothing, nothing, list(range(slot, slot + size)))
 
 
 @given(
