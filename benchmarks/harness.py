@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Row", "compare", "machine", "report"]
+__all__ = ["Row", "clock_cost", "compare", "machine", "report"]
 
 RESULTS = Path(__file__).parent / "results"
 _SCALES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
@@ -60,6 +61,12 @@ def compare(contenders: Mapping[str, Callable[[], object]], repeats: int = 9, cl
     finally:
         gc.enable()
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def clock_cost(now: Callable[[], float]) -> float:
+    """Seconds that a pair of readings of this clock adds to what lies between them; the CPU clock is a system call."""
+    readings = [now() for _ in range(2001)]
+    return statistics.median(later - earlier for earlier, later in pairwise(readings))
 
 
 def machine(packages: Sequence[str] = ("torch", "numpy")) -> dict[str, str]:
