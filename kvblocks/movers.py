@@ -146,13 +146,14 @@ class WithTriton:
         self._places = tuple(
             module.Place(**{name: getattr(side.blocks, name) for name in module.Place.__slots__}) for side in sides[:2]
         )
+        self._forms = tuple(module.forms(place) for place in self._places)
         addresses = [side.tensor.data_ptr() for side in sides]
         self._addresses = torch.tensor(addresses, dtype=torch.int64, device=sides[0].tensor.device)
 
     def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         if len(slots):
             rows = scatter.bits(keys.detach()), scatter.bits(values.detach())
-            self._kernels.write(self._caches, self._places, rows, slots, self._capacity)
+            self._kernels.write(self._caches, self._forms, rows, slots, self._capacity)
 
     def gather(self, table: Tensor, num_tokens: int, out: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         keys, values = self._sides[:2]
@@ -160,7 +161,7 @@ class WithTriton:
             out = keys.tensor.new_empty((num_tokens, *keys.row)), values.tensor.new_empty((num_tokens, *values.row))
         if num_tokens:
             bits = tuple(scatter.bits(rows) for rows in out)
-            self._kernels.gather(self._caches, self._places, bits, table, self._num_blocks)
+            self._kernels.gather(self._caches, self._forms, bits, table, self._num_blocks)
         return out
 
     def copy_blocks(self, pairs: Tensor) -> None:

@@ -9,7 +9,7 @@ Imports torch and Triton.
 import functools
 import operator
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeAlias
 
 import triton
 import triton.language as tl
@@ -17,7 +17,10 @@ from torch import Tensor
 
 from kvblocks.kernels.launch import on_device_of, power_of_2
 
-__all__ = ["Place", "alignment", "copy_blocks", "gather", "write", "zero_blocks"]
+__all__ = ["Forms", "Place", "copy_blocks", "forms", "gather", "write", "zero_blocks"]
+
+# By the alignment of the rows that are moved, in bytes.
+Forms: TypeAlias = "dict[int, _Form]"
 
 _TILE_BYTES = 4096  # moved by one program: 32 bytes in flight for each of its 128 threads
 _TURNED_TILE_BYTES = 8192
@@ -50,10 +53,10 @@ class Place:
         strides += [self.token_stride] if self.block_size > 1 else []
         strides += [self.head_stride] if self.heads > 1 else []
         strides += [self.run_stride] if self.runs > 1 else []
-        return alignment(*strides)
+        return _alignment(*strides)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # one object for each, as a launch looks its constants up
 class _Form:
     """How K or V is moved: sizes and strides in units of 1 to 8 bytes, and the tile of one program.
 
@@ -69,7 +72,7 @@ class _Form:
     token_stride: int
     head_stride: int
     run_stride: int
-    together: int  # units of rows that lie aligned together
+    together: int  # units of rows that lie aligned together; strides of rows come in multiples of them
     turned: bool  # neighbours in the cache are tokens and not dims: a tile is transposed on its way
     tokens: int  # of a tile
     columns: int  # units of a token in a tile
@@ -117,9 +120,14 @@ class _Form:
         )
 
 
-def alignment(*numbers: int) -> int:
+def _alignment(*numbers: int) -> int:
     """The largest power of two, up to 16, that divides every number (addresses, sizes and strides in bytes)."""
     return _power_in(functools.reduce(operator.or_, numbers, 16))
+
+
+def forms(place: Place) -> Forms:
+    """What `write` and `gather` take of a place, made once."""
+    return {align: _Form.of(place, align) for align in (1, 2, 4, 8, 16)}
 
 
 def _power_in(number: int) -> int:
@@ -288,7 +296,7 @@ def _blocks(
 
 def write(
     caches: tuple[Tensor, Tensor],
-    places: tuple[Place, Place],
+    forms: tuple[Forms, Forms],
     rows: tuple[Tensor, Tensor],
     slots: Tensor,
     capacity: int,
@@ -297,22 +305,21 @@ def write(
 
     Args:
         caches: K and V of one layer, each of one integer dtype.
-        places: how tokens lie in them.
+        forms: how tokens lie in them.
         rows: [n, heads, dim] of the same bytes, the dims of a head without gaps, n >= 1.
         slots: int64 or int32 [n]. The same slot twice: either row may win.
         capacity: slots of the cache.
     """
-    forms, strides = [], []
-    for row, place in zip(rows, places, strict=True):
-        steps = [
-            step * row.itemsize if size > 1 else 0 for size, step in zip(row.shape[:2], row.stride(), strict=False)
-        ]
-        form = _Form.of(place, alignment(row.data_ptr(), *steps))
-        width = form.unit.primitive_bitwidth // 8 * form.together
-        forms.append(form)
-        strides += [step // width for step in steps]
-    k, v = forms
-    count = len(slots)
+    chosen, strides = [], []
+    count, heads, _ = rows[0].shape
+    for row, by_alignment in zip(rows, forms, strict=True):
+        apart, step, _ = row.stride()
+        apart = apart * row.itemsize if count > 1 else 0
+        step = step * row.itemsize if heads > 1 else 0
+        align = _power_in(16 | row.data_ptr() | apart | step)
+        chosen.append(by_alignment[align])
+        strides += [apart // align, step // align]
+    k, v = chosen
     grid = (max(-(-count // k.tokens), -(-count // v.tokens)), max(k.programs, v.programs), 2)
     with on_device_of(slots):
         _write[grid](*caches, *rows, slots, *strides, count, capacity, k, v)
@@ -320,7 +327,7 @@ def write(
 
 def gather(
     caches: tuple[Tensor, Tensor],
-    places: tuple[Place, Place],
+    forms: tuple[Forms, Forms],
     out: tuple[Tensor, Tensor],
     table: Tensor,
     num_blocks: int,
@@ -328,12 +335,12 @@ def gather(
     """The tokens of the blocks in `table`, in order, fill K's and V's `out`; zeros where a block does not exist.
 
     Args:
-        caches, places: as for `write`.
+        caches, forms: as for `write`.
         out: [n, heads, dim] of the caches' integer dtype, without gaps, n >= 1.
         table: int64 or int32 [m], `m * block_size >= n`.
         num_blocks: of the cache.
     """
-    k, v = (_Form.of(place, alignment(tensor.data_ptr())) for tensor, place in zip(out, places, strict=True))
+    k, v = (by[_power_in(16 | rows.data_ptr())] for rows, by in zip(out, forms, strict=True))
     count = len(out[0])
     grid = (max(-(-count // k.tokens), -(-count // v.tokens)), max(k.programs, v.programs), 2)
     with on_device_of(table):
@@ -359,7 +366,7 @@ def zero_blocks(addresses: Tensor, places: tuple[Place, Place], ids: Tensor, num
 
 def _launch_blocks(addresses: Tensor, places: tuple[Place, Place], ids: Tensor, num_blocks: int, copies: bool) -> None:
     k_bytes, v_bytes = (place.block_bytes for place in places)
-    align = alignment(k_bytes, v_bytes)
+    align = _alignment(k_bytes, v_bytes)
     width = min(align, 8)
     chunk = min(power_of_2(max(k_bytes, v_bytes)), _CHUNK_BYTES) // width
     grid = (len(ids), -(-max(k_bytes, v_bytes) // (chunk * width)), len(addresses))
