@@ -99,13 +99,13 @@ def paged_attention(
     _check(query, cache, step, sinks)
     if softcap is not None and not 0 < _number("softcap", softcap) < math.inf:
         raise ValueError(f"softcap={softcap} must be above 0 and finite, or None")
-    if scale is None:
-        scale = 1 / math.sqrt(cache.head_dim)
-    elif not math.isfinite(_number("scale", scale)):
+    scale = 1 / math.sqrt(cache.head_dim) if scale is None else _number("scale", scale)
+    if not math.isfinite(scale):
         raise ValueError(f"scale={scale} must be finite")
     reach = _Reach.checked(window, chunk)
     if query.is_cuda and step.num_tokens:
-        request = Request(query, cache, step, table, scale, reach.window, reach.chunk, softcap, sinks)
+        cap = None if softcap is None else float(softcap)
+        request = Request(query, cache, step, table, scale, reach.window, reach.chunk, cap, sinks)
         run = way(request)
         if run is not None:
             if storage.CHECKED:

@@ -116,6 +116,9 @@ def kernel_refuses(request: Request) -> str | None:
     group = request.query.shape[1] // cache.num_heads
     if group > module.MAX_GROUP:
         return f"{group} query heads for one of K and V pass {module.MAX_GROUP}"
+    nbytes = module.query_bytes(group, max(cache.head_dim, cache.v_head_dim), cache.dtype.itemsize)
+    if nbytes > module.MAX_QUERY_BYTES:
+        return f"{group} query heads for one of K and V take {nbytes} bytes, which pass {module.MAX_QUERY_BYTES}"
     return None
 
 

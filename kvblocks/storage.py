@@ -387,7 +387,7 @@ def copy_blocks(cache: PagedKVCache, moves: Mover, pairs: Indices) -> None:
     if index.ndim != 2 or index.shape[1] != 2:
         raise ValueError(f"pairs has shape {list(index.shape)}; give [n, 2] of (source, target)")
     if CHECKED or not isinstance(pairs, Tensor) or pairs.is_cpu:
-        _check_pairs(index.tolist())
+        _check_pairs(_integers("pairs", pairs).tolist())  # as they were given: `index` may lie on a device by now
     moves.copy_blocks(index)
 
 

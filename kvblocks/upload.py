@@ -113,7 +113,8 @@ class CudaLane(Lane):
     _stream: torch.cuda.Stream | None = None
 
     def pinned(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+        with torch.cuda.device(self._device):  # pinning needs a context, and another device should not get one
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def event(self) -> Event:
         with torch.cuda.device(self._device):

@@ -14,7 +14,7 @@ from test_attention import Built, Case
 from torch import Tensor
 
 from kvblocks import attention_cuda, paged_attention
-from kvblocks.attention_cuda import Request, kernel_way, varlen_refuses, varlen_way, way
+from kvblocks.attention_cuda import Request, kernel_refuses, kernel_way, varlen_refuses, varlen_way, way
 from kvblocks.storage import LAYOUTS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -254,6 +254,9 @@ def test_which_way_is_taken_is_logged_once(monkeypatch: pytest.MonkeyPatch, capl
 def test_what_the_kernel_cannot_do_is_left_to_torch() -> None:
     assert way(request_of(Case([(3, 1)], head_dim=264, v_head_dim=8, dtype=torch.float16).build())) is None
     assert way(request_of(Case([(3, 1)], kv_heads=1, groups=129, dtype=torch.float16).build())) is None
+    large = Case([(3, 1)], kv_heads=1, groups=71, head_dim=256, v_head_dim=8)
+    assert "131072 bytes, which pass 32768" in (kernel_refuses(request_of(large.build())) or "")
+    assert way(request_of(large.build())) is None
     built = Case([(3, 1)], dtype=torch.float16).build()
     elsewhere = replace(built.step, seq_lens=built.step.seq_lens.to("meta"))
     assert way(replace(request_of(built), step=elsewhere)) is None

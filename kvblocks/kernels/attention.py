@@ -17,10 +17,11 @@ from torch import Tensor
 
 from kvblocks.kernels.launch import INTERPRETED, on_device_of, power_of_2
 
-__all__ = ["MAX_GROUP", "MAX_HEAD_DIM", "Form", "attend"]
+__all__ = ["MAX_GROUP", "MAX_HEAD_DIM", "MAX_QUERY_BYTES", "Form", "attend", "query_bytes"]
 
 MAX_HEAD_DIM = 256  # of K and of V: tiles of more do not fit a multiprocessor's shared memory
 MAX_GROUP = 128  # query heads of one K/V head
+MAX_QUERY_BYTES = 32768  # of a tile of queries, which shares that memory with K and V
 _SPLITS = (1, 2, 4, 8, 16, 32)
 _PROGRAMS = 2  # for each multiprocessor, that a batch of decodes is split into
 _LEAST = 256  # tokens of a split
@@ -218,16 +219,18 @@ def _attend(
             largest = new_largest
 
         inside = valid[:, None] & (v_dim < v_form.value.dims)[None, :]
-        if splits > 1 and row < num_seqs:
-            heads = tl.num_programs(1) * group
+        heads = tl.num_programs(1) * group
+        whole = True
+        if splits > 1:
+            whole = row == num_seqs
             line = ((row * queries + place).to(tl.int64) * heads + query_heads) * splits + split
             line = line * (v_form.value.dims + 2)
-            tl.store(partial + line, largest, mask=valid)
-            tl.store(partial + line + 1, total, mask=valid)
-            tl.store(partial + line[:, None] + 2 + v_dim[None, :], result, mask=inside)
-        else:
+            tl.store(partial + line, largest, mask=valid & (row < num_seqs))
+            tl.store(partial + line + 1, total, mask=valid & (row < num_seqs))
+            tl.store(partial + line[:, None] + 2 + v_dim[None, :], result, mask=inside & (row < num_seqs))
+        if whole:
             result = result / tl.where(total > 0, total, 1.0)[:, None]
-            line = (token * (tl.num_programs(1) * group) + query_heads) * v_form.value.dims
+            line = (token * heads + query_heads) * v_form.value.dims
             tl.store(out + line[:, None] + v_dim[None, :], result.to(out.dtype.element_ty), mask=inside)
 
 
@@ -255,6 +258,11 @@ def _reduce(partial, out, starts, v_form: tl.constexpr, queries: tl.constexpr, s
         result = tl.sum(parts * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
         line = ((start + place).to(tl.int64) * heads + head) * v_form.value.dims
         tl.store(out + line + dim, result.to(out.dtype.element_ty), mask=dim < v_form.value.dims)
+
+
+def query_bytes(group: int, head_dim: int, itemsize: int) -> int:
+    """Bytes of the least tile of queries: those of one token that read one K/V head, padded."""
+    return max(16, power_of_2(group)) * max(16, power_of_2(head_dim)) * itemsize
 
 
 @functools.cache
