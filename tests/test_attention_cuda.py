@@ -140,6 +140,23 @@ def test_a_block_that_does_not_exist_is_zeros(entry: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_length_past_the_table_reads_no_other_table(device: str) -> None:
+    built = Case([(12, 1), (9, 1)], device=device).build()
+    expected = kernel_way(request_of(built))
+    columns = built.step.block_table.shape[1] - 1
+    # What lies behind a row of this table is a block that holds NaN.
+    wide = torch.full((4, columns + 3), int(built.step.block_table[1, 0]), dtype=torch.int32, device=device)
+    built.cache.key_cache[wide[0, 0].long()] = math.nan
+    wide[:, :columns] = built.step.block_table[:, :columns]
+    longer = replace(built.step, seq_lens=torch.tensor([13 + 8, 9], dtype=torch.int32, device=device))
+    request = replace(request_of(built), step=longer, table=wide[:, :columns])
+    query = built.query[:1]
+    one = kernel_way(replace(request, query=query, step=replace(longer, num_seqs=1, num_tokens=1)))
+    assert expected.isfinite().all()
+    assert one.isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_what_a_graph_was_captured_for_serves_smaller_batches(device: str) -> None:
     """A replay has the host's numbers of the capture, and the device's arrays of its own step."""
     for rows in ([(40, 1), (7, 1), (1, 1)], [(9, 1)]):

@@ -144,7 +144,7 @@ class Engine:
 
 
 @pytest.mark.parametrize("with_kernel", [True, False])
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32), kv_indices=st.booleans(), groups=st.sampled_from([1, 3]))
 def test_a_late_device_sees_every_step_as_the_host_has_it(
     with_kernel: bool, seed: int, kv_indices: bool, groups: int

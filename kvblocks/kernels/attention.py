@@ -79,7 +79,9 @@ def _row_of(starts, program, num_seqs, queries: tl.constexpr):
     return low
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_rows", "num_blocks", "table_stride", "query_token", "query_head"])
+@triton.jit(
+    do_not_specialize=["num_seqs", "num_rows", "num_blocks", "capacity", "table_stride", "query_token", "query_head"]
+)
 def _attend(
     query,
     k_cache,
@@ -93,6 +95,7 @@ def _attend(
     num_seqs,
     num_rows,
     num_blocks,
+    capacity,
     table_stride,
     query_token,
     query_head,
@@ -152,7 +155,7 @@ def _attend(
         position = seq_len - query_len + place
         # What any query of the tile reaches: positions low to high - 1.
         earliest = seq_len - query_len + first
-        high = tl.minimum(earliest + queries, seq_len)
+        high = tl.minimum(tl.minimum(earliest + queries, seq_len), capacity)
         low = tl.maximum(earliest, 0)
         if window > 0:
             low = tl.maximum(earliest - (window - 1), 0)
@@ -336,6 +339,7 @@ def attend(
             num_seqs,
             query.shape[0],
             len(caches[0]),
+            min(table.shape[1] * k.block_size, 2**31 - 1),
             table.stride(0),
             query.stride(0),
             query.stride(1),

@@ -1,0 +1,59 @@
+"""Finding the kernels: what happens where Triton is not installed, and which mover a device gets."""
+
+import logging
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kvblocks import movers
+from kvblocks.kernels import kernels
+from kvblocks.storage import PagedKVCache
+
+
+@pytest.fixture
+def without_triton(monkeypatch: pytest.MonkeyPatch) -> Any:
+    kernels.cache_clear()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    yield
+    kernels.cache_clear()
+
+
+@pytest.mark.usefixtures("without_triton")
+def test_without_triton_plain_torch_moves_blocks_and_it_is_said_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(movers, "WithTorch", lambda sides: "torch")
+    sides: Any = [SimpleNamespace(tensor=SimpleNamespace(device=torch.device("cuda", 0)))] * 2
+    with caplog.at_level(logging.WARNING, logger="kvblocks"):
+        chosen: list[Any] = [movers.mover(sides), movers.mover(sides)]
+    assert chosen == ["torch", "torch"]
+    [record] = caplog.records
+    assert record.getMessage().startswith(
+        "Triton is not installed, so plain torch operations take the place of kvblocks.kernels.movement: "
+    )
+    with pytest.raises(RuntimeError, match="Triton is not installed"):
+        movers.WithTriton([])
+
+
+def test_each_device_has_its_mover(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(movers, "WithTriton", lambda sides: "triton")
+    monkeypatch.setattr(movers, "WithTorch", lambda sides: "torch")
+
+    def chosen(device: str) -> Any:
+        sides: Any = [SimpleNamespace(tensor=SimpleNamespace(device=torch.device(device)))] * 2
+        return movers.mover(sides)
+
+    assert chosen("cuda:1") == "triton"
+    assert chosen("mps") == "torch"
+    assert isinstance(chosen("cpu"), movers.InMemory)
+
+
+@pytest.mark.usefixtures("without_triton")
+def test_on_the_cpu_nothing_asks_for_triton(caplog: pytest.LogCaptureFixture) -> None:
+    cache = PagedKVCache(4, 1, 8, 4, "float32", "cpu")
+    cache.write(torch.ones(1, 1, 8), torch.ones(1, 1, 8), [3])
+    assert cache.key_cache.sum() == 8
+    assert not caplog.records
