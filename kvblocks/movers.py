@@ -6,7 +6,7 @@ Imports torch, the compiled mover, and the two others.
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -149,6 +149,9 @@ class WithTriton:
         self._forms = tuple(module.forms(place) for place in self._places)
         addresses = [side.tensor.data_ptr() for side in sides]
         self._addresses = torch.tensor(addresses, dtype=torch.int64, device=sides[0].tensor.device)
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Sequence[Side]]]:
+        return type(self), (self._sides,)  # a copy has memory of its own, at other addresses
 
     def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         if len(slots):

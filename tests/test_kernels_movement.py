@@ -1,5 +1,6 @@
 """Triton's movement equals the torch path to the bit: every layout and dtype, ragged and padded, far offsets."""
 
+import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -289,6 +290,19 @@ def test_gradients_are_neither_needed_nor_kept(device: str) -> None:
     cache.write(rows, rows, torch.tensor([0, 5], device=device))
     assert not cache.key_cache.requires_grad
     assert cache.key_cache.sum() == 16
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_copy_of_an_engine_moves_its_own_blocks(device: str) -> None:
+    engine = engine_moved_by(WithTriton, CacheConfig(2, 1, 8, 4, 4), "float32", device, layout="NHD")
+    for cache in engine:
+        cache.key_cache[1] = 1
+    other = copy.deepcopy(engine)
+    other.copy_blocks([[1, 2]])
+    other[0].copy_blocks([[1, 3]])
+    assert other[0].key_cache.sum() == 3 * 32
+    assert other[1].key_cache.sum() == 2 * 32
+    assert engine[0].key_cache.sum() == engine[1].key_cache.sum() == 32
 
 
 def test_nothing_is_launched_for_nothing() -> None:
