@@ -32,7 +32,7 @@ _VALUE_AXES = _KEY_AXES | {"X": "bhdt"}
 LAYOUTS = tuple(_KEY_AXES)
 
 # Whether indices that already lie on a device are brought to the host and checked, which waits for the device.
-CHECKED = os.environ.get("KVBLOCKSCHECKED") == "1"
+CHECKED = os.environ.get("KVBLOCKS_CHECKED") == "1"
 
 
 class PagedKVCache:
@@ -55,7 +55,7 @@ class PagedKVCache:
 
     A slot is `block * block_size + offset`. Indices are int64 or int32 tensors, numpy arrays, or lists. On the host
     they are checked before a byte is written. Those that already lie on a device are not waited for: what is out of
-    range there is dropped (zeros, in what `gather` returns). KVBLOCKSCHECKED=1 in the environment checks them too.
+    range there is dropped (zeros, in what `gather` returns). KVBLOCKS_CHECKED=1 in the environment checks them too.
 
     Raises:
         OutOfMemory: the memory is not there; nothing stays allocated.

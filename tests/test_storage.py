@@ -2,6 +2,8 @@
 
 import copy
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -551,6 +553,15 @@ def test_cuda_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OutOfMemory, match="blocks fit"):
         small(device="cuda", num_blocks=2**31 - 1, num_heads=64)
     assert not cache.key_cache.any()
+
+
+@pytest.mark.parametrize("value", ["1", "0", None])
+def test_an_environment_variable_turns_checks_on(value: str | None) -> None:
+    environment = {name: setting for name, setting in os.environ.items() if name != "KVBLOCKS_CHECKED"}
+    environment |= {} if value is None else {"KVBLOCKS_CHECKED": value}
+    command = [sys.executable, "-c", "from kvblocks import storage; print(storage.CHECKED)"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(value == "1")
 
 
 def test_tensors_without_memory_are_refused() -> None:
