@@ -13,7 +13,7 @@ from kernel_helpers import DEVICES
 from test_attention import Built, Case
 from torch import Tensor
 
-from kvblocks import attention_cuda, paged_attention
+from kvblocks import attention, attention_cuda, paged_attention, storage
 from kvblocks.attention_cuda import Request, kernel_refuses, kernel_way, varlen_refuses, varlen_way, way
 from kvblocks.storage import LAYOUTS
 
@@ -277,6 +277,40 @@ def test_what_the_kernel_cannot_do_is_left_to_torch() -> None:
     built = Case([(3, 1)], dtype=torch.float16).build()
     elsewhere = replace(built.step, seq_lens=built.step.seq_lens.to("meta"))
     assert way(replace(request_of(built), step=elsewhere)) is None
+
+
+class OnCuda(Tensor):
+    """A tensor that says it is on a CUDA device, for what looks no further."""
+
+    is_cuda = True
+
+
+def test_the_public_call_hands_its_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = Case([(9, 3), (7, 1)], with_sinks=True).build()
+    built.step.block_table = torch.stack([torch.full_like(built.step.block_table, -1), built.step.block_table])
+    requests: list[Request] = []
+
+    def by_kernel(request: Request) -> Tensor:
+        requests.append(request)
+        return kernel_way(replace(request, query=request.query.as_subclass(Tensor)))
+
+    monkeypatch.setattr(attention, "way", lambda request: by_kernel)
+    query = built.query.as_subclass(OnCuda)
+    options: dict[str, Any] = {"window": 5, "chunk": 8, "softcap": 3, "scale": 1, "sinks": built.sinks}
+    output = paged_attention(query, built.cache, built.step, group=1, **options)
+    [request] = requests
+    assert (request.window, request.chunk, request.softcap, request.scale) == (5, 8, 3.0, 1.0)
+    assert isinstance(request.scale, float)
+    assert isinstance(request.softcap, float)
+    expected = paged_attention(built.query, built.cache, built.step, group=1, **options)
+    torch.testing.assert_close(output, expected, rtol=5e-5, atol=5e-5)
+    # What the device holds is not looked at, unless checks are asked for.
+    built.step.seq_lens = torch.tensor([1, 7], dtype=torch.int32)
+    paged_attention(query, built.cache, built.step, group=1, **options)
+    monkeypatch.setattr(storage, "CHECKED", True)
+    with pytest.raises(ValueError, match="row 0 of the step has 3 queries and seq_lens=1"):
+        paged_attention(query, built.cache, built.step, group=1, **options)
+    assert len(requests) == 2
 
 
 @pytest.mark.cuda
