@@ -44,6 +44,8 @@ class Upload:
         self._lane, self._address = lane, host.data_ptr()
         self.image, self._landing = lane.memory(host.nbytes), lane.memory(size)
         self._staging = [lane.pinned(size), lane.pinned(size)]
+        self._words = self.image.view(torch.int32), self._landing.view(torch.int32)
+        self._lists = [staging.view(torch.int64) for staging in self._staging]
         self._events = [lane.event(), lane.event()]
         self._turn = 0
         with lane.entered(self._events[0], [self.image, self._landing]):
@@ -58,8 +60,7 @@ class Upload:
             event.synchronize()
             nbytes, patches_at, count, longest = pack(self._address, staging.data_ptr())
             self._lane.copy(self._landing[:nbytes], staging[:nbytes])
-            patches = staging.view(torch.int64)[patches_at // 2 :][: 3 * count]
-            self._lane.apply(self.image, self._landing, patches, patches_at, longest)
+            self._lane.apply(*self._words, self._lists[self._turn], patches_at, count, longest)
             event.record()
 
 
@@ -94,16 +95,15 @@ class Lane:
     def copy(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source)
 
-    def apply(self, image: Tensor, packed: Tensor, patches: Tensor, patches_at: int, longest: int) -> None:
+    def apply(self, image: Tensor, packed: Tensor, host: Tensor, patches_at: int, count: int, longest: int) -> None:
         """Bring patches into `image`.
 
         Args:
-            image, packed: uint8 on the device.
-            patches: the list of them on the host, int64 [3 * count]; it also lies in `packed`, at int32 `patches_at`.
-            longest: words of the longest patch.
+            image, packed: int32 on the device.
+            host: what was copied to `packed`, int64 on the host.
+            patches_at, count, longest: as a `Pack` says.
         """
-        image, packed = image.view(torch.int32), packed.view(torch.int32)
-        for target, source, words in patches.view(-1, 3).tolist():
+        for target, source, words in host[patches_at // 2 :][: 3 * count].view(-1, 3).tolist():
             image[target : target + words] = packed[source : source + words]
 
 
@@ -141,13 +141,12 @@ class CudaLane(Lane):
     def copy(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source, non_blocking=True)
 
-    def apply(self, image: Tensor, packed: Tensor, patches: Tensor, patches_at: int, longest: int) -> None:
+    def apply(self, image: Tensor, packed: Tensor, host: Tensor, patches_at: int, count: int, longest: int) -> None:
         module = kernels("steps")
         if module is None:
-            super().apply(image, packed, patches, patches_at, longest)
+            super().apply(image, packed, host, patches_at, count, longest)
         else:
-            count = len(patches) // 3
-            module.apply_patches(image.view(torch.int32), packed.view(torch.int32), patches_at, count, longest)
+            module.apply_patches(image, packed, patches_at, count, longest)
 
 
 class _Nothing:

@@ -39,13 +39,12 @@ class LateLane(Lane):
         self.sent.append(source.nbytes)
         self.queue.append(lambda: target.copy_(source))
 
-    def apply(self, image: Tensor, packed: Tensor, patches: Tensor, patches_at: int, longest: int) -> None:
+    def apply(self, image: Tensor, packed: Tensor, host: Tensor, patches_at: int, count: int, longest: int) -> None:
         module = kernels("steps")
         if self.with_kernel and module is not None:
-            words, landing, count = image.view(torch.int32), packed.view(torch.int32), len(patches) // 3
-            self.queue.append(lambda: module.apply_patches(words, landing, patches_at, count, longest))
+            self.queue.append(lambda: module.apply_patches(image, packed, patches_at, count, longest))
         else:
-            self.queue.append(lambda: Lane.apply(self, image, packed, patches.clone(), patches_at, longest))
+            self.queue.append(lambda: Lane.apply(self, image, packed, host, patches_at, count, longest))
 
     def run(self, until: Callable[[], bool]) -> None:
         while self.queue and not until():
@@ -276,6 +275,6 @@ def test_the_kernel_applies_patches_as_the_host_does(longest: int, device: str) 
     there = image.to(device)
     module.apply_patches(there, packed.to(device), words + words % 2, len(rows), longest)
     assert torch.equal(there.cpu(), expected)
-    as_bytes = image.view(torch.uint8)
-    Lane(torch.device("cpu")).apply(as_bytes, packed.view(torch.uint8), patches.flatten(), 0, longest)
+    host = packed[words + words % 2 :].clone().view(torch.int64)
+    Lane(torch.device("cpu")).apply(image, packed, host, 0, len(rows), longest)
     assert torch.equal(image, expected)
