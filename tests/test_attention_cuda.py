@@ -71,7 +71,7 @@ def cases(draw: st.DrawFn, device: str) -> Case:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_equals_dense_attention(device: str, data: st.DataObject) -> None:
     check(data.draw(cases(device)), data.draw(st.sampled_from([None, 1, 2, 4])))
