@@ -40,7 +40,7 @@ CHECKED_TREE = ROOT / "build" / "checked"
 COPIED = ["kvblocks", "pyx", "tests", "benchmarks", ".ci", "setup.py", "pyproject.toml", "constraints.txt", "dev.py"]
 COPIED += ["MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"]
 GENERATE = ["generate"]
-TEST = ["generate", "replay", "test", "lint"]
+TEST = ["generate", "plan", "replay", "test", "lint"]
 
 
 def say(message: str) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kvblocks.engine import CacheEngine
     from kvblocks.errors import InvariantViolation, NoFreeBlocks, OutOfMemory, StaleSequence, TooManySequences
     from kvblocks.manager import Admission, BlockManager
+    from kvblocks.planner import Plan, plan
     from kvblocks.step import StepBuffers
     from kvblocks.storage import PagedKVCache
 
@@ -28,11 +29,13 @@ _HOMES = {
     "NoFreeBlocks": "errors",
     "OutOfMemory": "errors",
     "PagedKVCache": "storage",
+    "Plan": "planner",
     "StaleSequence": "errors",
     "StepBuffers": "step",
     "TooManySequences": "errors",
     "Window": "config",
     "paged_attention": "attention",
+    "plan": "planner",
 }
 
 __all__ = [
@@ -46,11 +49,13 @@ __all__ = [
     "NoFreeBlocks",
     "OutOfMemory",
     "PagedKVCache",
+    "Plan",
     "StaleSequence",
     "StepBuffers",
     "TooManySequences",
     "Window",
     "paged_attention",
+    "plan",
 ]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 
 from kvblocks import __version__
+from kvblocks.cli_plan import add_plan_parser
 from kvblocks.cli_replay import add_replay_parser
 
 __all__ = ["LAYOUTS", "UsageError", "main"]
@@ -28,7 +29,8 @@ class UsageError(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line, `sys.argv` by default. Returns the exit code: 0 fine, 1 tokens differ, 2 wrong usage."""
+    """Run a command line, `sys.argv` by default. Returns the exit code: 0 fine, 1 tokens differ or a plan
+    does not fit, 2 wrong usage."""
     args = _parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -62,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kvblocks {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_generate(commands)
+    add_plan_parser(commands, _count)
     add_replay_parser(commands, _count)
     return parser
 

@@ -14,10 +14,12 @@ cdef class CacheConfig:
     cdef readonly int64_t block_size
     cdef readonly int64_t v_head_dim
     cdef readonly int64_t layers_per_group
-    # None stands for the default, one group of every layer: a tuple of layers is made only when somebody looks.
+    # None stands for the default, one group of every layer, all alike: a tuple is made only when somebody looks.
     cdef tuple _groups
+    cdef tuple _layer_shapes
 
     cdef tuple _fields(self)
+    cdef int64_t _largest_group(self, int64_t size) except -1
     cpdef int64_t token_bytes(self, object dtype) except -1
     cpdef int64_t block_bytes(self, object dtype) except -1
     cpdef int64_t memory_bytes(self, object dtype) except -1

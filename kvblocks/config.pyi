@@ -38,6 +38,7 @@ class CacheConfig:
         block_size: SupportsIndex = 16,
         v_head_dim: SupportsIndex | None = None,
         groups: Iterable[Group] | None = None,
+        layer_shapes: Iterable[Iterable[SupportsIndex]] | None = None,
     ) -> Self: ...
     @classmethod
     def for_capacity(
@@ -51,6 +52,7 @@ class CacheConfig:
         block_size: SupportsIndex = 16,
         v_head_dim: SupportsIndex | None = None,
         groups: Iterable[Group] | None = None,
+        layer_shapes: Iterable[Iterable[SupportsIndex]] | None = None,
     ) -> Self: ...
     @classmethod
     def for_memory(
@@ -64,6 +66,7 @@ class CacheConfig:
         block_size: SupportsIndex = 16,
         v_head_dim: SupportsIndex | None = None,
         groups: Iterable[Group] | None = None,
+        layer_shapes: Iterable[Iterable[SupportsIndex]] | None = None,
     ) -> Self: ...
     @property
     def num_layers(self) -> int: ...
@@ -79,6 +82,8 @@ class CacheConfig:
     def v_head_dim(self) -> int: ...
     @property
     def groups(self) -> tuple[Group, ...]: ...
+    @property
+    def layer_shapes(self) -> tuple[tuple[int, int, int], ...]: ...
     @property
     def layers_per_group(self) -> int: ...
     @property

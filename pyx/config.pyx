@@ -177,6 +177,32 @@ cdef tuple _checked_groups(object given, int64_t num_layers):
     return groups
 
 
+cdef tuple _checked_shapes(object given, CacheConfig config):
+    """Heads, K dim and V dim of every layer, as tuples of int; the fields of `config` are the largest of each."""
+    if isinstance(given, (str, bytes)):
+        raise TypeError(f"layer_shapes={_shown(given)}; give (num_kv_heads, head_dim, v_head_dim) for each layer")
+    try:
+        rows = [tuple(row) for row in given]
+    except TypeError:
+        raise TypeError(
+            f"layer_shapes={_shown(given)}; give (num_kv_heads, head_dim, v_head_dim) for each layer, or None"
+        ) from None
+    if len(rows) != config.num_layers:
+        raise ValueError(f"layer_shapes has {len(rows)} shapes; num_layers is {config.num_layers}")
+    shapes = []
+    for row in rows:
+        if len(row) != 3:
+            raise ValueError(f"layer_shapes holds {_shown(row)}; a shape is (num_kv_heads, head_dim, v_head_dim)")
+        shapes.append(tuple([_bounded("layer_shapes", number, 1, INT32_MAX) for number in row]))
+    largest = tuple([max([shape[i] for shape in shapes]) for i in range(3)])
+    fields = (config.num_kv_heads, config.head_dim, config.v_head_dim)
+    if largest != fields:
+        raise ValueError(
+            f"layer_shapes is {largest} at most; num_kv_heads, head_dim and v_head_dim are {fields}, and have to be that"
+        )
+    return tuple(shapes)
+
+
 cdef class CacheConfig:
     """The shape of a paged KV cache, and the sizes that follow from it. Immutable, hashable, picklable.
 
@@ -193,6 +219,9 @@ cdef class CacheConfig:
         groups: the layers by how far they attend; each layer in exactly one group. None for one group of all layers
             that attends to everything. Groups share the pool, so a block is as large as the largest group needs and
             shorter groups leave places empty.
+        layer_shapes: (num_kv_heads, head_dim, v_head_dim) of each layer, where layers differ; the fields of those names
+            are then the largest of each. None for layers that are all alike. A group's layers lie in its block one after
+            the other in the order of the group, each in as many bytes as it needs.
 
     Every number is an integer in 1..2**31-1. Two configs are equal when they are of one class and all fields are.
     A subclass that takes more arguments overrides `__new__`, as one of `int` or `tuple` does.
@@ -208,7 +237,15 @@ cdef class CacheConfig:
     """
 
     def __cinit__(
-        self, num_layers, num_kv_heads, head_dim, num_gpu_blocks, block_size=16, v_head_dim=None, groups=None
+        self,
+        num_layers,
+        num_kv_heads,
+        head_dim,
+        num_gpu_blocks,
+        block_size=16,
+        v_head_dim=None,
+        groups=None,
+        layer_shapes=None,
     ):
         # Not __init__: an object that exists has been checked, and calling __init__ again cannot change it.
         self.num_layers = _bounded("num_layers", num_layers, 1, INT32_MAX)
@@ -223,6 +260,10 @@ cdef class CacheConfig:
             self.layers_per_group = max([len(group.layers) for group in groups])
             if groups != (Group(None, tuple(range(self.num_layers))),):
                 self._groups = groups
+        if layer_shapes is not None:
+            shapes = _checked_shapes(layer_shapes, self)
+            if len(set(shapes)) > 1:
+                self._layer_shapes = shapes
 
     @classmethod
     def for_capacity(
@@ -236,6 +277,7 @@ cdef class CacheConfig:
         block_size=16,
         v_head_dim=None,
         groups=None,
+        layer_shapes=None,
     ):
         """A config whose pool holds `max_batch_size` sequences of `max_seq_len` tokens at once.
 
@@ -246,7 +288,7 @@ cdef class CacheConfig:
             TypeError, ValueError: as the class does, and for `max_seq_len` and `max_batch_size` likewise; also when
                 more than 2**31-1 blocks would be needed.
         """
-        config = cls(num_layers, num_kv_heads, head_dim, 1, block_size, v_head_dim, groups)
+        config = cls(num_layers, num_kv_heads, head_dim, 1, block_size, v_head_dim, groups, layer_shapes)
         cdef int64_t seq_len = _bounded("max_seq_len", max_seq_len, 1, INT32_MAX)
         cdef int64_t batch_size = _bounded("max_batch_size", max_batch_size, 1, INT32_MAX)
         tables = 1 if (<CacheConfig?>config)._groups is None else len((<CacheConfig>config)._groups)
@@ -270,6 +312,7 @@ cdef class CacheConfig:
         block_size=16,
         v_head_dim=None,
         groups=None,
+        layer_shapes=None,
     ):
         """A config with as many whole blocks of `dtype` as fit into `memory_bytes` bytes.
 
@@ -282,7 +325,7 @@ cdef class CacheConfig:
             TypeError: `dtype` cannot hold a cache, see `itemsize`.
             OverflowError: one block is more than 2**63-1 bytes.
         """
-        config = cls(num_layers, num_kv_heads, head_dim, 1, block_size, v_head_dim, groups)
+        config = cls(num_layers, num_kv_heads, head_dim, 1, block_size, v_head_dim, groups, layer_shapes)
         cdef int64_t given = _bounded("memory_bytes", memory_bytes, 0, INT64_MAX)
         cdef int64_t block_bytes = (<CacheConfig?>config).block_bytes(dtype)
         if block_bytes < 1:
@@ -308,6 +351,13 @@ cdef class CacheConfig:
         return self._groups
 
     @property
+    def layer_shapes(self):
+        """(num_kv_heads, head_dim, v_head_dim) of each layer: a tuple of `num_layers` tuples."""
+        if self._layer_shapes is None:
+            return ((self.num_kv_heads, self.head_dim, self.v_head_dim),) * self.num_layers
+        return self._layer_shapes
+
+    @property
     def max_tokens(self):
         """Slots in the pool, num_gpu_blocks * block_size: a token takes one in each group."""
         return self.num_gpu_blocks * self.block_size
@@ -315,11 +365,15 @@ cdef class CacheConfig:
     cpdef int64_t token_bytes(self, object dtype) except -1:
         """Bytes of one slot: num_kv_heads * (head_dim + v_head_dim) * itemsize * layers_per_group.
 
+        With `layer_shapes` it is what the group needs whose layers need the most, each by its own shape.
+
         Raises:
             TypeError: `dtype` cannot hold a cache, see `itemsize`.
             OverflowError: more than 2**63-1.
         """
         cdef int64_t size = itemsize(dtype)
+        if self._layer_shapes is not None:
+            return self._largest_group(size)
         cdef int64_t dims = self.head_dim + self.v_head_dim
         cdef int64_t product = _times(_times(_times(self.num_kv_heads, dims), size), self.layers_per_group)
         if product < 0:
@@ -333,6 +387,19 @@ cdef class CacheConfig:
                 ],
             )
         return product
+
+    cdef int64_t _largest_group(self, int64_t size) except -1:
+        """Bytes of one slot where layers differ."""
+        most = 0
+        for group in self.groups:
+            numbers = 0
+            for layer in group.layers:
+                heads, head_dim, v_head_dim = self._layer_shapes[layer]
+                numbers += heads * (head_dim + v_head_dim)
+            most = max(most, numbers)
+        if most * size > INT64_MAX:
+            raise _too_large("token_bytes", [("numbers in a slot", most), ("itemsize", size)])
+        return most * size
 
     cpdef int64_t block_bytes(self, object dtype) except -1:
         """Bytes of one block: block_size * token_bytes(dtype).
@@ -372,13 +439,22 @@ cdef class CacheConfig:
     def replace(self, **fields):
         """The same config but for the fields given, checked as a new one.
 
-        What followed another field still does: `v_head_dim` where it equals `head_dim`, and the one group of all
-        layers. A subclass with fields of its own overrides this with `__new__`.
+        What followed another field still does: `v_head_dim` where it equals `head_dim`, the one group of all layers, and
+        shapes that are all alike. A subclass with fields of its own overrides this with `__new__`.
 
         Raises:
             TypeError, ValueError: as the class does; an unknown field is a TypeError.
         """
-        names = ("num_layers", "num_kv_heads", "head_dim", "num_gpu_blocks", "block_size", "v_head_dim", "groups")
+        names = (
+            "num_layers",
+            "num_kv_heads",
+            "head_dim",
+            "num_gpu_blocks",
+            "block_size",
+            "v_head_dim",
+            "groups",
+            "layer_shapes",
+        )
         return type(self)(**(dict(zip(names, self._fields(), strict=True)) | fields))
 
     def __replace__(self, /, **fields):
@@ -395,6 +471,7 @@ cdef class CacheConfig:
             self.block_size,
             v_head_dim,
             self._groups,
+            self._layer_shapes,
         )
 
     def __eq__(self, other):
@@ -417,6 +494,8 @@ cdef class CacheConfig:
             shown.append(f"v_head_dim={self.v_head_dim}")
         if self._groups is not None:
             shown.append(f"groups={self._groups!r}")
+        if self._layer_shapes is not None:
+            shown.append(f"layer_shapes={self._layer_shapes!r}")
         return f"{type(self).__qualname__}({', '.join(shown)})"
 
     def __reduce__(self):

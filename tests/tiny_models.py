@@ -323,7 +323,7 @@ OWN: dict[str, dict[str, Any]] = {name: fields for names, fields in ALIKE for na
     "qwen3_5": {"text_config": QWEN35, "vision_config": QWEN35_VISION},
     "qwen3_5_moe": {"text_config": QWEN35_MOE, "vision_config": QWEN35_VISION},
     "qwen4_exp": {"text_config": QWEN4, "vision_config": QWEN35_VISION},
-    "recurrent_gemma": {"lru_width": 48, "attention_window_size": WINDOW, "block_types": ["recurrent", "attention"]},
+    "recurrent_gemma": {"attention_window_size": WINDOW, "block_types": ["recurrent", "attention"]},
     "reformer": {
         "is_decoder": True,
         "attn_layers": ["local", "lsh"] * 2,

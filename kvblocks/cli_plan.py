@@ -1,0 +1,222 @@
+"""The command `kvblocks plan`: how much memory a model's cache takes, and what fits.
+
+The figures are `kvblocks.planner`'s. Imports rich and matplotlib only when it needs them, and itself never torch.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvblocks.planner import Plan
+
+__all__ = ["add_plan_parser", "run"]
+
+_PLOT_DTYPES = ("bfloat16", "fp8", "int4")
+_PLOT_POINTS = 200
+
+
+def add_plan_parser(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", count: Callable[[str], int]
+) -> None:
+    """Add the command to a command line; `count` reads a whole number of at least 1."""
+    about = "say how much memory the cache of a model takes, and what fits into the memory there is"
+    parser = commands.add_parser("plan", help=about, description=f"{about[0].upper()}{about[1:]}.")
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="config.json, a folder with one, or a hub id")
+    numbers = parser.add_argument_group("instead of MODEL")
+    numbers.add_argument("--layers", type=count, metavar="N")
+    numbers.add_argument("--kv-heads", type=count, metavar="N")
+    numbers.add_argument("--head-dim", type=count, metavar="N")
+    numbers.add_argument("--v-head-dim", type=count, metavar="N", help="where V's differs from K's")
+    asked = parser.add_argument_group("what is asked")
+    add = asked.add_argument
+    add("--memory", metavar="SIZE", help="of one device, like 80GiB; or cuda, cuda:1, cpu: what is free there")
+    add("--utilization", type=float, default=1.0, metavar="SHARE", help="of the memory (default: %(default)s)")
+    add("--seq-len", type=count, metavar="N", help="tokens of a sequence")
+    add("--concurrency", type=count, metavar="N", help="sequences at once")
+    add("--weights", metavar="SIZE", help="of all weights; auto counts them from the config")
+    add("--weights-dtype", metavar="DTYPE", help="for --weights auto (default: the config's)")
+    add("--activations", metavar="SIZE", help="set aside on each device")
+    add("--sequences", type=count, metavar="N", help="set their fixed state aside before blocks are counted")
+    add("--encoder-tokens", type=int, metavar="N", help="that cross-attention keeps K and V for")
+    stored = parser.add_argument_group("how it is stored")
+    add = stored.add_argument
+    add("--dtype", metavar="DTYPE", help="of K and V: bfloat16, fp8, int8, int4, ... (default: the config's)")
+    add("--group-size", type=count, metavar="N", help="numbers of one head that share a scale")
+    add("--scale-dtype", default="float16", metavar="DTYPE", help="(default: %(default)s)")
+    add("--zero-point", action="store_true", help="each group keeps one besides its scale")
+    add("--block-size", type=count, default=16, metavar="N", help="tokens in a block (default: %(default)s)")
+    add("--tp", type=count, default=1, metavar="N", help="devices over which heads are split (default: %(default)s)")
+    add(
+        "--pp", default="1", metavar="N", help="pipeline stages, or the layers of each: 20,21,20 (default: %(default)s)"
+    )
+    add("--mla", choices=("latent", "expanded"), default="latent", help="latent attention (default: %(default)s)")
+    add(
+        "--stored",
+        choices=("exact", "transformers"),
+        default="exact",
+        help="whose caches a sequence's exact bytes are of (default: %(default)s)",
+    )
+    add = parser.add_argument
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+    add("--plot", metavar="FILE.png", help="draw sequences at once over their length, a line for each dtype")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command. Returns 0, or 1 where what is asked for does not fit.
+
+    Raises:
+        UsageError: the model is not known or not to be read, an argument is out of bounds, or a package is missing.
+    """
+    from kvblocks.cli import UsageError
+    from kvblocks.planner import plan
+
+    if args.plot:
+        if args.memory is None:
+            raise UsageError("--plot draws what fits: give --memory")
+        _check_plot(args.plot)
+    if not args.json:
+        _need("rich", "its table; --json needs nothing")
+    arguments = _arguments(args)
+    try:
+        made = plan(_model(args), **arguments)
+        result = made.to_dict()
+        if args.plot:
+            _plot(_curves(args, made), made, args.plot)
+    except ModuleNotFoundError as error:
+        raise UsageError(str(error)) from None
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        raise UsageError(_one_line(error)) from None
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        _print_table(made)
+    return 0 if made.fits else 1
+
+
+def _model(args: argparse.Namespace) -> Any:
+    from kvblocks.cli import UsageError
+
+    numbers = {"num_layers": args.layers, "num_kv_heads": args.kv_heads, "head_dim": args.head_dim}
+    given = {name: value for name, value in numbers.items() if value is not None}
+    if args.v_head_dim is not None:
+        given["v_head_dim"] = args.v_head_dim
+    if args.model is not None:
+        if given:
+            raise UsageError("give MODEL or --layers, --kv-heads and --head-dim, not both")
+        return args.model
+    if len(given.keys() & numbers.keys()) < len(numbers):
+        raise UsageError("give MODEL, or all of --layers, --kv-heads and --head-dim")
+    return given
+
+
+def _arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What `plan` takes."""
+    names = "memory utilization seq_len concurrency weights weights_dtype activations sequences encoder_tokens dtype "
+    names += "group_size scale_dtype zero_point block_size tp mla stored"
+    return {name: getattr(args, name) for name in names.split()} | {"pp": _stages(args.pp)}
+
+
+def _stages(text: str) -> int | list[int]:
+    from kvblocks.cli import UsageError
+
+    try:
+        layers = [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--pp {text} is neither a number of stages nor the layers of each, like 20,21,20") from None
+    return layers[0] if len(layers) == 1 else layers
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _need(package: str, what: str) -> None:
+    from importlib.util import find_spec
+
+    from kvblocks.cli import UsageError
+
+    if find_spec(package) is None:
+        raise UsageError(
+            f'`kvblocks plan` needs {package} for {what}; it is not installed; run: pip install "kvblocks[plan]"'
+        )
+
+
+def _print_table(plan: "Plan") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from kvblocks.planner.explain import lines, notes, title, verdict
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    say(title(plan))
+    table = Table(box=box.SIMPLE, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(overflow="fold")
+    for line in lines(plan):
+        table.add_row(line.name, line.value, line.arithmetic)
+    console.print(table, highlight=False, markup=False)
+    for text in [*notes(plan), *verdict(plan)]:
+        say(text)
+
+
+# --- the chart
+
+
+def _check_plot(file: str) -> None:
+    """Before the work, not after it: whether a plot can be written there."""
+    from kvblocks.cli import UsageError
+
+    _need("matplotlib", "--plot")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    path = Path(file)
+    if path.suffix[1:].lower() not in known:
+        raise UsageError(f"--plot {file}: the name must end in .png or another of: {', '.join(sorted(known))}")
+    if not path.parent.is_dir():
+        raise UsageError(f"--plot {file}: there is no folder {path.parent}")
+
+
+def _curves(args: argparse.Namespace, made: "Plan") -> dict[str, list[tuple[int, int]]]:
+    """Sequences at once over their length, for the plan's own dtype and the usual ones."""
+    longest = max(args.seq_len or 0, made.model.max_seq_len or 0, 1024)
+    lengths = sorted({max(1, round(longest ** (i / _PLOT_POINTS))) for i in range(_PLOT_POINTS // 3, _PLOT_POINTS + 1)})
+    curves = {}
+    for plan in [made, *(made.with_dtype(dtype) for dtype in _PLOT_DTYPES)]:
+        if plan.dtype not in curves:
+            curves[plan.dtype] = [(length, plan.max_concurrency(length)) for length in lengths]
+    return curves
+
+
+def _plot(curves: dict[str, list[tuple[int, int]]], plan: "Plan", file: str) -> None:
+    from matplotlib.figure import Figure
+
+    from kvblocks.cli import UsageError
+    from kvblocks.planner.text import amount
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for dtype, points in curves.items():
+        fits = [(length, count) for length, count in points if count]
+        axes.plot([length for length, _ in fits], [count for _, count in fits], label=dtype)
+    axes.set(xlabel="tokens of a sequence", ylabel="sequences at once", xscale="log", yscale="log")
+    axes.set_title(f"{plan.model.name} in {amount(plan.memory or 0)}", fontsize="medium")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(title="K and V in")
+    try:
+        figure.savefig(file, dpi=150)
+    except OSError as error:
+        raise UsageError(f"cannot write {file}: {error.strerror or error}") from None

@@ -1,0 +1,243 @@
+"""How much memory a model's cache takes, and what fits: exact, explained, from a config or from numbers.
+
+Imports neither torch nor transformers where the numbers suffice.
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, Literal
+
+from kvblocks.planner.advice import Change, smallest_changes
+from kvblocks.planner.core import LONGEST, Plan, Settings
+from kvblocks.planner.families import MODEL_TYPES, MissingField, UnknownModel
+from kvblocks.planner.formats import dtype_name, format_of
+from kvblocks.planner.parallel import check_tp, stage_layers
+from kvblocks.planner.read import Source, read, uniform
+from kvblocks.planner.shapes import ModelCache, Stored
+from kvblocks.planner.text import parse_size
+
+__all__ = [
+    "MODEL_TYPES",
+    "Change",
+    "MissingField",
+    "ModelCache",
+    "Plan",
+    "UnknownModel",
+    "plan",
+    "smallest_changes",
+    "uniform",
+]
+
+
+def plan(
+    model: Any,
+    *,
+    dtype: Any = None,
+    memory: int | str | None = None,
+    block_size: int = 16,
+    tp: int = 1,
+    pp: int | Sequence[int] = 1,
+    mla: Literal["latent", "expanded"] = "latent",
+    stored: Stored = "exact",
+    seq_len: int | None = None,
+    concurrency: int | None = None,
+    weights: int | str | None = None,
+    weights_dtype: Any = None,
+    activations: int | str | None = None,
+    utilization: float = 1.0,
+    sequences: int | None = None,
+    encoder_tokens: int | None = None,
+    group_size: int | None = None,
+    scale_dtype: Any = "float16",
+    zero_point: bool = False,
+    max_groups: int = 12,
+    step_tokens: int = 1,
+) -> Plan:
+    """How much memory the cache of a model takes, and what fits into the memory there is.
+
+    Args:
+        model: a transformers config, its dict, a folder with a config.json, the file, a hub id (only its config.json is
+            downloaded), or numbers: `{"num_layers": 32, "num_kv_heads": 8, "head_dim": 128}`, see `uniform`.
+        dtype: of K and V: a `torch.dtype`, its name, "fp8", or the packed "int4" and "int2". None for the config's.
+        memory: bytes of one device, a size like "80GiB", or a device whose free memory counts ("cuda:1", "cpu").
+        block_size: tokens in a block.
+        tp: devices over which heads are split; heads that do not divide are kept several times, and the plan says so.
+        pp: pipeline stages, or the layers of each.
+        mla: what layers with latent attention keep: the latent and the rotated key, or K and V of all heads.
+        stored: "exact", or "transformers" for what the caches of the installed kind keep (it changes `cache_bytes`).
+        seq_len, concurrency: what is asked for: so many sequences of so many tokens.
+        weights: bytes or a size of all weights; "auto" builds the model without memory to count them (needs torch and
+            transformers). None counts none.
+        weights_dtype: of the weights; None for the config's.
+        activations: bytes or a size set aside on each device.
+        utilization: the share of the memory that is used, above 0 and at most 1.
+        sequences: for how many the fixed state is set aside before blocks are counted.
+        encoder_tokens: that cross-attention keeps K and V for; needed for models that have it.
+        group_size: numbers of one head that share a scale, in 8-bit and packed dtypes; None where scales are not kept
+            per token.
+        scale_dtype, zero_point: what a group keeps.
+        max_groups: block tables of a sequence, at most, as far as reaches allow.
+        step_tokens: that one step writes for a sequence, at most: what a window holds besides.
+
+    Returns:
+        A frozen `Plan`. Its `fits` says whether what is asked for fits; where it does not, `explain()` what is missing.
+
+    Raises:
+        UnknownModel: an architecture or a field that is not known, or a field that is missing (a ValueError).
+        TypeError, ValueError: an argument of the wrong type or out of bounds, named with what is allowed.
+        FileNotFoundError: no such config.
+
+    Example:
+        >>> llama = {"num_layers": 32, "num_kv_heads": 8, "head_dim": 128}
+        >>> fits = plan(llama, dtype="bfloat16", memory="10GiB")
+        >>> fits.bytes_per_token, fits.num_blocks, fits.max_tokens
+        (131072, 5120, 81920)
+    """
+    source = read(model)
+    _integer("block_size", block_size, LONGEST)
+    _integer("tp", tp, LONGEST)
+    _integer("max_groups", max_groups, LONGEST)
+    _integer("step_tokens", step_tokens, LONGEST)
+    for name, value in (("seq_len", seq_len), ("concurrency", concurrency), ("sequences", sequences)):
+        if value is not None:
+            _integer(name, value, LONGEST)
+    _one_of("mla", mla, ("latent", "expanded"))
+    _one_of("stored", stored, ("exact", "transformers"))
+    shape = source.read(mla)
+    if stored == "transformers" and shape.uncached is not None:
+        raise ValueError(f"stored='transformers': {shape.uncached}")
+    other = source.read("expanded" if mla == "latent" else "latent")
+    if dtype is None and shape.dtype is None:
+        raise ValueError(f"dtype=None: the config of {shape.name} names none; give the dtype of K and V")
+    kept_in = format_of(shape.dtype if dtype is None else dtype, group_size, scale_dtype, zero_point)
+    check_tp(shape, tp)
+    stages = stage_layers(shape, pp)
+    for layer in shape.layers:
+        for kept in layer.kept:
+            if block_size % kept.every:
+                raise ValueError(
+                    f"block_size={block_size} is no multiple of {kept.every}, the tokens that share an entry of the "
+                    f"{kept.name} of {shape.name}"
+                )
+    return Plan(
+        Settings(
+            model=shape,
+            format=kept_in,
+            state_dtype=_state_dtype(shape, kept_in.name if kept_in.is_float and dtype is not None else None),
+            other_mla=other if other != shape else None,
+            memory=_memory(memory, utilization),
+            block_size=block_size,
+            tp=tp,
+            stages=stages,
+            mla=mla,
+            stored=stored,
+            weights=_weights(weights, weights_dtype, source, shape),
+            activations=_size("activations", activations) or 0,
+            seq_len=seq_len,
+            concurrency=concurrency,
+            sequences=sequences,
+            encoder_tokens=_encoder_tokens(shape, encoder_tokens),
+            max_groups=max_groups,
+            step_tokens=step_tokens,
+        )
+    )
+
+
+def _state_dtype(shape: ModelCache, asked: str | None) -> str | None:
+    """Of state without a dtype of its own: K and V's, where that is one to compute in, else the model's."""
+    name = asked or shape.dtype
+    if name is None:
+        if any(state.dtype is None for layer in shape.layers for state in layer.states):
+            raise ValueError(
+                f"the state of {shape.name} has the model's dtype, which its config does not name; set its dtype"
+            )
+        return None
+    return dtype_name(name)
+
+
+def _encoder_tokens(shape: ModelCache, given: int | None) -> int:
+    if given is not None:
+        _integer("encoder_tokens", given, LONGEST, 0)
+        return given
+    if shape.has_cross_attention:
+        raise ValueError(
+            f"{shape.name} keeps K and V of an encoder's tokens, or an image's: give encoder_tokens, 0 for none"
+        )
+    return 0
+
+
+def _memory(memory: int | str | None, utilization: float) -> int | None:
+    if isinstance(utilization, bool) or not isinstance(utilization, int | float):
+        raise TypeError(f"utilization={utilization!r} is of type {type(utilization).__name__}; give a number up to 1")
+    if not 0 < utilization <= 1:
+        raise ValueError(f"utilization={utilization} is outside 0 (not included) to 1")
+    size = _free_memory(memory) if isinstance(memory, str) and _is_device(memory) else _size("memory", memory)
+    # The share as it is written: 0.9 is 9/10, not the float next to it.
+    return None if size is None else int(size * Fraction(repr(utilization)))
+
+
+def _is_device(text: str) -> bool:
+    return text.partition(":")[0] in ("cpu", "cuda")
+
+
+def _free_memory(device: str) -> int:
+    import torch
+
+    if device == "cpu":
+        from kvblocks.memory import available_memory
+
+        return available_memory()
+    if not torch.cuda.is_available():
+        raise ValueError(f"memory={device!r}: torch finds no CUDA device here; give a size like '80GiB'")
+    try:
+        free, _ = torch.cuda.mem_get_info(torch.device(device))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"memory={device!r}: {error}") from None
+    return free
+
+
+def _size(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            raise ValueError(f"{name}={error}") from None
+    _integer(name, value, 2**63 - 1, 0)
+    return int(value)
+
+
+def _weights(weights: int | str | None, dtype: Any, source: Source, shape: ModelCache) -> int:
+    if weights != "auto":
+        if dtype is not None:
+            raise ValueError(
+                f"weights_dtype={dtype!r} is for weights='auto'; weights={weights!r} says the bytes itself"
+            )
+        return _size("weights", weights) or 0
+    if source.config is None:
+        raise ValueError("weights='auto' needs a config; plain numbers do not say what a model's weights are")
+    if dtype is None:
+        quantized = source.config.get("quantization_config")
+        if quantized:
+            raise ValueError(
+                "weights='auto': the config has a quantization_config, which mixes dtypes; "
+                "give the bytes, or weights_dtype"
+            )
+        if shape.dtype is None:
+            raise ValueError(f"weights='auto': the config of {shape.name} names no dtype; give weights_dtype")
+    from kvblocks.planner.weights import weight_bytes
+
+    return weight_bytes(source.config, format_of(shape.dtype if dtype is None else dtype))
+
+
+def _integer(name: str, value: Any, high: int, low: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r:.60} is of type {type(value).__name__}; give an integer in {low}..{high}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value} is outside {low}..{high}")
+
+
+def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r:.60} is not one of {', '.join(allowed)}")

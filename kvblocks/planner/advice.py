@@ -1,0 +1,119 @@
+"""What would make a plan fit: the smallest changes, each tried before it is named."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from kvblocks.planner.core import Plan
+from kvblocks.planner.formats import narrower
+from kvblocks.planner.text import amount, count
+
+__all__ = ["Change", "smallest_changes"]
+
+_MOST_DEVICES = 1024
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of one setting with which the plan fits.
+
+    Args:
+        what: it is, for the reader.
+        setting: its name, as `plan` takes it.
+        value: that it would have.
+        factor: how many times as much, or as little, of something that is: 1.03 is a small change.
+    """
+
+    what: str
+    setting: str
+    value: Any
+    factor: float
+
+
+def smallest_changes(plan: Plan, most: int = 3) -> tuple[Change, ...]:
+    """The changes of one setting each that make the plan fit, the smallest first; none where it fits already."""
+    if plan.fits or plan.memory is None:
+        return ()
+    return tuple(sorted(_changes(plan), key=lambda change: change.factor)[:most])
+
+
+def _changes(plan: Plan) -> Iterator[Change]:
+    settings = plan.settings
+    sequences, length = plan.target
+    memory = plan.memory or 0
+    needed = plan.memory_for(sequences, length)
+    if settings.sequences is None or sequences <= settings.sequences:
+        factor = needed / memory if memory else float("inf")
+        yield Change(
+            f"{amount(needed - memory)} more memory on each device, {amount(needed)}", "memory", needed, factor
+        )
+    if sequences > 1:
+        fewer = plan.max_concurrency(length)
+        if fewer:
+            yield Change(
+                f"{count(fewer, 'sequence')} at once instead of {sequences:,}", "concurrency", fewer, sequences / fewer
+            )
+    if length > 1:
+        shorter = plan.max_seq_len(sequences)
+        if shorter:
+            yield Change(f"sequences of {shorter:,} tokens instead of {length:,}", "seq_len", shorter, length / shorter)
+    for candidate in narrower(settings.format):
+        if plan.replaced(format=candidate).fits:
+            name = (
+                candidate.name
+                if candidate.group_size is None
+                else f"{candidate.name} in groups of {candidate.group_size}"
+            )
+            factor = settings.format.vector_bytes(1024) / candidate.vector_bytes(1024)
+            yield Change(f"K and V in {name} instead of {plan.dtype}", "dtype", candidate.name, factor)
+            break
+    tp = _first(lambda tp: _valid_tp(plan, tp) and plan.replaced(tp=tp).fits, _multiples(settings.tp))
+    if tp is not None:
+        yield Change(f"tp={tp} instead of {settings.tp}", "tp", tp, tp / settings.tp)
+    yield from _other_stages(plan)
+    if settings.block_size > 1:
+        size = _first(lambda size: plan.replaced(block_size=size).fits, _halves(settings.block_size))
+        if size is not None:
+            factor = settings.block_size / size
+            yield Change(
+                f"blocks of {count(size, 'token')} instead of {settings.block_size}", "block_size", size, factor
+            )
+    if settings.mla == "expanded" and settings.other_mla is not None:
+        latent = plan.replaced(mla="latent", model=settings.other_mla, other_mla=settings.model)
+        if latent.fits:
+            factor = plan.bytes_per_token / latent.bytes_per_token
+            yield Change("the latent cache instead of the expanded one", "mla", "latent", factor)
+
+
+def _other_stages(plan: Plan) -> Iterator[Change]:
+    from kvblocks.planner.parallel import stage_layers
+
+    stages = len(plan.settings.stages)
+    layers = plan.model.layers
+    for pp in range(stages + 1, len(layers) + 1):
+        try:
+            split = stage_layers(plan.model, pp)
+        except ValueError:
+            continue
+        if plan.replaced(stages=split).fits:
+            yield Change(f"pp={pp} instead of {stages}", "pp", pp, pp / stages)
+            return
+
+
+def _valid_tp(plan: Plan, tp: int) -> bool:
+    queries = plan.model.num_query_heads
+    return queries is None or queries % tp == 0
+
+
+def _multiples(tp: int) -> Iterator[int]:
+    return iter(range(2 * tp, _MOST_DEVICES + 1, tp))
+
+
+def _halves(size: int) -> Iterator[int]:
+    while size > 1:
+        size //= 2
+        yield size
+
+
+def _first(holds: Callable[[int], bool], numbers: Iterator[int]) -> int | None:
+    return next((number for number in numbers if holds(number)), None)

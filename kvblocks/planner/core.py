@@ -1,0 +1,522 @@
+"""`Plan`: what a model's cache takes, and what fits. All figures are of one device, the fullest of its stage.
+
+Knows no config and no file: `kvblocks.planner.read` makes the `ModelCache`, `kvblocks.planner.explain` the sentences.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from kvblocks.config import CacheConfig, Group
+from kvblocks.planner.formats import Format, format_of, itemsize_of, narrower
+from kvblocks.planner.layout import Layout, PagedLayer, best_layout, uniform_bytes
+from kvblocks.planner.shapes import Kept, Layer, ModelCache, Stored
+
+__all__ = ["LONGEST", "Plan", "Settings", "Stage"]
+
+LONGEST = 2**31 - 1  # tokens of a sequence, and blocks of a pool
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a plan follows from.
+
+    Args:
+        model: what the model keeps.
+        format: of K and V.
+        state_dtype: of what follows the model's own dtype; None where nothing does.
+        other_mla: what the model keeps with the other choice for latent attention; None where there is none.
+        memory: bytes of one device; None where it is not asked about.
+        block_size: tokens in a block.
+        tp: devices over which heads are split.
+        stages: layers of each pipeline stage.
+        mla: "latent" or "expanded".
+        stored: whose caches `cache_bytes` counts.
+        weights: bytes of all of the model's weights; 0 where they are not counted.
+        activations: bytes set aside on each device.
+        seq_len, concurrency: what is asked for: so many sequences of so many tokens.
+        sequences: for how many state is set aside before blocks are counted.
+        encoder_tokens: of an encoder or an image, that cross-attention keeps.
+        max_groups: of layers that share a block table.
+        step_tokens: that one step writes for a sequence, at most.
+    """
+
+    model: ModelCache
+    format: Format
+    state_dtype: str | None
+    other_mla: ModelCache | None = None
+    memory: int | None = None
+    block_size: int = 16
+    tp: int = 1
+    stages: tuple[int, ...] = ()
+    mla: str = "latent"
+    stored: Stored = "exact"
+    weights: int = 0
+    activations: int = 0
+    seq_len: int | None = None
+    concurrency: int | None = None
+    sequences: int | None = None
+    encoder_tokens: int = 0
+    max_groups: int = 12
+    step_tokens: int = 1
+
+    @property
+    def reference_len(self) -> int:
+        """The length at which layouts are compared: what is asked for, else what the model was made for, else 32k."""
+        return self.seq_len or self.model.max_seq_len or 32768
+
+    def heads(self, heads: int) -> tuple[int, int]:
+        """Of `heads` heads: how many lie on one device, and on how many devices each of them lies."""
+        shares = math.gcd(heads, self.tp)
+        return heads // shares, self.tp // shares
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage, on one of its devices.
+
+    Args:
+        settings: of the plan.
+        layers: of the model that it runs.
+    """
+
+    settings: Settings
+    layers: tuple[Layer, ...]
+
+    def entry_bytes(self, kept: Kept, *, stored: bool = False) -> int:
+        heads = kept.heads
+        if stored and kept.stored_heads is not None:
+            heads = kept.stored_heads
+        return kept.entry_bytes(self.settings.format, self.settings.heads(heads)[0])
+
+    @cached_property
+    def token_bytes(self) -> int:
+        """Of one token while every layer still reaches it; compressed entries count for the tokens they stand for."""
+        rates = math.lcm(*(kept.every for layer in self.layers for kept in layer.kept))
+        whole = sum(self.entry_bytes(kept) * (rates // kept.every) for layer in self.layers for kept in layer.kept)
+        return math.ceil(whole / rates)
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """Of one sequence, whatever its length, cross-attention included."""
+        return self._state(LONGEST, "exact") + self.cross_bytes
+
+    @cached_property
+    def cross_bytes(self) -> int:
+        entries = sum(self.entry_bytes(kept) for layer in self.layers for kept in layer.cross)
+        return entries * self.settings.encoder_tokens
+
+    def _state(self, num_tokens: int, stored: Stored) -> int:
+        total = 0
+        for layer in self.layers:
+            for state in layer.states:
+                dtype = state.dtype or self.settings.state_dtype
+                if dtype is None:
+                    raise ValueError(f"{state.name} follows the model's dtype, which is not known")
+                numbers = sum(self.settings.heads(units)[0] * each for units, each in state.parts)
+                part, whole = state.entries(num_tokens, stored)
+                total += numbers * part // whole * itemsize_of(dtype)
+        return total
+
+    def cache_bytes(self, num_tokens: int) -> int:
+        """Of one sequence of `num_tokens` tokens, to the byte, as `settings.stored` keeps it."""
+        if not num_tokens:
+            return 0
+        stored = self.settings.stored
+        kept = sum(
+            self.entry_bytes(kept, stored=stored == "transformers") * kept.entries(num_tokens, stored)
+            for layer in self.layers
+            for kept in layer.kept
+        )
+        return kept + self._state(num_tokens, stored) + self.cross_bytes
+
+    @cached_property
+    def paged(self) -> tuple[PagedLayer, ...]:
+        """What every layer puts into blocks, apart by reach."""
+        size = self.settings.block_size
+        found = []
+        for layer in self.layers:
+            for reach in dict.fromkeys(kept.reach for kept in layer.kept):
+                same = [kept for kept in layer.kept if kept.reach == reach]
+                block = sum(self.entry_bytes(kept) * math.ceil(size / kept.every) for kept in same)
+                found.append(PagedLayer(layer.index, reach, block))
+        return tuple(found)
+
+    @cached_property
+    def layout(self) -> Layout:
+        s = self.settings
+        return best_layout(self.paged, s.block_size, s.reference_len, s.max_groups, s.step_tokens)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.layout.block_bytes
+
+    def sequence_bytes(self, num_tokens: int) -> int:
+        """Of one sequence in whole blocks, with its state."""
+        if not num_tokens:
+            return 0
+        return self.layout.blocks(num_tokens + self.extra_tokens) * self.block_bytes + self.state_bytes
+
+    @cached_property
+    def extra_tokens(self) -> int:
+        return max((kept.extra_tokens for layer in self.layers for kept in layer.kept), default=0)
+
+    @property
+    def room(self) -> int | None:
+        """Bytes for blocks and state; negative where weights alone do not fit."""
+        s = self.settings
+        if s.memory is None:
+            return None
+        return s.memory - self.weights - s.activations
+
+    @property
+    def weights(self) -> int:
+        return math.ceil(self.settings.weights / (self.settings.tp * len(self.settings.stages)))
+
+    @cached_property
+    def num_blocks(self) -> int | None:
+        """Blocks that fit, or that what is asked for takes; None where neither is given."""
+        s = self.settings
+        room = self.room
+        if room is None:
+            if s.seq_len is None or s.concurrency is None:
+                return None
+            return self.layout.blocks(s.seq_len + self.extra_tokens) * s.concurrency
+        if not self.block_bytes:
+            return 0
+        return max(0, min(LONGEST, (room - (s.sequences or 0) * self.state_bytes) // self.block_bytes))
+
+    def fits(self, concurrency: int, seq_len: int) -> bool:
+        """Whether so many sequences of so many tokens fit; True where no memory is given."""
+        if self.room is None:
+            return True
+        blocks = concurrency * self.layout.blocks(seq_len + self.extra_tokens)
+        if blocks > LONGEST:
+            return False
+        state = max(concurrency, self.settings.sequences or 0) * self.state_bytes
+        within = self.settings.sequences is None or concurrency <= self.settings.sequences
+        return within and blocks * self.block_bytes + state <= self.room
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a model's cache takes on one device, and what fits there. Made by `kvblocks.plan`.
+
+    With pipeline stages, figures are of the stage that takes the most, and what fits is what fits on every stage.
+    """
+
+    settings: Settings = field(repr=False)
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """One device of each pipeline stage."""
+        found, start = [], 0
+        for number in self.settings.stages:
+            layers = self.settings.model.layers[start : start + number]
+            found.append(Stage(self.settings, layers))
+            start += number
+        return tuple(found)
+
+    @cached_property
+    def stage(self) -> Stage:
+        """The one that takes the most memory for a sequence."""
+        length = self.settings.reference_len
+        return max(self.stages, key=lambda stage: (stage.sequence_bytes(length), stage.token_bytes))
+
+    @property
+    def model(self) -> ModelCache:
+        return self.settings.model
+
+    @property
+    def dtype(self) -> str:
+        """Of K and V, as it was asked for."""
+        return self.settings.format.name
+
+    @property
+    def block_size(self) -> int:
+        return self.settings.block_size
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes of one device that the plan may use; None where it was not asked about."""
+        return self.settings.memory
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of the model's weights on one device; 0 where they were not asked for."""
+        return self.stage.weights
+
+    @property
+    def activation_bytes(self) -> int:
+        return self.settings.activations
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of one token in all layers, while every one of them still reaches it."""
+        return self.stage.token_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one block of the pool: what the largest group needs. 0 where nothing grows with the sequence."""
+        return self.stage.block_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Fixed, for each sequence: convolution and recurrent state, and what cross-attention keeps."""
+        return self.stage.state_bytes
+
+    def cache_bytes(self, num_tokens: int) -> int:
+        """Bytes of one sequence of `num_tokens` tokens: exact, unpadded, state included.
+
+        A window of w counts the w tokens that a query reaches, a chunk the tokens of a whole chunk. With
+        `stored="transformers"` it is what its caches keep: w - 1 for a window, and a chunk as a window.
+
+        Raises:
+            TypeError, ValueError: `num_tokens` is not an integer in 0..2**31-1.
+        """
+        return self.stage.cache_bytes(_tokens("num_tokens", num_tokens, 0))
+
+    def sequence_bytes(self, num_tokens: int) -> int:
+        """Bytes that a sequence of `num_tokens` tokens takes in whole blocks, state included.
+
+        Raises:
+            TypeError, ValueError: `num_tokens` is not an integer in 0..2**31-1.
+        """
+        return self.stage.sequence_bytes(_tokens("num_tokens", num_tokens, 0))
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that a sequence of `num_tokens` tokens takes, in all groups together."""
+        tokens = _tokens("num_tokens", num_tokens, 0)
+        return self.stage.layout.blocks(tokens + self.stage.extra_tokens) if tokens else 0
+
+    @property
+    def num_blocks(self) -> int | None:
+        """Blocks that fit into the memory, or that the sequences asked for take; None where neither was given."""
+        counts = [stage.num_blocks for stage in self.stages if stage.paged]
+        if not counts:
+            return 0
+        return None if None in counts else min(count for count in counts if count is not None)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The layers that share a block table, by their ids in the model."""
+        return tuple(
+            Group(group.reach, tuple(layer.index for layer in group.layers)) for group in self.stage.layout.groups
+        )
+
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens that fit at once, in one sequence; 2**31-1 where the cache stops growing before.
+
+        Raises:
+            ValueError: no memory was given.
+        """
+        return self.max_seq_len(1)
+
+    def max_concurrency(self, seq_len: int) -> int:
+        """Sequences of `seq_len` tokens that fit at once, 2**31-1 at most.
+
+        Raises:
+            TypeError, ValueError: `seq_len` is not an integer in 1..2**31-1, or no memory was given.
+        """
+        length = _tokens("seq_len", seq_len, 1)
+        self._need_memory()
+        return _most(lambda count: all(stage.fits(count, length) for stage in self.stages))
+
+    def max_seq_len(self, concurrency: int = 1) -> int:
+        """The longest that `concurrency` sequences can be at once: 2**31-1 where nothing grows, 0 where none fits.
+
+        Raises:
+            TypeError, ValueError: `concurrency` is not an integer in 1..2**31-1, or no memory was given.
+        """
+        count = _tokens("concurrency", concurrency, 1)
+        self._need_memory()
+        return _most(lambda length: all(stage.fits(count, length) for stage in self.stages))
+
+    def memory_for(self, concurrency: int, seq_len: int) -> int:
+        """Bytes that each device needs for so many sequences of so many tokens, weights and activations included.
+
+        Raises:
+            TypeError, ValueError: not integers in 1..2**31-1.
+        """
+        count, length = _tokens("concurrency", concurrency, 1), _tokens("seq_len", seq_len, 1)
+        state = max(count, self.settings.sequences or 0)
+        return max(
+            stage.weights
+            + self.settings.activations
+            + count * (stage.sequence_bytes(length) - stage.state_bytes)
+            + state * stage.state_bytes
+            for stage in self.stages
+        )
+
+    def dtype_for(self, concurrency: int, seq_len: int) -> str | None:
+        """The widest dtype, from the plan's own down, with which so many sequences fit; None where none does.
+
+        Raises:
+            TypeError, ValueError: not integers in 1..2**31-1, or no memory was given.
+        """
+        count, length = _tokens("concurrency", concurrency, 1), _tokens("seq_len", seq_len, 1)
+        self._need_memory()
+        for candidate in [self.settings.format, *narrower(self.settings.format)]:
+            plan = self.replaced(format=candidate)
+            if all(stage.fits(count, length) for stage in plan.stages):
+                return candidate.name
+        return None
+
+    @property
+    def target(self) -> tuple[int, int]:
+        """Sequences and tokens that have to fit: what was asked for, at least one sequence of one token."""
+        return self.settings.concurrency or 1, self.settings.seq_len or 1
+
+    @property
+    def fits(self) -> bool:
+        """Whether what was asked for fits into the memory; True where none was given."""
+        return all(stage.fits(*self.target) for stage in self.stages)
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes that each device lacks for what was asked for; 0 where it fits."""
+        if self.settings.memory is None or self.fits:
+            return 0
+        return max(0, self.memory_for(*self.target) - self.settings.memory)
+
+    def waste(self, seq_len: int | None = None) -> float:
+        """The share of a sequence's blocks, 0 to 1, that holds nothing it needs, at `seq_len` tokens.
+
+        By default at the length that was asked for, else at the longest that the model was made for, else at 32,768.
+        """
+        return self._waste(seq_len, lambda stage, length: stage.layout.held_bytes(length))
+
+    def uniform_waste(self, seq_len: int | None = None) -> float:
+        """What `waste` would be if every layer kept every token, in places of equal size."""
+        return self._waste(seq_len, lambda stage, length: uniform_bytes(stage.paged, self.block_size, length))
+
+    def _waste(self, seq_len: int | None, held: Callable[[Stage, int], int]) -> float:
+        length = self.settings.reference_len if seq_len is None else _tokens("seq_len", seq_len, 1)
+        stage = self.stage
+        taken = held(stage, length + stage.extra_tokens)
+        if not taken:
+            return 0.0
+        needed = sum(
+            stage.entry_bytes(kept) * kept.entries(length, "exact") for layer in stage.layers for kept in layer.kept
+        )
+        return 1 - needed / taken
+
+    @property
+    def storage_dtype(self) -> str:
+        """The dtype by which `cache_config().memory_bytes` counts: the plan's, or "uint8" for packed numbers."""
+        return self.settings.format.name if self.settings.format.is_dtype else "uint8"
+
+    @property
+    def cache_layers(self) -> tuple[int | None, ...]:
+        """For each layer of the model the one of `cache_config()` that it uses; None where it keeps no K and V."""
+        if len(self.stages) > 1:
+            raise ValueError("a plan with several pipeline stages has a cache for each: see stages")
+        ids = {layer.index: i for i, layer in enumerate(layer for layer in self.model.layers if layer.kept)}
+        return tuple(ids.get(layer.index if layer.reads is None else layer.reads) for layer in self.model.layers)
+
+    def cache_config(self, stage: int = 0) -> CacheConfig:
+        """The config for a `CacheEngine` on one device of a pipeline stage.
+
+        Its `memory_bytes(plan.storage_dtype)` is `num_blocks * block_bytes` to the byte. Its layers are those of the
+        model that keep K and V, in order: `cache_layers` says which is which. Where layers differ in heads or dims,
+        `layer_shapes` holds each one's. A latent is K and its rotated key V, of one head. Packed numbers and their
+        scales are bytes: then dims count them.
+
+        Raises:
+            ValueError: nothing to page, not one block, something besides K and V in the blocks; which, it says.
+            IndexError: no such stage.
+        """
+        chosen = self.stages[stage]
+        layers = [layer for layer in chosen.layers if layer.kept]
+        if not layers:
+            raise ValueError(f"{self.model.name} keeps nothing that grows with the sequence; there is nothing to page")
+        blocks = self.num_blocks
+        if blocks is None:
+            raise ValueError("how many blocks? Give plan(...) a memory, or a concurrency and a seq_len")
+        if blocks < 1:
+            raise ValueError(f"not one block fits: {self.missing_bytes} bytes are missing; see explain()")
+        shapes = [self._shape(chosen, layer) for layer in layers]
+        ids = {layer.index: i for i, layer in enumerate(layers)}
+        groups = tuple(
+            Group(group.reach, tuple(ids[layer.index] for layer in group.layers)) for group in chosen.layout.groups
+        )
+        heads, k_dim, v_dim = (max(shape[i] for shape in shapes) for i in range(3))
+        return CacheConfig(
+            num_layers=len(layers),
+            num_kv_heads=heads,
+            head_dim=k_dim,
+            num_gpu_blocks=blocks,
+            block_size=self.block_size,
+            v_head_dim=v_dim,
+            groups=groups,
+            layer_shapes=shapes if len(set(shapes)) > 1 else None,
+        )
+
+    def _shape(self, stage: Stage, layer: Layer) -> tuple[int, int, int]:
+        """Heads, K dim and V dim of a layer, on one device."""
+        kept = layer.kept
+        plain = [one for one in kept if one.dtype is None and one.every == 1 and not one.extra_tokens]
+        if len(plain) != len(kept) or len(kept) != 2 or kept[0].heads != kept[1].heads:
+            names = ", ".join(one.name for one in kept)
+            raise ValueError(
+                f"layer {layer.index} of {self.model.name} keeps {names}; a CacheConfig holds K and V and nothing else"
+            )
+        if kept[0].reach != kept[1].reach:
+            raise ValueError(f"layer {layer.index} of {self.model.name} keeps K and V of different reach")
+        format = self.settings.format
+        dims = [one.dim if format.is_dtype else format.vector_bytes(one.dim) for one in kept]
+        return self.settings.heads(kept[0].heads)[0], dims[0], dims[1]
+
+    def explain(self) -> str:
+        """Every figure with its arithmetic, and where something does not fit, what is missing and what would help."""
+        from kvblocks.planner.explain import explain
+
+        return explain(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, as JSON takes them."""
+        from kvblocks.planner.explain import to_dict
+
+        return to_dict(self)
+
+    def with_dtype(self, dtype: Any, group_size: int | None = None) -> "Plan":
+        """The plan with K and V in another dtype; int4 and int2 with a scale for each 32 numbers by default.
+
+        Raises:
+            TypeError, ValueError: not a dtype that a cache can hold, or a group size that it cannot have.
+        """
+        format = format_of(dtype)
+        if group_size is not None or not format.bits >= 8:
+            format = format_of(dtype, 32 if group_size is None else group_size)
+        return self.replaced(format=format)
+
+    def replaced(self, **changes: Any) -> "Plan":
+        """The plan with some of its `settings` changed."""
+        return Plan(replace(self.settings, **changes))
+
+    def _need_memory(self) -> None:
+        if self.settings.memory is None:
+            raise ValueError("what fits depends on the memory: give plan(..., memory=...)")
+
+
+def _tokens(name: str, value: Any, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; give an integer in {low}..{LONGEST}")
+    if not low <= value <= LONGEST:
+        raise ValueError(f"{name}={value} is outside {low}..{LONGEST}")
+    return value
+
+
+def _most(holds: Callable[[int], bool]) -> int:
+    """The largest number up to LONGEST for which `holds`, which holds for all below it; 0 where it does for none."""
+    low, high = 0, LONGEST
+    while low < high:
+        middle = (low + high + 1) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,337 @@
+"""A plan in sentences: every figure with its line of arithmetic. Says nothing that a `Plan` does not know."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvblocks.config import Chunk
+from kvblocks.planner.advice import smallest_changes
+from kvblocks.planner.core import LONGEST, Plan, Stage
+from kvblocks.planner.formats import itemsize_of
+from kvblocks.planner.layout import BlockGroup
+from kvblocks.planner.shapes import Kept, Layer, Reach
+from kvblocks.planner.text import amount, count
+
+__all__ = ["Line", "explain", "lines", "notes", "reach_text", "title", "to_dict", "verdict"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure.
+
+    Args:
+        name: of the figure.
+        arithmetic: that leads to it, or a remark; empty for a figure that is given.
+        value: the figure in words.
+    """
+
+    name: str
+    arithmetic: str
+    value: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.arithmetic} = {self.value}" if self.arithmetic else f"{self.name}: {self.value}"
+
+
+def explain(plan: Plan) -> str:
+    """The plan, a figure to a line, then remarks, then what is missing and what would help."""
+    found = [title(plan), *map(str, lines(plan)), *notes(plan), *verdict(plan)]
+    return "\n".join(found)
+
+
+def title(plan: Plan) -> str:
+    """The model, and how it is stored."""
+    settings = plan.settings
+    parts = [count(len(plan.model.layers), "layer"), f"K and V in {_format_text(plan)}", f"blocks of {plan.block_size}"]
+    if settings.tp > 1:
+        parts.append(f"tp={settings.tp}")
+    if len(settings.stages) > 1:
+        parts.append(f"pp={len(settings.stages)}")
+    return f"{plan.model.name}: {', '.join(parts)}"
+
+
+def _format_text(plan: Plan) -> str:
+    format = plan.settings.format
+    if format.group_size is None:
+        return format.name
+    zero = " and zero point" if format.zero_point else ""
+    return f"{format.name} with a {format.scale_dtype} scale{zero} for each {format.group_size}"
+
+
+# --- arithmetic
+
+
+def lines(plan: Plan) -> list[Line]:
+    """Every figure of the plan."""
+    stage = plan.stage
+    found: list[Line] = []
+    if stage.token_bytes:
+        found.append(Line("per token", _terms(stage, stage.layers), f"{stage.token_bytes:,} B"))
+        found += [_group_line(stage, group) for group in stage.layout.groups]
+        if len(stage.layout.groups) > 1:
+            found.append(
+                Line(
+                    "per block",
+                    f"the largest of {len(stage.layout.groups)} groups",
+                    f"{amount(stage.block_bytes)} per block",
+                )
+            )
+        length = plan.settings.reference_len
+        found.append(
+            Line(
+                "waste",
+                f"at {length:,} tokens, padding and part-filled blocks",
+                f"{plan.waste():.2%} (every layer keeping every token: {plan.uniform_waste():.2%})",
+            )
+        )
+    if stage.state_bytes:
+        found.append(Line("state per sequence", _state_terms(stage), f"{stage.state_bytes:,} B"))
+    found += _memory_lines(plan)
+    found += _answers(plan)
+    return found
+
+
+def _group_line(stage: Stage, group: BlockGroup) -> Line:
+    size = stage.settings.block_size
+    chosen = {(paged.index, paged.reach) for paged in group.layers}
+    layers = [layer for layer in stage.layers if any(index == layer.index for index, _ in chosen)]
+    terms = _terms(stage, layers, reach=group.reach, only=True)
+    what = f"{terms} × {size} tokens" if " + " not in _outside(terms) else f"({terms}) × {size} tokens"
+    alone = len(stage.layout.groups) == 1
+    name = "per block" if alone else f"block of {count(len(group.layers), 'layer')}, {reach_text(group.reach)}"
+    return Line(name, what, f"{amount(group.block_bytes)}{' per block' if alone else ''}")
+
+
+def _outside(terms: str) -> str:
+    """What stands outside parentheses."""
+    depth, kept = 0, []
+    for letter in terms:
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            kept.append(letter)
+    return "".join(kept)
+
+
+def _terms(stage: Stage, layers: Iterable[Layer], *, reach: Reach = None, only: bool = False) -> str:
+    """`32 layers × 8 heads × (128 + 128) × 2 B`, one such for each kind of layer."""
+    numbers: dict[tuple[Any, ...], int] = {}
+    for layer in layers:
+        kept = [one for one in layer.kept if not only or one.reach == reach]
+        for same in _alike(kept):
+            key = (same[0].heads, same[0].dtype, same[0].every, tuple(one.dim for one in same))
+            numbers[key] = numbers.get(key, 0) + 1
+    return " + ".join(_term(stage, number, *key) for key, number in numbers.items())
+
+
+def _alike(kept: Sequence[Kept]) -> list[list[Kept]]:
+    """Tensors of one layer that have one number of heads, together."""
+    found: dict[tuple[Any, ...], list[Kept]] = {}
+    for one in kept:
+        found.setdefault((one.heads, one.dtype, one.every), []).append(one)
+    return list(found.values())
+
+
+def _term(stage: Stage, number: int, heads: int, dtype: str | None, every: int, dims: tuple[int, ...]) -> str:
+    format = stage.settings.format
+    here = stage.settings.heads(heads)[0]
+    if dtype is not None:
+        numbers = f"{_sum(dims)} × {itemsize_of(dtype)} B"
+    elif format.bits % 8 == 0 and format.group_size is None:
+        numbers = f"{_sum(dims)} × {format.bits // 8} B"
+    else:
+        numbers = f"{_sum([format.vector_bytes(dim) for dim in dims])} B"
+    rate = f" / {every} tokens" if every > 1 else ""
+    return f"{count(number, 'layer')} × {count(here, 'head')} × {numbers}{rate}"
+
+
+def _sum(dims: Sequence[int]) -> str:
+    return f"({' + '.join(map(str, dims))})" if len(dims) > 1 else str(dims[0])
+
+
+def _state_terms(stage: Stage) -> str:
+    settings = stage.settings
+    numbers: dict[tuple[str, int, int], int] = {}
+    for layer in stage.layers:
+        for state in layer.states:
+            size = sum(settings.heads(units)[0] * each for units, each in state.parts)
+            key = (state.name, size, itemsize_of(state.dtype or settings.state_dtype or ""))
+            numbers[key] = numbers.get(key, 0) + 1
+    terms = [
+        f"{count(number, 'layer')} × {size:,} × {each} B ({name})" for (name, size, each), number in numbers.items()
+    ]
+    if stage.cross_bytes:
+        crossing = [Layer(layer.index, layer.kind, layer.cross) for layer in stage.layers]
+        terms.append(f"({_terms(stage, crossing)}) × {settings.encoder_tokens:,} encoder tokens")
+    return " + ".join(terms)
+
+
+def _memory_lines(plan: Plan) -> list[Line]:
+    settings, stage = plan.settings, plan.stage
+    found = []
+    if settings.weights:
+        devices = settings.tp * len(settings.stages)
+        share = f"{amount(settings.weights)} / {devices} devices" if devices > 1 else ""
+        found.append(Line("weights", share, amount(stage.weights)))
+    if settings.memory is None:
+        return found
+    taken = [amount(settings.memory)]
+    taken += [f"{amount(stage.weights)} weights"] if settings.weights else []
+    taken += [f"{amount(settings.activations)} activations"] if settings.activations else []
+    if settings.sequences and stage.state_bytes:
+        taken.append(f"{count(settings.sequences, 'sequence')} × {stage.state_bytes:,} B state")
+    room = (stage.room or 0) - (settings.sequences or 0) * stage.state_bytes
+    found.append(Line("memory for the cache", " - ".join(taken) if len(taken) > 1 else "", amount(room)))
+    if stage.block_bytes:
+        whole = f"{room:,} B / {stage.block_bytes:,} B, whole blocks"
+        found.append(Line("blocks", whole, f"{plan.num_blocks:,}"))
+    return found
+
+
+def _answers(plan: Plan) -> list[Line]:
+    settings, stage = plan.settings, plan.stage
+    sequences, length = settings.concurrency, settings.seq_len
+    found = []
+    if length is not None:
+        each = plan.sequence_bytes(length)
+        blocks = plan.blocks_for(length)
+        state = f" + {stage.state_bytes:,} B state" if stage.state_bytes else ""
+        found.append(
+            Line(f"sequence of {length:,}", f"{count(blocks, 'block')} × {stage.block_bytes:,} B{state}", amount(each))
+        )
+        if sequences is not None:
+            needed = plan.memory_for(sequences, length)
+            rest = needed - stage.weights - settings.activations
+            besides = [amount(stage.weights) + " weights"] if stage.weights else []
+            besides += [amount(settings.activations) + " activations"] if settings.activations else []
+            sum_ = " + ".join([f"{count(sequences, 'sequence')} × {amount(each)}", *besides])
+            found.append(Line("memory needed", sum_, amount(rest + stage.weights + settings.activations)))
+    if settings.memory is None:
+        return found
+    found.append(Line("longest sequence", "alone in the cache", _length_text(plan.max_seq_len(1))))
+    if length is not None:
+        found.append(Line(f"sequences of {length:,} at once", "", f"{plan.max_concurrency(length):,}"))
+    if sequences is not None and sequences > 1:
+        found.append(Line(f"longest of {sequences:,} sequences", "", _length_text(plan.max_seq_len(sequences))))
+    return found
+
+
+def _length_text(length: int) -> str:
+    return "no bound: the cache stops growing" if length == LONGEST else count(length, "token")
+
+
+def reach_text(reach: Reach) -> str:
+    if reach is None:
+        return "full attention"
+    return f"{'chunks' if isinstance(reach, Chunk) else 'a window'} of {reach.size:,}"
+
+
+# --- remarks
+
+
+def notes(plan: Plan) -> list[str]:
+    """What a reader should know besides."""
+    settings, stage = plan.settings, plan.stage
+    found = [f"note: {note}" for note in settings.model.notes]
+    copies: dict[int, set[str]] = {}
+    for layer in stage.layers:
+        for kept in (*layer.kept, *layer.cross):
+            share, times = settings.heads(kept.heads)
+            if times > 1:
+                copies.setdefault(times, set()).add(
+                    f"{kept.name} ({count(kept.heads, 'head')}, {share} on each device)"
+                )
+    for times, names in sorted(copies.items()):
+        found.append(
+            f"note: tp={settings.tp}: {', '.join(sorted(names))} cannot be split that far; a head is kept {times} times"
+        )
+    shared = [layer for layer in settings.model.layers if layer.reads is not None]
+    if shared:
+        found.append(f"note: {count(len(shared), 'layer')} read what another layer keeps, and keep nothing")
+    if settings.weights and settings.tp * len(settings.stages) > 1:
+        found.append("note: weights are counted as if they split evenly over all devices")
+    format = settings.format
+    if format.bits < 16 and format.group_size is None:
+        found.append(
+            f"note: {format.name} without group_size: no scales are counted, as where one serves a whole tensor"
+        )
+    if len(settings.stages) > 1:
+        index = plan.stages.index(stage)
+        found.append(
+            f"note: figures are of pipeline stage {index}, layers {stage.layers[0].index} to {stage.layers[-1].index}, "
+            f"which takes the most"
+        )
+    if stage.state_bytes and settings.memory is not None and settings.sequences is None:
+        found.append("note: no state is set aside before blocks are counted; give sequences to do so")
+    longest = settings.model.max_seq_len
+    if settings.seq_len is not None and longest is not None and settings.seq_len > longest:
+        found.append(f"note: the model was made for sequences of {longest:,} tokens")
+    return found
+
+
+def verdict(plan: Plan) -> list[str]:
+    """Nothing where the plan fits, else what is missing and the three smallest changes that would make it fit."""
+    if plan.fits:
+        return []
+    sequences, length = plan.target
+    found = [
+        f"does not fit: {count(sequences, 'sequence')} of {count(length, 'token')} need "
+        f"{plan.memory_for(sequences, length):,} B, there are {plan.memory or 0:,} B; "
+        f"{plan.missing_bytes:,} B ({amount(plan.missing_bytes)}) are missing"
+    ]
+    if plan.settings.sequences is not None and sequences > plan.settings.sequences:
+        found.append(f"does not fit: state is set aside for {count(plan.settings.sequences, 'sequence')} only")
+    changes = smallest_changes(plan)
+    if changes:
+        found.append("it would fit with one of these:")
+        found += [f"  {i}. {change.what}" for i, change in enumerate(changes, 1)]
+    return found
+
+
+def to_dict(plan: Plan) -> dict[str, Any]:
+    """All figures, as JSON takes them; bytes are integers, and what was not asked for is None."""
+    settings, stage = plan.settings, plan.stage
+    asked = settings.memory is not None
+    length, sequences = settings.seq_len, settings.concurrency
+    return {
+        "model": plan.model.name,
+        "dtype": plan.dtype,
+        "group_size": settings.format.group_size,
+        "block_size": plan.block_size,
+        "tp": settings.tp,
+        "pp": list(settings.stages),
+        "mla": settings.mla,
+        "stored": settings.stored,
+        "bytes_per_token": plan.bytes_per_token,
+        "block_bytes": plan.block_bytes,
+        "state_bytes": plan.state_bytes,
+        "groups": [
+            {
+                "reach": reach_text(group.reach),
+                "window": None if group.reach is None else group.reach.size,
+                "layers": [layer.index for layer in group.layers],
+                "block_bytes": group.block_bytes,
+            }
+            for group in stage.layout.groups
+        ],
+        "waste": plan.waste(),
+        "uniform_waste": plan.uniform_waste(),
+        "memory": settings.memory,
+        "weights_bytes": stage.weights,
+        "activation_bytes": settings.activations,
+        "num_blocks": plan.num_blocks,
+        "max_tokens": plan.max_tokens if asked else None,
+        "seq_len": length,
+        "concurrency": sequences,
+        "sequence_bytes": plan.sequence_bytes(length) if length is not None else None,
+        "cache_bytes": plan.cache_bytes(length) if length is not None else None,
+        "memory_needed": plan.memory_for(sequences, length) if length is not None and sequences is not None else None,
+        "max_concurrency": plan.max_concurrency(length) if asked and length is not None else None,
+        "max_seq_len": plan.max_seq_len(sequences or 1) if asked else None,
+        "fits": plan.fits,
+        "missing_bytes": plan.missing_bytes,
+        "changes": [
+            {"what": change.what, "setting": change.setting, "value": change.value} for change in smallest_changes(plan)
+        ],
+        "lines": [{"name": line.name, "arithmetic": line.arithmetic, "value": line.value} for line in lines(plan)],
+        "notes": [note.removeprefix("note: ") for note in notes(plan)],
+    }

@@ -1,0 +1,108 @@
+"""How one number of a cache is stored: plain dtypes, and packed ones with their scales. No torch."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from kvblocks.config import itemsize
+
+__all__ = ["Format", "dtype_name", "format_of", "itemsize_of", "narrower"]
+
+# Shorter names for what people call them, and the packed formats that are no dtype.
+_ALIASES = {"fp8": "float8_e4m3fn", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+_PACKED_BITS = {"int4": 4, "int2": 2}
+_SCALES = ("float16", "bfloat16", "float32", "float8_e4m3fn")
+# What a search for a smaller dtype goes through, from wide to narrow: the first is the widest that still fits.
+_NARROWER = ("float32", "bfloat16", "float8_e4m3fn", "int4")
+
+
+@dataclass(frozen=True)
+class Format:
+    """The storage of K and V: `bits` for each number, and a scale for each `group_size` numbers of one head.
+
+    Args:
+        name: a dtype as `CacheConfig` names it, or "int4", "int2": two and four numbers in a byte.
+        bits: of one number.
+        group_size: numbers of one head's vector that share a scale; None where scales are not kept per token.
+        scale_dtype: of a scale, and of a zero point.
+        zero_point: each group keeps one besides its scale.
+    """
+
+    name: str
+    bits: int
+    group_size: int | None = None
+    scale_dtype: str = "float16"
+    zero_point: bool = False
+
+    @property
+    def is_float(self) -> bool:
+        """A plain float of 16 bits or more, which a model could compute in."""
+        return self.name in ("float16", "bfloat16", "float32", "float64")
+
+    @property
+    def is_dtype(self) -> bool:
+        """Stored as one dtype, without packing and without scales in the cache."""
+        return self.bits >= 8 and self.group_size is None
+
+    def scales(self, dim: int) -> int:
+        """Scales that one head's vector of `dim` numbers keeps."""
+        return 0 if self.group_size is None else math.ceil(dim / self.group_size)
+
+    def vector_bytes(self, dim: int) -> int:
+        """Bytes of one head's vector of `dim` numbers, scales and zero points included."""
+        if not dim:
+            return 0
+        scale_bytes = itemsize(self.scale_dtype) * (2 if self.zero_point else 1)
+        return math.ceil(dim * self.bits / 8) + self.scales(dim) * scale_bytes
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a dtype, given as one of torch's or as a name. Not checked against what a cache can hold."""
+    name = dtype if isinstance(dtype, str) else str(dtype)
+    name = name.removeprefix("torch.")
+    return _ALIASES.get(name, name)
+
+
+def format_of(
+    dtype: Any, group_size: int | None = None, scale_dtype: Any = "float16", zero_point: bool = False
+) -> Format:
+    """The format that a caller's `dtype` names.
+
+    Raises:
+        TypeError: not a dtype that a cache can hold, nor a packed one.
+        ValueError: scales for a dtype that has none, or a group size that is not positive.
+    """
+    name = dtype_name(dtype)
+    bits = _PACKED_BITS.get(name)
+    if bits is None:
+        try:
+            bits = 8 * itemsize(dtype if name == dtype else name)
+        except TypeError as error:
+            raise TypeError(f"{error}; or {', '.join(_PACKED_BITS)}") from None
+    if not isinstance(zero_point, bool):
+        raise TypeError(f"zero_point={zero_point!r} is no bool")
+    if group_size is None:
+        if zero_point:
+            raise ValueError("zero_point=True without group_size: zero points are kept one to a group")
+        return Format(name, bits)
+    if isinstance(group_size, bool) or not isinstance(group_size, int):
+        raise TypeError(f"group_size={group_size!r} is of type {type(group_size).__name__}; give an integer")
+    if group_size < 1:
+        raise ValueError(f"group_size={group_size} is below 1; it counts the numbers that share a scale")
+    if bits > 8:
+        raise ValueError(f"dtype={name} has no scales; group_size={group_size} is for 8-bit and packed dtypes")
+    scale = dtype_name(scale_dtype)
+    if scale not in _SCALES:
+        raise ValueError(f"scale_dtype={scale} is not one of {', '.join(_SCALES)}")
+    return Format(name, bits, group_size, scale, zero_point)
+
+
+def narrower(than: Format) -> list[Format]:
+    """Formats with fewer bits, the widest first. int4 brings a float16 scale for each 32 numbers, as is customary."""
+    found = [format_of(name, 32) if name == "int4" else format_of(name) for name in _NARROWER]
+    return [candidate for candidate in found if candidate.bits < than.bits]
+
+
+def itemsize_of(name: str) -> int:
+    """Bytes of one number of what a model keeps beside K and V: int64 too, which K and V cannot be."""
+    return 8 if name == "int64" else itemsize(name)

@@ -1,0 +1,170 @@
+"""Which layers share a block table, how large a block is then, and how many of them a sequence takes. Integers only.
+
+A block holds `block_size` tokens for the layers of one group; all groups draw from one pool, so a block is as large as
+the largest group needs. Layers of one reach form groups of equally many; how many is searched for exactly. Layers that
+keep more bytes than others take more room in their block, so that there are fewer of them in a group.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from kvblocks.config import Chunk, Window
+from kvblocks.planner.shapes import Reach
+
+__all__ = ["BlockGroup", "Layout", "PagedLayer", "best_layout", "blocks_held", "uniform_bytes"]
+
+
+@dataclass(frozen=True)
+class PagedLayer:
+    """What one layer puts into the blocks of one group.
+
+    Args:
+        index: the layer's place in the model.
+        reach: how far it attends.
+        block_bytes: of one block of its tokens.
+    """
+
+    index: int
+    reach: Reach
+    block_bytes: int
+
+
+@dataclass(frozen=True)
+class BlockGroup:
+    """Layers that share a block table."""
+
+    reach: Reach
+    layers: tuple[PagedLayer, ...]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block that its layers use."""
+        return sum(layer.block_bytes for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Groups over one pool.
+
+    Args:
+        groups: by reach, the farthest first.
+        block_size: tokens in a block.
+        step_tokens: that one step writes for a sequence.
+    """
+
+    groups: tuple[BlockGroup, ...]
+    block_size: int
+    step_tokens: int = 1
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of the pool; 0 where nothing is paged."""
+        return max((group.block_bytes for group in self.groups), default=0)
+
+    def blocks_of(self, group: BlockGroup, num_tokens: int) -> int:
+        return blocks_held(group.reach, num_tokens, self.block_size, self.step_tokens)
+
+    def blocks(self, num_tokens: int) -> int:
+        """Blocks that a sequence holds at most on its way to `num_tokens` tokens."""
+        return sum(self.blocks_of(group, num_tokens) for group in self.groups)
+
+    def held_bytes(self, num_tokens: int) -> int:
+        return self.blocks(num_tokens) * self.block_bytes
+
+
+def blocks_held(reach: Reach, num_tokens: int, block_size: int, step_tokens: int = 1) -> int:
+    """Blocks of one group that a sequence holds at most on its way to `num_tokens` tokens.
+
+    A windowed group holds the blocks of the window's tokens and of those that a step writes, wherever the block borders
+    lie: `w - 1 + step` tokens touch at most `ceil((w - 2 + step) / block_size) + 1` blocks. A chunk starts at a
+    multiple of its size, so that only the offsets that such multiples have count.
+    """
+    everything = math.ceil(num_tokens / block_size)
+    if reach is None or not num_tokens:
+        return everything
+    reached = reach.size - 1 + step_tokens
+    if isinstance(reach, Window):
+        most = math.ceil((reached - 1) / block_size) + 1
+    else:
+        offset = block_size - math.gcd(reach.size, block_size)
+        most = math.ceil((offset + reached) / block_size)
+    return min(everything, most)
+
+
+def best_layout(
+    layers: Sequence[PagedLayer], block_size: int, num_tokens: int, max_groups: int, step_tokens: int = 1
+) -> Layout:
+    """The groups in which a sequence of `num_tokens` tokens takes the fewest bytes.
+
+    Tried is every size of block at which the layers of some reach need one group fewer, as far as it makes at most
+    `max_groups` groups in all (or as many as there are reaches). Of two that take the same, the one with fewer groups
+    is taken. Layers keep their order; where all of a reach are of one size its groups have equally many, or one fewer.
+    """
+    by_reach: dict[Reach, list[PagedLayer]] = {}
+    for layer in sorted(layers, key=lambda layer: (_order(layer.reach), layer.index)):
+        by_reach.setdefault(layer.reach, []).append(layer)
+    allowed = max(max_groups, len(by_reach))
+    best: tuple[int, int, Layout] | None = None
+    for room in sorted({room for same in by_reach.values() for room in _rooms(same, allowed)}, reverse=True):
+        groups = [group for same in by_reach.values() for group in _packed(same, room)]
+        if len(groups) > allowed:
+            continue
+        layout = Layout(tuple(groups), block_size, step_tokens)
+        cost = (layout.held_bytes(num_tokens), len(groups))
+        if best is None or cost < best[:2]:
+            best = (*cost, layout)
+    return best[2] if best is not None else Layout((), block_size, step_tokens)
+
+
+def uniform_bytes(layers: Sequence[PagedLayer], block_size: int, num_tokens: int) -> int:
+    """Bytes that a sequence takes where every layer keeps every token, in places of equal size."""
+    if not layers:
+        return 0
+    each = max(layer.block_bytes for layer in layers)
+    return len(layers) * each * math.ceil(num_tokens / block_size)
+
+
+def _rooms(layers: Sequence[PagedLayer], most_groups: int) -> set[int]:
+    """For every number of groups, the smallest block into which each of them fits."""
+    rooms = set()
+    for number in range(1, min(len(layers), most_groups) + 1):
+        low, high = max(layer.block_bytes for layer in layers), sum(layer.block_bytes for layer in layers)
+        while low < high:
+            middle = (low + high) // 2
+            if len(_filled(layers, middle)) <= number:
+                high = middle
+            else:
+                low = middle + 1
+        rooms.add(low)
+    return rooms
+
+
+def _filled(layers: Sequence[PagedLayer], room: int) -> list[list[PagedLayer]]:
+    """Layers in order, as many to a group as fit into `room` bytes; one that is larger than that is alone."""
+    groups: list[list[PagedLayer]] = []
+    left = -1
+    for layer in layers:
+        if layer.block_bytes > left:
+            groups.append([])
+            left = room
+        groups[-1].append(layer)
+        left -= layer.block_bytes
+    return groups
+
+
+def _packed(layers: Sequence[PagedLayer], room: int) -> list[BlockGroup]:
+    """The fewest groups that fit into `room` bytes, evenly filled where all layers are of one size."""
+    groups = _filled(layers, room)
+    if len({layer.block_bytes for layer in layers}) == 1:
+        at = [len(layers) * i // len(groups) for i in range(len(groups) + 1)]
+        groups = [list(layers[start:end]) for start, end in pairwise(at)]
+    return [BlockGroup(layers[0].reach, tuple(group)) for group in groups]
+
+
+def _order(reach: Reach) -> tuple[int, int, int]:
+    """Farthest first."""
+    if reach is None:
+        return (0, 0, 0)
+    return (1, -reach.size, int(isinstance(reach, Chunk)))

@@ -1,0 +1,226 @@
+"""Where the numbers of a plan come from: a config as an object, a dict, a file, a folder or a hub id, or plain numbers.
+
+Torch and transformers are imported only where a config leaves out what transformers fills in.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kvblocks.config import Chunk, Window
+from kvblocks.planner.families import MODEL_TYPES, TRANSLATED, Fields, MissingField, UnknownModel, read_fields
+from kvblocks.planner.shapes import Layer, ModelCache, Reach, attention
+
+__all__ = ["Source", "read", "uniform"]
+
+_NUMBERS = ("num_layers", "num_kv_heads", "head_dim", "v_head_dim", "num_attention_heads", "reaches", "dtype")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+
+
+class Source:
+    """A model to plan for.
+
+    Args:
+        config: its config as a dict, text half and all; None for plain numbers.
+        read: makes the `ModelCache`, with a latent cache "latent" or "expanded".
+    """
+
+    def __init__(self, config: Mapping[str, Any] | None, read: Callable[[str], ModelCache]) -> None:
+        self.config = config
+        self.read = read
+
+
+def read(model: Any) -> Source:
+    """The model that a caller names.
+
+    Raises:
+        UnknownModel: an architecture or a field that the planner does not know, or a field that is missing.
+        FileNotFoundError, ValueError: no such config, or none that is JSON.
+        TypeError: not something that names a model.
+    """
+    if isinstance(model, ModelCache):
+        return Source(None, lambda _: model)
+    if isinstance(model, Mapping):
+        if "model_type" in model:
+            return _config(dict(model), None)
+        if "num_layers" in model:
+            shape = uniform(**_checked_numbers(model))
+            return Source(None, lambda _: shape)
+        raise UnknownModel(
+            f"a dict of {', '.join(map(str, model)) or 'nothing'} has neither model_type (for a config) "
+            f"nor num_layers (for numbers)"
+        )
+    if isinstance(model, str | os.PathLike):
+        path, name = _config_file(model)
+        return _config(_json(path), name)
+    to_dict = getattr(model, "to_dict", None)
+    if getattr(model, "model_type", None) is not None and callable(to_dict):
+        return _config(to_dict(), None, settled=True)
+    raise TypeError(
+        f"model={model!r:.60} is of type {type(model).__name__}; give a config, a folder, a file, a hub id, numbers"
+    )
+
+
+def uniform(
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int | None = None,
+    num_attention_heads: int | None = None,
+    reaches: Any = None,
+    dtype: str | None = None,
+) -> ModelCache:
+    """A model from plain numbers.
+
+    Args:
+        num_layers, num_kv_heads, head_dim: as they are called in configs.
+        v_head_dim: where V's differs from K's.
+        num_attention_heads: to check tensor parallelism by.
+        reaches: how far each layer attends, None, a `Window` or a `Chunk` each; by default all attend to everything.
+        dtype: that the model computes in.
+
+    Raises:
+        TypeError, ValueError: numbers that are no positive integers, or another number of reaches than layers.
+    """
+    numbers = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    numbers |= {} if v_head_dim is None else {"v_head_dim": v_head_dim}
+    numbers |= {} if num_attention_heads is None else {"num_attention_heads": num_attention_heads}
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; give an integer of at least 1")
+        if not 1 <= value < 2**31:
+            raise ValueError(f"{name}={value} is outside 1..{2**31 - 1}")
+    far: list[Reach] = [None] * num_layers if reaches is None else list(reaches)
+    if len(far) != num_layers:
+        raise ValueError(f"reaches names {len(far)} layers; num_layers is {num_layers}")
+    for reach in far:
+        if reach is not None and not isinstance(reach, Window | Chunk):
+            raise TypeError(f"reaches holds {reach!r}; give None, a Window or a Chunk for each layer")
+    layers = [
+        Layer(
+            i,
+            "full_attention" if reach is None else "sliding_attention",
+            attention(num_kv_heads, head_dim, head_dim if v_head_dim is None else v_head_dim, reach),
+        )
+        for i, reach in enumerate(far)
+    ]
+    return ModelCache("model", tuple(layers), num_query_heads=num_attention_heads, dtype=dtype)
+
+
+def _checked_numbers(model: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = [str(name) for name in model if name not in _NUMBERS]
+    if unknown:
+        raise UnknownModel(f"{', '.join(unknown)}: not known among plain numbers; these are {', '.join(_NUMBERS)}")
+    missing = [name for name in _NUMBERS[:3] if name not in model]
+    if missing:
+        raise UnknownModel(f"plain numbers need {', '.join(missing)} too")
+    return dict(model)
+
+
+def _config_file(model: "str | os.PathLike[str]") -> tuple[Path, str]:
+    """The config.json of a folder, a file, or a hub id; and a name for it."""
+    path = Path(model)
+    if path.is_dir():
+        path = path / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{Path(model)} has no config.json")
+        return path, Path(model).resolve().name
+    if path.is_file():
+        return path, path.stem if path.stem != "config" else path.resolve().parent.name
+    text = os.fspath(model)
+    if path.suffix == ".json" or not _HUB_ID.fullmatch(text) or text.startswith("."):
+        raise FileNotFoundError(f"{text} is neither a folder with a config.json nor a file")
+    return _from_hub(text), text
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ModuleNotFoundError:
+        raise FileNotFoundError(
+            f'{name} is neither a folder nor a file; to look it up on the hub: pip install "kvblocks[plan]"'
+        ) from None
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except Exception as error:  # of many kinds, from several libraries; each says what went wrong
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"{name} is neither a folder nor a file, and not to be had from the hub: {reason}"
+        ) from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}; a config is an object with fields")
+    return found
+
+
+def _config(config: dict[str, Any], name: str | None, *, settled: bool = False) -> Source:
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise UnknownModel(f"{name or 'the config'} has no model_type, which says what its other fields mean")
+    settled = settled or _written_by(config) >= 5
+    try:
+        text = _text_half(config)
+        if not settled and text["model_type"] in TRANSLATED:
+            raise MissingField(text["model_type"], "transformers_version of 5 or more")
+        read_fields(Fields(text["model_type"], text), name)
+    except MissingField as missing:
+        if settled:
+            raise
+        config = _completed(config, missing)
+        text = _text_half(config)
+    return Source(config, partial(_read_text, text, name))
+
+
+def _read_text(text: Mapping[str, Any], name: str | None, mla: str) -> ModelCache:
+    return read_fields(Fields(text["model_type"], {**text, "_mla": mla}), name)
+
+
+def _written_by(config: Mapping[str, Any]) -> int:
+    """The major version of transformers that saved a config; 0 where it does not say."""
+    major = str(config.get("transformers_version") or "").partition(".")[0]
+    return int(major) if major.isdecimal() else 0
+
+
+def _text_half(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the model that makes text, which several kinds of models hold inside theirs."""
+    model_type = config["model_type"]
+    inner = config.get("text_config")
+    if model_type in MODEL_TYPES or not isinstance(inner, Mapping):
+        return dict(config)
+    if not isinstance(inner.get("model_type"), str):
+        raise MissingField(model_type, "text_config.model_type")
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    text = _text_half(inner)
+    if dtype is not None and (text.get("dtype") or text.get("torch_dtype")) is None:
+        text["dtype"] = dtype
+    return text
+
+
+def _completed(config: Mapping[str, Any], missing: MissingField) -> dict[str, Any]:
+    """The config with what transformers fills in."""
+    try:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    except ModuleNotFoundError:
+        raise UnknownModel(
+            f"{missing}; transformers knows what it fills in, and is not installed. "
+            f'Add the field, or run: pip install "kvblocks[plan]"'
+        ) from None
+    kinds: Any = CONFIG_MAPPING
+    if config["model_type"] not in kinds:
+        raise UnknownModel(f"{missing}, and the installed transformers has no such model_type")
+    try:
+        completed: dict[str, Any] = kinds[config["model_type"]].from_dict(dict(config)).to_dict()
+    except Exception as error:  # its validators raise whatever they like
+        reason = " ".join(str(error).split())
+        raise UnknownModel(f"{missing}, and transformers refuses the config: {reason}") from error
+    return completed
