@@ -42,7 +42,7 @@ def add_plan_parser(
     add("--weights-dtype", metavar="DTYPE", help="for --weights auto (default: the config's)")
     add("--activations", metavar="SIZE", help="set aside on each device")
     add("--sequences", type=count, metavar="N", help="set their fixed state aside before blocks are counted")
-    add("--encoder-tokens", type=int, metavar="N", help="that cross-attention keeps K and V for")
+    add("--encoder-tokens", type=int, default=0, metavar="N", help="that cross-attention keeps K and V for")
     stored = parser.add_argument_group("how it is stored")
     add = stored.add_argument
     add("--dtype", metavar="DTYPE", help="of K and V: bfloat16, fp8, int8, int4, ... (default: the config's)")

@@ -480,6 +480,81 @@ def test_a_group_checks_what_it_is_given() -> None:
             make(None, layers)
 
 
+# --- layers of several shapes
+
+layer_shapes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
+
+
+def shaped(groups: tuple[Group, ...], rows: Any, **fields: Any) -> CacheConfig:
+    heads, head_dim, v_head_dim = (max(row[i] for row in rows) for i in range(3))
+    return CacheConfig(
+        len(rows), heads, head_dim, fields.pop("num_gpu_blocks", 7), 16, v_head_dim, groups, rows, **fields
+    )
+
+
+@given(groupings(), st.data(), dtypes)
+def test_a_block_has_room_for_the_group_that_needs_the_most(
+    groups: tuple[Group, ...], data: st.DataObject, dtype: torch.dtype
+) -> None:
+    layers = sum(len(group.layers) for group in groups)
+    rows = data.draw(st.lists(layer_shapes, min_size=layers, max_size=layers))
+    config = shaped(groups, rows)
+    needs = [sum(h * (k + v) for h, k, v in (rows[layer] for layer in group.layers)) for group in groups]
+    assert config.token_bytes(dtype) == max(needs) * dtype.itemsize
+    assert config.memory_bytes(dtype) == 7 * config.block_bytes(dtype) == 7 * 16 * config.token_bytes(dtype)
+    assert config.layer_shapes == tuple(rows)
+    for twin in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config), config.replace(), eval(repr(config))):
+        assert (twin, hash(twin), repr(twin)) == (config, hash(config), repr(config))
+    sized = CacheConfig.for_memory(
+        config.num_kv_heads,
+        config.head_dim,
+        layers,
+        3 * config.block_bytes(dtype),
+        dtype,
+        v_head_dim=config.v_head_dim,
+        groups=groups,
+        layer_shapes=rows,
+    )
+    assert sized == config.replace(num_gpu_blocks=3)
+
+
+@given(shapes)
+def test_layers_that_are_all_alike_have_one_shape(shape: Shape) -> None:
+    shape = {**shape, "num_layers": min(shape["num_layers"], 5)}
+    config = CacheConfig(**shape)
+    row = (shape["num_kv_heads"], shape["head_dim"], shape["v_head_dim"])
+    assert config.layer_shapes == (row,) * shape["num_layers"]
+    spelled_out = CacheConfig(**shape, layer_shapes=[row] * shape["num_layers"])
+    assert (spelled_out, hash(spelled_out), repr(spelled_out)) == (config, hash(config), repr(config))
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([(2, 4, 4)], ValueError, r"layer_shapes has 1 shapes; num_layers is 2"),
+        ([(2, 4, 4), (1, 4)], ValueError, r"layer_shapes holds \(1, 4\); a shape is"),
+        ([(2, 4, 4), (1, 4, 0)], ValueError, r"layer_shapes=0 is outside 1\.\."),
+        ([(2, 4, 4), (1, 4, True)], TypeError, r"layer_shapes=True is a bool"),
+        ([(2, 4, 4), (1, 4, 1.5)], TypeError, r"layer_shapes=1\.5 is of type float"),
+        ([(2, 4, 4), (3, 4, 4)], ValueError, r"layer_shapes is \(3, 4, 4\) at most; .* are \(2, 4, 4\)"),
+        ([(1, 4, 4), (1, 4, 4)], ValueError, r"layer_shapes is \(1, 4, 4\) at most"),
+        ("ab", TypeError, r"layer_shapes='ab'; give"),
+        (5, TypeError, r"layer_shapes=5; give"),
+        ([1, 2], TypeError, r"layer_shapes=\[1, 2\]; give"),
+    ],
+)
+def test_wrong_shapes_are_named(rows: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        CacheConfig(2, 2, 4, 1, layer_shapes=rows)
+
+
+def test_shapes_past_64_bits_are_an_overflow() -> None:
+    most = INT32_MAX
+    config = CacheConfig(2, most, most, 1, layer_shapes=[(most, most, most), (1, most, most)])
+    with pytest.raises(OverflowError, match="token_bytes = numbers in a slot="):
+        config.token_bytes("float32")
+
+
 # --- a value among values
 
 

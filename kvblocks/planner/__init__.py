@@ -46,7 +46,7 @@ def plan(
     activations: int | str | None = None,
     utilization: float = 1.0,
     sequences: int | None = None,
-    encoder_tokens: int | None = None,
+    encoder_tokens: int = 0,
     group_size: int | None = None,
     scale_dtype: Any = "float16",
     zero_point: bool = False,
@@ -72,7 +72,7 @@ def plan(
         activations: bytes or a size set aside on each device.
         utilization: the share of the memory that is used, above 0 and at most 1.
         sequences: for how many the fixed state is set aside before blocks are counted.
-        encoder_tokens: that cross-attention keeps K and V for; needed for models that have it.
+        encoder_tokens: of an encoder or an image, that cross-attention keeps K and V for in every sequence.
         group_size: numbers of one head that share a scale, in 8-bit and packed dtypes; None where scales are not kept
             per token.
         scale_dtype, zero_point: what a group keeps.
@@ -98,6 +98,7 @@ def plan(
     _integer("tp", tp, LONGEST)
     _integer("max_groups", max_groups, LONGEST)
     _integer("step_tokens", step_tokens, LONGEST)
+    _integer("encoder_tokens", encoder_tokens, LONGEST, 0)
     for name, value in (("seq_len", seq_len), ("concurrency", concurrency), ("sequences", sequences)):
         if value is not None:
             _integer(name, value, LONGEST)
@@ -136,7 +137,7 @@ def plan(
             seq_len=seq_len,
             concurrency=concurrency,
             sequences=sequences,
-            encoder_tokens=_encoder_tokens(shape, encoder_tokens),
+            encoder_tokens=encoder_tokens,
             max_groups=max_groups,
             step_tokens=step_tokens,
         )
@@ -153,17 +154,6 @@ def _state_dtype(shape: ModelCache, asked: str | None) -> str | None:
             )
         return None
     return dtype_name(name)
-
-
-def _encoder_tokens(shape: ModelCache, given: int | None) -> int:
-    if given is not None:
-        _integer("encoder_tokens", given, LONGEST, 0)
-        return given
-    if shape.has_cross_attention:
-        raise ValueError(
-            f"{shape.name} keeps K and V of an encoder's tokens, or an image's: give encoder_tokens, 0 for none"
-        )
-    return 0
 
 
 def _memory(memory: int | str | None, utilization: float) -> int | None:

@@ -10,7 +10,7 @@ from kvblocks.planner.text import amount, count
 
 __all__ = ["Change", "smallest_changes"]
 
-_MOST_DEVICES = 1024
+_MOST_DEVICES = 64
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _changes(plan: Plan) -> Iterator[Change]:
             factor = settings.format.vector_bytes(1024) / candidate.vector_bytes(1024)
             yield Change(f"K and V in {name} instead of {plan.dtype}", "dtype", candidate.name, factor)
             break
-    tp = _first(lambda tp: _valid_tp(plan, tp) and plan.replaced(tp=tp).fits, _multiples(settings.tp))
+    tp = _first(lambda tp: plan.replaced(tp=tp).fits, _wider(plan))
     if tp is not None:
         yield Change(f"tp={tp} instead of {settings.tp}", "tp", tp, tp / settings.tp)
     yield from _other_stages(plan)
@@ -90,7 +90,7 @@ def _other_stages(plan: Plan) -> Iterator[Change]:
 
     stages = len(plan.settings.stages)
     layers = plan.model.layers
-    for pp in range(stages + 1, len(layers) + 1):
+    for pp in range(stages + 1, min(len(layers), _MOST_DEVICES) + 1):
         try:
             split = stage_layers(plan.model, pp)
         except ValueError:
@@ -100,13 +100,10 @@ def _other_stages(plan: Plan) -> Iterator[Change]:
             return
 
 
-def _valid_tp(plan: Plan, tp: int) -> bool:
-    queries = plan.model.num_query_heads
-    return queries is None or queries % tp == 0
-
-
-def _multiples(tp: int) -> Iterator[int]:
-    return iter(range(2 * tp, _MOST_DEVICES + 1, tp))
+def _wider(plan: Plan) -> Iterator[int]:
+    """Larger numbers of devices over which the queries' heads split evenly."""
+    queries, tp = plan.model.num_query_heads, plan.settings.tp
+    return (n for n in range(2 * tp, _MOST_DEVICES + 1, tp) if queries is None or queries % n == 0)
 
 
 def _halves(size: int) -> Iterator[int]:

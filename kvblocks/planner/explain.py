@@ -247,6 +247,8 @@ def notes(plan: Plan) -> list[str]:
     shared = [layer for layer in settings.model.layers if layer.reads is not None]
     if shared:
         found.append(f"note: {count(len(shared), 'layer')} read what another layer keeps, and keep nothing")
+    if settings.model.has_cross_attention and not settings.encoder_tokens:
+        found.append("note: without what cross-attention keeps of an encoder or an image; give encoder_tokens")
     if settings.weights and settings.tp * len(settings.stages) > 1:
         found.append("note: weights are counted as if they split evenly over all devices")
     format = settings.format

@@ -4,6 +4,7 @@ One reader for each way of keeping a cache, and a table of the model types that 
 every number by name: what a config leaves out is an error that names it, never a guess. Imports no transformers.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +12,10 @@ from typing import Any
 from kvblocks.config import Chunk, Window
 from kvblocks.planner.shapes import Kept, Layer, ModelCache, Reach, State, attention
 
-__all__ = ["MODEL_TYPES", "TRANSLATED", "Fields", "MissingField", "UnknownModel", "read_fields"]
+__all__ = ["MODEL_TYPES", "MOST_LAYERS", "TRANSLATED", "Fields", "MissingField", "UnknownModel", "read_fields"]
+
+
+MOST_LAYERS = 4096
 
 
 class UnknownModel(ValueError):
@@ -38,14 +42,16 @@ class Fields:
         self.model_type = model_type
         self.values = values
         overrides = values.get("per_layer_config") or {}
-        if not isinstance(overrides, Mapping):
-            raise UnknownModel(f"{model_type}.per_layer_config={overrides!r} is no mapping of layers to fields")
-        self._overrides = {int(index): fields for index, fields in overrides.items()}
-        self._overrides = {index: fields for index, fields in self._overrides.items() if fields}
+        try:
+            self._overrides = {int(index): dict(fields) for index, fields in overrides.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise UnknownModel(
+                f"{model_type}.per_layer_config={overrides!r:.60} is no mapping of layers to fields"
+            ) from None
 
     def layer(self, index: int) -> "Fields":
         """The fields as layer `index` has them."""
-        if index not in self._overrides:
+        if not self._overrides.get(index):
             return self
         return Fields(self.model_type, {**self.values, "per_layer_config": None, **self._overrides[index]})
 
@@ -58,18 +64,52 @@ class Fields:
             raise MissingField(self.model_type, name)
         return self.values[name]
 
-    def count(self, name: str) -> int:
-        """A field that holds an integer of at least 1."""
+    def count(self, name: str, low: int = 1) -> int:
+        """A field that holds an integer of at least `low`."""
         value = self.get(name)
         if value is None:
             raise MissingField(self.model_type, name)
         if isinstance(value, bool) or not isinstance(value, int):
             raise UnknownModel(
-                f"{self.model_type}.{name}={value!r} is of type {type(value).__name__}; an int is needed"
+                f"{self.model_type}.{name}={value!r:.60} is of type {type(value).__name__}; an int is needed"
             )
-        if not 1 <= value < 2**31:
-            raise UnknownModel(f"{self.model_type}.{name}={value} is outside 1..{2**31 - 1}")
+        if not low <= value < 2**31:
+            raise UnknownModel(f"{self.model_type}.{name}={value} is outside {low}..{2**31 - 1}")
         return value
+
+    def layers(self, name: str) -> int:
+        """A field that says how many layers there are."""
+        number = self.count(name)
+        if number > MOST_LAYERS:
+            raise UnknownModel(f"{self.model_type}.{name}={number} is outside 1..{MOST_LAYERS}")
+        return number
+
+    def indices(self, name: str) -> frozenset[int]:
+        """A field that names layers by their numbers; None names none."""
+        value = self.get(name)
+        if value is None:
+            return frozenset()
+        if not isinstance(value, list | tuple) or not all(type(index) is int and index >= 0 for index in value):
+            raise UnknownModel(f"{self.model_type}.{name}={value!r:.60} is no list of layers")
+        return frozenset(value)
+
+    def factor(self, name: str) -> float:
+        """A field that holds a positive number."""
+        value = self.get(name)
+        if value is None:
+            raise MissingField(self.model_type, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**31:
+            raise UnknownModel(f"{self.model_type}.{name}={value!r:.60} is not a number of more than 0")
+        return value
+
+    def flag(self, name: str) -> bool:
+        """A field that is on or off; None is off."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise UnknownModel(
+                f"{self.model_type}.{name}={value!r:.60} is of type {type(value).__name__}; a bool is needed"
+            )
+        return bool(value)
 
     def kinds(self, name: str, number: int) -> list[str]:
         """A field that names a kind for each of `number` layers."""
@@ -133,7 +173,9 @@ def read_fields(fields: Fields, name: str | None = None) -> ModelCache:
         )
     _refuse_unknown(fields)
     layers = reader(fields)
-    heads = [fields.values.get(key) for key in ("num_attention_heads", "n_head", "n_heads", "attention_heads")]
+    if not layers:
+        raise UnknownModel(f"the config of model_type={fields.model_type!r} names no layers")
+    heads = [fields.values.get(key) for key in _QUERY_HEADS]
     lengths = [fields.values.get(key) for key in ("max_position_embeddings", "n_positions", "max_seq_len")]
     dtype = fields.values.get("dtype") or fields.values.get("torch_dtype")
     return ModelCache(
@@ -162,6 +204,9 @@ def _refuse_unknown(fields: Fields) -> None:
             )
 
 
+_QUERY_HEADS = ("num_attention_heads", "n_head", "n_heads", "attention_heads", "decoder_attention_heads")
+
+
 # --- attention with heads of K and V
 
 
@@ -187,7 +232,7 @@ def _plain(layers: str, heads: str, hidden: str, head_dim: str | None = None) ->
 
     def read(f: Fields) -> list[Layer]:
         dim = f.count(head_dim) if head_dim is not None else f.divided(hidden, heads)
-        return [Layer(i, "full_attention", attention(f.count(heads), dim, dim)) for i in range(f.count(layers))]
+        return [Layer(i, "full_attention", attention(f.count(heads), dim, dim)) for i in range(f.layers(layers))]
 
     return read
 
@@ -208,7 +253,7 @@ def _reach(f: Fields, kind: str, window: str = "sliding_window") -> Reach:
 
 def _layer_kinds(f: Fields) -> list[str]:
     """The kind of every layer: named, or by the rule by which transformers fills them in for configs of before."""
-    number = f.count("num_hidden_layers")
+    number = f.layers("num_hidden_layers")
     if f.has("layer_types"):
         return f.kinds("layer_types", number)
     rule = _RULES.get(f.model_type)
@@ -228,7 +273,7 @@ def _every(period: str, default: int, offset: int = 0) -> Callable[[Fields, int]
 
 
 def _qwen(f: Fields, i: int) -> str:
-    if not f.get("use_sliding_window") or not f.has("sliding_window"):
+    if not f.flag("use_sliding_window") or not f.has("sliding_window"):
         return "full_attention"
     return "sliding_attention" if i >= f.count("max_window_layers") else "full_attention"
 
@@ -252,11 +297,11 @@ def _grouped(f: Fields) -> list[Layer]:
     reach = _window(f) if f.has("sliding_window") else None
     if reach is None and f.model_type in _OWN_WINDOW and "sliding_window" not in f.values:
         raise MissingField(f.model_type, "sliding_window")
-    if f.model_type == "qwen3_moe" and not f.get("use_sliding_window"):
+    if f.model_type == "qwen3_moe" and not f.flag("use_sliding_window"):
         reach = None
     kind = "full_attention" if reach is None else "sliding_attention"
     heads, dim = _kv_heads(f), _head_dim(f)
-    return [Layer(i, kind, attention(heads, dim, dim, reach)) for i in range(f.count("num_hidden_layers"))]
+    return [Layer(i, kind, attention(heads, dim, dim, reach)) for i in range(f.layers("num_hidden_layers"))]
 
 
 def _mixed(f: Fields) -> list[Layer]:
@@ -267,10 +312,8 @@ def _mixed(f: Fields) -> list[Layer]:
             f"a model that attends both ways keeps no cache"
         )
     kinds = _layer_kinds(f)
-    shared = f.get("num_kv_shared_layers") if "num_kv_shared_layers" in f.values else 0
-    if f.model_type in _SHARING and "num_kv_shared_layers" not in f.values:
-        raise MissingField(f.model_type, "num_kv_shared_layers")
-    own = len(kinds) - (shared or 0)
+    shared = f.count("num_kv_shared_layers", 0) if f.model_type in _SHARING else 0
+    own = len(kinds) - shared
     layers = []
     for i, kind in enumerate(kinds):
         at = f.layer(i)
@@ -304,7 +347,7 @@ def _gpt_neo(f: Fields) -> list[Layer]:
     heads = f.count("num_heads")
     dim = f.divided("hidden_size", "num_heads")
     layers = []
-    for i, kind in enumerate(f.kinds("attention_layers", f.count("num_layers"))):
+    for i, kind in enumerate(f.kinds("attention_layers", f.layers("num_layers"))):
         if kind not in ("global", "local"):
             raise UnknownModel(f"gpt_neo.attention_layers: the planner does not know the kind {kind!r}")
         reach = _window(f, "window_size") if kind == "local" else None
@@ -314,45 +357,52 @@ def _gpt_neo(f: Fields) -> list[Layer]:
 
 
 def _gpt_bigcode(f: Fields) -> list[Layer]:
-    heads = 1 if f.get("multi_query") else f.count("n_head")
+    heads = 1 if f.flag("multi_query") else f.count("n_head")
     dim = f.divided("n_embd", "n_head")
-    return [Layer(i, "full_attention", attention(heads, dim, dim)) for i in range(f.count("n_layer"))]
+    return [Layer(i, "full_attention", attention(heads, dim, dim)) for i in range(f.layers("n_layer"))]
 
 
 def _falcon(f: Fields) -> list[Layer]:
     """One K and V head, a few, or one to a query; transformers repeats the few."""
     queries = f.count("num_attention_heads")
-    new = f.get("new_decoder_architecture")
+    new = f.flag("new_decoder_architecture")
     heads = f.count("num_kv_heads") if f.has("num_kv_heads") else queries
-    if f.get("multi_query") and not new:
+    if f.flag("multi_query") and not new:
         heads = 1
     dim = f.divided("hidden_size", "num_attention_heads")
     kept = attention(heads, dim, dim, stored_heads=queries if new else heads)
-    return [Layer(i, "full_attention", kept) for i in range(f.count("num_hidden_layers"))]
+    return [Layer(i, "full_attention", kept) for i in range(f.layers("num_hidden_layers"))]
 
 
 def _dbrx(f: Fields) -> list[Layer]:
-    inner = Fields("dbrx.attn_config", f.get("attn_config") or {})
+    given = f.get("attn_config")
+    if not isinstance(given, Mapping):
+        raise (
+            MissingField(f.model_type, "attn_config")
+            if given is None
+            else UnknownModel("dbrx.attn_config is no object")
+        )
+    inner = Fields("dbrx.attn_config", given)
     dim = f.divided("d_model", "n_heads")
     kept = attention(inner.count("kv_n_heads"), dim, dim)
-    return [Layer(i, "full_attention", kept) for i in range(f.count("n_layers"))]
+    return [Layer(i, "full_attention", kept) for i in range(f.layers("n_layers"))]
 
 
 def _jetmoe(f: Fields) -> list[Layer]:
     kept = attention(f.count("num_key_value_heads"), f.count("kv_channels"), f.count("kv_channels"))
-    return [Layer(i, "full_attention", kept) for i in range(f.count("num_hidden_layers"))]
+    return [Layer(i, "full_attention", kept) for i in range(f.layers("num_hidden_layers"))]
 
 
 def _cpmant(f: Fields) -> list[Layer]:
     """Learned prompt tokens stand before the first token of every sequence."""
     heads, dim = f.count("num_attention_heads"), f.count("dim_head")
     kept = tuple(Kept(name, heads, dim, extra_tokens=f.count("prompt_length")) for name in ("K", "V"))
-    return [Layer(i, "full_attention", kept) for i in range(f.count("num_hidden_layers"))]
+    return [Layer(i, "full_attention", kept) for i in range(f.layers("num_hidden_layers"))]
 
 
 def _hrm(f: Fields) -> list[Layer]:
     """The layers of a stack run several times, and each run keeps K and V of its own."""
-    runs = f.count("num_hidden_layers")
+    runs = f.layers("num_hidden_layers")
     if not f.has("num_layers_per_stack"):
         runs *= f.count("H_cycles") * (f.count("L_cycles") + 1)
     heads, dim = f.count("num_attention_heads"), _head_dim(f)
@@ -361,14 +411,14 @@ def _hrm(f: Fields) -> list[Layer]:
 
 def _mllama(f: Fields) -> list[Layer]:
     """Some layers attend to the image instead of the text; what they keep is counted by `encoder_tokens`."""
-    cross = f.get("cross_attention_layers")
-    if not isinstance(cross, list | tuple):
+    if not f.has("cross_attention_layers"):
         raise MissingField(f.model_type, "cross_attention_layers")
+    cross = f.indices("cross_attention_layers")
     heads, dim = _kv_heads(f), _head_dim(f)
     kept = attention(heads, dim, dim)
     return [
         Layer(i, "cross_attention", cross=kept) if i in cross else Layer(i, "full_attention", kept)
-        for i in range(f.count("num_hidden_layers"))
+        for i in range(f.layers("num_hidden_layers"))
     ]
 
 
@@ -376,12 +426,18 @@ def _decoder_half(layers: str, heads: str, hidden: str) -> Reader:
     """The decoder of an encoder-decoder: K and V of its own tokens, and of the encoder's where there is one."""
 
     def read(f: Fields) -> list[Layer]:
-        dim = f.count("d_kv") if hidden == "d_kv" else f.divided(hidden, heads)
+        dim = f.divided(hidden, heads)
         kept = attention(f.count(heads), dim, dim)
-        cross = kept if f.values.get("is_encoder_decoder") is True else ()
-        return [Layer(i, "full_attention", kept, cross=cross) for i in range(f.count(layers))]
+        cross = kept if f.flag("is_encoder_decoder") else ()
+        return [Layer(i, "full_attention", kept, cross=cross) for i in range(f.layers(layers))]
 
     return read
+
+
+def _t5(f: Fields) -> list[Layer]:
+    number = f.layers("num_decoder_layers") if f.has("num_decoder_layers") else f.layers("num_layers")
+    kept = attention(f.count("num_heads"), f.count("d_kv"), f.count("d_kv"))
+    return [Layer(i, "full_attention", kept, cross=kept) for i in range(number)]
 
 
 # --- latent attention
@@ -397,20 +453,23 @@ def _latent_kept(f: Fields, mla: str, reach: Reach = None) -> tuple[Kept, ...]:
 
 def _latent(f: Fields) -> list[Layer]:
     """Multi-head latent attention: one latent and one rotated key for all heads."""
-    number = f.count("num_hidden_layers")
+    number = f.layers("num_hidden_layers")
     kinds = f.kinds("layer_types", number) if f.has("layer_types") else ["full_attention"] * number
     return [Layer(i, kind, _latent_kept(f.layer(i), _mla(f), _reach(f.layer(i), kind))) for i, kind in enumerate(kinds)]
 
 
 def _longcat(f: Fields) -> list[Layer]:
-    return [Layer(i, "full_attention", _latent_kept(f, _mla(f))) for i in range(2 * f.count("num_layers"))]
+    return [Layer(i, "full_attention", _latent_kept(f, _mla(f))) for i in range(2 * f.layers("num_layers"))]
 
 
 def _indexed(f: Fields) -> list[Layer]:
     """Latent attention whose layers pick their tokens by an indexer; it keeps a key of its own."""
-    number = f.count("num_hidden_layers")
+    number = f.layers("num_hidden_layers")
     kinds = f.kinds("layer_types", number)
-    indexers = f.kinds("indexer_types", number) if f.has("indexer_types") else ["full"] * number
+    shares = f.model_type in ("glm_moe_dsa", "hy_v4")
+    indexers = f.kinds("indexer_types", number) if shares else ["full"] * number
+    if f.model_type == "dots3_note_text" and "per_layer_config" not in f.values:
+        raise MissingField(f.model_type, "per_layer_config")
     dtype = "float32" if f.model_type == "dots3_note_text" else None
     layers = []
     for i, (kind, indexer) in enumerate(zip(kinds, indexers, strict=True)):
@@ -452,8 +511,8 @@ def _bamba_states(f: Fields) -> tuple[State, ...]:
     if head_dim == "auto":
         inner = f.count("mamba_expand") * f.count("hidden_size")
         head_dim = inner // heads
-    elif isinstance(head_dim, bool) or not isinstance(head_dim, int):
-        raise UnknownModel(f"{f.model_type}.mamba_d_head={head_dim!r} is neither an int nor 'auto'")
+    else:
+        head_dim = f.count("mamba_d_head")
     return _mamba2(f, heads, head_dim, f.count("mamba_n_groups"), f.count("mamba_d_state"), f.count("mamba_d_conv"))
 
 
@@ -515,24 +574,25 @@ def _by_kind(kinds: _Kinds, states: Callable[[Fields], tuple[State, ...]], kept:
 
 def _named(field: str, number: str | None = "num_hidden_layers") -> _Kinds:
     def kinds(f: Fields) -> list[str]:
-        return f.kinds(field, f.count(number) if number else len(f.get(field) or ()))
+        value = f.get(field)
+        return f.kinds(field, f.layers(number) if number else len(value) if isinstance(value, list | tuple) else 0)
 
     return kinds
 
 
 def _all(kind: str) -> _Kinds:
-    return lambda f: [kind] * f.count("num_hidden_layers")
+    return lambda f: [kind] * f.layers("num_hidden_layers")
 
 
 def _bamba_kinds(f: Fields) -> list[str]:
-    indices = f.get("attn_layer_indices") or ()
-    return ["full_attention" if i in indices else "linear_attention" for i in range(f.count("num_hidden_layers"))]
+    indices = f.indices("attn_layer_indices")
+    return ["full_attention" if i in indices else "linear_attention" for i in range(f.layers("num_hidden_layers"))]
 
 
 def _jamba_kinds(f: Fields) -> list[str]:
-    period, offset = f.count("attn_layer_period"), f.get("attn_layer_offset")
+    period, offset = f.count("attn_layer_period"), f.count("attn_layer_offset", 0)
     return [
-        "full_attention" if i % period == offset else "linear_attention" for i in range(f.count("num_hidden_layers"))
+        "full_attention" if i % period == offset else "linear_attention" for i in range(f.layers("num_hidden_layers"))
     ]
 
 
@@ -570,7 +630,7 @@ def _inkling(f: Fields) -> list[Layer]:
     kernel, hidden = f.count("conv_kernel_size"), f.count("hidden_size")
     dtype = "float32"
     layers = []
-    for i, kind in enumerate(f.kinds("layer_types", f.count("num_hidden_layers"))):
+    for i, kind in enumerate(f.kinds("layer_types", f.layers("num_hidden_layers"))):
         swa = "swa_" if kind == "hybrid_sliding" else ""
         heads, dim = f.count(f"{swa}num_key_value_heads"), f.count(f"{swa}head_dim")
         kept = attention(heads, dim, dim, _reach(f, kind, "sliding_window_size"))
@@ -588,7 +648,7 @@ def _recurrent_gemma(f: Fields) -> list[Layer]:
     if not isinstance(pattern, list | tuple) or not pattern:
         raise MissingField(f.model_type, "block_types")
     layers = []
-    for i in range(f.count("num_hidden_layers")):
+    for i in range(f.layers("num_hidden_layers")):
         kind = pattern[i % len(pattern)]
         if kind == "recurrent":
             states = [State("convolution", ((width, conv - 1),))] if conv > 1 else []
@@ -610,17 +670,16 @@ def _rwkv(f: Fields) -> list[Layer]:
         State("shifted inputs", ((1, 2 * hidden),)),
         State("recurrent state", ((3 * hidden, 1),), "float32"),
     )
-    return [Layer(i, "linear_attention", states=states) for i in range(f.count("num_hidden_layers"))]
+    return [Layer(i, "linear_attention", states=states) for i in range(f.layers("num_hidden_layers"))]
 
 
 def _xlstm(f: Fields) -> list[Layer]:
     heads, hidden = f.count("num_heads"), f.count("hidden_size")
     dims = []
     for name in ("qk_dim_factor", "v_dim_factor"):
-        whole = 64 * -(-hidden * f.get(name) // 64)
-        dims.append(int(whole) // heads)
+        dims.append(64 * math.ceil(hidden * f.factor(name) / 64) // heads)
     states = (State("matrix memory", ((heads, dims[0] * dims[1] + dims[0] + 1),)),)
-    layers = [Layer(i, "linear_attention", states=states) for i in range(f.count("num_hidden_layers"))]
+    layers = [Layer(i, "linear_attention", states=states) for i in range(f.layers("num_hidden_layers"))]
     # transformers counts the tokens of a sequence in a tensor.
     layers[0] = Layer(0, "linear_attention", states=(*states, State("token count", ((1, 1),), "int64")))
     return layers
@@ -628,8 +687,12 @@ def _xlstm(f: Fields) -> list[Layer]:
 
 def _deepseek_v4(f: Fields) -> list[Layer]:
     """A window of one head that is both K and V, and for most layers compressed entries of everything before."""
-    number = f.count("num_hidden_layers")
-    rates = f.get("compress_rates") or {}
+    number = f.layers("num_hidden_layers")
+    if not f.has("compress_rates"):
+        raise MissingField(f.model_type, "compress_rates")
+    rates = f.get("compress_rates")
+    if not isinstance(rates, Mapping):
+        raise UnknownModel(f"deepseek_v4.compress_rates={rates!r:.60} is no mapping of kinds to rates")
     dim, index_dim = f.count("head_dim"), f.count("index_head_dim")
     window = _window(f)
     shared = Kept("K = V", 1, dim, window)
@@ -639,7 +702,7 @@ def _deepseek_v4(f: Fields) -> list[Layer]:
             layers.append(Layer(i, kind, attention(1, dim, dim, window)))
             continue
         rate = rates.get(kind)
-        if not isinstance(rate, int):
+        if type(rate) is not int or rate < 1:
             raise UnknownModel(f"deepseek_v4.compress_rates={rates!r} has no rate for {kind!r}")
         if kind == "heavily_compressed_attention":
             kept: tuple[Kept, ...] = (shared, Kept("compressed K = V", 1, dim, every=rate))
@@ -665,10 +728,10 @@ def _deepseek_v4(f: Fields) -> list[Layer]:
 
 def _qwen4(f: Fields) -> list[Layer]:
     """Gated delta rule and attention with indexers; some layers look n-grams up, in a window of their own."""
-    number = f.count("num_hidden_layers")
+    number = f.layers("num_hidden_layers")
     kinds = f.kinds("layer_types", number)
     kinds = ["indexed_attention" if kind == "full_attention" else kind for kind in kinds]
-    lookups = f.get("ple_layer_ids") or ()
+    lookups = f.indices("ple_layer_ids")
     layers = []
     for i, kind in enumerate(kinds):
         kept: tuple[Kept, ...] = ()
@@ -698,10 +761,10 @@ def _qwen4(f: Fields) -> list[Layer]:
 
 def _xlnet(f: Fields) -> list[Layer]:
     """The inputs of the last `mem_len` tokens of every layer."""
-    if not f.get("use_mems_eval"):
+    if not f.flag("use_mems_eval"):
         raise UnknownModel("xlnet.use_mems_eval is off: the model keeps nothing")
     kept = (Kept("layer inputs", 1, f.count("d_model"), Window(f.count("mem_len") + 1)),)
-    return [Layer(i, "full_attention", kept) for i in range(f.count("n_layer"))]
+    return [Layer(i, "full_attention", kept) for i in range(f.layers("n_layer"))]
 
 
 def _reformer(f: Fields) -> list[Layer]:
@@ -738,6 +801,7 @@ _register(
     "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart trocr whisper",
     _decoder_half("decoder_layers", "decoder_attention_heads", "d_model"),
 )
+_register("t5 mt5 umt5", _t5)
 _register("prophetnet", _decoder_half("num_decoder_layers", "num_decoder_attention_heads", "hidden_size"))
 
 _register(

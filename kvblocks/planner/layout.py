@@ -128,8 +128,12 @@ def uniform_bytes(layers: Sequence[PagedLayer], block_size: int, num_tokens: int
 
 def _rooms(layers: Sequence[PagedLayer], most_groups: int) -> set[int]:
     """For every number of groups, the smallest block into which each of them fits."""
+    sizes = {layer.block_bytes for layer in layers}
+    numbers = range(1, min(len(layers), most_groups) + 1)
+    if len(sizes) == 1:
+        return {math.ceil(len(layers) / number) * size for number in numbers for size in sizes}
     rooms = set()
-    for number in range(1, min(len(layers), most_groups) + 1):
+    for number in numbers:
         low, high = max(layer.block_bytes for layer in layers), sum(layer.block_bytes for layer in layers)
         while low < high:
             middle = (low + high) // 2

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from kvblocks.config import Chunk, Window
-from kvblocks.planner.families import MODEL_TYPES, TRANSLATED, Fields, MissingField, UnknownModel, read_fields
+from kvblocks.planner.families import (
+    MODEL_TYPES,
+    MOST_LAYERS,
+    TRANSLATED,
+    Fields,
+    MissingField,
+    UnknownModel,
+    read_fields,
+)
 from kvblocks.planner.shapes import Layer, ModelCache, Reach, attention
 
 __all__ = ["Source", "read", "uniform"]
@@ -92,8 +100,9 @@ def uniform(
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; give an integer of at least 1")
-        if not 1 <= value < 2**31:
-            raise ValueError(f"{name}={value} is outside 1..{2**31 - 1}")
+        most = MOST_LAYERS if name == "num_layers" else 2**31 - 1
+        if not 1 <= value <= most:
+            raise ValueError(f"{name}={value} is outside 1..{most}")
     far: list[Reach] = [None] * num_layers if reaches is None else list(reaches)
     if len(far) != num_layers:
         raise ValueError(f"reaches names {len(far)} layers; num_layers is {num_layers}")

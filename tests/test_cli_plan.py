@@ -1,0 +1,128 @@
+"""The command `kvblocks plan`: what it prints, how it ends, and what it says to a wrong question."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvblocks.cli import main
+
+CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 64,
+    "vocab_size": 97,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "llama.json"
+    path.write_text(json.dumps(CONFIG))
+    return str(path)
+
+
+def test_a_table_with_every_figure_and_its_arithmetic(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", config, "--memory", "24GiB", "--weights", "16GB", "--seq-len", "8192"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("llama: 32 layers, K and V in bfloat16, blocks of 16")
+    assert "32 layers × 8 heads × (128 + 128) × 2 B × 16 tokens" in shown
+    assert "2.00 MiB per block" in shown
+    assert "sequences of 8,192 at once" in shown
+
+
+def test_what_does_not_fit_ends_with_1(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", config, "--memory", "10GiB", "--seq-len", "8192", "--concurrency", "16"]) == 1
+    shown = capsys.readouterr().out
+    assert "6,442,450,944 B (6.00 GiB) are missing" in shown
+    assert "  2. 10 sequences at once instead of 16" in shown
+
+
+def test_json_says_it_all(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--memory", "1GiB", "--tp", "4", "--pp", "20,12", "--dtype", "int4", "--group-size", "32", "--json"]
+    assert main(["plan", config, *arguments, "--zero-point", "--scale-dtype", "float32", "--sequences", "3"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bytes_per_token"] == 20 * 2 * 2 * (64 + 4 * 8)
+    assert (found["tp"], found["pp"], found["dtype"], found["fits"]) == (4, [20, 12], "int4", True)
+    assert found["num_blocks"] == 2**30 // found["block_bytes"]
+    assert found["lines"][0]["name"] == "per token"
+
+
+def test_numbers_instead_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = ["--layers", "4", "--kv-heads", "2", "--head-dim", "16", "--v-head-dim", "8", "--dtype", "fp8"]
+    assert main(["plan", *numbers, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes_per_token"] == 4 * 2 * 24
+
+
+def test_weights_from_the_config(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", config, "--memory", "24GiB", "--weights", "auto", "--json"]) == 0
+    attention = 4096 * 4096 * 2 + 4096 * 1024 * 2
+    layer = attention + 3 * 4096 * 64 + 2 * 4096
+    assert json.loads(capsys.readouterr().out)["weights_bytes"] == 2 * (32 * layer + 2 * 97 * 4096 + 4096)
+
+
+def test_a_chart(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chart = tmp_path / "chart.png"
+    assert main(["plan", config, "--memory", "24GiB", "--plot", str(chart), "--json"]) == 0
+    assert chart.read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    vector = tmp_path / "chart.svg"
+    assert main(["plan", config, "--memory", "24GiB", "--plot", str(vector), "--json"]) == 0
+    assert {"bfloat16", "float8_e4m3fn", "int4"} <= set(_words(vector.read_text()))
+
+
+def _words(text: str) -> list[str]:
+    return text.replace("<!--", " ").replace("-->", " ").split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give MODEL, or all of --layers, --kv-heads and --head-dim"),
+        (["--layers", "3"], "give MODEL, or all of"),
+        (["CONFIG", "--layers", "3"], "not both"),
+        (["no-such.json"], "no-such.json is neither a folder"),
+        (["CONFIG", "--memory", "much"], "memory='much' is not a size"),
+        (["CONFIG", "--dtype", "int3"], "cannot hold a cache"),
+        (["CONFIG", "--tp", "5"], "num_attention_heads=32 does not divide by tp=5; use 1, 2, 4, 8, 16 or 32"),
+        (["CONFIG", "--pp", "x"], "--pp x is neither a number of stages"),
+        (["CONFIG", "--pp", "33"], r"pp=33 is outside 1..32"),
+        (["CONFIG", "--plot", "x.png"], "--plot draws what fits: give --memory"),
+        (["CONFIG", "--memory", "1GiB", "--plot", "x.txt"], "--plot x.txt: the name must end in .png"),
+        (["CONFIG", "--memory", "1GiB", "--plot", "/no/such/x.png"], "there is no folder"),
+        (["CONFIG", "--utilization", "2"], "utilization=2.0 is outside"),
+        (["CONFIG", "--encoder-tokens", "-1"], "encoder_tokens=-1 is outside"),
+        (["CONFIG", "--weights-dtype", "fp8"], "weights_dtype='fp8' is for weights='auto'"),
+    ],
+)
+def test_errors_in_one_sentence(
+    arguments: list[str], message: str, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [config if argument == "CONFIG" else argument for argument in arguments]
+    assert main(["plan", *given, "--json"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("kvblocks: error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("package", "arguments"), [("rich", []), ("matplotlib", ["--plot", "x.png", "--json"])])
+def test_a_missing_extra_is_named(
+    package: str, arguments: list[str], config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+
+    def find(name: str, *rest: Any) -> Any:
+        return None if name == package else real(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    assert main(["plan", config, "--memory", "1GiB", *arguments]) == 2
+    assert f"needs {package} for" in capsys.readouterr().err

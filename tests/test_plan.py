@@ -1,0 +1,598 @@
+"""The planner: published figures, and properties that hold for any model, format, memory and split over devices."""
+
+import math
+import re
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from kvblocks import CacheConfig, Chunk, Group, Plan, Window, plan
+from kvblocks.planner import UnknownModel, smallest_changes, uniform
+from kvblocks.planner.explain import lines
+from kvblocks.planner.formats import format_of
+from kvblocks.planner.layout import BlockGroup, Layout, PagedLayer, best_layout, blocks_held, uniform_bytes
+from kvblocks.planner.text import amount, parse_size
+
+LLAMA_3_8B = {
+    "model_type": "llama",
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "torch_dtype": "bfloat16",
+}
+LLAMA_31_405B = LLAMA_3_8B | {"num_hidden_layers": 126, "hidden_size": 16384, "num_attention_heads": 128}
+QWEN_25_72B = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 80,
+    "hidden_size": 8192,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "use_sliding_window": False,
+    "sliding_window": 131072,
+    "max_window_layers": 80,
+    "torch_dtype": "bfloat16",
+}
+DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3",
+    "num_hidden_layers": 61,
+    "hidden_size": 7168,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "torch_dtype": "bfloat16",
+}
+GEMMA_2_9B = {
+    "model_type": "gemma2",
+    "num_hidden_layers": 42,
+    "hidden_size": 3584,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 256,
+    "sliding_window": 4096,
+    "max_position_embeddings": 8192,
+    "torch_dtype": "bfloat16",
+}
+GEMMA_3_27B = {
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 62,
+    "hidden_size": 5376,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "sliding_window": 1024,
+    "sliding_window_pattern": 6,
+    "max_position_embeddings": 131072,
+    "torch_dtype": "bfloat16",
+}
+
+
+# --- published figures: the DeepSeek-V3 hardware paper (2025), table 1, with kB = 1,000 bytes
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [(DEEPSEEK_V3, 70_272), (QWEN_25_72B, 327_680), (LLAMA_31_405B, 516_096), (LLAMA_3_8B, 131_072)],
+    ids=["DeepSeek-V3", "Qwen2.5-72B", "Llama-3.1-405B", "Llama-3-8B"],
+)
+def test_published_bytes_per_token(config: dict[str, Any], expected: int) -> None:
+    planned = plan(config)
+    assert planned.bytes_per_token == expected
+    assert planned.cache_bytes(1000) == planned.cache_bytes(1) * 1000 == expected * 1000
+
+
+def test_expanded_latents_are_heads_of_k_and_v() -> None:
+    expanded = plan(DEEPSEEK_V3, mla="expanded")
+    assert expanded.bytes_per_token == 61 * 128 * (128 + 64 + 128) * 2
+    assert plan(DEEPSEEK_V3, memory="1GiB").cache_config().head_dim == 512
+    config = plan(DEEPSEEK_V3, memory="1GiB", mla="expanded").cache_config()
+    assert (config.num_kv_heads, config.head_dim, config.v_head_dim) == (128, 192, 128)
+
+
+def test_waste_of_uniform_layouts_as_published() -> None:
+    """Gemma 2 wastes 25 % and Ministral 8B 56.25 % where every layer keeps every token (Jenga, 2025)."""
+    gemma = plan(GEMMA_2_9B)
+    assert gemma.uniform_waste() == 0.25
+    assert gemma.waste() < 0.002
+    ministral = uniform(36, 8, 128, reaches=[None, *[Window(32768)] * 3] * 9, dtype="bfloat16")
+    assert plan(ministral).uniform_waste(131072) == 0.5625
+    assert plan(ministral).waste(131072) < 0.001
+
+
+def test_groups_of_gemma_3_are_as_the_design_has_them() -> None:
+    planned = plan(GEMMA_3_27B, memory="8GiB")
+    reaches = [group.reach for group in planned.groups]
+    assert reaches == [None, *[Window(1024)] * 6]
+    assert sorted(layer for group in planned.groups for layer in group.layers) == list(range(62))
+    assert planned.block_bytes == 10 * 16 * (128 + 128) * 2 * 16
+    assert planned.waste(32768) < 0.03
+    assert planned.explain().count("\n") > 10
+
+
+# --- examples
+
+
+def test_every_line_of_a_plan() -> None:
+    planned = plan(LLAMA_3_8B, memory="24GiB", weights="16.06GB", seq_len=8192, concurrency=8)
+    text = planned.explain()
+    assert "32 layers × 8 heads × (128 + 128) × 2 B = 131,072 B" in text
+    assert "32 layers × 8 heads × (128 + 128) × 2 B × 16 tokens = 2.00 MiB per block" in text
+    assert planned.fits
+    assert planned.missing_bytes == 0
+    assert smallest_changes(planned) == ()
+    assert planned.num_blocks == (24 * 2**30 - 16_060_000_000) // 2**21
+    assert planned.sequence_bytes(8192) == planned.cache_bytes(8192) == 2**30
+    assert planned.max_concurrency(8192) == 9
+    assert planned.memory_for(9, 8192) <= 24 * 2**30 < planned.memory_for(10, 8192)
+
+
+def test_what_does_not_fit_says_what_is_missing_and_what_would_help() -> None:
+    planned = plan(LLAMA_3_8B, memory="10GiB", seq_len=8192, concurrency=16)
+    assert not planned.fits
+    assert planned.missing_bytes == 6 * 2**30
+    text = planned.explain()
+    assert "6,442,450,944 B (6.00 GiB) are missing" in text
+    changes = smallest_changes(planned)
+    assert [change.setting for change in changes] == ["memory", "concurrency", "seq_len"]
+    assert [change.value for change in changes] == [16 * 2**30, 10, 5120]
+    assert all(f"  {i}. {change.what}" in text for i, change in enumerate(changes, 1))
+    assert planned.to_dict()["changes"][0]["value"] == 16 * 2**30
+
+
+def test_a_plan_without_room_for_a_block_is_still_a_plan() -> None:
+    planned = plan(LLAMA_3_8B, memory=2**20)
+    assert (planned.num_blocks, planned.fits, planned.max_tokens) == (0, False, 0)
+    assert planned.missing_bytes == 2**20
+    with pytest.raises(ValueError, match="not one block fits: 1048576 bytes are missing"):
+        planned.cache_config()
+    heavy = plan(LLAMA_3_8B, memory="8GiB", weights="16GB")
+    assert (heavy.num_blocks, heavy.fits) == (0, False)
+    assert heavy.missing_bytes == 16_000_000_000 + 2**21 - 8 * 2**30
+
+
+def test_backwards() -> None:
+    planned = plan(LLAMA_3_8B, memory="10GiB")
+    assert planned.max_seq_len(10) == 8192
+    assert planned.dtype_for(10, 8192) == "bfloat16"
+    assert planned.dtype_for(20, 8192) == "float8_e4m3fn"
+    assert planned.dtype_for(32, 8192) == "int4"
+    assert planned.dtype_for(100, 8192) is None
+    assert plan(LLAMA_3_8B, concurrency=10, seq_len=8192).num_blocks == 10 * 512
+    assert plan(LLAMA_3_8B).num_blocks is None
+    with pytest.raises(ValueError, match=r"give plan\(\.\.\., memory="):
+        _ = plan(LLAMA_3_8B).max_tokens
+    with pytest.raises(ValueError, match="how many blocks"):
+        plan(LLAMA_3_8B).cache_config()
+
+
+def test_scales_and_zero_points_are_counted() -> None:
+    packed = plan(LLAMA_3_8B, dtype="int4", group_size=32, zero_point=True)
+    vector = 128 // 2 + 4 * (2 + 2)
+    assert packed.bytes_per_token == 32 * 8 * 2 * vector
+    assert plan(LLAMA_3_8B, dtype="int8", group_size=48, scale_dtype="float32").bytes_per_token == 32 * 8 * 2 * (
+        128 + 12
+    )
+    assert plan(LLAMA_3_8B, dtype="fp8").bytes_per_token == 65_536
+    assert plan(LLAMA_3_8B, dtype=torch.float8_e5m2).bytes_per_token == 65_536
+    config = plan(LLAMA_3_8B, dtype="int4", group_size=32, memory="1GiB").cache_config()
+    assert (config.head_dim, config.num_gpu_blocks) == (72, 2**30 // (32 * 8 * 2 * 72 * 16))
+
+
+def test_state_is_set_aside_when_asked() -> None:
+    config = {
+        "model_type": "mamba2",
+        "num_hidden_layers": 4,
+        "num_heads": 8,
+        "head_dim": 16,
+        "n_groups": 2,
+        "state_size": 32,
+        "conv_kernel": 4,
+        "dtype": "bfloat16",
+    }
+    planned = plan(config, memory="1MiB")
+    state = 4 * ((8 * 16 + 2 * 2 * 32) * 4 * 2 + 8 * 16 * 32 * 4)
+    assert (planned.state_bytes, planned.bytes_per_token, planned.block_bytes, planned.num_blocks) == (state, 0, 0, 0)
+    assert planned.max_concurrency(1) == planned.max_concurrency(2**31 - 1) == 2**20 // state
+    assert planned.max_seq_len(2**20 // state) == 2**31 - 1
+    assert planned.max_seq_len(2**20 // state + 1) == 0
+    assert planned.waste() == planned.uniform_waste() == 0
+    with pytest.raises(ValueError, match="nothing to page"):
+        planned.cache_config()
+    assert "no bound" in planned.explain()
+
+
+def test_layers_that_share_read_what_another_keeps() -> None:
+    config = {
+        "model_type": "gemma3n_text",
+        "num_hidden_layers": 10,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "sliding_window": 32,
+        "num_kv_shared_layers": 5,
+        "dtype": "bfloat16",
+    }
+    planned = plan(config, memory="1MiB")
+    assert planned.cache_layers == (0, 1, 2, 3, 4, 3, 3, 3, 3, 4)
+    assert planned.cache_config().num_layers == 5
+    assert "5 layers read what another layer keeps" in planned.explain()
+    with pytest.raises(ValueError, match="layer 5 of gemma3n_text reads the cache of layer 3"):
+        plan(config, pp=2)
+    assert len(plan(config, pp=[1, 9]).stages) == 2
+
+
+def test_layers_of_several_shapes_hand_over_their_shapes() -> None:
+    config = {
+        "model_type": "mimo_v2_flash",
+        "transformers_version": "5.0.0",
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "v_head_dim": 8,
+        "sliding_window": 32,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "dtype": "bfloat16",
+    }
+    planned = plan(config, memory="1MiB")
+    handed = planned.cache_config()
+    assert handed.layer_shapes == ((2, 16, 8), (4, 16, 8), (4, 16, 8), (2, 16, 8))
+    assert handed.memory_bytes("bfloat16") == (planned.num_blocks or 0) * planned.block_bytes
+    assert planned.groups == (Group(None, (0, 3)), Group(Window(32), (1,)), Group(Window(32), (2,)))
+
+
+# --- properties
+
+REACHES = st.one_of(
+    st.none(), st.none(), st.sampled_from([Window(1), Window(9), Window(64)]), st.sampled_from([Chunk(8), Chunk(24)])
+)
+FORMATS = st.sampled_from(
+    [
+        {"dtype": "bfloat16"},
+        {"dtype": "float32"},
+        {"dtype": "fp8"},
+        {"dtype": "int4"},
+        {"dtype": "int4", "group_size": 5, "zero_point": True},
+        {"dtype": "int8", "group_size": 16},
+    ]
+)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> Any:
+    reaches = [
+        reach for reach in draw(st.lists(REACHES, min_size=1, max_size=3)) for _ in range(draw(st.integers(1, 6)))
+    ]
+    heads, dim = draw(st.integers(1, 12)), draw(st.integers(1, 40))
+    return uniform(len(reaches), heads, dim, draw(st.integers(1, 40)), reaches=reaches, dtype="bfloat16")
+
+
+SETTINGS = st.fixed_dictionaries(
+    {
+        "memory": st.integers(0, 10**7),
+        "block_size": st.sampled_from([1, 3, 16]),
+        "tp": st.integers(1, 12),
+        "weights": st.integers(0, 10**6),
+        "activations": st.integers(0, 10**5),
+        "step_tokens": st.integers(1, 40),
+        "max_groups": st.integers(1, 12),
+    }
+)
+
+
+@given(models(), FORMATS, SETTINGS)
+def test_the_plan_fits_and_one_block_more_does_not(
+    model: Any, format: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    planned = plan(model, **format, **settings)
+    room = settings["memory"] - planned.weights_bytes - settings["activations"]
+    blocks = planned.num_blocks
+    assert blocks is not None
+    assert blocks == 0 or blocks * planned.block_bytes <= room
+    assert (blocks + 1) * planned.block_bytes > room
+    if blocks:
+        config = planned.cache_config()
+        assert config.memory_bytes(planned.storage_dtype) == blocks * planned.block_bytes
+        assert config.num_gpu_blocks == blocks
+        assert [group.reach for group in config.groups] == [group.reach for group in planned.groups]
+
+
+@given(models(), FORMATS, SETTINGS, st.integers(1, 30), st.integers(1, 500))
+@example(uniform(1, 1, 1, dtype="bfloat16"), {"dtype": "int8"}, {"memory": 2**40, "block_size": 1}, 1, 1)
+def test_forward_and_backward_agree(
+    model: Any, format: dict[str, Any], settings: dict[str, Any], count: int, length: int
+) -> None:
+    settings = {**settings, "concurrency": count, "seq_len": length}
+    planned = plan(model, **format, **settings)
+    needed = planned.memory_for(count, length)
+    assert planned.fits == (needed <= settings["memory"])
+    assert (needed <= settings["memory"]) == (planned.max_concurrency(length) >= count)
+    assert (needed <= settings["memory"]) == (planned.max_seq_len(count) >= length)
+    exactly = plan(model, **format, **{**settings, "memory": needed})
+    assert exactly.max_concurrency(length) >= count
+    assert exactly.max_seq_len(count) >= length
+    less = plan(model, **format, **{**settings, "memory": needed - 1})
+    assert less.max_concurrency(length) < count
+    assert less.max_seq_len(count) < length
+    assert less.missing_bytes == 1
+    assert planned.max_tokens == planned.max_seq_len(1)
+
+
+@given(models(), FORMATS, SETTINGS, st.integers(1, 10**6), st.integers(1, 400))
+def test_more_memory_never_gives_less(
+    model: Any, format: dict[str, Any], settings: dict[str, Any], more: int, length: int
+) -> None:
+    before = plan(model, **format, **settings)
+    after = plan(model, **format, **{**settings, "memory": settings["memory"] + more})
+    assert (before.num_blocks or 0) <= (after.num_blocks or 0)
+    assert before.max_tokens <= after.max_tokens
+    assert before.max_concurrency(length) <= after.max_concurrency(length)
+
+
+@given(st.integers(1, 9), st.integers(1, 24), st.integers(1, 40), st.integers(1, 24), st.integers(0, 300))
+def test_shares_of_tensor_parallelism_add_up(layers: int, heads: int, dim: int, tp: int, length: int) -> None:
+    model = uniform(layers, heads, dim, dtype="bfloat16")
+    whole, share = plan(model), plan(model, tp=tp)
+    copies = tp // math.gcd(heads, tp)
+    assert share.bytes_per_token * tp == whole.bytes_per_token * copies
+    assert share.cache_bytes(length) * tp == whole.cache_bytes(length) * copies
+    assert ("a head is kept" in share.explain()) == (copies > 1)
+
+
+@given(models(), st.integers(1, 6), st.integers(0, 300))
+def test_pipeline_stages_add_up(model: Any, pp: int, length: int) -> None:
+    assume(pp <= len(model.layers))
+    whole, split = plan(model), plan(model, pp=pp)
+    assert sum(stage.cache_bytes(length) for stage in split.stages) == whole.cache_bytes(length)
+    assert sum(len(stage.layers) for stage in split.stages) == len(model.layers)
+    assert sum(stage.token_bytes for stage in split.stages) == whole.bytes_per_token
+
+
+@given(models(), FORMATS, st.sampled_from([1, 3, 16]), st.integers(0, 400), st.integers(0, 60))
+def test_bytes_of_a_sequence(model: Any, format: dict[str, Any], size: int, length: int, more: int) -> None:
+    planned = plan(model, **format, block_size=size)
+    assert planned.cache_bytes(length) <= planned.cache_bytes(length + more)
+    assert planned.cache_bytes(length) <= planned.sequence_bytes(length) <= planned.sequence_bytes(length + more)
+    assert planned.sequence_bytes(length) == planned.blocks_for(length) * planned.block_bytes
+    assert 0 <= planned.waste(length + 1) < 1
+    stored = plan(model, **format, stored="transformers")
+    if all(layer.kept[0].reach != Window(1) for layer in model.layers):
+        assert stored.cache_bytes(length) <= planned.cache_bytes(length)
+
+
+def brute_blocks(reach: Any, num_tokens: int, block_size: int, step: int) -> int:
+    """The most blocks at any time: what a step of up to `step` tokens reaches and writes."""
+    most = 0
+    for start in range(num_tokens):
+        end = min(start + step, num_tokens)
+        if isinstance(reach, Window):
+            first = max(0, start - reach.size + 1)
+        elif isinstance(reach, Chunk):
+            first = start // reach.size * reach.size
+        else:
+            first = 0
+        most = max(most, (end - 1) // block_size - first // block_size + 1)
+    return most
+
+
+@given(
+    st.one_of(st.none(), st.builds(Window, st.integers(1, 40)), st.builds(Chunk, st.integers(1, 40))),
+    st.integers(0, 150),
+    st.integers(1, 20),
+    st.integers(1, 30),
+)
+def test_blocks_held_is_the_most_there_can_be(reach: Any, num_tokens: int, block_size: int, step: int) -> None:
+    held = blocks_held(reach, num_tokens, block_size, step)
+    brute = brute_blocks(reach, num_tokens, block_size, step)
+    assert held >= brute
+    if not isinstance(reach, Chunk) or (reach.size % block_size == 0 and step == 1):
+        assert held == brute
+
+
+def compositions(items: list[PagedLayer]) -> Any:
+    """Every way to cut a list into runs."""
+    for cuts in range(2 ** (len(items) - 1)):
+        borders = [0, *[i + 1 for i in range(len(items) - 1) if cuts >> i & 1], len(items)]
+        yield [items[start:end] for start, end in pairwise(borders)]
+
+
+@given(
+    st.lists(st.tuples(REACHES, st.integers(1, 4)), min_size=1, max_size=7),
+    st.integers(1, 7),
+    st.integers(1, 300),
+    st.sampled_from([1, 4, 16]),
+)
+def test_no_layout_takes_less(spec: list[tuple[Any, int]], max_groups: int, length: int, block_size: int) -> None:
+    layers = [PagedLayer(i, reach, 10 * size) for i, (reach, size) in enumerate(spec)]
+    found = best_layout(layers, block_size, length, max_groups)
+    assert sorted(layer.index for group in found.groups for layer in group.layers) == list(range(len(layers)))
+    assert all(layer.reach == group.reach for group in found.groups for layer in group.layers)
+    reaches = list(dict.fromkeys(layer.reach for layer in layers))
+    assert len(found.groups) <= max(max_groups, len(reaches))
+    ways: list[list[BlockGroup]] = [[]]
+    for reach in reaches:
+        same = [layer for layer in layers if layer.reach == reach]
+        ways = [way + [BlockGroup(reach, tuple(run)) for run in runs] for way in ways for runs in compositions(same)]
+    allowed = [way for way in ways if len(way) <= max(max_groups, len(reaches))]
+    best = min(Layout(tuple(way), block_size).held_bytes(length) for way in allowed)
+    assert found.held_bytes(length) == best
+    if len({layer.block_bytes for layer in layers}) == 1 and len(reaches) == 1:
+        assert found.held_bytes(length) <= uniform_bytes(layers, block_size, length)
+
+
+@given(models(), FORMATS, SETTINGS, st.integers(1, 40), st.integers(1, 3000))
+def test_changes_make_it_fit(
+    model: Any, format: dict[str, Any], settings: dict[str, Any], count: int, length: int
+) -> None:
+    planned = plan(model, **format, **settings, concurrency=count, seq_len=length)
+    changes = smallest_changes(planned, 10)
+    assert bool(changes) == (not planned.fits)
+    assert [change.factor for change in changes] == sorted(change.factor for change in changes)
+    given_ = {**format, **settings, "concurrency": count, "seq_len": length}
+    for change in changes:
+        changed = {**given_, change.setting: change.value}
+        if change.setting == "dtype":
+            changed = {**changed, "group_size": 32 if change.value == "int4" else None, "zero_point": False}
+        assert plan(model, **changed).fits, change
+        if change.setting == "memory":
+            assert not plan(model, **{**changed, "memory": change.value - 1}).fits
+        if change.setting == "concurrency" or (change.setting == "seq_len" and len(planned.groups) == 1):
+            assert not plan(model, **{**changed, change.setting: change.value + 1}).fits
+
+
+def evaluated(arithmetic: str) -> float:
+    """The value of `32 layers × 8 heads × (128 + 128) × 2 B`."""
+    words = re.sub(r"[A-Za-z][\w-]*|,", "", arithmetic).replace("×", "*")
+    return float(eval(re.sub(r"\(\s*\)", "", words), {"__builtins__": {}}))
+
+
+@given(models(), FORMATS, st.sampled_from([1, 3, 16]), st.integers(1, 12))
+def test_the_arithmetic_is_right(model: Any, format: dict[str, Any], size: int, tp: int) -> None:
+    planned = plan(model, **format, block_size=size, tp=tp)
+    found = {line.name: line for line in lines(planned)}
+    assert evaluated(found["per token"].arithmetic) == planned.bytes_per_token
+    groups = [line for line in lines(planned) if line.arithmetic.endswith("tokens")]
+    assert max(evaluated(line.arithmetic) for line in groups) == planned.block_bytes
+    assert len(groups) == len(planned.groups)
+    assert planned.explain().startswith("model: ")
+
+
+# --- arguments
+
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "dtype": ({"dtype": "int3"}, TypeError, "dtype='int3' cannot hold a cache"),
+    "dtype of another kind": ({"dtype": torch.int64}, TypeError, "cannot hold a cache"),
+    "dtype missing": ({"dtype": None}, ValueError, "give the dtype of K and V"),
+    "memory text": ({"memory": "lots"}, ValueError, "memory='lots' is not a size"),
+    "memory negative": ({"memory": -1}, ValueError, r"memory=-1 is outside 0\.\."),
+    "memory bool": ({"memory": True}, TypeError, "memory=True is of type bool"),
+    "memory huge": ({"memory": 2**63}, ValueError, "is outside"),
+    "memory of no device": ({"memory": "cuda"}, ValueError, "finds no CUDA device|CUDA"),
+    "block_size": ({"block_size": 0}, ValueError, r"block_size=0 is outside 1\.\."),
+    "tp": ({"tp": 0}, ValueError, r"tp=0 is outside 1\.\."),
+    "tp that queries do not allow": (
+        {"tp": 3},
+        ValueError,
+        "num_attention_heads=8 does not divide by tp=3; use 1, 2, 4 or 8",
+    ),
+    "pp": ({"pp": 5}, ValueError, r"pp=5 is outside 1\.\.4, the layers of"),
+    "pp text": ({"pp": "2"}, TypeError, "pp='2' is of type str"),
+    "pp bool": ({"pp": True}, TypeError, "pp=True is of type bool"),
+    "pp layers": ({"pp": [1, 2]}, ValueError, r"pp=\[1, 2\] adds up to 3 layers; model has 4"),
+    "pp empty": ({"pp": []}, ValueError, "adds up to 0 layers"),
+    "pp of none": ({"pp": [4, 0]}, ValueError, "each stage has at least one layer"),
+    "mla": ({"mla": "no"}, ValueError, "mla='no' is not one of latent, expanded"),
+    "stored": ({"stored": "x"}, ValueError, "stored='x' is not one of exact, transformers"),
+    "seq_len": ({"seq_len": 0}, ValueError, r"seq_len=0 is outside 1\.\."),
+    "concurrency": ({"concurrency": 1.5}, TypeError, "concurrency=1.5 is of type float"),
+    "utilization": ({"utilization": 0}, ValueError, "utilization=0 is outside"),
+    "utilization of more": ({"utilization": 1.01}, ValueError, "utilization=1.01 is outside"),
+    "utilization text": ({"utilization": "1"}, TypeError, "utilization='1' is of type str"),
+    "utilization nan": ({"utilization": math.nan}, ValueError, "utilization=nan is outside"),
+    "group_size": ({"group_size": 32}, ValueError, "bfloat16 has no scales"),
+    "group_size zero": ({"dtype": "int4", "group_size": 0}, ValueError, "group_size=0 is below 1"),
+    "group_size bool": ({"dtype": "int4", "group_size": True}, TypeError, "group_size=True is of type bool"),
+    "scale_dtype": (
+        {"dtype": "int4", "group_size": 8, "scale_dtype": "int8"},
+        ValueError,
+        "scale_dtype=int8 is not one",
+    ),
+    "zero_point": ({"dtype": "int4", "zero_point": True}, ValueError, "zero_point=True without group_size"),
+    "zero_point number": ({"dtype": "int4", "zero_point": 1}, TypeError, "zero_point=1 is no bool"),
+    "weights": ({"weights": "auto"}, ValueError, "weights='auto' needs a config"),
+    "weights_dtype": ({"weights": 5, "weights_dtype": "fp8"}, ValueError, "weights_dtype='fp8' is for weights='auto'"),
+    "encoder_tokens": ({"encoder_tokens": -1}, ValueError, r"encoder_tokens=-1 is outside 0\.\."),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_are_named(case: str) -> None:
+    changes, error, message = WRONG[case]
+    model = uniform(4, 8, 16, num_attention_heads=8)
+    if case == "memory of no device" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    with pytest.raises(error, match=message):
+        plan(model, **{"dtype": "bfloat16", **changes})
+
+
+@pytest.mark.parametrize("value", [-1, True, 1.0, "5", 2**31])
+def test_lengths_are_checked(value: Any) -> None:
+    planned = plan(LLAMA_3_8B, memory="1GiB")
+    for call in (
+        planned.cache_bytes,
+        planned.sequence_bytes,
+        planned.max_concurrency,
+        planned.max_seq_len,
+        planned.waste,
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"give an integer|is outside"):
+            call(value)
+
+
+@pytest.mark.parametrize("reaches", [[None], [None, 5], ["full", None]])
+def test_reaches_are_checked(reaches: list[Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match="reaches"):
+        uniform(2, 1, 1, reaches=reaches)
+
+
+def test_plans_are_frozen_and_compare() -> None:
+    planned = plan(LLAMA_3_8B, memory="1GiB")
+    assert planned == plan(LLAMA_3_8B, memory=2**30)
+    assert planned != plan(LLAMA_3_8B, memory=2**30 + 1)
+    with pytest.raises(AttributeError):
+        planned.settings = planned.settings  # type: ignore[misc]
+    assert isinstance(planned, Plan)
+    assert issubclass(UnknownModel, ValueError)
+
+
+def test_compressed_entries_need_whole_blocks() -> None:
+    config = {
+        "model_type": "deepseek_v4",
+        "transformers_version": "5.0.0",
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+        "index_head_dim": 16,
+        "sliding_window": 8,
+        "layer_types": ["heavily_compressed_attention"],
+        "compress_rates": {"heavily_compressed_attention": 128},
+        "dtype": "bfloat16",
+    }
+    with pytest.raises(ValueError, match="block_size=16 is no multiple of 128"):
+        plan(config)
+    planned = plan(config, block_size=128, memory="1MiB")
+    assert planned.bytes_per_token == 16 * 2 + 1  # an entry of 32 B for 128 tokens, rounded up
+    assert planned.block_bytes == 128 * 16 * 2
+    with pytest.raises(ValueError, match="keeps K = V, compressed K = V"):
+        planned.cache_config()
+
+
+def test_sizes_as_people_write_them() -> None:
+    assert parse_size("80GiB") == 80 * 2**30
+    assert parse_size(" 1.5 GB ") == 1_500_000_000
+    assert parse_size("0.3kb") == 300
+    assert amount(1023) == "1,023 B"
+    assert amount(2**21) == "2.00 MiB"
+    assert amount(3 * 2**70) == "3,072.00 EiB"
+    assert format_of("int4", 32).vector_bytes(7) == 4 + 2
+    with pytest.raises(ValueError, match="more than"):
+        parse_size("99999999999GiB")
+
+
+def test_a_config_that_is_handed_over_counts_what_the_plan_says() -> None:
+    planned = plan(GEMMA_2_9B, memory="4GiB")
+    config = planned.cache_config()
+    assert isinstance(config, CacheConfig)
+    assert config.memory_bytes("bfloat16") == (planned.num_blocks or 0) * planned.block_bytes
+    assert config.block_bytes("bfloat16") == planned.block_bytes
+    assert config.layers_per_group == 21

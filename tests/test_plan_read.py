@@ -1,0 +1,280 @@
+"""Where a plan's numbers come from: objects, dicts, files, the hub; what configs leave out; what is not known."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+import transformers
+
+from kvblocks import plan
+from kvblocks.planner import MODEL_TYPES, MissingField, UnknownModel
+from kvblocks.planner.families import TRANSLATED, Fields, read_fields
+from kvblocks.planner.read import read
+
+LLAMA = {
+    "model_type": "llama",
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "torch_dtype": "bfloat16",
+}
+PER_TOKEN = 4 * 2 * (16 + 16) * 2
+
+
+def layers(config: dict[str, Any]) -> Any:
+    return read_fields(Fields(config["model_type"], config)).layers
+
+
+# --- sources
+
+
+def test_every_way_to_name_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny").mkdir()
+    path = tmp_path / "tiny" / "config.json"
+    path.write_text(json.dumps(LLAMA))
+    kinds: Any = transformers.LlamaConfig
+    shape = {name: value for name, value in LLAMA.items() if name not in ("model_type", "torch_dtype")}
+    for model in (LLAMA, path, str(path), tmp_path / "tiny", str(tmp_path / "tiny"), kinds(**shape, dtype="bfloat16")):
+        assert plan(model).bytes_per_token == PER_TOKEN
+    assert plan(path).model.name == plan(tmp_path / "tiny").model.name == "tiny"
+    assert plan(path.rename(tmp_path / "other.json")).model.name == "other"
+    numbers = {"num_layers": 4, "num_kv_heads": 2, "head_dim": 16}
+    assert plan(numbers, dtype="bfloat16").bytes_per_token == PER_TOKEN
+    assert plan({**numbers, "v_head_dim": 8}, dtype=torch.float16).bytes_per_token == PER_TOKEN * 3 // 4
+    assert plan(plan(LLAMA).model).bytes_per_token == PER_TOKEN
+
+
+def test_only_the_config_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def download(name: str, file: str) -> str:
+        asked.append((name, file))
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+        return str(tmp_path / "config.json")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    planned = plan("some-org/some.model_1")
+    assert (planned.bytes_per_token, planned.model.name) == (PER_TOKEN, "some-org/some.model_1")
+    assert asked == [("some-org/some.model_1", "config.json")]
+
+    def refuse(name: str, file: str) -> str:
+        raise OSError("no\n  network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(FileNotFoundError, match="not to be had from the hub: no network"):
+        plan("some-org/some-model")
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        ("{", ValueError, "is not JSON"),
+        ("[]", ValueError, "holds a list; a config is an object"),
+        ("{}", UnknownModel, "has no model_type"),
+        ('{"model_type": 5}', UnknownModel, "has no model_type"),
+        (
+            '{"model_type": "no_such"}',
+            UnknownModel,
+            "model_type='no_such' is not an architecture that the planner knows",
+        ),
+        (b"\xff\xfe", ValueError, "is not JSON"),
+    ],
+)
+def test_files_that_are_no_configs(content: str | bytes, error: type[Exception], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(error, match=message):
+        plan(path)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        ("./nowhere", FileNotFoundError, r"\./nowhere is neither a folder"),
+        ("nowhere.json", FileNotFoundError, r"nowhere\.json is neither a folder"),
+        ("a/b/c", FileNotFoundError, "a/b/c is neither a folder"),
+        ("", FileNotFoundError, "has no config"),
+        (5, TypeError, "model=5 is of type int; give a config"),
+        (None, TypeError, "model=None is of type NoneType"),
+        ({}, UnknownModel, "a dict of nothing has neither model_type"),
+        ({"layers": 3}, UnknownModel, "a dict of layers has neither model_type"),
+        ({"num_layers": 3}, UnknownModel, "plain numbers need num_kv_heads, head_dim too"),
+        ({"num_layers": 3, "heads": 1}, UnknownModel, "heads: not known among plain numbers"),
+        ({"num_layers": 0, "num_kv_heads": 1, "head_dim": 1}, ValueError, r"num_layers=0 is outside 1\.\.4096"),
+        ({"num_layers": 10**6, "num_kv_heads": 1, "head_dim": 1}, ValueError, "num_layers=1000000 is outside"),
+        ({"num_layers": 2, "num_kv_heads": 1.0, "head_dim": 1}, TypeError, "num_kv_heads=1.0 is of type float"),
+        ({"num_layers": 2, "num_kv_heads": 1, "head_dim": True}, TypeError, "head_dim=True is of type bool"),
+    ],
+)
+def test_what_names_no_model(model: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=message):
+        plan(model, dtype="bfloat16")
+
+
+def test_a_folder_without_a_config(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="has no config"):
+        plan(tmp_path)
+
+
+# --- what is not known is an error
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": None}, "has no num_hidden_layers"),
+        ({"num_hidden_layers": "4"}, r"llama\.num_hidden_layers='4' is of type str"),
+        ({"num_hidden_layers": 0}, r"llama\.num_hidden_layers=0 is outside"),
+        ({"num_hidden_layers": 5000}, r"llama\.num_hidden_layers=5000 is outside 1\.\.4096"),
+        ({"hidden_size": 65}, r"llama\.hidden_size=65 does not divide by num_attention_heads=4"),
+        ({"sliding_window": 9}, r"llama\.sliding_window=9: the planner does not know what this field means"),
+        ({"attention_chunk_size": 9}, r"llama\.attention_chunk_size=9"),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 2}, r"llama\.layer_types="),
+        ({"kv_lora_rank": 8}, r"llama\.kv_lora_rank=8"),
+        ({"num_kv_shared_layers": 2}, r"llama\.num_kv_shared_layers=2"),
+        ({"mamba_d_state": 16}, r"llama\.mamba_d_state=16"),
+        ({"model_type": "gemma2", "sliding_window": 9, "layer_types": ["full"] * 4, "head_dim": 16}, "the kind 'full'"),
+        (
+            {"model_type": "gemma2", "sliding_window": 9, "layer_types": ["full_attention"]},
+            "names 1 layers, the model has 4",
+        ),
+        ({"model_type": "gemma2", "sliding_window": 9, "layer_types": 5}, r"gemma2\.layer_types=5 is no list of names"),
+        (
+            {"model_type": "gemma3_text", "sliding_window": 9, "use_bidirectional_attention": True, "head_dim": 16},
+            "a model that attends both ways keeps no cache",
+        ),
+    ],
+)
+def test_fields_that_the_planner_does_not_know(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnknownModel, match=message):
+        plan({**LLAMA, **changes, "transformers_version": "5.0.0"})
+
+
+def test_fields_that_mean_nothing_are_no_error() -> None:
+    harmless = {"sliding_window": None, "layer_types": ["full_attention"] * 4, "kv_lora_rank": None, "colour": "blue"}
+    assert plan({**LLAMA, **harmless}).bytes_per_token == PER_TOKEN
+
+
+@pytest.mark.parametrize("name", tiny_models.architectures()[::9])
+def test_a_wrong_value_is_an_unknown_model_and_nothing_else(name: str) -> None:
+    base = text_half(tiny_models.tiny_config(name).to_dict())
+    wrong: list[Any] = [None, "abc", -1, 0, 1.5, [], {}, True, 2**40, ["x"], [1, 2], {"1": 2}, {"a": {}}, float("nan")]
+    refused = 0
+    for field in base:
+        for value in wrong if field != "model_type" else ():
+            try:
+                found = layers({**base, field: value})
+            except UnknownModel:
+                refused += 1
+            else:
+                assert found
+    assert refused > 5
+
+
+# --- what configs leave out
+
+
+def text_half(config: dict[str, Any]) -> dict[str, Any]:
+    while config["model_type"] not in MODEL_TYPES:
+        config = config["text_config"]
+    return dict(config)
+
+
+EVERY = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 12
+
+
+@pytest.mark.parametrize(
+    "change", [lambda config, name: config.pop(name), lambda config, name: config.update({name: None})]
+)
+@pytest.mark.parametrize("name", [name for name in tiny_models.architectures() if name in MODEL_TYPES][::EVERY])
+def test_a_field_left_out_means_what_transformers_takes_it_to_mean(
+    name: str, change: Callable[[dict[str, Any], str], Any]
+) -> None:
+    """Without transformers the planner reads the same or says that the field is missing, field by field."""
+    base = tiny_models.tiny_config(name).to_dict()
+    kind = type(tiny_models.tiny_config(name))
+    compared = 0
+    for field in base:
+        if field == "model_type":
+            continue
+        config = dict(base)
+        change(config, field)
+        try:
+            read_alone = layers(config)
+        except MissingField:
+            continue
+        try:
+            completed = kind.from_dict(dict(config)).to_dict()
+        except Exception:  # what transformers refuses has no meaning to compare with
+            continue
+        assert (field, read_alone) == (field, layers(completed))
+        compared += 1
+    assert compared > 5
+
+
+def test_fields_of_before_are_translated_by_transformers() -> None:
+    """A hub config of before names its full layers' heads in fields of their own."""
+    gemma = tiny_models.OWN["gemma4_text"]
+    config = {"model_type": "gemma4_text", **gemma, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+    config["dtype"] = "bfloat16"
+    planned = plan(config)
+    shapes = {layer.kept[0].heads * layer.kept[0].dim for layer in planned.model.layers if layer.kept}
+    assert shapes == {2 * 16, 1 * 24}
+    assert "gemma4_text" in TRANSLATED
+
+
+def test_configs_saved_by_transformers_are_read_without_it(tmp_path: Path) -> None:
+    for name in tiny_models.architectures()[::5]:
+        config = tiny_models.tiny_config(name)
+        config.save_pretrained(tmp_path / name)
+        source = read(tmp_path / name)
+        assert source.read("latent").layers == read(config).read("latent").layers, name
+
+
+def run(code: str, *arguments: str, cwd: Path) -> str:
+    command = [sys.executable, "-P", "-c", code, *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_bare_config_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "model_type": "qwen2", "use_sliding_window": False}))
+    code = """
+import sys
+from kvblocks.cli import main
+code = main(["plan", sys.argv[1], "--memory", "1GiB", "--json"])
+heavy = {"torch", "transformers", "numpy", "rich", "matplotlib", "huggingface_hub"} & set(sys.modules)
+print(code, sorted(heavy), file=sys.stderr)
+assert not heavy and code == 0
+"""
+    found = json.loads(run(code, str(tmp_path), cwd=tmp_path))
+    assert found["bytes_per_token"] == PER_TOKEN
+    assert found["num_blocks"] == 2**30 // (16 * PER_TOKEN)
+
+
+def test_without_transformers_the_missing_field_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "model_type": "gemma"}))
+    code = """
+import sys
+sys.modules["transformers"] = None
+from kvblocks import plan
+try:
+    plan(sys.argv[1])
+except ValueError as error:
+    print(error)
+"""
+    message = run(code, str(tmp_path / "config.json"), cwd=tmp_path)
+    assert "has no head_dim" in message
+    assert 'pip install "kvblocks[plan]"' in message
+    assert plan(tmp_path / "config.json").bytes_per_token == 4 * 2 * (256 + 256) * 2  # gemma's own default
