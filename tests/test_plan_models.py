@@ -1,5 +1,6 @@
 """Planned bytes against the bytes of the caches that transformers' models really fill, to the byte."""
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -117,6 +118,35 @@ def test_a_window_of_one_token_is_never_cut_by_transformers() -> None:
     model = transformers.MistralForCausalLM(config)
     assert plan(config, dtype="float32", stored="transformers").cache_bytes(12) == filled(run(model, prompt(12)))
     assert plan(config, dtype="float32").cache_bytes(12) == plan(config, dtype="float32").cache_bytes(1)
+
+
+TEXT_HALVES: dict[str, dict[str, Any]] = {
+    "qwen2_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+    "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+    "qwen3_vl_text": {},
+    "qwen3_vl_moe_text": {},
+    "glm4v_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+    "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+    "molmo2_text": {},
+    "granite_docling_text": {},
+    "mistral4": {"num_key_value_heads": 4},
+}
+
+
+@pytest.mark.parametrize("name", TEXT_HALVES)
+def test_text_halves_of_models_that_see(name: str) -> None:
+    kind: Any = transformers.models.auto.configuration_auto.CONFIG_MAPPING[name]
+    declared = {field.name: field.default for field in dataclasses.fields(kind)}
+    fields = {field: value for field, value in tiny_models.SMALL.items() if declared.get(field) is not None}
+    config = kind(**{**fields, "pad_token_id": 0, **TEXT_HALVES[name]})
+    makers: Any = transformers.AutoModel
+    model = makers.from_config(config)
+    model.train(False)
+    planned = plan(config, dtype="float32", stored="transformers")
+    for length in (1, 12):
+        assert planned.cache_bytes(length) == filled(run(model, prompt(length)))
+    outer = plan({"model_type": "some_model_that_sees", "text_config": config.to_dict(), "dtype": "float32"})
+    assert outer.model.layers == plan(config, dtype="float32").model.layers
 
 
 def encoder_decoders() -> Iterator[tuple[str, Any, dict[str, Any], int]]:

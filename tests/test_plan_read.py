@@ -15,7 +15,8 @@ import transformers
 
 from kvblocks import plan
 from kvblocks.planner import MODEL_TYPES, MissingField, UnknownModel
-from kvblocks.planner.families import TRANSLATED, Fields, read_fields
+from kvblocks.planner.architectures import TRANSLATED, read_fields
+from kvblocks.planner.fields import Fields
 from kvblocks.planner.read import read
 
 LLAMA = {
@@ -140,6 +141,8 @@ def test_a_folder_without_a_config(tmp_path: Path) -> None:
         ({"sliding_window": 9}, r"llama\.sliding_window=9: the planner does not know what this field means"),
         ({"attention_chunk_size": 9}, r"llama\.attention_chunk_size=9"),
         ({"layer_types": ["full_attention", "sliding_attention"] * 2}, r"llama\.layer_types="),
+        ({"layer_types": 5}, r"llama\.layer_types=5"),
+        ({"layer_types": [{}]}, r"llama\.layer_types="),
         ({"kv_lora_rank": 8}, r"llama\.kv_lora_rank=8"),
         ({"num_kv_shared_layers": 2}, r"llama\.num_kv_shared_layers=2"),
         ({"mamba_d_state": 16}, r"llama\.mamba_d_state=16"),
@@ -231,6 +234,12 @@ def test_fields_of_before_are_translated_by_transformers() -> None:
     shapes = {layer.kept[0].heads * layer.kept[0].dim for layer in planned.model.layers if layer.kept}
     assert shapes == {2 * 16, 1 * 24}
     assert "gemma4_text" in TRANSLATED
+
+
+def test_a_config_of_before_with_its_text_half_flat() -> None:
+    flat = {"model_type": "qwen2_5_vl", "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
+    flat |= {"num_key_value_heads": 2, "use_sliding_window": False, "torch_dtype": "bfloat16", "vision_config": {}}
+    assert plan(flat).bytes_per_token == PER_TOKEN
 
 
 def test_configs_saved_by_transformers_are_read_without_it(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from kvblocks.planner.advice import Change, smallest_changes
+from kvblocks.planner.architectures import MODEL_TYPES
 from kvblocks.planner.core import LONGEST, Plan, Settings
-from kvblocks.planner.families import MODEL_TYPES, MissingField, UnknownModel
+from kvblocks.planner.fields import MissingField, UnknownModel
 from kvblocks.planner.formats import dtype_name, format_of
 from kvblocks.planner.parallel import check_tp, stage_layers
 from kvblocks.planner.read import Source, read, uniform

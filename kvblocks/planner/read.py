@@ -12,15 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from kvblocks.config import Chunk, Window
-from kvblocks.planner.families import (
-    MODEL_TYPES,
-    MOST_LAYERS,
-    TRANSLATED,
-    Fields,
-    MissingField,
-    UnknownModel,
-    read_fields,
-)
+from kvblocks.planner.architectures import MODEL_TYPES, TRANSLATED, read_fields
+from kvblocks.planner.fields import MOST_LAYERS, Fields, MissingField, UnknownModel
 from kvblocks.planner.shapes import Layer, ModelCache, Reach, attention
 
 __all__ = ["Source", "read", "uniform"]
@@ -179,6 +172,8 @@ def _config(config: dict[str, Any], name: str | None, *, settled: bool = False) 
     settled = settled or _written_by(config) >= 5
     try:
         text = _text_half(config)
+        if not settled and text["model_type"] not in MODEL_TYPES:
+            raise MissingField(text["model_type"], "text_config")
         if not settled and text["model_type"] in TRANSLATED:
             raise MissingField(text["model_type"], "transformers_version of 5 or more")
         read_fields(Fields(text["model_type"], text), name)
@@ -191,7 +186,7 @@ def _config(config: dict[str, Any], name: str | None, *, settled: bool = False) 
 
 
 def _read_text(text: Mapping[str, Any], name: str | None, mla: str) -> ModelCache:
-    return read_fields(Fields(text["model_type"], {**text, "_mla": mla}), name)
+    return read_fields(Fields(text["model_type"], text, mla), name)
 
 
 def _written_by(config: Mapping[str, Any]) -> int:
@@ -215,17 +210,22 @@ def _text_half(config: Mapping[str, Any]) -> dict[str, Any]:
     return text
 
 
-def _completed(config: Mapping[str, Any], missing: MissingField) -> dict[str, Any]:
-    """The config with what transformers fills in."""
+def _completed(config: dict[str, Any], missing: MissingField) -> dict[str, Any]:
+    """The config with what transformers fills in; as it is where transformers does not know the model_type either."""
+    known = config["model_type"] in MODEL_TYPES or isinstance(config.get("text_config"), Mapping)
     try:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ModuleNotFoundError:
+        if not known:
+            return config
         raise UnknownModel(
             f"{missing}; transformers knows what it fills in, and is not installed. "
             f'Add the field, or run: pip install "kvblocks[plan]"'
         ) from None
     kinds: Any = CONFIG_MAPPING
     if config["model_type"] not in kinds:
+        if not known:
+            return config
         raise UnknownModel(f"{missing}, and the installed transformers has no such model_type")
     try:
         completed: dict[str, Any] = kinds[config["model_type"]].from_dict(dict(config)).to_dict()

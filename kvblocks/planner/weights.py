@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from kvblocks.planner.families import UnknownModel
+from kvblocks.planner.fields import UnknownModel
 from kvblocks.planner.formats import Format
 
 __all__ = ["weight_bytes"]
