@@ -20,6 +20,7 @@ QUICK = {
     "cuda.py": ["--quick"],
     "decode_step.py": ["--batches", "32", "256", "--rounds", "3"],
     "memory_footprint.py": ["--blocks", "262144"],
+    "plan.py": ["--repeats", "3"],
     "prefix_lookup.py": ["--repeats", "5"],
     "replay.py": ["--blocks", "131072", "--repeats", "3", "--limit", "20"],
     "scale.py": ["--blocks", "1000000", "--seqs", "10000"],

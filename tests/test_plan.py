@@ -1,6 +1,8 @@
 """The planner: published figures, and properties that hold for any model, format, memory and split over devices."""
 
+import copy
 import math
+import pickle
 import re
 from itertools import pairwise
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from kvblocks import CacheConfig, Chunk, Group, Plan, Window, plan
+from kvblocks import CacheConfig, CacheEngine, Chunk, Group, Plan, Window, plan
 from kvblocks.planner import UnknownModel, smallest_changes, uniform
 from kvblocks.planner.explain import lines
 from kvblocks.planner.formats import format_of
@@ -168,7 +170,8 @@ def test_backwards() -> None:
     assert plan(LLAMA_3_8B, concurrency=10, seq_len=8192).num_blocks == 10 * 512
     assert plan(LLAMA_3_8B).num_blocks is None
     with pytest.raises(ValueError, match=r"give plan\(\.\.\., memory="):
-        _ = plan(LLAMA_3_8B).max_tokens
+        plan(LLAMA_3_8B).max_seq_len()
+    assert plan(LLAMA_3_8B).max_tokens is None
     with pytest.raises(ValueError, match="how many blocks"):
         plan(LLAMA_3_8B).cache_config()
 
@@ -335,7 +338,7 @@ def test_more_memory_never_gives_less(
     before = plan(model, **format, **settings)
     after = plan(model, **format, **{**settings, "memory": settings["memory"] + more})
     assert (before.num_blocks or 0) <= (after.num_blocks or 0)
-    assert before.max_tokens <= after.max_tokens
+    assert (before.max_tokens or 0) <= (after.max_tokens or 0)
     assert before.max_concurrency(length) <= after.max_concurrency(length)
 
 
@@ -549,6 +552,8 @@ def test_plans_are_frozen_and_compare() -> None:
     planned = plan(LLAMA_3_8B, memory="1GiB")
     assert planned == plan(LLAMA_3_8B, memory=2**30)
     assert planned != plan(LLAMA_3_8B, memory=2**30 + 1)
+    assert {planned, pickle.loads(pickle.dumps(planned)), copy.deepcopy(planned)} == {planned}
+    assert repr(planned) == "<Plan of llama in bfloat16: bytes_per_token=131072, block_bytes=2097152, num_blocks=512>"
     with pytest.raises(AttributeError):
         planned.settings = planned.settings  # type: ignore[misc]
     assert isinstance(planned, Plan)
@@ -577,6 +582,16 @@ def test_compressed_entries_need_whole_blocks() -> None:
         planned.cache_config()
 
 
+def test_the_free_memory_of_a_device_is_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvblocks.memory.available_memory", lambda: 10 * 2**20)
+    for device in ("cpu", torch.device("cpu")):
+        assert plan(LLAMA_3_8B, memory=device).num_blocks == 5
+        assert plan(LLAMA_3_8B, memory=device, utilization=0.9).memory == 9 * 2**20
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (device.index * 2**30, 2**40))
+    assert plan(LLAMA_3_8B, memory="cuda:3").memory == 3 * 2**30
+
+
 def test_sizes_as_people_write_them() -> None:
     assert parse_size("80GiB") == 80 * 2**30
     assert parse_size(" 1.5 GB ") == 1_500_000_000
@@ -587,6 +602,24 @@ def test_sizes_as_people_write_them() -> None:
     assert format_of("int4", 32).vector_bytes(7) == 4 + 2
     with pytest.raises(ValueError, match="more than"):
         parse_size("99999999999GiB")
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments"),
+    [
+        (LLAMA_3_8B, {}),
+        (DEEPSEEK_V3, {}),
+        (DEEPSEEK_V3, {"mla": "expanded"}),
+        (LLAMA_3_8B, {"dtype": "int4", "group_size": 32}),
+    ],
+)
+def test_an_engine_allocates_what_the_plan_says(config: dict[str, Any], arguments: dict[str, Any]) -> None:
+    small = {**config, "num_hidden_layers": 3}
+    planned = plan(small, memory="3MiB", block_size=4, **arguments)
+    engine = CacheEngine(planned.cache_config(), planned.storage_dtype, "cpu", layout="NHD")
+    assert engine.memory_bytes == (planned.num_blocks or 0) * planned.block_bytes <= 3 * 2**20
+    assert engine.num_blocks == planned.num_blocks
+    assert len(engine) == 3
 
 
 def test_a_config_that_is_handed_over_counts_what_the_plan_says() -> None:

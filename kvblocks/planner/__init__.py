@@ -34,7 +34,7 @@ def plan(
     model: Any,
     *,
     dtype: Any = None,
-    memory: int | str | None = None,
+    memory: Any = None,
     block_size: int = 16,
     tp: int = 1,
     pp: int | Sequence[int] = 1,
@@ -60,7 +60,8 @@ def plan(
         model: a transformers config, its dict, a folder with a config.json, the file, a hub id (only its config.json is
             downloaded), or numbers: `{"num_layers": 32, "num_kv_heads": 8, "head_dim": 128}`, see `uniform`.
         dtype: of K and V: a `torch.dtype`, its name, "fp8", or the packed "int4" and "int2". None for the config's.
-        memory: bytes of one device, a size like "80GiB", or a device whose free memory counts ("cuda:1", "cpu").
+        memory: bytes of one device, a size like "80GiB", or a device whose free memory counts ("cuda:1", "cpu", or a
+            `torch.device`).
         block_size: tokens in a block.
         tp: devices over which heads are split; heads that do not divide are kept several times, and the plan says so.
         pp: pipeline stages, or the layers of each.
@@ -157,11 +158,13 @@ def _state_dtype(shape: ModelCache, asked: str | None) -> str | None:
     return dtype_name(name)
 
 
-def _memory(memory: int | str | None, utilization: float) -> int | None:
+def _memory(memory: Any, utilization: float) -> int | None:
     if isinstance(utilization, bool) or not isinstance(utilization, int | float):
         raise TypeError(f"utilization={utilization!r} is of type {type(utilization).__name__}; give a number up to 1")
     if not 0 < utilization <= 1:
         raise ValueError(f"utilization={utilization} is outside 0 (not included) to 1")
+    if f"{type(memory).__module__}.{type(memory).__qualname__}" == "torch.device":
+        memory = str(memory)
     size = _free_memory(memory) if isinstance(memory, str) and _is_device(memory) else _size("memory", memory)
     # The share as it is written: 0.9 is 9/10, not the float next to it.
     return None if size is None else int(size * Fraction(repr(utilization)))

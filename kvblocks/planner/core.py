@@ -209,6 +209,12 @@ class Plan:
 
     settings: Settings = field(repr=False)
 
+    def __repr__(self) -> str:
+        figures = (
+            f"bytes_per_token={self.bytes_per_token}, block_bytes={self.block_bytes}, num_blocks={self.num_blocks}"
+        )
+        return f"<Plan of {self.model.name} in {self.dtype}: {figures}>"
+
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """One device of each pipeline stage."""
@@ -307,13 +313,9 @@ class Plan:
         )
 
     @property
-    def max_tokens(self) -> int:
-        """The most tokens that fit at once, in one sequence; 2**31-1 where the cache stops growing before.
-
-        Raises:
-            ValueError: no memory was given.
-        """
-        return self.max_seq_len(1)
+    def max_tokens(self) -> int | None:
+        """The most tokens that fit at once, in one sequence: 2**31-1 where nothing grows, None without a memory."""
+        return None if self.settings.memory is None else self.max_seq_len(1)
 
     def max_concurrency(self, seq_len: int) -> int:
         """Sequences of `seq_len` tokens that fit at once, 2**31-1 at most.

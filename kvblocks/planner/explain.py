@@ -321,7 +321,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "weights_bytes": stage.weights,
         "activation_bytes": settings.activations,
         "num_blocks": plan.num_blocks,
-        "max_tokens": plan.max_tokens if asked else None,
+        "max_tokens": plan.max_tokens,
         "seq_len": length,
         "concurrency": sequences,
         "sequence_bytes": plan.sequence_bytes(length) if length is not None else None,

@@ -166,6 +166,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _config(config: dict[str, Any], name: str | None, *, settled: bool = False) -> Source:
+    strange = next((key for key in config if not isinstance(key, str)), None)
+    if strange is not None:
+        raise UnknownModel(f"{name or 'the config'} has the key {strange!r:.60}; fields have names")
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UnknownModel(f"{name or 'the config'} has no model_type, which says what its other fields mean")

@@ -18,7 +18,7 @@ def weight_bytes(config: Mapping[str, Any], format: Format) -> int:
     """
     try:
         import torch
-        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
@@ -27,15 +27,16 @@ def weight_bytes(config: Mapping[str, Any], format: Format) -> int:
             name=error.name,
         ) from None
     kinds: Any = CONFIG_MAPPING
-    causal: Any = AutoModelForCausalLM
-    both: Any = AutoModelForSeq2SeqLM
+    makers: list[Any] = [AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM]
     if config["model_type"] not in kinds:
         raise UnknownModel(
             f"the installed transformers has no model_type={config['model_type']!r}; give the bytes of its weights"
         )
     try:
         made = kinds[config["model_type"]].from_dict(dict(config))
-        maker = both if made.is_encoder_decoder and type(made) in both._model_mapping else causal
+        if made.is_encoder_decoder:
+            makers.reverse()
+        maker = next((maker for maker in makers if type(made) in maker._model_mapping), makers[0])
         with torch.device("meta"):
             model = maker.from_config(made)
         model.tie_weights()
