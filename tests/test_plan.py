@@ -12,7 +12,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from kvblocks import CacheConfig, CacheEngine, Chunk, Group, Plan, Window, plan
+from kvblocks import BlockManager, CacheConfig, CacheEngine, Chunk, Group, Plan, StepBuffers, Window, plan
 from kvblocks.planner import UnknownModel, smallest_changes, uniform
 from kvblocks.planner.explain import lines
 from kvblocks.planner.formats import format_of
@@ -629,3 +629,28 @@ def test_a_config_that_is_handed_over_counts_what_the_plan_says() -> None:
     assert config.memory_bytes("bfloat16") == (planned.num_blocks or 0) * planned.block_bytes
     assert config.block_bytes("bfloat16") == planned.block_bytes
     assert config.layers_per_group == 21
+
+
+# --- the manager holds what the plan says
+
+
+@given(st.lists(REACHES, min_size=1, max_size=4), st.integers(1, 150), st.sampled_from([1, 4, 16]), st.integers(1, 40))
+def test_a_sequence_holds_no_more_blocks_than_planned(
+    reaches: list[Any], length: int, block_size: int, step_tokens: int
+) -> None:
+    model = uniform(len(reaches), 1, 1, reaches=reaches, dtype="bfloat16")
+    planned = plan(model, block_size=block_size, step_tokens=step_tokens, max_groups=64)
+    groups = tuple(group.reach for group in planned.groups)
+    manager = BlockManager(planned.blocks_for(length), block_size, groups=groups, prefix_caching=False)
+    step = StepBuffers(1, step_tokens, -(-length // block_size), device="cpu", groups=len(groups))
+    seq, _ = manager.admit(list(range(length)), reserve=min(step_tokens, length))
+    most = 0
+    for start in range(0, length, step_tokens):
+        step_id = manager.prepare([seq], [min(step_tokens, length - start)], step)
+        most = max(most, manager.num_blocks - manager.num_free_blocks)
+        manager.commit(step_id)
+        most = max(most, manager.num_blocks - manager.num_free_blocks)
+    assert most <= planned.blocks_for(length)
+    if length % block_size == 0 and all(reach is None for reach in reaches):
+        assert most == planned.blocks_for(length)
+    manager.free([seq])
