@@ -194,7 +194,7 @@ def text_half(config: dict[str, Any]) -> dict[str, Any]:
     return dict(config)
 
 
-EVERY = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 12
+EVERY = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 4
 
 
 @pytest.mark.parametrize(
@@ -214,14 +214,19 @@ def test_a_field_left_out_means_what_transformers_takes_it_to_mean(
         config = dict(base)
         change(config, field)
         try:
-            read_alone = layers(config)
+            alone = layers(config)
         except MissingField:
             continue
+        except UnknownModel:
+            alone = "refused"
         try:
-            completed = kind.from_dict(dict(config)).to_dict()
+            completed = layers(kind.from_dict(dict(config)).to_dict())
+        except UnknownModel:
+            completed = "refused"
         except Exception:  # what transformers refuses has no meaning to compare with
             continue
-        assert (field, read_alone) == (field, layers(completed))
+        # A layer kind whose window transformers switches off contradicts itself: its own caches refuse it.
+        assert (field, alone) == (field, completed) or completed == "refused"
         compared += 1
     assert compared > 5
 
