@@ -139,6 +139,12 @@ QWEN4: dict[str, Any] = {
     "layer_types": [LINEAR, "indexed_attention"] * 2,
     "hc_count": 2,
     "hc_lowrank": 8,
+    "eos_token_id": 2,
+    "ple_layer_ids": [1, 3],
+    "ple_embed_dim": 16,
+    "ngram_vocab_size_base": 50,
+    "make_ngram_vocab_size_divisible_by": 8,
+    "split_ngram_parts": 1,
 }
 SPARSE_LATENT = {"num_key_value_heads": 4, "mlp_layer_types": ["dense", "sparse"] * 2}
 LLAMA4: dict[str, Any] = {
@@ -273,6 +279,11 @@ OWN: dict[str, dict[str, Any]] = {name: fields for names, fields in ALIKE for na
     "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]], "num_heads": 4, "window_size": WINDOW},
     "hy_v4": {"num_key_value_heads": 4, "indexer_types": ["full", "shared"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+    "minimax_m3_vl_text": {
+        "layer_types": [FULL, "minimax_m3_sparse"] * 2,
+        "index_block_size": 8,
+        "index_topk_blocks": 2,
+    },
     "jetmoe": {"kv_channels": 16},
     "kimi_linear": {"num_key_value_heads": 4, "layer_types": [LINEAR, FULL] * 2, "num_experts_per_token": 2},
     "laguna": {"layer_types": BY_TURNS, "num_attention_heads_per_layer": [4] * 4},

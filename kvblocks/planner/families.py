@@ -574,7 +574,7 @@ def qwen4(f: Fields) -> list[Layer]:
                 kept = (*kept, Kept("indexer positions", 3, 1, dtype="int64"))
         else:
             raise UnknownModel(f"{f.model_type}.layer_types: the planner does not know the kind {kind!r}")
-        if i in lookups:
+        if i + 1 in lookups:  # counted from 1
             ngram, width = f.count("ngram_size"), f.count("hc_count") * f.count("hidden_size")
             length = (f.count("ple_conv_kernel_size") - 1) * ngram
             states = (
