@@ -180,6 +180,7 @@ def test_scales_and_zero_points_are_counted() -> None:
     packed = plan(LLAMA_3_8B, dtype="int4", group_size=32, zero_point=True)
     vector = 128 // 2 + 4 * (2 + 2)
     assert packed.bytes_per_token == 32 * 8 * 2 * vector
+    assert "int4 with a float16 scale and zero point for each 32" in packed.explain()
     assert plan(LLAMA_3_8B, dtype="int8", group_size=48, scale_dtype="float32").bytes_per_token == 32 * 8 * 2 * (
         128 + 12
     )

@@ -93,8 +93,8 @@ def lines(plan: Plan) -> list[Line]:
 
 def _group_line(stage: Stage, group: BlockGroup) -> Line:
     size = stage.settings.block_size
-    chosen = {(paged.index, paged.reach) for paged in group.layers}
-    layers = [layer for layer in stage.layers if any(index == layer.index for index, _ in chosen)]
+    chosen = {layer.index for layer in group.layers}
+    layers = [layer for layer in stage.layers if layer.index in chosen]
     terms = _terms(stage, layers, reach=group.reach, only=True)
     what = f"{terms} × {size} tokens" if " + " not in _outside(terms) else f"({terms}) × {size} tokens"
     alone = len(stage.layout.groups) == 1
@@ -200,11 +200,12 @@ def _answers(plan: Plan) -> list[Line]:
         )
         if sequences is not None:
             needed = plan.memory_for(sequences, length)
-            rest = needed - stage.weights - settings.activations
             besides = [amount(stage.weights) + " weights"] if stage.weights else []
             besides += [amount(settings.activations) + " activations"] if settings.activations else []
-            sum_ = " + ".join([f"{count(sequences, 'sequence')} × {amount(each)}", *besides])
-            found.append(Line("memory needed", sum_, amount(rest + stage.weights + settings.activations)))
+            idle = (settings.sequences or 0) - sequences
+            besides += [f"{count(idle, 'more sequence')} × {stage.state_bytes:,} B state"] if idle > 0 else []
+            terms = " + ".join([f"{count(sequences, 'sequence')} × {amount(each)}", *besides])
+            found.append(Line("memory needed", terms, amount(needed)))
     if settings.memory is None:
         return found
     found.append(Line("longest sequence", "alone in the cache", _length_text(plan.max_seq_len(1))))

@@ -60,7 +60,7 @@ def read(model: Any) -> Source:
         return _config(_json(path), name)
     to_dict = getattr(model, "to_dict", None)
     if getattr(model, "model_type", None) is not None and callable(to_dict):
-        return _config(to_dict(), None, settled=True)
+        return _config(to_dict(), None, whole=True)
     raise TypeError(
         f"model={model!r:.60} is of type {type(model).__name__}; give a config, a folder, a file, a hub id, numbers"
     )
@@ -165,14 +165,15 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _config(config: dict[str, Any], name: str | None, *, settled: bool = False) -> Source:
+def _config(config: dict[str, Any], name: str | None, *, whole: bool = False) -> Source:
+    """The model of a config; `whole` where transformers has already filled in what it leaves out."""
     strange = next((key for key in config if not isinstance(key, str)), None)
     if strange is not None:
         raise UnknownModel(f"{name or 'the config'} has the key {strange!r:.60}; fields have names")
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UnknownModel(f"{name or 'the config'} has no model_type, which says what its other fields mean")
-    settled = settled or _written_by(config) >= 5
+    settled = whole or _written_by(config) >= 5
     try:
         text = _text_half(config)
         if not settled and text["model_type"] not in MODEL_TYPES:
@@ -181,7 +182,7 @@ def _config(config: dict[str, Any], name: str | None, *, settled: bool = False) 
             raise MissingField(text["model_type"], "transformers_version of 5 or more")
         read_fields(Fields(text["model_type"], text), name)
     except MissingField as missing:
-        if settled:
+        if whole:
             raise
         config = _completed(config, missing)
         text = _text_half(config)
