@@ -393,7 +393,8 @@ class SGLang(Contender):
 
     def publish(self, sequence: Any) -> None:
         """What its `checkpoint` does: insert, give back duplicates, take over the tree's slots, move the lock."""
-        key = self.key(sequence.tokens).page_aligned(self.page_size)
+        # A copy, as its engine makes one: with pages of one token the tree keeps what it is handed.
+        key = self.key(sequence.tokens[:]).page_aligned(self.page_size)
         values = sequence.slots[: len(key)].to(self.torch.int64, copy=True)
         result = self.tree.insert(self.inserting(key=key, value=values, prev_prefix_len=sequence.kept))
         if self.rust:
