@@ -188,7 +188,7 @@ def _forms(cache: PagedKVCache) -> tuple[Any, Any]:
                 heads=place.heads,
                 dims=place.runs * place.run_bytes // width,
                 run=place.run_bytes // width,
-                block=place.block_bytes // width,
+                block=place.block_stride // width,
                 token_stride=place.token_stride // width,
                 head_stride=place.head_stride // width,
                 run_stride=place.run_stride // width,

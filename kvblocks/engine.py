@@ -42,7 +42,8 @@ class CacheEngine:
 
     With several layer groups the layers that have the same place in their groups share memory: a block of the pool
     belongs to one group at a time. Each layer has its own `PagedKVCache` all the same, to be used with the block table
-    and the slots of its group, `group_of(layer)`.
+    and the slots of its group, `group_of(layer)`. Where layers differ in heads or dims, those of a group lie one after
+    the other inside each block; on CUDA such blocks are moved by torch operations, not by the kernels.
 
     Raises:
         OutOfMemory: the layers do not all fit; none stays allocated.
@@ -75,7 +76,36 @@ class CacheEngine:
         for g, group in enumerate(config.groups):
             for place, layer in enumerate(group.layers):
                 self._places[layer], self._group_of[layer] = place, g
-        self._caches = tuple(
+        if len(set(config.layer_shapes)) > 1:
+            layers = [group.layers for group in config.groups]
+            config.memory_bytes(dtype)  # past 64 bits an OverflowError
+            caches, self._mover = PagedKVCache.packed(
+                config.layer_shapes,
+                layers,
+                config.num_gpu_blocks,
+                config.block_size,
+                dtype,
+                device,
+                layout=layout,
+                prefault=prefault,
+            )
+            self._caches = tuple(caches)
+        else:
+            self._caches = self._alike(dtype, device, layout, prefault)
+            self._mover = together(self._distinct())
+        _log.info(
+            "KV cache on %s: %d blocks x %d layers = %.1f MB",
+            self.device,
+            self.num_blocks,
+            len(self),
+            self.memory_bytes / 1e6,
+        )
+
+    def _alike(
+        self, dtype: torch.dtype | str, device: torch.device | str, layout: str, prefault: bool
+    ) -> tuple[PagedKVCache, ...]:
+        config = self._config
+        return tuple(
             PagedKVCache.layers(
                 config.num_layers,
                 config.num_gpu_blocks,
@@ -89,14 +119,6 @@ class CacheEngine:
                 prefault=prefault,
                 places=self._places,
             )
-        )
-        self._mover = together(self._distinct())
-        _log.info(
-            "KV cache on %s: %d blocks x %d layers = %.1f MB",
-            self.device,
-            self.num_blocks,
-            len(self),
-            self.memory_bytes / 1e6,
         )
 
     def _distinct(self) -> list[PagedKVCache]:
@@ -186,7 +208,7 @@ class CacheEngine:
     @property
     def memory_bytes(self) -> int:
         """Bytes of all tensors together; the same as `config.memory_bytes(dtype)`."""
-        return sum(cache.memory_bytes for cache in self._distinct())
+        return self._config.memory_bytes(self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:

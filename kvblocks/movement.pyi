@@ -15,6 +15,7 @@ class BlockLayout:
     token_stride: int
     head_stride: int
     run_stride: int
+    block_stride: int
     def __init__(
         self,
         num_blocks: int,
@@ -25,6 +26,7 @@ class BlockLayout:
         token_stride: int,
         head_stride: int,
         run_stride: int,
+        block_stride: int,
     ) -> None: ...
     def __reduce__(self) -> tuple[Any, ...]: ...
     def write(self, cache: int, source: int, token_stride: int, head_stride: int, slots: int, count: int) -> None: ...

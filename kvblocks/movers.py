@@ -25,10 +25,13 @@ class Side:
     """K or V of a layer: the tensor, and how a token lies in it."""
 
     def __init__(self, storage: Tensor, axes: str, sizes: dict[str, int], dtype: torch.dtype) -> None:
-        """Lay `storage` (uint8, without gaps) out as `axes`; `sizes` has b, h, d (all dims) and t."""
+        """Lay `storage` out as `axes`; `sizes` has b, h, d (all dims) and t.
+
+        `storage` is uint8, without gaps, or [blocks, bytes of a block] with gaps between blocks.
+        """
         split = 16 // dtype.itemsize if "x" in axes else 1
         sizes = sizes | {"d": sizes["d"] // split, "x": split}
-        self.tensor = storage.view(dtype).view([sizes[axis] for axis in axes])
+        self.tensor = storage.view(sizes["b"], -1).view(dtype).view([sizes[axis] for axis in axes])
         self.nbytes = storage.nbytes
         self.row = (sizes["h"], sizes["d"] * split)
         # [blocks, block_size, heads, dims...], the same memory, whatever the layout.
@@ -44,10 +47,12 @@ class Side:
             token_stride=strides["t"],
             head_stride=strides["h"],
             run_stride=strides["d"],
+            block_stride=storage.view(sizes["b"], -1).stride(0),
         )
 
     def holds(self, address: int) -> bool:
-        return 0 <= address - self.tensor.data_ptr() < self.nbytes
+        end = (self.blocks.num_blocks - 1) * self.blocks.block_stride + self.blocks.block_bytes
+        return 0 <= address - self.tensor.data_ptr() < end
 
 
 class Mover(Protocol):
@@ -67,11 +72,13 @@ class Mover(Protocol):
 
 
 def mover(sides: Sequence[Side]) -> Mover:
-    """For K and V of each layer in turn, all layers alike."""
+    """For K and V of each layer in turn, all layers alike; or for one side that is whole blocks."""
     device = sides[0].tensor.device
     if device.type == "cpu":
         return InMemory(sides)
-    if device.type == "cuda" and kernels("movement") is not None:
+    # The kernels know blocks without gaps between them.
+    dense = all(side.blocks.block_stride == side.blocks.block_bytes for side in sides)
+    if device.type == "cuda" and dense and len(sides) > 1 and kernels("movement") is not None:
         return WithTriton(sides)
     return WithTorch(sides)
 

@@ -131,6 +131,45 @@ class PagedKVCache:
             caches.append(cache)
         return caches
 
+    @classmethod
+    def packed(
+        cls,
+        shapes: Sequence[tuple[int, int, int]],
+        groups: Sequence[Sequence[int]],
+        num_blocks: SupportsIndex,
+        block_size: SupportsIndex,
+        dtype: torch.dtype | str,
+        device: torch.device | str,
+        *,
+        layout: str = "HDN",
+        prefault: bool = False,
+    ) -> tuple[list[Self], Mover]:
+        """Caches of layers that differ, inside blocks that they share; and what moves those blocks whole.
+
+        Args:
+            shapes: (num_heads, head_dim, v_head_dim) of each layer.
+            groups: layers that use the same blocks: in these their K and V lie one after the other, in this order.
+                Those of another group begin at the same place, as a block belongs to one group at a time.
+            num_blocks, block_size, dtype, device, layout, prefault: as for one cache.
+
+        Errors are those of one cache.
+        """
+        each = [_Shape.checked(num_blocks, h, k, block_size, dtype, device, layout, v) for h, k, v in shapes]
+        width = max(sum(each[layer].block_bytes for layer in group) for group in groups)
+        first = each[0]
+        [storage] = first.zeroed([first.num_blocks * width], width, prefault)
+        blocks = storage.view(first.num_blocks, width)
+        caches = [cls.__new__(cls) for _ in each]
+        for group in groups:
+            start = 0
+            for layer in group:
+                shape = each[layer]
+                middle, end = start + shape.key_bytes, start + shape.block_bytes
+                caches[layer]._lay_out(shape, blocks[:, start:middle], blocks[:, middle:end])
+                start = end
+        sizes = {"b": first.num_blocks, "h": 1, "d": width, "t": 1}
+        return caches, mover([Side(storage, "bthd", sizes, torch.uint8)])
+
     @torch.inference_mode(False)  # views made in inference mode could not be written outside of it
     def _lay_out(self, shape: "_Shape", keys: Tensor, values: Tensor) -> None:
         self.num_blocks, self.block_size, self.num_heads = shape.num_blocks, shape.block_size, shape.num_heads
@@ -354,14 +393,28 @@ class _Shape:
         config = CacheConfig(
             num_layers, self.num_heads, self.head_dim, self.num_blocks, self.block_size, self.v_head_dim
         )
-        requested, block_bytes = config.memory_bytes(self.dtype), config.block_bytes(self.dtype)
-        dim_bytes = self.num_blocks * self.block_size * self.num_heads * self.dtype.itemsize
+        config.memory_bytes(self.dtype)  # past 64 bits an OverflowError
+        sizes = [self.num_blocks * part for part in (self.key_bytes, self.block_bytes - self.key_bytes)] * num_layers
+        return self.zeroed(sizes, config.block_bytes(self.dtype), prefault)
+
+    @property
+    def key_bytes(self) -> int:
+        """Of K in one block of one layer."""
+        return self.block_size * self.num_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        """Of K and V in one block of one layer."""
+        return self.block_size * self.num_heads * (self.head_dim + self.v_head_dim) * self.dtype.itemsize
+
+    def zeroed(self, sizes: Sequence[int], block_bytes: int, prefault: bool) -> list[Tensor]:
+        """Zeroed storages of so many bytes, uint8, that together hold `num_blocks` blocks of `block_bytes`, or none."""
+        requested = sum(sizes)
         storages: list[Tensor] = []
         fits = self.device.type != "cpu" or requested <= memory.available_memory()
         try:
-            for _ in range(num_layers if fits else 0):
-                for dim in (self.head_dim, self.v_head_dim):
-                    storages.append(_zeroed(dim * dim_bytes, self.device, prefault))
+            for size in sizes if fits else ():
+                storages.append(_zeroed(size, self.device, prefault))
         except (MemoryError, torch.OutOfMemoryError):
             fits = False
         # Outside of `except`, so that no traceback keeps what was allocated.

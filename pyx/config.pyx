@@ -198,7 +198,8 @@ cdef tuple _checked_shapes(object given, CacheConfig config):
     fields = (config.num_kv_heads, config.head_dim, config.v_head_dim)
     if largest != fields:
         raise ValueError(
-            f"layer_shapes is {largest} at most; num_kv_heads, head_dim and v_head_dim are {fields}, and have to be that"
+            f"layer_shapes is {largest} at most; num_kv_heads, head_dim and v_head_dim are {fields}, and have to be "
+            "that"
         )
     return tuple(shapes)
 

@@ -181,9 +181,9 @@ def first_outside(size_t address, int64_t count, int64_t low, int64_t high):
 cdef class BlockLayout:
     """Where the bytes of a token lie in a cache of blocks: the strides of one K or V tensor, without its address.
 
-    A token has `heads` heads of `runs` runs of `run_bytes` contiguous bytes. In the cache, blocks are `block_bytes`
-    apart (the product of all sizes), tokens of a block `token_stride`, heads `head_stride`, the runs of a head
-    `run_stride`; in rows of tokens the runs of a head touch.
+    A token has `heads` heads of `runs` runs of `run_bytes` contiguous bytes. In the cache, a block takes `block_bytes`
+    without gaps (the product of all sizes); blocks are `block_stride` apart, tokens of a block `token_stride`, heads
+    `head_stride`, the runs of a head `run_stride`; in rows of tokens the runs of a head touch.
 
     All sizes and strides are bytes or counts; `cache`, `source`, `target`, `slots`, `table`, `pairs` and `ids` are
     addresses, the last four of contiguous int64.
@@ -192,15 +192,16 @@ cdef class BlockLayout:
     """
 
     def __init__(self, int64_t num_blocks, int64_t block_size, int64_t heads, int64_t runs, int64_t run_bytes,
-                 int64_t token_stride, int64_t head_stride, int64_t run_stride):
+                 int64_t token_stride, int64_t head_stride, int64_t run_stride, int64_t block_stride):
         self.num_blocks, self.block_size = num_blocks, block_size
         self.heads, self.runs, self.run_bytes = heads, runs, run_bytes
         self.token_stride, self.head_stride, self.run_stride = token_stride, head_stride, run_stride
         self.block_bytes = block_size * heads * runs * run_bytes
+        self.block_stride = block_stride
 
     def __reduce__(self):
         return BlockLayout, (self.num_blocks, self.block_size, self.heads, self.runs, self.run_bytes,
-                             self.token_stride, self.head_stride, self.run_stride)
+                             self.token_stride, self.head_stride, self.run_stride, self.block_stride)
 
     def write(self, size_t cache, size_t source, int64_t token_stride, int64_t head_stride, size_t slots,
               int64_t count):
@@ -245,7 +246,7 @@ cdef class BlockLayout:
             count = 1
             while count < limit and slots[i + count] == slot + count:
                 count += 1
-            to = cache + slot // self.block_size * self.block_bytes + offset * self.token_stride
+            to = cache + slot // self.block_size * self.block_stride + offset * self.token_stride
             for h in range(heads):
                 move(to + h * self.head_stride, self.token_stride, to_run,
                      source + i * token_stride + h * head_stride, token_stride, from_run,
@@ -268,7 +269,7 @@ cdef class BlockLayout:
             if 0 <= block < self.num_blocks:
                 for h in range(heads):
                     move(target + start * token_bytes + h * head_bytes, token_bytes, self.run_bytes,
-                         cache + block * self.block_bytes + h * self.head_stride, self.token_stride, from_run,
+                         cache + block * self.block_stride + h * self.head_stride, self.token_stride, from_run,
                          min(self.block_size, num_tokens - start), runs, self.run_bytes, stream)
             start += self.block_size
         if stream:
@@ -279,12 +280,12 @@ cdef class BlockLayout:
         for i in range(n):
             source, target = pairs[2 * i], pairs[2 * i + 1]
             if 0 <= source < self.num_blocks and 0 <= target < self.num_blocks and source != target:
-                kvb_copy(cache + target * self.block_bytes, cache + source * self.block_bytes, self.block_bytes, True)
+                kvb_copy(cache + target * self.block_stride, cache + source * self.block_stride, self.block_bytes, True)
         kvb_fence()
 
     cdef void _zero(self, char* cache, const int64_t* ids, int64_t n) noexcept nogil:
         cdef int64_t i
         for i in range(n):
             if 0 <= ids[i] < self.num_blocks:
-                kvb_zero(cache + ids[i] * self.block_bytes, self.block_bytes)
+                kvb_zero(cache + ids[i] * self.block_stride, self.block_bytes)
         kvb_fence()

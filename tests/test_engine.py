@@ -157,6 +157,49 @@ def test_layers_of_groups_share_memory_by_their_place(order: list[int], parts: l
     assert all(torch.equal(cache.gather([5], 1)[0], keys) for cache in engine)
 
 
+shapes = st.tuples(st.integers(1, 3), st.integers(1, 3).map(lambda n: 16 * n), st.integers(1, 20))
+
+
+@given(st.lists(shapes, min_size=2, max_size=5), st.data(), dtypes, st.sampled_from(LAYOUTS))
+def test_layers_of_unlike_shape_share_blocks(
+    rows: list[tuple[int, int, int]], data: st.DataObject, dtype: torch.dtype | str, layout: str
+) -> None:
+    """What each layer of a group holds stays apart, a block moves whole, and all of it is what the config says."""
+    layers = data.draw(st.permutations(range(len(rows))))
+    cut = data.draw(st.integers(1, len(rows)))
+    groups = [Group(None, tuple(part)) for part in (layers[:cut], layers[cut:]) if part]
+    largest = [max(row[i] for row in rows) for i in range(3)]
+    block_size = data.draw(st.integers(1, 5))
+    heads, head_dim, v_head_dim = largest
+    config = CacheConfig(len(rows), heads, head_dim, 4, block_size, v_head_dim, groups, rows)
+    engine = CacheEngine(config, dtype, "cpu", layout=layout)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors(engine)}
+    assert engine.memory_bytes == config.memory_bytes(dtype) == sum(storages.values())
+    assert [(cache.num_heads, cache.head_dim, cache.v_head_dim) for cache in engine] == rows
+    generator = torch.Generator().manual_seed(0)
+
+    def written(layer: int, block: int) -> tuple[Tensor, Tensor]:
+        heads, *dims = rows[layer]
+        sizes = [(block_size, heads, dim) for dim in dims]
+        kv = [torch.randint(0, 100, size, generator=generator).to(torch.uint8) for size in sizes]
+        keys, values = (part.to(torch.float32).to(engine.dtype) for part in kv)
+        engine[layer].write(keys, values, [block * block_size + i for i in range(block_size)])
+        return keys, values
+
+    # Group g writes block g, and block g becomes block 3 - g.
+    kept = {layer: written(layer, g) for g, group in enumerate(groups) for layer in group.layers}
+    engine.copy_blocks([(g, 3 - g) for g in range(len(groups))])
+    for g, group in enumerate(groups):
+        for layer in group.layers:
+            for block in (g, 3 - g):
+                for got, put in zip(engine[layer].gather([block], block_size), kept[layer], strict=True):
+                    assert torch.equal(got.view(torch.uint8), put.view(torch.uint8))
+    engine.zero_blocks([3])
+    for layer in groups[0].layers:
+        assert not engine[layer].gather([3], block_size)[0].view(torch.uint8).any()
+        assert torch.equal(engine[layer].gather([0], block_size)[1].view(torch.uint8), kept[layer][1].view(torch.uint8))
+
+
 def test_what_is_wrong_is_said() -> None:
     with pytest.raises(TypeError, match="config is a dict; give a CacheConfig"):
         CacheEngine({}, "float16", "cpu")  # type: ignore[arg-type]

@@ -17,7 +17,8 @@ GUARD = 64  # bytes before and behind every target
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of a cache, the order of its axes inside a block, and how far from a 16-byte boundary memory starts."""
+    """Sizes of a cache, the order of its axes inside a block, how far from a 16-byte boundary memory starts, and what
+    lies between blocks."""
 
     blocks: int
     block_size: int
@@ -26,6 +27,7 @@ class Case:
     run_bytes: int
     order: tuple[str, ...]
     shift: int = 0
+    gap: int = 0
 
     @property
     def strides(self) -> dict[str, int]:
@@ -41,14 +43,27 @@ class Case:
     @property
     def layout(self) -> BlockLayout:
         steps = self.strides
+        stride = self.block_size * self.token_bytes + self.gap
         return BlockLayout(
-            self.blocks, self.block_size, self.heads, self.runs, self.run_bytes, steps["t"], steps["h"], steps["r"]
+            self.blocks,
+            self.block_size,
+            self.heads,
+            self.runs,
+            self.run_bytes,
+            steps["t"],
+            steps["h"],
+            steps["r"],
+            stride,
         )
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.blocks * (self.block_size * self.token_bytes + self.gap)
 
     def view(self, memory: Bytes) -> Bytes:
         """[blocks, block_size, heads, runs, run_bytes] over the memory of a cache."""
         steps = self.strides
-        block = self.block_size * self.token_bytes
+        block = self.block_size * self.token_bytes + self.gap
         shape = (self.blocks, self.block_size, self.heads, self.runs, self.run_bytes)
         return np.lib.stride_tricks.as_strided(memory, shape, (block, steps["t"], steps["h"], steps["r"], 1))
 
@@ -63,6 +78,7 @@ cases = st.builds(
     run_bytes=st.sampled_from([1, 2, 4, 8, 16, 3, 6, 24, 32, 64, 80, 144]),
     order=orders,
     shift=st.sampled_from([0, 0, 0, 1, 8]),
+    gap=st.sampled_from([0, 0, 16, 5]),
 )
 
 
@@ -106,7 +122,7 @@ def test_write_then_gather_equals_indexing(data: st.DataObject | None, case: Cas
     rows = np.lib.stride_tricks.as_strided(
         source, (len(slots), case.heads, case.runs, case.run_bytes), (token_step, head_step, case.run_bytes, 1)
     )
-    cache = noise(capacity * case.token_bytes, seed + 1, case.shift)
+    cache = noise(case.cache_bytes, seed + 1, case.shift)
     expected = whole(cache).copy()
     offset = cache.ctypes.data - whole(cache).ctypes.data
     model = case.view(expected[offset : offset + cache.size])
@@ -150,10 +166,10 @@ def test_copy_and_zero_blocks_equal_indexing(data: st.DataObject, case: Case, se
     ids = st.integers(-2, case.blocks + 1)
     pairs = np.array(data.draw(st.lists(st.tuples(ids, ids))), np.int64).reshape(-1, 2)
     zeros = np.array(data.draw(st.lists(ids)), np.int64)
-    cache = noise(case.blocks * case.block_size * case.token_bytes, seed, case.shift)
+    cache = noise(case.cache_bytes, seed, case.shift)
     expected = whole(cache).copy()
     offset = cache.ctypes.data - whole(cache).ctypes.data
-    model = expected[offset : offset + cache.size].reshape(case.blocks, -1)
+    model = expected[offset : offset + cache.size].reshape(case.blocks, -1)[:, : case.layout.block_bytes]
     for source, target in pairs:
         if 0 <= source < case.blocks and 0 <= target < case.blocks:
             model[target] = model[source]
