@@ -1,9 +1,9 @@
 """What a sequence of a hybrid model holds in a block manager over one pool, against a uniform layout and the minimum.
 
-Run `python benchmarks/hybrid.py`. For the numbers of published configs (those of `plan.py`), K and V in bfloat16, blocks
-of 16: a `BlockManager` with the groups of the plan takes one sequence of 8k, 32k and 128k tokens, prefilled in chunks
-and then decoded over a block's length. Held is the most that it holds while it decodes. A uniform layout keeps every
-token for every layer; the minimum counts the tokens that a query reaches, without any padding.
+Run `python benchmarks/hybrid.py`. For the numbers of published configs (those of `plan.py`), K and V in bfloat16,
+blocks of 16: a `BlockManager` with the groups of the plan takes one sequence of 8k, 32k and 128k tokens, prefilled in
+chunks and then decoded over a block's length. Held is the most that it holds while it decodes. A uniform layout keeps
+every token for every layer; the minimum counts the tokens that a query reaches, without any padding.
 """
 
 import argparse

@@ -19,6 +19,7 @@ QUICK = {
     "allocation.py": ["--repeats", "2", "--blocks", "131072"],
     "cuda.py": ["--quick"],
     "decode_step.py": ["--batches", "32", "256", "--rounds", "3"],
+    "hybrid.py": [],
     "memory_footprint.py": ["--blocks", "262144"],
     "plan.py": ["--repeats", "3"],
     "prefix_lookup.py": ["--repeats", "5"],

@@ -221,8 +221,8 @@ cdef class CacheConfig:
             that attends to everything. Groups share the pool, so a block is as large as the largest group needs and
             shorter groups leave places empty.
         layer_shapes: (num_kv_heads, head_dim, v_head_dim) of each layer, where layers differ; the fields of those names
-            are then the largest of each. None for layers that are all alike. A group's layers lie in its block one after
-            the other in the order of the group, each in as many bytes as it needs.
+            are then the largest of each. None for layers that are all alike. A group's layers lie in its block one
+            after the other in the order of the group, each in as many bytes as it needs.
 
     Every number is an integer in 1..2**31-1. Two configs are equal when they are of one class and all fields are.
     A subclass that takes more arguments overrides `__new__`, as one of `int` or `tuple` does.
@@ -440,8 +440,8 @@ cdef class CacheConfig:
     def replace(self, **fields):
         """The same config but for the fields given, checked as a new one.
 
-        What followed another field still does: `v_head_dim` where it equals `head_dim`, the one group of all layers, and
-        shapes that are all alike. A subclass with fields of its own overrides this with `__new__`.
+        What followed another field still does: `v_head_dim` where it equals `head_dim`, the one group of all layers,
+        and shapes that are all alike. A subclass with fields of its own overrides this with `__new__`.
 
         Raises:
             TypeError, ValueError: as the class does; an unknown field is a TypeError.
