@@ -664,15 +664,17 @@ def test_sizes_as_people_write_them() -> None:
         (DEEPSEEK_V3, {}),
         (DEEPSEEK_V3, {"mla": "expanded"}),
         (LLAMA_3_8B, {"dtype": "int4", "group_size": 32}),
+        (GEMMA_2_9B, {}),
+        (GEMMA_3_27B, {"tp": 2}),
     ],
 )
 def test_an_engine_allocates_what_the_plan_says(config: dict[str, Any], arguments: dict[str, Any]) -> None:
-    small = {**config, "num_hidden_layers": 3}
-    planned = plan(small, memory="3MiB", block_size=4, **arguments)
+    small = {**config, "num_hidden_layers": 7}
+    planned = plan(small, memory="9MiB", block_size=4, **arguments)
     engine = CacheEngine(planned.cache_config(), planned.storage_dtype, "cpu", layout="NHD")
-    assert engine.memory_bytes == (planned.num_blocks or 0) * planned.block_bytes <= 3 * 2**20
+    assert engine.memory_bytes == (planned.num_blocks or 0) * planned.block_bytes <= 9 * 2**20
     assert engine.num_blocks == planned.num_blocks
-    assert len(engine) == 3
+    assert len(engine) == 7
 
 
 def test_a_config_that_is_handed_over_counts_what_the_plan_says() -> None:
