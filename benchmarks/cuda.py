@@ -25,6 +25,7 @@ HEADS, DIM, BLOCK = 8, 128, 16
 QUERY_HEADS, LAYERS = 32, 32
 CONTEXT = 8192
 OURS = "kvblocks"
+_FLUSH_BYTES = 256 << 20  # more than the caches of any device hold
 
 
 class Clock:
@@ -32,7 +33,7 @@ class Clock:
 
     def __init__(self, repeats: int) -> None:
         self.repeats = repeats
-        self.flushed = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+        self.flushed = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Median device time; the flush keeps the device busy while the host enqueues the work."""
@@ -62,7 +63,7 @@ class Clock:
 
 def bandwidth(clock: Clock) -> tuple[float, float]:
     """Bytes a second of the device's own copy and fill of 1 GiB."""
-    source = torch.zeros(1 << 28, dtype=torch.int32, device="cuda")
+    source = torch.randint(2**31 - 1, (1 << 28,), dtype=torch.int32, device="cuda")
     target = torch.zeros_like(source)
     return source.nbytes / clock.seconds(lambda: target.copy_(source)), source.nbytes / clock.seconds(target.zero_)
 
@@ -137,8 +138,14 @@ class Batch:
         config = CacheConfig(LAYERS, HEADS, DIM, size * (longest // BLOCK + 1))
         self.manager = BlockManager(config.num_gpu_blocks, BLOCK, prefix_caching=False)
         self.step = StepBuffers(size, max(size, CONTEXT), longest // BLOCK + 1, device="cuda")
-        # All layers share the memory of one: what is read is as large, and nobody looks at the result.
-        self.cache = PagedKVCache(config.num_gpu_blocks, HEADS, DIM, BLOCK, "bfloat16", "cuda", layout="NHD")
+        # Layers share memory, as all of it would not fit; not so few that a device's caches would hold it.
+        layers = min(LAYERS, -(-_FLUSH_BYTES * LAYERS // config.memory_bytes("bfloat16")))
+        self.caches = PagedKVCache.layers(
+            layers, config.num_gpu_blocks, HEADS, DIM, BLOCK, "bfloat16", "cuda", layout="NHD"
+        )
+        for cache in self.caches:
+            cache.key_cache.normal_()
+            cache.value_cache.normal_()
         self.qkv = torch.randn(size, QUERY_HEADS + 2 * HEADS, DIM, device="cuda").bfloat16()
         self.seqs = []
         for number in range(size):
@@ -153,9 +160,10 @@ class Batch:
 
     def layers(self) -> Tensor:
         q, k, v = self.qkv[:, :QUERY_HEADS], self.qkv[:, QUERY_HEADS:-HEADS], self.qkv[:, -HEADS:]
-        for _ in range(LAYERS):
-            self.cache.write(k, v, self.step.slot_mapping[: self.size])
-            out = paged_attention(q, self.cache, self.step)
+        for layer in range(LAYERS):
+            cache = self.caches[layer % len(self.caches)]
+            cache.write(k, v, self.step.slot_mapping[: self.size])
+            out = paged_attention(q, cache, self.step)
         return out
 
 

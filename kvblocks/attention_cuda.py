@@ -29,8 +29,9 @@ _log = logging.getLogger("kvblocks")
 # included; smaller ones token by token, and zeros past a sequence's length.
 _VARLEN_BLOCK_SIZES = range(1, 64)
 _VARLEN_HEAD_DIMS = range(8, 257, 8)
-# What torch calls the backends that take a block table, and the compute capability that each needs for it.
-_PAGING = {"FA3": 9, "FA4": 10}
+# What torch calls the backend that takes a block table, and the compute capability that it needs. FA4 pages too, but
+# takes other head dims, and what it does with slots that nobody has written is not known.
+_PAGING = {"FA3": 9}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,8 @@ def varlen_refuses(request: Request) -> str | None:
         return f"head dims {cache.head_dim} and {cache.v_head_dim} are not one multiple of 8 up to 256"
     if cache.block_size not in _VARLEN_BLOCK_SIZES:
         return f"blocks of {cache.block_size} tokens are loaded whole, unwritten slots too"
+    if request.window is not None and request.step.block_table.ndim == 3:
+        return "it loads what lies in front of a window, where a group's table names another sequence's block"
     for name in ("chunk", "softcap", "sinks"):
         if getattr(request, name) is not None:
             return f"it knows no {name}"
@@ -158,16 +161,16 @@ def kernel_way(request: Request, *, splits: int | None = None) -> Tensor:
         (cache.key_cache, cache.value_cache),
         _forms(cache),
         request.table if request.table.stride(1) == 1 else request.table.contiguous(),
-        step.seq_lens,
-        step.query_start_loc,
+        step.seq_lens.contiguous(),
+        step.query_start_loc.contiguous(),
         num_seqs=step.num_seqs,
         max_query_len=step.max_query_len,
-        max_seq_len=request.reach,
+        max_seq_len=capacity,  # not the step's: a capture must launch what the pass before it compiled and loaded
         scale=request.scale,
         window=request.window if (request.window or capacity) < capacity else None,
         chunk=request.chunk if (request.chunk or capacity) < capacity else None,
         softcap=request.softcap,
-        sinks=request.sinks,
+        sinks=None if request.sinks is None else request.sinks.contiguous(),
         splits=splits,
     )
     return out

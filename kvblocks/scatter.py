@@ -34,7 +34,7 @@ def write(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
     Args:
         cache: [blocks, block_size, ...], any strides.
         rows: [n, ...] of the same dtype and device.
-        slots: int64 [n] on that device. The same slot twice: either row may win.
+        slots: int64 [n] on that device. The same slot twice: some mix of the two rows.
     """
     if not len(slots):
         return

@@ -201,7 +201,7 @@ class PagedKVCache:
     def write(self, keys: Tensor, values: Tensor, slot_mapping: Indices) -> None:
         """Put row i of `keys` and `values` into slot `slot_mapping[i]`; rows with slot -1 are skipped.
 
-        A slot that comes twice keeps the later row on CPU, and either of them elsewhere.
+        A slot that comes twice keeps the later row on CPU, and elsewhere some mix of the two.
 
         Args:
             keys: [n, num_heads, head_dim], the cache's dtype and device, any strides.
@@ -339,7 +339,10 @@ class PagedKVCache:
                     f"{name}[{place}]={int(host.view(-1)[bad])} is outside {low}..{high}; this cache has "
                     f"{self.num_blocks} blocks of {self.block_size} slots"
                 )
-        return index if index.device == self.device else index.to(self.device, non_blocking=True)
+        if index.device == self.device:
+            return index
+        # Out of pinned memory the copy would run later, and the caller may have put other indices there by then.
+        return index.to(self.device, non_blocking=not index.is_pinned())
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,11 @@ class Upload:
         with self._lane.entered(last, [self.image, self._landing]):
             event.synchronize()
             nbytes, patches_at, count, longest = pack(self._address, staging.data_ptr())
-            self._lane.copy(self._landing[:nbytes], staging[:nbytes])
-            self._lane.apply(*self._words, self._lists[self._turn], patches_at, count, longest)
-            event.record()
+            try:
+                self._lane.copy(self._landing[:nbytes], staging[:nbytes])
+                self._lane.apply(*self._words, self._lists[self._turn], patches_at, count, longest)
+            finally:
+                event.record()  # a copy that was enqueued before the error still reads the staging
 
 
 def lane(device: torch.device) -> "Lane | None":

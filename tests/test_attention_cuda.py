@@ -15,6 +15,8 @@ from torch import Tensor
 
 from kvblocks import attention, attention_cuda, paged_attention, storage
 from kvblocks.attention_cuda import Request, kernel_refuses, kernel_way, varlen_refuses, varlen_way, way
+from kvblocks.kernels import kernels
+from kvblocks.kernels.launch import INTERPRETED
 from kvblocks.storage import LAYOUTS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -188,6 +190,41 @@ def test_queries_with_strides(device: str) -> None:
     assert torch.equal(kernel_way(replace(request_of(built), query=apart)), expected)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_small_arrays_with_strides(device: str) -> None:
+    built = Case([(9, 4), (6, 1)], with_sinks=True, device=device).build()
+    expected = kernel_way(request_of(built))
+    assert built.sinks is not None
+    sinks, lens, starts = (
+        torch.stack([array, torch.zeros_like(array)], 1)[:, 0]
+        for array in (built.sinks, built.step.seq_lens, built.step.query_start_loc)
+    )
+    step = replace(built.step, seq_lens=lens, query_start_loc=starts)
+    assert torch.equal(kernel_way(replace(request_of(built), sinks=sinks, step=step)), expected)
+
+
+def test_what_is_launched_depends_on_no_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass compiles and loads what a later capture launches, where neither is allowed."""
+    module = kernels("attention")
+    assert module is not None
+    launched: list[Any] = []
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *given, **options: launched[-1].append((grid, given[18:], options))
+
+    monkeypatch.setattr(module, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(module, "_attend", Kernel())
+    monkeypatch.setattr(module, "_reduce", Kernel())
+    built = Case([(9, 1)]).build()
+    table = torch.zeros(3, 1024, dtype=torch.int32)
+    for longest in (9, 2000, 4096):
+        launched.append([])
+        kernel_way(replace(request_of(built), table=table, step=replace(built.step, max_seq_len=longest)))
+    assert len(launched[0]) == 2  # split, and put together
+    assert launched[0] == launched[1] == launched[2]
+
+
 class Varlen:
     """In place of torch's function: what it was told, and a result by the same convention."""
 
@@ -285,6 +322,7 @@ class OnCuda(Tensor):
     is_cuda = True
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="compiled kernels take no CPU tensors")
 def test_the_public_call_hands_its_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
     built = Case([(9, 3), (7, 1)], with_sinks=True).build()
     built.step.block_table = torch.stack([torch.full_like(built.step.block_table, -1), built.step.block_table])
@@ -317,14 +355,22 @@ def test_the_public_call_hands_its_arguments_on(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_varlen_attn_on_a_device(dtype: torch.dtype) -> None:
     built = Case([(40, 1), (70, 30), (9, 9)], 16, head_dim=64, v_head_dim=64, dtype=dtype, device="cuda").build()
-    reason = varlen_refuses(request_of(built))
-    if reason is not None:
-        pytest.skip(reason)
-    for window in (None, 7):
-        built.case.options = {"window": window} if window else {}
-        output = varlen_way(request_of(built))
-        tolerance = 4 * torch.finfo(dtype).eps
-        torch.testing.assert_close(output.double(), built.dense(), rtol=tolerance, atol=tolerance)
+    try:
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"FlashAttention 3 is not there: {error}")
+    try:
+        reason = varlen_refuses(request_of(built))
+        if reason is not None:
+            pytest.skip(reason)
+        for window in (None, 7):
+            built.case.options = {"window": window} if window else {}
+            assert way(request_of(built)) is varlen_way
+            output = varlen_way(request_of(built))
+            tolerance = 4 * torch.finfo(dtype).eps
+            torch.testing.assert_close(output.double(), built.dense(), rtol=tolerance, atol=tolerance)
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
 
 
 @pytest.mark.cuda

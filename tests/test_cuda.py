@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from kernel_helpers import bits, random_bits
-from test_step import ARRAYS, Engine, buffers_over
+from test_step import Engine, buffers_over, snapshot
 from torch import Tensor
 
 from kvblocks import BlockManager, CacheConfig, CacheEngine, PagedKVCache, StepBuffers, paged_attention
@@ -131,7 +131,7 @@ def test_a_step_is_not_prepared_inside_a_capture() -> None:
 @pytest.mark.parametrize("kv_indices", [False, True])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_on_a_device_every_step_is_as_the_host_has_it(groups: int, kv_indices: bool) -> None:
-    """The current stream changes from step to step; each is made to wait for the one before."""
+    """On streams that change from step to step."""
     there = Engine(7, StepBuffers(5, 24, 9, device="cuda", groups=groups, kv_indices=kv_indices))
     here = Engine(7, buffers_over(None, groups=groups, kv_indices=kv_indices))
     streams = [new_stream(), new_stream()]
@@ -141,8 +141,8 @@ def test_on_a_device_every_step_is_as_the_host_has_it(groups: int, kv_indices: b
         assert number == same
         if number is None:
             continue
-        found.append([getattr(there.buffers, name).clone() for name in ARRAYS])
-        expected.append([getattr(here.buffers, name).clone() for name in ARRAYS])
+        found.append((there.buffers._to_device.image.clone(), there.buffers.num_copies))
+        expected.append(snapshot(here.buffers, here.buffers.num_copies))
         after = streams[number % 3 % 2]
         after.wait_stream(torch.cuda.current_stream())
         torch.cuda.set_stream(after)
@@ -150,9 +150,26 @@ def test_on_a_device_every_step_is_as_the_host_has_it(groups: int, kv_indices: b
     torch.cuda.set_stream(torch.cuda.default_stream())
     current.synchronize()
     torch.cuda.synchronize()
-    for arrays, host_arrays in zip(found, expected, strict=True):
-        for name, array, host_array in zip(ARRAYS, arrays, host_arrays, strict=True):
-            assert torch.equal(array.cpu(), host_array), name
+    for (image, copies), host_arrays in zip(found, expected, strict=True):
+        there.buffers._to_device.image.copy_(image)  # what the step's tensors are views of
+        assert snapshot(there.buffers, copies) == host_arrays
+
+
+def test_an_upload_on_another_stream_waits_for_the_one_before() -> None:
+    manager, step = BlockManager(64, 16), StepBuffers(4, 64, 64, device="cuda")
+    seqs = [manager.admit([i] * 20)[0] for i in range(3)]
+    manager.commit(manager.prepare(seqs[:2], 20, step))
+    first, second = new_stream(), new_stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(first):
+        torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
+        manager.commit(manager.prepare(seqs[2:], 20, step))
+    with torch.cuda.stream(second):
+        manager.append(seqs, [1, 2, 3])
+        manager.commit(manager.prepare(seqs, 1, step))
+    torch.cuda.synchronize()
+    assert step.input_ids[:20].tolist() == [1, 2, 3] + [0] * 17
+    assert step.seq_lens.tolist() == [21, 21, 21, 0]
 
 
 def test_preparing_does_not_wait_for_the_device() -> None:
@@ -170,7 +187,8 @@ def test_movement_neither_waits_nor_allocates_and_can_be_captured(layout: str) -
     cache = PagedKVCache(32, 2, 64, 16, "bfloat16", "cuda", layout=layout)
     keys, values = (random_bits((40, 2, 64), torch.bfloat16, seed, "cuda") for seed in (1, 2))
     out = (torch.empty_like(keys), torch.empty_like(values))
-    slots = torch.randperm(512, device="cuda")[:40]
+    slots = torch.tensor([5, 3, 9], device="cuda").repeat_interleave(16) * 16 + torch.arange(48, device="cuda") % 16
+    slots = slots[torch.randperm(48, device="cuda")[:40]]
     table = torch.tensor([5, 3, 9], dtype=torch.int32, device="cuda")
     pairs, ids = torch.tensor([[5, 20], [3, 21]], device="cuda"), torch.tensor([9], device="cuda")
 
@@ -204,20 +222,23 @@ def test_one_stream_writes_while_another_reads_other_blocks() -> None:
     cache.write(keys, values, torch.arange(tokens, device="cuda"))
     other = random_bits((tokens, 8, 128), torch.bfloat16, 3, "cuda")
     slots = torch.arange(tokens, 2 * tokens, device="cuda")
-    table = torch.arange(256, device="cuda")
+    table, blocks = torch.arange(256, device="cuda"), torch.arange(256, 272, device="cuda")
     writer, reader = new_stream(), new_stream()
     torch.cuda.synchronize()
     found = []
     for _ in range(30):
         with torch.cuda.stream(writer):
             cache.write(other, other, slots)
-            cache.zero_blocks(slots[:16])
+            cache.zero_blocks(blocks)
         with torch.cuda.stream(reader):
             found.append(cache.gather(table, tokens))
     torch.cuda.synchronize()
     for rows in found:
         assert torch.equal(rows[0].view(torch.int16), keys.view(torch.int16))
         assert torch.equal(rows[1].view(torch.int16), values.view(torch.int16))
+    written = cache.gather(table + 256, tokens)[0].view(torch.int16)
+    assert not written[:256].any()
+    assert torch.equal(written[256:], other[256:].view(torch.int16))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -307,7 +307,7 @@ def write(
         caches: K and V of one layer, each of one integer dtype.
         forms: how tokens lie in them.
         rows: [n, heads, dim] of the same bytes, the dims of a head without gaps, n >= 1.
-        slots: int64 or int32 [n]. The same slot twice: either row may win.
+        slots: int64 or int32 [n]. The same slot twice: some mix of the two rows.
         capacity: slots of the cache.
     """
     chosen, strides = [], []

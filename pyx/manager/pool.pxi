@@ -7,7 +7,7 @@
 # released before its parent, so it is evicted first.
 
 cdef enum:
-    AHEAD = 4           # evictions between two stages of fetching: block, node, line of the table
+    AHEAD = 16          # how many blocks ahead of its use a cache line is fetched
 
 
 cdef struct Block:      # 12 bytes
@@ -189,6 +189,8 @@ cdef inline void release_table(Pool* p, const int32_t* table, int64_t first, int
     """Drop the references of table[first:end], the last one first, of a sequence in no open step."""
     cdef int64_t i
     for i in range(end - 1, first - 1, -1):
+        if i - AHEAD >= first and table[i - AHEAD] >= 0:
+            kvb_prefetch_write(&p.blocks[table[i - AHEAD]])
         if table[i] >= 0:
             release(p, table[i], 0)
 
