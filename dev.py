@@ -3,11 +3,13 @@
 
     python3 dev.py generate [arguments of `kvblocks generate`]
     python3 dev.py test [--checked] [arguments of pytest, relative to the checkout]
+    python3 dev.py fuzz [runs]
 
 `generate` builds, then runs `kvblocks generate`. `test` builds, then runs the linters, the type and stub checkers and
 pytest; with --checked it compiles a copy in build/checked with bounds checks and C assertions, and runs pytest on that.
-Both make a virtual environment in .venv, and on later calls redo only what is out of date. Standard library only, and
-what it writes is in the checkout (beside pip's own cache).
+`fuzz` compiles a copy in build/sanitized with these checks and gcc's address and undefined-behaviour sanitizers, and
+drives its block manager through random runs, 300 by default. All make a virtual environment in .venv, and on later
+calls redo only what is out of date. Standard library only, and what it writes is in the checkout (beside pip's cache).
 """
 
 import sys
@@ -36,7 +38,9 @@ VENV = ROOT / ".venv"
 PYTHON = str(VENV / "bin" / "python")
 CONSTRAINTS = ROOT / "constraints.txt"
 CHECKED_TREE = ROOT / "build" / "checked"
-# What the tree for the checked build is a copy of.
+SANITIZED_TREE = ROOT / "build" / "sanitized"
+SANITIZE = "-fsanitize=address,undefined"
+# What the trees for these builds are copies of.
 COPIED = ["kvblocks", "pyx", "tests", "benchmarks", ".ci", "setup.py", "pyproject.toml", "constraints.txt", "dev.py"]
 COPIED += ["MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"]
 GENERATE = ["generate"]
@@ -211,26 +215,27 @@ def build(state: State) -> None:
     state.set("build", fingerprint(ROOT))
 
 
-def build_checked(state: State) -> None:
-    """Copy the checkout to build/checked, with its own modules compiled under the checks."""
-    up_to_date = state.get("checked") == fingerprint(CHECKED_TREE)
-    kept = {module.name: module.read_bytes() for module in modules(CHECKED_TREE)} if up_to_date else {}
-    shutil.rmtree(CHECKED_TREE, ignore_errors=True)
+def build_checked(state: State, tree: Path = CHECKED_TREE, changes: dict[str, str] | None = None) -> None:
+    """Copy the checkout to `tree`, in build/, with its own modules compiled under the checks."""
+    what = tree.name
+    up_to_date = state.get(what) == fingerprint(tree)
+    kept = {module.name: module.read_bytes() for module in modules(tree)} if up_to_date else {}
+    shutil.rmtree(tree, ignore_errors=True)
     for name in COPIED:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, CHECKED_TREE / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
         elif (ROOT / name).exists():
-            shutil.copy2(ROOT / name, CHECKED_TREE / name)
+            shutil.copy2(ROOT / name, tree / name)
     for name, content in kept.items():
-        (CHECKED_TREE / "kvblocks" / name).write_bytes(content)
+        (tree / "kvblocks" / name).write_bytes(content)
     if up_to_date:
         return
     cc = compiler()
-    say(f"compiling the checked build in {CHECKED_TREE}")
-    state.set("checked", None)
+    say(f"compiling the {what} build in {tree}")
+    state.set(what, None)
     command = [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"]
-    run_setup("the checked build", command, cc | {"KVBLOCKS_CHECKED_BUILD": "1"}, cwd=CHECKED_TREE)
-    state.set("checked", fingerprint(CHECKED_TREE))
+    run_setup(f"the {what} build", command, cc | {"KVBLOCKS_CHECKED_BUILD": "1"} | (changes or {}), cwd=tree)
+    state.set(what, fingerprint(tree))
 
 
 def run_tests(tree: Path, arguments: Sequence[str], *, checked: bool) -> int:
@@ -292,8 +297,35 @@ def test(arguments: Sequence[str]) -> int:
     return results["pytest"] or next(iter(failed.values()), 0)
 
 
+def fuzz(arguments: Sequence[str]) -> int:
+    runs = arguments[0] if arguments else "300"
+    if len(arguments) > 1 or not runs.isdecimal() or int(runs) < 1:
+        raise fail(f"fuzz takes one number of runs, not {shlex.join(arguments)!r}")
+    libraries = [shutil.which("gcc") and gcc_library(name) for name in ("libasan.so", "libubsan.so")]
+    if not all(libraries):
+        raise fail("fuzz needs gcc with its sanitizers (libasan and libubsan)")
+    with only_one():
+        state = make_venv()
+        install_dependencies(state, TEST)
+        build(state)
+        build_checked(state, SANITIZED_TREE, {"CFLAGS": f"-O1 -g {SANITIZE}", "LDFLAGS": SANITIZE, "CC": "gcc"})
+    changes = {
+        "PYTHONPATH": os.pathsep.join([str(SANITIZED_TREE), str(SANITIZED_TREE / "tests")]),
+        "LD_PRELOAD": " ".join(map(str, libraries)),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaves memory to the end of the process
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        "PYTHONMALLOC": "malloc",
+    }
+    return run([PYTHON, "tests/fuzz_manager.py", runs], changes, cwd=SANITIZED_TREE)
+
+
+def gcc_library(name: str) -> str | None:
+    found = subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+    return found if os.path.isabs(found) else None
+
+
 def main(arguments: Sequence[str]) -> int:
-    commands = {"generate": generate, "test": test}
+    commands = {"generate": generate, "test": test, "fuzz": fuzz}
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
     print(__doc__.strip())

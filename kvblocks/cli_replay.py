@@ -73,8 +73,12 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"{args.trace} has no requests")
     manager = _manager(args)
     longest = max(request.input_length + request.output_length for request in requests)
-    step = host_step(args.concurrency, max(MAX_STEP_TOKENS, args.concurrency), -(-longest // args.block_size))
-    replay = Replay(manager, step, args.concurrency)
+    at_once = min(args.concurrency, len(requests))
+    try:
+        step = host_step(at_once, max(MAX_STEP_TOKENS, at_once), -(-longest // args.block_size))
+    except MemoryError as error:
+        raise UsageError(f"the arrays of a step of {at_once} requests: {error}; give less --concurrency") from None
+    replay = Replay(manager, step, at_once)
     for number, request in enumerate(requests, 1):
         try:
             replay.check(request)

@@ -153,7 +153,8 @@ cdef class BlockManager:
         t.width = (NODE_HEAD + c.num_groups * sizeof(int32_t) + 7) & ~<size_t>7
         t.num_lines = <uint32_t>t.max_nodes // 6 + 1
         p.queue_mask = 1
-        while p.queue_mask < <uint32_t>blocks + <uint32_t>blocks // 2:
+        # Room for holes too, as far as a place in the queue still is an int32.
+        while p.queue_mask < MAX_INT32 and p.queue_mask < <uint32_t>blocks + <uint32_t>blocks // 2:
             p.queue_mask = 2 * p.queue_mask + 1
         # Zeroed memory that is not touched before it is used: a large pool costs nothing until it fills.
         p.num_blocks = blocks
@@ -301,7 +302,8 @@ cdef class BlockManager:
         return hit * self.core.block_size
 
     def can_admit(self, tokens, *, salt=b"", extra=(), reserve=None):
-        """Whether `admit` would succeed NOW, LATER, or NEVER because the pool is too small for all of `tokens`."""
+        """Whether `admit` would succeed NOW, LATER, or NEVER: the pool is too small for `tokens`, whatever becomes free
+        or is cached."""
         cdef Text text
         cdef Ints t
         cdef Fault f
@@ -318,7 +320,7 @@ cdef class BlockManager:
             path = <int32_t*>grab(<size_t>blocks_for(text.num_tokens, self.core.block_size) * sizeof(int32_t))
             if path == NULL:
                 raise MemoryError(f"no memory to match {text.num_tokens} tokens")
-            needed = least_blocks(&self.core, text.num_tokens, limit >= 0)
+            needed = least_blocks(&self.core, text.num_tokens, limit)
             with nogil, self.lock:
                 now = has_room(&self.core, 1, &f) and plan_admission(
                     &self.core, &text, limit, path, &hit, &target, &f, True
@@ -825,7 +827,7 @@ cdef class BlockManager:
         if bad >= 0:
             raise ValueError(f"tokens[{bad}]={at(t, bad)} must be 0 to {MAX_INT32}")
         out.num_tokens = out.known = <int32_t>t.size
-        if self.core.caching and (salt or extra is not ()):
+        if salt or extra is not ():
             self.open_extras(salt, extra, out)
         return 0
 
@@ -948,13 +950,19 @@ cdef tuple checked_groups(object given, Core* c):
     return groups
 
 
-cdef int64_t least_blocks(const Core* c, int32_t num_tokens, bint in_parts) noexcept nogil:
-    """Blocks that so many tokens cannot do without: all, or where they come in parts, those in reach at the end."""
-    cdef int32_t g
-    cdef int64_t n = 0
+cdef int64_t least_blocks(const Core* c, int32_t num_tokens, int64_t reserve) noexcept nogil:
+    """Blocks without which so many tokens are never admitted and computed: what `admit` asks for after no hit or after
+    the longest that there could be, whichever is less, and what is in reach of the last token."""
+    cdef int32_t g, rows = blocks_for(num_tokens, c.block_size), hit = (num_tokens - 1) // c.block_size
+    cdef int64_t target = num_tokens, after_hit = 0, at_end = 0
+    if reserve >= 0:
+        target = min(target, <int64_t>hit * c.block_size + reserve)
     for g in range(c.num_groups):
-        n += blocks_for(num_tokens, c.block_size) - (first_row(c, g, num_tokens - 1) if in_parts else 0)
-    return n
+        after_hit += blocks_for(target, c.block_size) - first_row(c, g, hit * c.block_size)
+        at_end += rows - first_row(c, g, num_tokens - 1)
+    target = min(<int64_t>num_tokens, reserve) if reserve >= 0 else num_tokens
+    target = <int64_t>blocks_for(target, c.block_size) * c.num_groups
+    return max(at_end, min(target, after_hit) if c.caching else target)
 
 
 cdef int64_t reserve_limit(object reserve) except? -1:

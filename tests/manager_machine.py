@@ -32,6 +32,7 @@ GROUPS: list[tuple[Any, ...]] = [
     (Window(1), None),
     (Window(4),),
     (Chunk(3), Window(6)),
+    (None, *[Window(9)] * 6),
 ]
 MARKS = (b"x", b"y", b"")
 
@@ -164,7 +165,8 @@ class ManagerMachine(RuleBasedStateMachine):
         self.rng = Random(seed)
         choice = self.rng.choice
         self.groups = choice(GROUPS)
-        num_blocks = choice([8, 10, 6, 12, 7, 5, 4, 3, 2]) * len(self.groups)
+        self.large = choice([*[False] * 9, True])  # prompts of many blocks, which are hashed and evicted in runs
+        num_blocks = choice([90, 60] if self.large else [8, 10, 6, 12, 7, 5, 4, 3, 2]) * len(self.groups)
         self.block_size = choice([2, 2, 1, 1, 3, 4])
         self.vocabulary = choice([2, 3])
         # A liar sets placeholders to other tokens than were computed; the bookkeeping must stand it, the K/V cannot.
@@ -184,10 +186,11 @@ class ManagerMachine(RuleBasedStateMachine):
         self.model = type(self).reference(num_blocks, self.block_size, **config)
         self.subject = self.driver.manager(num_blocks, self.block_size, **config)
         # Reused over many steps of different size, as engines do; the small one is there to be overfilled.
-        sizes = [(8, 64, 24), (8, 64, 24), (2, 6, 4)]
+        sizes = [(8, 256, 80)] * 2 if self.large else [(8, 64, 24)] * 2
+        sizes += [(2, 6, 4)]
         each = len(self.groups)
         self.steps = [(self.driver.step(*size, each), ModelStep(*size, each)) for size in sizes]
-        self.max_prompt = max(2, min(14, num_blocks // each * self.block_size // 2))
+        self.max_prompt = max(2, min(50 if self.large else 14, num_blocks // each * self.block_size // 2))
         self.prompts: list[tuple[list[int], bytes, list[tuple[int, bytes]]]] = []
         self.gone: list[int] = []
         self.device = Device(self.block_size, self.groups)
@@ -308,7 +311,7 @@ class ManagerMachine(RuleBasedStateMachine):
             more = self.rng.randint(0, self.block_size + 1)
             tokens = old[:kept] + self.some_tokens(min(more, max(0, self.max_prompt - kept)))
         else:
-            most = min(self.max_prompt, 3 * self.block_size + 1)
+            most = self.max_prompt if self.large else min(self.max_prompt, 3 * self.block_size + 1)
             tokens = self.some_tokens(self.rng.choice(range(most, 0, -1)))
         if self.rng.randint(0, 4) == 0:
             salt = self.rng.choice(SALTS)
@@ -847,14 +850,13 @@ class ManagerMachine(RuleBasedStateMachine):
             (tokens, {"salt": "text"}),
             (tokens, {"salt": None}),
         ]
-        if self.caching:
-            bad += [
-                (tokens, {"extra": [(n, b"x")]}),
-                (tokens, {"extra": [(-1, b"x")]}),
-                (tokens, {"extra": [(0, b"x"), (0, b"y")]}),
-                ([*tokens, 0], {"extra": [(1, b"x"), (0, b"y")]}),
-                (tokens, {"extra": [(0, "x")]}),
-            ]
+        bad += [
+            (tokens, {"extra": [(n, b"x")]}),
+            (tokens, {"extra": [(-1, b"x")]}),
+            (tokens, {"extra": [(0, b"x"), (0, b"y")]}),
+            ([*tokens, 0], {"extra": [(1, b"x"), (0, b"y")]}),
+            (tokens, {"extra": [(0, "x")]}),
+        ]
         wrong, how = self.rng.choice(bad)
         for name in ("admit", "match", "can_admit", "pin"):
             assert isinstance(self.both(name, wrong, **how, also=()), Raised)

@@ -264,9 +264,14 @@ class ModelManager:
     def can_admit(self, tokens: Any, *, salt: bytes = b"", extra: Extra = (), reserve: int | None = None) -> Admission:
         ids, marks = self._prompt(tokens, salt, extra)
         room = _reserve(reserve)
-        least = 0  # what it holds at its largest: every row, or where it comes in parts what its last token reaches
-        for g in range(len(self.groups)):
-            least += self._blocks_for(len(ids)) - (0 if room is None else self._first_row(g, len(ids) - 1))
+        # What it holds when its last token is computed, and what its admission asks for after the best of all hits.
+        each, size = range(len(self.groups)), self.block_size
+        last = sum(self._blocks_for(len(ids)) - self._first_row(g, len(ids) - 1) for g in each)
+        first = []
+        for hit in range(0, len(ids) if self.prefix_caching else 1, size):
+            target = len(ids) if room is None else min(len(ids), hit + room)
+            first.append(sum(max(self._blocks_for(target), hit // size) - self._first_row(g, hit) for g in each))
+        least = max(last, min(first))
         no = Admission.NEVER if least > self.num_blocks else Admission.LATER
         if not self.free_slots:
             return no
@@ -301,9 +306,9 @@ class ModelManager:
             self._must_be_shareable(sequence)
         moves = [(old, source) for old, source in zip(olds, sources, strict=True) if old is not source]
         news = [self._child(source, old.handle) for old, source in moves]
-        for (old, _), new in zip(moves, news, strict=True):
+        self.sequences.update({new.handle: new for new in news})  # first: they hold nodes that the old ones leave
+        for old, _ in moves:
             self._let_go(old)
-            self.sequences[old.handle] = new
 
     # Tokens come and go
 

@@ -13,6 +13,12 @@ from kvblocks.kernels import kernels
 from kvblocks.storage import PagedKVCache
 
 
+def two_sides(device: str, gap: int = 0) -> Any:
+    """K and V that say where they are, and whether something lies between their blocks."""
+    blocks = SimpleNamespace(block_bytes=64, block_stride=64 + gap)
+    return [SimpleNamespace(tensor=SimpleNamespace(device=torch.device(device)), blocks=blocks)] * 2
+
+
 @pytest.fixture
 def without_triton(monkeypatch: pytest.MonkeyPatch) -> Any:
     kernels.cache_clear()
@@ -26,7 +32,7 @@ def test_without_triton_plain_torch_moves_blocks_and_it_is_said_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(movers, "WithTorch", lambda sides: "torch")
-    sides: Any = [SimpleNamespace(tensor=SimpleNamespace(device=torch.device("cuda", 0)))] * 2
+    sides = two_sides("cuda:0")
     with caplog.at_level(logging.WARNING, logger="kvblocks"):
         chosen: list[Any] = [movers.mover(sides), movers.mover(sides)]
     assert chosen == ["torch", "torch"]
@@ -42,11 +48,11 @@ def test_each_device_has_its_mover(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(movers, "WithTriton", lambda sides: "triton")
     monkeypatch.setattr(movers, "WithTorch", lambda sides: "torch")
 
-    def chosen(device: str) -> Any:
-        sides: Any = [SimpleNamespace(tensor=SimpleNamespace(device=torch.device(device)))] * 2
-        return movers.mover(sides)
+    def chosen(device: str, gap: int = 0) -> Any:
+        return movers.mover(two_sides(device, gap))
 
     assert chosen("cuda:1") == "triton"
+    assert chosen("cuda:1", gap=16) == "torch"  # the kernels know no gaps between blocks
     assert chosen("mps") == "torch"
     assert isinstance(chosen("cpu"), movers.InMemory)
 

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvblocks.config import Window
 from kvblocks.errors import InvariantViolation
-from kvblocks.manager import BlockManager, _fail_allocation
+from kvblocks.manager import BlockManager, StepArrays, _fail_allocation
 from kvblocks.step import StepBuffers
 
 BLOCK = 4
@@ -59,6 +60,7 @@ SWAPPED: list[Poke] = [  # the cached blocks, 2 then 1 then 0, come as 1 then 2 
         ([("node_parent", 2, 1)], 3),
         ([("node_block", 2, 1)], 3),
         ([("node_uses", 2, 1)], 3),
+        ([("node_uses", 0, 5)], 3),
         ([("passed", 0, 1)], 3),
         ([("num_nodes", 0, 1)], 3),
         ([("tip", "first", 1)], 3),
@@ -154,6 +156,32 @@ def test_every_allocation_may_fail(name: str, allocations: Callable[[int], int])
         assert left >= 0, "the call made an allocation that was not counted"
         break
     assert failures >= {"append": 0, "free": 1, "fork": 2, "reorder": 5, "admit": 5, "prepare": 2}.get(name, 1)
+
+
+def test_every_allocation_of_a_new_manager_may_fail(allocations: Callable[[int], int]) -> None:
+    arrays = [np.zeros(size, np.int64) for size in (8, 8, 8)] + [np.zeros((2, 4), np.int32), np.zeros(2, np.int32)]
+    arrays += [np.zeros(3, np.int32), np.zeros((2, 2), np.int64)]
+    busy = busy_manager()
+    makers: list[Callable[[], object]] = [
+        lambda: BlockManager(100, 4, groups=(None, Window(9))),
+        lambda: BlockManager(1_000_000, 16, prefix_caching=False),
+        lambda: StepArrays(*arrays),
+        lambda: busy[0].audit(),
+    ]
+    for make in makers:
+        failures = 0
+        while True:
+            allocations(failures)
+            try:
+                make()
+            except MemoryError:
+                failures += 1
+                continue
+            finally:
+                left = allocations(-1)
+            assert left >= 0
+            break
+        assert failures >= 1
 
 
 def test_what_must_not_fail_allocates_nothing(allocations: Callable[[int], int]) -> None:

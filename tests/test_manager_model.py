@@ -435,3 +435,45 @@ def test_a_step_has_arrays_for_each_group(engine: Engine) -> None:
     manager.append([seq, child], [4, 5])
     engine.prepare(child)
     assert engine.view().copies == [(3, 6), (4, 7), (5, 8)]  # the last block of each group is shared
+
+
+def test_can_admit_says_never_only_where_nothing_helps(engine: Engine) -> None:
+    """What a hit and a window save counts: blocks that others hold now are not needed for ever."""
+    manager = engine.start(14, 1, groups=(None, Window(1)))
+    manager.free(engine.serve([1, 2, 3, 4, 5, 6]))
+    other = engine.serve([7])
+    assert manager.can_admit(range(1, 11)) == 1
+    manager.free(other)
+    assert manager.can_admit(range(1, 11)) == 0
+    bare = engine.start(12, 1, groups=(None, Window(1)), prefix_caching=False)
+    assert bare.can_admit(range(10), reserve=10) == 2  # 20 blocks, and never 20 are there
+    assert bare.can_admit(range(10), reserve=1) == 0
+
+
+def test_the_peak_is_what_was_used_at_once(engine: Engine) -> None:
+    """A step that merges gives blocks back in the same breath as it takes others."""
+    manager = engine.start(16, 1)
+    steps = [engine.driver.step(4, 16, 16) for _ in range(3)]
+    one, two = manager.admit([1, 5, 5], reserve=0)[0], manager.admit([2, 6, 6], reserve=0)[0]
+    for tokens in ([1], [2]):
+        manager.free(engine.serve(tokens))
+    ids = [manager.prepare([one], [1], steps[0]), manager.prepare([one, two], [1, 1], steps[1])]
+    ids.append(manager.prepare([two], [1], steps[2]))
+    peaks = [manager.stats().peak_used_blocks]
+    for step_id in ids:
+        manager.commit(step_id)
+        peaks.append(manager.stats().peak_used_blocks)
+    assert peaks == [4, 5, 5, 5]
+
+
+def test_a_child_keeps_the_way_that_only_its_parent_knew(engine: Engine) -> None:
+    manager = engine.start(6, 1, groups=(Window(1),))
+    parent = manager.admit([1, 2], reserve=0)[0]
+    manager.commit(engine.prepare(parent))  # both blocks slid out of the window
+    child, other = manager.admit([5], reserve=0)[0], manager.admit([6], reserve=0)[0]
+    manager.free(manager.admit([7] * 6)[0])  # they are evicted: only the parent still stands on their node
+    manager.reorder([parent, child], [other, parent])
+    manager.append([child], [3])
+    manager.commit(engine.prepare(child))
+    assert manager.match([1, 2, 3, 4]) == 3
+    manager.audit()

@@ -338,12 +338,13 @@ cdef void fill_pages(StepArrays a, const Core* c, const Step* step) noexcept nog
             low = first_row(c, g, step.rows[i].start)
             indptr[i] = end
             memcpy(indices + end, cells_at(a, g, i) + low, (n - low) * sizeof(int32_t))
-            a._kv_last_page_len[i] = a._seq_lens[i] - (n - 1) * c.block_size
             end += n - low
         for i in range(step.num_rows, a.max_seqs + 1):
             indptr[i] = end
         indptr += a.max_seqs + 1
         indices += a.max_seqs * a.max_blocks_per_seq
+    for i in range(step.num_rows):
+        a._kv_last_page_len[i] = a._seq_lens[i] - (blocks_for(a._seq_lens[i], c.block_size) - 1) * c.block_size
     for i in range(step.num_rows, a.max_seqs):
         a._kv_last_page_len[i] = 0
 

@@ -114,6 +114,8 @@ cdef bint audit_node(
             return broken(out, 3, b"a node's block does not hang on it; node:", n)
         if parent == 0 or c.reaches[g].window or c.reaches[g].chunk:
             continue
+        if above.blocks[g] >= p.fresh:
+            return broken(out, 3, b"a node's block does not exist; node:", parent)
         if above.blocks[g] < 0:
             return broken(out, 4, b"a block is published and the one before it is not; block:", b)
         if counts[b] and not counts[above.blocks[g]]:
@@ -138,8 +140,8 @@ cdef bint audit_tree(Core* c, const int32_t* counts, const int32_t* order, int32
     for i in range(c.fresh_seq):
         if c.seqs[i].kind != UNUSED and c.seqs[i].tip > 0 and c.seqs[i].tip < t.fresh:
             uses[c.seqs[i].tip] += 1
-    for n in range(1, t.fresh):
-        if node_at(t, n).uses != uses[n]:
+    for n in range(t.fresh):
+        if node_at(t, n).uses != uses[n] + (n == 0):  # nothing may end the root
             return broken(out, 3, b"a node is not used as often as it notes; node:", n)
     if used != t.num_nodes or used > t.max_nodes:
         return broken(out, 3, b"the number of nodes is not what was counted:", used)

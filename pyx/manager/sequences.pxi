@@ -375,11 +375,14 @@ cdef bint plan_admission(
 cdef inline void hold_hit(Core* c, int32_t* table, const int32_t* nodes, int32_t hit) noexcept nogil:
     """Hold the blocks that a hit needs and write them to the first rows of a table. `nodes` may lie in its end."""
     cdef int32_t i, g, n, b
+    cdef int32_t[MAX_GROUPS] low
+    for g in range(c.num_groups):
+        low[g] = first_row(c, g, hit * c.block_size)
     for i in range(hit):
         n = nodes[i]
         for g in range(c.num_groups):
             b = -1
-            if i >= first_row(c, g, hit * c.block_size):
+            if i >= low[g]:
                 b = node_at(&c.pool.tree, n).blocks[g]
                 acquire(&c.pool, b)
             table[<int64_t>i * c.num_groups + g] = b

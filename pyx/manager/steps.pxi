@@ -311,8 +311,8 @@ cdef bint core_commit(Core* c, int64_t step_id, const Ints* accepted, Fault* f) 
             publish(c, seq, row.full, row.hash)
         if c.reach_ends:
             slide(c, seq, row.start)
-    note_peak(c)
     close_step(c, step)
+    note_peak(c)
     return True
 
 
