@@ -216,7 +216,7 @@ def test_kv_shape_needs_numbers() -> None:
     config = kind(num_hidden_layers=2, num_attention_heads=[4, 2], hidden_size=64)
     with pytest.raises(UnsupportedModel, match=r"PreTrainedConfig\.num_attention_heads is \[4, 2\]; an int is needed"):
         kv_shape(config)
-    with pytest.raises(UnsupportedModel, match=r"num_hidden_layers is None"):
+    with pytest.raises(UnsupportedModel, match=r"has no attribute 'num_hidden_layers'"):
         kv_shape(PreTrainedConfig())
     if hasattr(transformers, "Gemma4TextConfig"):
         with pytest.raises(UnsupportedModel, match=r"Gemma4TextConfig\.head_dim differs between layers"):

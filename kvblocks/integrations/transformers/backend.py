@@ -1,122 +1,25 @@
-"""Hugging Face transformers models over the paged cache, unpatched, through their attention registry.
+"""The attention backend "kvblocks": a model's layers read the blocks in place, over a ragged batch without padding.
 
-Importing this module registers both under the name "kvblocks". Scheduling is not here. Imports transformers.
+Importing this module registers the attention and its mask with transformers. Scheduling is not here.
 """
 
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from kvblocks.attention import paged_attention
-from kvblocks.config import CacheConfig
 from kvblocks.engine import CacheEngine
+from kvblocks.integrations.transformers.layers import UnsupportedModel, model_layers
 from kvblocks.step import StepBuffers
 
-__all__ = [
-    "KVShape",
-    "UnsupportedModel",
-    "attached",
-    "cache_config",
-    "check_model",
-    "forward",
-    "kv_shape",
-    "longest_sequence",
-]
+__all__ = ["attached", "check_model", "forward"]
 
 NAME = "kvblocks"
-
-_SERVED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-
-
-class UnsupportedModel(ValueError):
-    """A model that cannot be served from the paged cache; the message says why."""
-
-
-class KVShape(NamedTuple):
-    """What a model's layers cache: heads count K/V heads, dims are of one head."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    v_head_dim: int
-
-
-def kv_shape(config: PreTrainedConfig) -> KVShape:
-    """Read from a transformers config what its layers cache; of a multimodal one, the text part.
-
-    Raises:
-        UnsupportedModel: the config lacks a number, or gives one for each layer.
-    """
-    text = config.get_text_config(decoder=True)
-
-    def read(name: str) -> Any:
-        try:
-            return getattr(text, name, None)
-        except RuntimeError as error:  # transformers' answer where layers have different values
-            raise UnsupportedModel(f"{type(text).__name__}.{name} differs between layers: {error}") from None
-
-    def number(name: str) -> int:
-        value = read(name)
-        if not isinstance(value, int):
-            raise UnsupportedModel(f"{type(text).__name__}.{name} is {value!r}; an int is needed to size a cache")
-        return value
-
-    num_layers, num_heads = number("num_hidden_layers"), number("num_attention_heads")
-    if read("kv_lora_rank"):
-        # Multi-head latent attention: transformers expands the latents to K and V for every head.
-        return KVShape(
-            num_layers, num_heads, number("qk_nope_head_dim") + number("qk_rope_head_dim"), number("v_head_dim")
-        )
-    if read("multi_query"):
-        num_kv_heads = 1
-    else:
-        num_kv_heads = num_heads if read("num_key_value_heads") is None else number("num_key_value_heads")
-    has_head_dim = read("head_dim") is not None
-    head_dim = number("head_dim") if has_head_dim else number("hidden_size") // num_heads
-    v_head_dim = head_dim if read("v_head_dim") is None else number("v_head_dim")
-    return KVShape(num_layers, num_kv_heads, head_dim, v_head_dim)
-
-
-def cache_config(
-    config: PreTrainedConfig, memory_bytes: int, dtype: torch.dtype, *, block_size: int = 16
-) -> CacheConfig:
-    """The largest cache for the model within `memory_bytes`, all layers in one group.
-
-    Raises:
-        ValueError: not one block fits.
-        UnsupportedModel: as for `kv_shape`.
-    """
-    shape = kv_shape(config)
-    return CacheConfig.for_memory(
-        shape.num_kv_heads,
-        shape.head_dim,
-        shape.num_layers,
-        memory_bytes,
-        dtype,
-        block_size=block_size,
-        v_head_dim=shape.v_head_dim,
-    )
-
-
-def longest_sequence(config: PreTrainedConfig) -> int | None:
-    """Tokens a sequence may have: the model's `max_position_embeddings`, or None where it names no limit.
-
-    Rotary frequencies of type "dynamic" and "longrope" change for all sequences of a batch once the longest passes the
-    length the model was first trained on. That length is the limit then: no request changes another's tokens.
-    """
-    text = config.get_text_config(decoder=True)
-    limits = [getattr(text, "max_position_embeddings", None)]
-    rope = getattr(text, "rope_parameters", None) or {}
-    for entry in [rope, *rope.values()]:
-        if isinstance(entry, dict) and entry.get("rope_type") in ("dynamic", "longrope"):
-            limits.append(entry.get("original_max_position_embeddings"))
-    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -124,14 +27,10 @@ def check_model(model: PreTrainedModel) -> None:
 
     Served are decoders whose attention goes through transformers' attention registry and whose only state is K and V.
     """
-    name, text = type(model).__name__, model.config.get_text_config(decoder=True)
+    name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise UnsupportedModel(f"{name} is an encoder-decoder; only decoder-only models are served")
-    others = sorted(set(getattr(text, "layer_types", None) or ()) - _SERVED_LAYERS)
-    if others:
-        raise UnsupportedModel(
-            f"{name} has layers of type {', '.join(others)}; served are {', '.join(sorted(_SERVED_LAYERS))}"
-        )
+    model_layers(model.config)
     if getattr(model, "_is_stateful", False):
         raise UnsupportedModel(f"{name} keeps a recurrent state between tokens, which a K/V cache does not hold")
     if not all(part._can_set_attn_implementation() for part in model.modules() if isinstance(part, PreTrainedModel)):

@@ -1,0 +1,27 @@
+"""Hugging Face transformers models over the paged cache, unpatched: a cache for `generate`, and an attention backend.
+
+`PagedCache` takes the place of transformers' own cache. Importing this registers the attention "kvblocks", by which a
+model's layers read the blocks in place; `kvblocks.generate` runs on that. Imports transformers.
+"""
+
+from kvblocks.integrations.transformers.backend import attached, check_model, forward
+from kvblocks.integrations.transformers.cache import PagedCache
+from kvblocks.integrations.transformers.layers import (
+    KVShape,
+    UnsupportedModel,
+    cache_config,
+    kv_shape,
+    longest_sequence,
+)
+
+__all__ = [
+    "KVShape",
+    "PagedCache",
+    "UnsupportedModel",
+    "attached",
+    "cache_config",
+    "check_model",
+    "forward",
+    "kv_shape",
+    "longest_sequence",
+]

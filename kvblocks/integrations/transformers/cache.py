@@ -1,0 +1,549 @@
+"""PagedCache: a transformers cache whose K and V lie in the blocks of a pool.
+
+What its rows are is in `rows`; here is the face that transformers sees, and K and V go in and out.
+"""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NoReturn, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import Cache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
+
+from kvblocks.config import itemsize
+from kvblocks.engine import CacheEngine
+from kvblocks.integrations.transformers.layers import (
+    ModelLayer,
+    UnsupportedModel,
+    check_prompts,
+    counts_padding,
+    kv_shape,
+    model_layers,
+    text_config,
+    unscaled_length,
+)
+from kvblocks.integrations.transformers.rows import Pass, Pool, Prompt, Rows, Sizes
+from kvblocks.manager import BlockManager
+from kvblocks.sizes import parse_size
+from kvblocks.storage import PagedKVCache, checked_device, checked_size
+
+__all__ = ["PagedCache"]
+
+_TAKES_VIEWS = {"gpt_neox_japanese"}  # model types that call `view` on K, which must be without gaps then
+_LARGEST_TOKEN = (1 << 30) - 1  # ids above stand for tokens whose own are not known
+
+
+class PagedCache(Cache):
+    """A cache for `model.generate(..., past_key_values=...)` and for `model(...)` that keeps K and V in blocks.
+
+    It takes the place of `DynamicCache`: left padding, sampling, beams, several return sequences, assisted generation.
+    Beams share the blocks of what they have in common, and `begin` finds what earlier prompts have computed already.
+
+    Args:
+        config: the model's.
+        memory: for K and V, in bytes or like "64MiB", "1.5GB" (the default: "64MiB").
+        num_blocks: blocks in the pool, instead of `memory`.
+        block_size: tokens in a block.
+        dtype, device: of K and V; by default those of the first K and V that come.
+        manager, engine: those of another cache of the same model, to share its blocks; the sizes are theirs then.
+
+    Raises:
+        UnsupportedModel: the model keeps more than K and V, or is an encoder-decoder.
+        TypeError, ValueError: an argument that cannot be.
+
+    A pass that the pool has no blocks for raises `NoFreeBlocks` from inside the model, and leaves the cache as it was.
+    One that fails elsewhere in the model leaves it half written; `abort` takes that back. K and V are allocated when
+    the first come, or when `engine` is asked for. No gradient flows through them.
+
+    Blocks go back to the pool with `close`, at the end of a `with` block, or when the cache is collected. A deep copy
+    is a `fork`.
+
+    Example:
+        >>> cache = PagedCache(model.config, memory="1GiB")
+        >>> cache.begin(ids, mask)  # what earlier prompts have in common with these is not computed again
+        >>> model.generate(ids, attention_mask=mask, past_key_values=cache)
+
+    Thread-safety: one thread at a time drives the caches that share blocks.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        memory: int | str | None = None,
+        num_blocks: int | None = None,
+        block_size: int = 16,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        manager: BlockManager | None = None,
+        engine: CacheEngine | None = None,
+    ) -> None:
+        described = model_layers(config)
+        writing = sum(layer.writes for layer in described)
+        if (manager is None) != (engine is None):
+            raise ValueError("manager and engine belong together: give both of another cache, or neither")
+        if manager is not None and engine is not None:
+            if any(given is not None for given in (memory, num_blocks, dtype, device)) or block_size != 16:
+                raise ValueError("the sizes, dtype and device are those of manager and engine; give no others")
+            if len(engine) != writing:
+                raise ValueError(f"engine has {len(engine)} layers, and {writing} of the model's cache K and V")
+            pool = Pool.of(manager, engine)
+        else:
+            pool = Pool(_sizes(config, writing, memory, num_blocks, block_size, dtype, device))
+        self._fill(config, described, Rows(pool))
+
+    def _fill(self, config: PreTrainedConfig, described: Sequence[ModelLayer], rows: Rows) -> None:
+        state = _State(config, rows, sum(layer.writes for layer in described))
+        self._state = state
+        self._finalizer = weakref.finalize(self, rows.clear)
+        others = DynamicCache(config=text_config(config)).layers
+        super().__init__(layers=[_Layer(state, layer) if layer.writes else others[layer.index] for layer in described])
+
+    # What is there
+
+    @property
+    def manager(self) -> BlockManager:
+        """Whose sequences the rows are."""
+        return self._state.rows.pool.manager
+
+    @property
+    def engine(self) -> CacheEngine:
+        """Where K and V lie: one layer for each of the model's that writes any."""
+        return self._state.rows.pool.allocated()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch; 0 where nothing is held."""
+        return len(self._state.rows.rows) * self._state.rows.factor
+
+    @property
+    def num_held_blocks(self) -> int:
+        """Blocks that the rows hold, each counted once."""
+        rows = self._state.rows
+        if not rows.rows:
+            return 0
+        return len(np.unique(np.concatenate([rows.pool.manager.block_table(row.handle) for row in rows.rows])))
+
+    def __repr__(self) -> str:
+        return (
+            f"PagedCache(rows={self.num_rows}, columns={self._state.rows.columns}, "
+            f"held_blocks={self.num_held_blocks}, layers={self._state.num_layers})"
+        )
+
+    # Prompts
+
+    def begin(
+        self,
+        input_ids: Tensor | npt.NDArray[np.integer[Any]] | Sequence[Sequence[int]],
+        attention_mask: Tensor | npt.NDArray[np.integer[Any]] | Sequence[Sequence[int]] | None = None,
+        *,
+        salt: bytes = b"",
+        extra: Sequence[Sequence[tuple[int, bytes]]] | None = None,
+        reuse: bool = True,
+    ) -> int:
+        """Tell the ids of the prompts that come next, and drop what the cache holds.
+
+        `update` never sees an id, so this is how the cache knows which tokens have been computed before, and which
+        rows of a batch are the same prompt. Afterwards `get_seq_length()` columns are there, of every row the first;
+        the model is run over the rest, as `generate` does by itself. Rows that were expanded (beams, return sequences)
+        count once.
+
+        Args:
+            input_ids: [rows, columns].
+            attention_mask: [rows, columns] of 0 and 1, padding on the left; none without it.
+            salt: what else decides the K and V: an adapter, a tenant.
+            extra: for each row the (column, bytes) of what is not in the ids, in order: the hash of an image, say.
+            reuse: False computes every column anew, as assisted generation in transformers does whatever is there.
+
+        Returns:
+            The number of columns that need not be computed.
+
+        Positions must count from 0 at each row's first token, as `generate` numbers them. A model that takes none, and
+        may count padding, reuses only what had as much of it.
+
+        Raises:
+            ValueError, TypeError: ids, mask or extra that do not fit; the cache is as before.
+            NoFreeBlocks: the pool cannot hold the prompts; the cache is empty then.
+        """
+        rows = self._state.rows
+        rows.begin(self._prompts(input_ids, attention_mask, salt, extra), reuse=reuse)
+        return rows.columns
+
+    def tell(self, sequences: Tensor | npt.NDArray[np.integer[Any]] | Sequence[Sequence[int]]) -> None:
+        """Tell the ids of all that is held: what `generate` returned, padding and prompt included.
+
+        The next `begin` then goes on from the answers too, as in a chat.
+
+        Raises:
+            ValueError: not as many rows or columns as are held, other ids than `begin` was told, no `begin` before, or
+                rows that beams have shared.
+        """
+        rows = self._state.settled("tell")
+        ids = _matrix("sequences", sequences)
+        if ids.shape[1] < rows.columns:
+            raise ValueError(f"sequences has {ids.shape[1]} columns, the cache holds {rows.columns}")
+        if self._crosses(rows.columns):
+            raise ValueError("the model's positions change with length, so these tokens are of use to no other prompt")
+        _check_ids("sequences", ids)
+        if len(ids) != len(rows.rows):
+            raise ValueError(f"sequences has {len(ids)} rows, the cache holds {self.num_rows}")
+        rows.tell([line[row.pad : rows.columns] for line, row in zip(ids, rows.rows, strict=True)])
+
+    def _prompts(self, input_ids: Any, attention_mask: Any, salt: bytes, extra: Any) -> list[Prompt]:
+        ids = _matrix("input_ids", input_ids)
+        if not isinstance(salt, bytes):
+            raise TypeError(f"salt is a {type(salt).__name__}; give bytes")
+        mask = np.ones_like(ids) if attention_mask is None else _matrix("attention_mask", attention_mask)
+        if mask.shape != ids.shape:
+            raise ValueError(f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}")
+        held = mask != 0
+        for number, line in enumerate(held):
+            if not line[-1] or (np.diff(line.astype(np.int8)) < 0).any():
+                raise ValueError(f"row {number} of attention_mask has a 0 to the right of a 1; pad on the left")
+        _check_ids("input_ids", ids[held])
+        pads = [int(line.argmax()) for line in held]
+        check_prompts(self._state.config)
+        if self._crosses(ids.shape[1]):
+            salt += np.random.default_rng().bytes(16)
+        shifts = counts_padding(self._state.config)
+        more = [()] * len(ids) if extra is None else list(extra)
+        if len(more) != len(ids):
+            raise ValueError(f"extra is for {len(more)} rows, input_ids has {len(ids)}")
+        for number, (left, pairs) in enumerate(zip(pads, more, strict=True)):
+            _check_extra(number, pairs, left, ids.shape[1])
+        return [
+            Prompt(
+                line[left:],
+                left,
+                salt + b"%d" % left if shifts and left else salt,
+                [(column - left, value) for column, value in pairs],
+            )
+            for line, left, pairs in zip(ids, pads, more, strict=True)
+        ]
+
+    def _crosses(self, columns: int) -> bool:
+        """Whether rotary frequencies are others than those of shorter sequences."""
+        limit = unscaled_length(self._state.config)
+        return limit is not None and columns > limit
+
+    # What transformers asks for
+
+    def reset(self) -> None:
+        """Hold nothing."""
+        self._state.rows.clear()
+
+    def abort(self) -> None:
+        """Take back a pass that failed inside the model: as if it had never begun."""
+        self._state.rows.abort()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last `-tokens_to_remove` columns.
+
+        Raises:
+            ValueError: the number is positive, or there are not as many columns.
+        """
+        rows = self._state.settled("crop")
+        columns = rows.columns + tokens_to_remove
+        if tokens_to_remove > 0 or columns < 0:
+            raise ValueError(
+                f"tokens_to_remove={tokens_to_remove} must be 0 to {-rows.columns}: minus the number of columns to drop"
+            )
+        if tokens_to_remove:
+            rows.crop(columns)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` is; both share every block."""
+        self._state.select("reorder_cache", beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row becomes `repeats` rows, one after the other, that share every block."""
+        self._state.select("batch_repeat_interleave", [row for row in range(self.num_rows) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep rows `indices`, in that order; a mask of booleans is taken too."""
+        chosen = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        self._state.select("batch_select_indices", chosen.tolist())
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UnsupportedModel("the model keeps the state of a convolution, which a cache of K and V does not hold")
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UnsupportedModel("the model keeps a recurrent state, which a cache of K and V does not hold")
+
+    def update_indexer(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UnsupportedModel("the model keeps keys of an indexer, which a cache of K and V does not hold")
+
+    # Copies and leaving
+
+    def fork(self) -> "PagedCache":
+        """Another cache that holds the same and shares every block; the two go on apart."""
+        made = PagedCache.__new__(PagedCache)
+        made._fill(self._state.config, model_layers(self._state.config), self._state.settled("fork").fork())
+        return made
+
+    def __copy__(self) -> "PagedCache":
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PagedCache":
+        return self.fork()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a PagedCache cannot be pickled: its K and V lie in blocks that others may share")
+
+    def close(self) -> None:
+        """Give all blocks back. The cache is empty then, and may be used again."""
+        self._state.rows.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _sizes(
+    config: PreTrainedConfig,
+    num_layers: int,
+    memory: int | str | None,
+    num_blocks: int | None,
+    block_size: int,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+) -> Sizes:
+    if memory is not None and num_blocks is not None:
+        raise ValueError(f"memory={memory!r} and num_blocks={num_blocks} both say how large the pool is; give one")
+    num_bytes = None
+    if num_blocks is None:
+        num_bytes = _bytes("64MiB" if memory is None else memory)
+    text = text_config(config)
+    likely = getattr(text, "dtype", None) or getattr(config, "dtype", None)
+    if dtype is not None:
+        itemsize(dtype)
+        dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype.removeprefix("torch."))
+    return Sizes(
+        lambda: kv_shape(config),
+        bool(getattr(text, "is_heterogeneous", False)),
+        num_layers,
+        num_bytes,
+        None if num_blocks is None else checked_size("num_blocks", num_blocks),
+        checked_size("block_size", block_size),
+        dtype,
+        None if device is None else checked_device(device),
+        likely if isinstance(likely, torch.dtype) else torch.get_default_dtype(),
+    )
+
+
+def _bytes(memory: Any) -> int:
+    if isinstance(memory, str):
+        return parse_size(memory)
+    if isinstance(memory, bool) or not isinstance(memory, int):
+        raise TypeError(f"memory is a {type(memory).__name__}; give bytes as an int, or a str like '64MiB'")
+    if not 0 < memory < 2**63:
+        raise ValueError(f"memory={memory} must be 1 to 2**63 - 1 bytes")
+    return memory
+
+
+def _matrix(name: str, given: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
+    array = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+    if array.ndim != 2 or not array.size:
+        raise ValueError(f"{name} has shape {list(array.shape)}; give [rows, columns], at least one of each")
+    if array.dtype.kind not in "iub":
+        raise TypeError(f"{name} is of {array.dtype}; give integers")
+    return array.astype(np.int64)
+
+
+def _check_extra(number: int, pairs: Any, left: int, columns: int) -> None:
+    before = left - 1
+    for pair in pairs:
+        if len(pair) != 2 or not isinstance(pair[0], int) or not isinstance(pair[1], bytes):
+            raise TypeError(f"extra of row {number} holds {pair!r}; give (column, bytes) pairs")
+        if not before < pair[0] < columns:
+            raise ValueError(
+                f"extra of row {number} names column {pair[0]}; the next must be above {before} and below {columns}"
+            )
+        before = pair[0]
+
+
+def _check_ids(name: str, ids: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+    if ids.size and (ids.min() < 0 or ids.max() > _LARGEST_TOKEN):
+        bad = ids.min() if ids.min() < 0 else ids.max()
+        raise ValueError(f"{name} holds {bad}; ids are 0 to {_LARGEST_TOKEN}")
+
+
+class _State:
+    """What the cache and its layers have in common. It does not refer to the cache, which is free to go."""
+
+    def __init__(self, config: PreTrainedConfig, rows: Rows, num_layers: int) -> None:
+        self.config = config
+        self.rows = rows
+        self.num_layers = num_layers
+
+    def settled(self, what: str) -> Rows:
+        """The rows, unless a pass is half done."""
+        if self.rows.running is not None:
+            raise RuntimeError(f"{what} was called inside a pass, {self._how_far(self.rows.running)}")
+        return self.rows
+
+    def select(self, what: str, indices: Sequence[int]) -> None:
+        rows = self.settled(what)
+        held = len(rows.rows) * rows.factor
+        if not indices or not all(0 <= index < held for index in indices):
+            raise ValueError(f"{what} names rows {list(indices)}; the cache holds rows 0 to {held - 1}")
+        rows.select([index // rows.factor for index in indices])
+
+    def length(self, layer: ModelLayer) -> int:
+        """Columns that the layer has, those of a running pass included once it has written them."""
+        run = self.rows.running
+        return self.rows.columns + (run.count if run is not None and layer.index in run.written else 0)
+
+    def update(self, layer: ModelLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write K and V of the new columns; returns those of all columns that the layer reaches."""
+        rows, run = self.rows, self.rows.running
+        if run is not None and (run.dropped or layer.index in run.written):
+            raise RuntimeError(
+                f"layer {layer.index} begins a pass, but the one before has not ended: {self._how_far(run)}"
+            )
+        try:
+            _check_states(layer, keys, values)
+            if run is None:
+                run = rows.open(keys.shape[0], keys.shape[2], keys.device)
+            elif (run.batch, run.count) != (keys.shape[0], keys.shape[2]):
+                raise UnsupportedModel(
+                    f"layer {layer.index} adds {keys.shape[2]} columns to {keys.shape[0]} rows, the layers before it "
+                    f"{run.count} to {run.batch}; all layers must add the same"
+                )
+            shape = (keys.shape[1], keys.shape[3], values.shape[3])
+            cache = rows.pool.engine(shape, keys.dtype, keys.device)[layer.storage or 0]
+            _check_fit(layer, keys, shape, cache)
+            _write(cache, run, keys, values)
+            read = _read(cache, run, layer.window, shape)
+            if text_config(self.config).model_type in _TAKES_VIEWS:
+                read = read[0].contiguous(), read[1].contiguous()
+        except BaseException:
+            rows.abort()
+            raise
+        run.written.add(layer.index)
+        if len(run.written) == self.num_layers:
+            rows.finish()
+        return read
+
+    def _how_far(self, run: Pass) -> str:
+        if run.dropped:
+            return "another cache on the same blocks began one meanwhile. Call abort() to go on from the pass before it"
+        return (
+            f"{len(run.written)} of {self.num_layers} layers have written. If it failed, call abort(); if these are "
+            "all that ever write, the model cannot be served"
+        )
+
+
+class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer, as transformers asks for it."""
+
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, state: _State, layer: ModelLayer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._state = state
+        self._layer = layer
+        self.is_sliding = layer.window is not None
+        self.is_initialized = True
+        self.record_past = False
+
+    @property
+    def keys(self) -> Tensor | None:
+        raise UnsupportedModel(f"layer {self._layer.index}: the model reads K and V past `update`; they lie in blocks")
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        """There are none; transformers' own constructor sets None."""
+
+    values = keys
+
+    def __repr__(self) -> str:
+        return f"PagedCache layer {self._layer.index}"
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The pool is allocated whole."""
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self._state.update(self._layer, key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        return self._state.length(self._layer)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns that `update` will return, and the number of the first."""
+        columns, window = self.get_seq_length(), self._layer.window
+        first = 0 if window is None else max(0, columns - window + 1)
+        return columns - first + query_length, first
+
+    def get_max_length(self) -> int:
+        return -1 if self._layer.window is None else self._layer.window
+
+
+def _check_states(layer: ModelLayer, keys: Tensor, values: Tensor) -> None:
+    if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3] or not keys.shape[0]:
+        raise UnsupportedModel(
+            f"layer {layer.index} makes K {list(keys.shape)} and V {list(values.shape)}; served are [rows, heads, "
+            "tokens, dim], alike but for dim"
+        )
+    if keys.requires_grad or values.requires_grad:
+        raise RuntimeError("K and V in blocks take part in no gradient; run the model under torch.inference_mode()")
+
+
+def _check_fit(layer: ModelLayer, keys: Tensor, shape: tuple[int, int, int], cache: PagedKVCache) -> None:
+    holds = (cache.num_heads, cache.head_dim, cache.v_head_dim)
+    if any(size > most for size, most in zip(shape, holds, strict=True)):
+        raise UnsupportedModel(
+            f"layer {layer.index} makes {shape[0]} heads of K [{shape[1]}] and V [{shape[2]}], the cache holds "
+            f"{holds[0]} of [{holds[1]}] and [{holds[2]}], as the config and the layers before have it"
+        )
+    if keys.dtype != cache.dtype or keys.device != cache.device:
+        raise ValueError(
+            f"the model makes {keys.dtype} on {keys.device}, the cache holds {cache.dtype} on {cache.device}; give "
+            "PagedCache the model's dtype and device"
+        )
+
+
+def _write(cache: PagedKVCache, run: Pass, keys: Tensor, values: Tensor) -> None:
+    sides = []
+    for states, dim in ((keys, cache.head_dim), (values, cache.v_head_dim)):
+        rows = states[:: run.factor].transpose(1, 2).flatten(0, 1)
+        if run.chosen is not None:
+            rows = rows[run.chosen]
+        if rows.shape[1:] != (cache.num_heads, dim):
+            rows = pad(rows, (0, dim - rows.shape[2], 0, cache.num_heads - rows.shape[1]))
+        sides.append(rows)
+    cache.write(sides[0], sides[1], run.slots)
+
+
+def _read(cache: PagedKVCache, run: Pass, window: int | None, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """K and V [rows, heads, columns, dim] of the columns within reach; zeros where there is padding."""
+    after = run.before + run.count
+    first = 0 if window is None else max(0, run.before - window + 1)
+    skipped = 0 if run.places is not None else first // cache.block_size
+    tables = run.tables[:, skipped:]
+    length = tables.shape[1] * cache.block_size
+    start, stop = first - skipped * cache.block_size, after - skipped * cache.block_size
+    sides = cache.gather(tables.flatten(), stop if len(tables) == 1 else len(tables) * length)
+    result = []
+    for side, dim in zip(sides, shape[1:], strict=True):
+        if run.places is None or run.padding is None:
+            rows = side.view(len(tables), -1, *side.shape[1:])[:, start:stop]
+        else:
+            rows = side[run.places[:, first:]]
+            rows.masked_fill_(run.padding[:, first:, None, None], 0)
+        rows = rows[:, :, : shape[0], :dim]
+        if run.factor > 1:
+            rows = rows.repeat_interleave(run.factor, 0)
+        result.append(rows.transpose(1, 2))
+    return result[0], result[1]

@@ -1,0 +1,233 @@
+"""What the layers of a transformers model cache, read from its config: which of them, how far they attend, what shapes.
+
+The one place where layers become layer groups. Knows no cache and no attention. Imports transformers.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
+
+from kvblocks.config import CacheConfig
+
+__all__ = ["KVShape", "ModelLayer", "UnsupportedModel", "cache_config", "kv_shape", "longest_sequence", "model_layers"]
+
+
+class UnsupportedModel(ValueError):
+    """A model that cannot be served from the paged cache; the message says why."""
+
+
+class KVShape(NamedTuple):
+    """What a model's layers cache: heads count K/V heads, dims are of one head, the largest where layers differ."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+
+
+# Model types whose K and V of a token depend on more than the tokens before it, and what that is.
+_NO_PROMPTS = {
+    "cpmant": "puts tokens of its own before each prompt, so its columns are not the prompt's",
+    "git": "attends to padding and counts it as positions",
+    "prophetnet": "takes one token at a time once it has begun",
+    "moshi": "attends past its window within a pass, so it matters how a prompt is split",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLayer:
+    """One layer of a model.
+
+    Attributes:
+        index: in the model.
+        storage: which layer of the cache holds its K and V: its own, or that of the layer whose K and V it reads; None
+            for a layer without attention.
+        writes: whether the K and V are its own.
+        window: it attends to the last `window` tokens, itself counted; None for all. What keeps to a chunk keeps to a
+            window of that size too.
+    """
+
+    index: int
+    storage: int | None
+    writes: bool
+    window: int | None
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the decoder: of a multimodal model, its text part."""
+    if not isinstance(config, PreTrainedConfig):
+        raise TypeError(f"config is a {type(config).__name__}; give a model's config")
+    text: PreTrainedConfig = config.get_text_config(decoder=True)
+    return text
+
+
+def model_layers(config: PreTrainedConfig) -> tuple[ModelLayer, ...]:
+    """The layers of a model, as transformers' own cache sees them.
+
+    Raises:
+        UnsupportedModel: a kind of layer whose state is not, or not only, K and V; an encoder-decoder.
+    """
+    text = text_config(config)
+    name = type(text).__name__
+    if config.is_encoder_decoder:
+        raise UnsupportedModel(f"{name} is of an encoder-decoder; only decoder-only models are served")
+    if getattr(text, "cross_attention_layers", None):
+        raise UnsupportedModel(f"{name} has layers of cross-attention, whose K and V belong to no token")
+    try:
+        kinds: Sequence[Any] = DynamicCache(config=text).layers
+    except Exception as error:  # whatever a config lacks that transformers' own cache asks for
+        raise UnsupportedModel(f"transformers has no cache for {name}: {error}") from None
+    types = list(getattr(text, "layer_types", None) or ["full_attention"] * len(kinds))
+    others = sorted({layer_type for layer_type, kind in zip(types, kinds, strict=False) if not _is_served(kind)})
+    if others:
+        raise UnsupportedModel(
+            f"{name} has layers of type {', '.join(others)}; served are those that keep K and V and nothing else: "
+            "full_attention, sliding_attention, chunked_attention"
+        )
+    if getattr(_model_class(config), "_is_stateful", False):
+        raise UnsupportedModel(
+            f"{name} is of a model that keeps a recurrent state, which a cache of K and V does not hold"
+        )
+    layers: list[ModelLayer] = []
+    last: dict[str, ModelLayer] = {}  # who wrote last, by layer type: whose K and V a sharing layer reads
+    shares = list(getattr(text, "kv_sharing_modes", None) or [None] * len(kinds))
+    for index, (kind, layer_type) in enumerate(zip(kinds, types, strict=True)):
+        if type(kind).__name__ == "DummyLayer":
+            source = last.get(layer_type) if shares[index] == "reuse" else None
+            read, window = (None, None) if source is None else (source.storage, source.window)
+            layers.append(ModelLayer(index, read, False, window))
+            continue
+        storage = sum(layer.writes for layer in layers)
+        layers.append(ModelLayer(index, storage, True, getattr(kind, "sliding_window", None)))
+        last[layer_type] = layers[-1]
+    if not last:
+        raise UnsupportedModel(f"{name} has no layer with K and V to cache")
+    return tuple(layers)
+
+
+def check_prompts(config: PreTrainedConfig) -> None:
+    """Raise `UnsupportedModel` where no prompt can go on from what another one computed, though it begin alike."""
+    text = text_config(config)
+    reason = _NO_PROMPTS.get(text.model_type)
+    if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        reason = "attends to later tokens too"
+    if reason is not None:
+        raise UnsupportedModel(
+            f"{type(text).__name__} is of a model that {reason}; it shares no prompts: leave begin out"
+        )
+
+
+def _model_class(config: PreTrainedConfig) -> type[Any] | None:
+    """The class that transformers makes of a config, where it knows one that generates."""
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        known = mapping.get(type(config), None)
+        if known is not None:
+            return known[0] if isinstance(known, tuple) else known
+    return None
+
+
+def counts_padding(config: PreTrainedConfig) -> bool:
+    """Whether padding may shift the positions of a row's tokens: the model takes no positions, or is not known."""
+    kind = _model_class(config)
+    return kind is None or "position_ids" not in inspect.signature(kind.forward).parameters
+
+
+def _is_served(kind: Any) -> bool:
+    return type(kind) in (DynamicLayer, DynamicSlidingWindowLayer) or type(kind).__name__ == "DummyLayer"
+
+
+def kv_shape(config: PreTrainedConfig) -> KVShape:
+    """Read from a transformers config what its layers cache; of a multimodal one, the text part.
+
+    Raises:
+        UnsupportedModel: the config lacks a number; or as for `model_layers`.
+    """
+    text = text_config(config)
+    writing = [layer.index for layer in model_layers(config) if layer.writes]
+    each = getattr(text, "per_layer_config", None)
+    if each is None or not getattr(text, "is_heterogeneous", False):
+        return KVShape(len(writing), *_layer_shape(text))
+    shapes = [_layer_shape(each[index]) for index in writing]
+    return KVShape(len(writing), *(max(sizes) for sizes in zip(*shapes, strict=True)))
+
+
+def _layer_shape(config: Any) -> tuple[int, int, int]:
+    """K/V heads, dims of K, dims of V."""
+
+    def read(name: str) -> Any:
+        try:
+            return getattr(config, name, None)
+        except RuntimeError as error:  # transformers' answer where layers have different values
+            raise UnsupportedModel(f"{type(config).__name__}.{name} differs between layers: {error}") from None
+
+    def number(name: str) -> int:
+        value = read(name)
+        if not isinstance(value, int):
+            raise UnsupportedModel(f"{type(config).__name__}.{name} is {value!r}; an int is needed to size a cache")
+        return value
+
+    num_heads = number("num_attention_heads")
+    if read("kv_lora_rank"):
+        # Multi-head latent attention: transformers expands the latents to K and V for every head.
+        return num_heads, number("qk_nope_head_dim") + number("qk_rope_head_dim"), number("v_head_dim")
+    if read("multi_query"):
+        num_kv_heads = 1
+    else:
+        num_kv_heads = num_heads if read("num_key_value_heads") is None else number("num_key_value_heads")
+    has_head_dim = read("head_dim") is not None
+    head_dim = number("head_dim") if has_head_dim else number("hidden_size") // num_heads
+    return num_kv_heads, head_dim, head_dim if read("v_head_dim") is None else number("v_head_dim")
+
+
+def cache_config(
+    config: PreTrainedConfig, memory_bytes: int, dtype: torch.dtype, *, block_size: int = 16
+) -> CacheConfig:
+    """The largest cache for the model within `memory_bytes`, all layers in one group.
+
+    Raises:
+        ValueError: not one block fits.
+        UnsupportedModel: as for `kv_shape`.
+    """
+    shape = kv_shape(config)
+    return CacheConfig.for_memory(
+        shape.num_kv_heads,
+        shape.head_dim,
+        shape.num_layers,
+        memory_bytes,
+        dtype,
+        block_size=block_size,
+        v_head_dim=shape.v_head_dim,
+    )
+
+
+def longest_sequence(config: PreTrainedConfig) -> int | None:
+    """Tokens a sequence may have: the model's `max_position_embeddings`, or None where it names no limit.
+
+    Rotary frequencies of type "dynamic" and "longrope" change for all sequences of a batch once the longest passes the
+    length the model was first trained on. That length is the limit then: no request changes another's tokens.
+    """
+    text = config.get_text_config(decoder=True)
+    limits = [getattr(text, "max_position_embeddings", None), unscaled_length(config)]
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
+def unscaled_length(config: PreTrainedConfig) -> int | None:
+    """The length past which the rotary frequencies of a "dynamic" or "longrope" model change; None for others."""
+    text = config.get_text_config(decoder=True)
+    limits = []
+    rope = getattr(text, "rope_parameters", None) or {}
+    for entry in [rope, *rope.values()]:
+        if isinstance(entry, dict) and entry.get("rope_type") in ("dynamic", "longrope"):
+            limits.append(
+                entry.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", None)
+            )
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)

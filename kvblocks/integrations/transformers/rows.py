@@ -1,0 +1,554 @@
+"""The rows of a batch as sequences of a block manager: what a cache for transformers is made of, without transformers.
+
+Transformers counts in columns: every row of a batch has as many, and those on the left may be padding. Here a row is a
+sequence of its own tokens, and padding takes no slot. Imports torch, the manager and storage.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+from weakref import WeakValueDictionary
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvblocks.config import CacheConfig
+from kvblocks.engine import CacheEngine
+from kvblocks.manager import BlockManager
+from kvblocks.step import StepBuffers
+
+__all__ = ["Pass", "Pool", "Prompt", "Row", "Rows", "Sizes"]
+
+Ids = npt.NDArray[np.int64]
+
+
+class _UnknownIds:
+    """Ids for tokens whose own were never told, above all real ones, each given once.
+
+    A manager lets sequences share a computed block only under ids. These stand for nothing but themselves, so no prompt
+    hits them. When all are spent they start again, and each manager forgets the old ones first.
+    """
+
+    FIRST, END = 1 << 30, 1 << 31
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._next, self._round = self.FIRST, 0
+
+    def draw(self, count: int) -> tuple[Ids, int]:
+        """`count` ids, and how often all have been spent."""
+        with self._lock:
+            if self._next + count > self.END:
+                self._next, self._round = self.FIRST, self._round + 1
+            self._next += count
+            return np.arange(self._next - count, self._next), self._round
+
+
+_unknown_ids = _UnknownIds()
+
+
+@dataclass
+class Sizes:
+    """What a pool is to be, as far as it is known before the first K and V come.
+
+    Attributes:
+        shape: layers, heads and dims as the model's config has them; raises where it does not say.
+        dtype, device: those that were asked for.
+        unequal: whether layers differ in shape; where they do not, the first K and V show that of all.
+        likely_dtype: of K and V where none was asked for.
+    """
+
+    shape: Callable[[], tuple[int, int, int, int]]
+    unequal: bool
+    num_layers: int
+    memory: int | None
+    num_blocks: int | None
+    block_size: int
+    dtype: torch.dtype | None
+    device: torch.device | None
+    likely_dtype: torch.dtype
+
+
+class Pool:
+    """The blocks that caches share: a manager, the storage of its blocks, and the arrays of the pass under way.
+
+    Passes follow each other: one that has begun and not ended when another cache begins its own has failed.
+    """
+
+    _of_manager: ClassVar["WeakValueDictionary[int, Pool]"] = WeakValueDictionary()
+
+    def __init__(
+        self, sizes: Sizes | None, manager: BlockManager | None = None, engine: CacheEngine | None = None
+    ) -> None:
+        self.running: Rows | None = None
+        self._sizes = sizes
+        self._manager = manager
+        self._engine = engine
+        self._buffers: StepBuffers | None = None
+        self._round = 0
+        if manager is not None:
+            self._of_manager[id(manager)] = self
+
+    @classmethod
+    def of(cls, manager: BlockManager, engine: CacheEngine) -> "Pool":
+        """The pool of a manager, the same for every cache on it."""
+        pool = cls._of_manager.get(id(manager))
+        if pool is not None and pool._engine is not engine:
+            raise ValueError("another cache uses this manager with another engine; give the engine of that cache")
+        if (manager.num_blocks, manager.block_size) != (engine.num_blocks, engine.block_size):
+            raise ValueError(
+                f"the manager has {manager.num_blocks} blocks of {manager.block_size} tokens and the engine "
+                f"{engine.num_blocks} of {engine.block_size}; give the two of one cache"
+            )
+        return pool or cls(None, manager, engine)
+
+    @property
+    def manager(self) -> BlockManager:
+        if self._manager is None:
+            assert self._sizes is not None
+            sizes = self._sizes
+            if sizes.num_blocks is None:
+                self._size(*sizes.shape()[1:], sizes.dtype or sizes.likely_dtype)
+            assert sizes.num_blocks is not None
+            self._manager = BlockManager(sizes.num_blocks, sizes.block_size)
+            self._of_manager[id(self._manager)] = self
+        return self._manager
+
+    def engine(self, shape: tuple[int, int, int] | None, dtype: torch.dtype, device: torch.device) -> CacheEngine:
+        """The storage, allocated for K and V of this shape (heads, dim of K, dim of V) the first time.
+
+        Raises:
+            OutOfMemory: it does not fit.
+            ValueError: it is more than the memory that was given, as K and V are not what the config said.
+        """
+        if self._engine is not None:
+            return self._engine
+        sizes = self._sizes
+        assert sizes is not None
+        if sizes.dtype not in (None, dtype) or sizes.device not in (None, device):
+            raise ValueError(
+                f"the model makes {dtype} on {device}, the cache was made for {sizes.dtype or dtype} on "
+                f"{sizes.device or device}; give PagedCache the model's dtype and device"
+            )
+        shape = self._largest(shape)
+        if sizes.num_blocks is None:
+            self._size(*shape, dtype)
+        assert sizes.num_blocks is not None
+        config = CacheConfig(sizes.num_layers, *shape[:2], sizes.num_blocks, sizes.block_size, shape[2])
+        if sizes.memory is not None and config.memory_bytes(dtype) > sizes.memory:
+            raise ValueError(
+                f"{sizes.num_blocks} blocks of {shape[0]} heads of {dtype} K [{shape[1]}] and V [{shape[2]}] are "
+                f"{config.memory_bytes(dtype)} bytes, and memory={sizes.memory}; the blocks were counted by the "
+                "config, which has another shape or dtype: give num_blocks, or dtype"
+            )
+        self._engine = CacheEngine(config, dtype, device, layout="NHD")
+        return self._engine
+
+    def allocated(self) -> CacheEngine:
+        """The storage, as far as it is known what it will be asked for."""
+        sizes = self._sizes
+        if self._engine is not None or sizes is None:
+            assert self._engine is not None
+            return self._engine
+        return self.engine(None, sizes.dtype or sizes.likely_dtype, sizes.device or torch.device("cpu"))
+
+    def _largest(self, seen: tuple[int, int, int] | None) -> tuple[int, int, int]:
+        """Heads and dims that serve every layer: those of the first where the config tells of no larger ones."""
+        assert self._sizes is not None
+        try:
+            said = self._sizes.shape()[1:]
+        except ValueError:
+            if seen is None:
+                raise
+            return seen
+        if seen is None:
+            return said
+        if self._sizes.unequal:
+            return max(said[0], seen[0]), max(said[1], seen[1]), max(said[2], seen[2])
+        return seen
+
+    def _size(self, heads: int, head_dim: int, v_head_dim: int, dtype: torch.dtype) -> None:
+        sizes = self._sizes
+        assert sizes is not None
+        assert sizes.memory is not None
+        config = CacheConfig.for_memory(
+            heads, head_dim, sizes.num_layers, sizes.memory, dtype, block_size=sizes.block_size, v_head_dim=v_head_dim
+        )
+        sizes.num_blocks = config.num_gpu_blocks
+
+    def copy_blocks(self, pairs: Tensor) -> None:
+        assert self._engine is not None  # what is copied has been written
+        self._engine.copy_blocks(pairs)
+
+    def unknown_ids(self, count: int) -> Ids:
+        ids, spent = _unknown_ids.draw(count)
+        if spent != self._round:
+            self.manager.reset_prefix_cache()
+            self._round = spent
+        return ids
+
+    def buffers(self, num_seqs: int, num_tokens: int, num_blocks: int, device: torch.device) -> StepBuffers:
+        """Step buffers of at least these sizes; they grow by doubling."""
+        old = self._buffers
+        had = (4, 64, 16) if old is None else (old.max_seqs, old.max_tokens, old.max_blocks_per_seq)
+        wanted = (num_seqs, num_tokens, num_blocks)
+        if old is None or old.device != device or any(map(int.__gt__, wanted, had)):
+            sizes = [size if need <= size else max(need, 2 * size) for need, size in zip(wanted, had, strict=True)]
+            self._buffers = old = StepBuffers(*sizes, device=device)
+        return old
+
+    def begin(self, rows: "Rows") -> None:
+        """Make these the rows whose pass runs; that of others, still running, has failed."""
+        if self.running is not None and self.running is not rows:
+            self.running.drop()
+        self.running = rows
+
+
+@dataclass(slots=True)
+class Row:
+    """One row of a batch.
+
+    Of its tokens `[0, real)` have the ids that were told, `[0, known)` have ids, `[0, computed)` have K and V or slots
+    in the running pass, and `[0, total)` are in the manager's sequence.
+    """
+
+    handle: int
+    pad: int  # columns before its first token
+    computed: int = 0
+    total: int = 0
+    known: int = 0
+    real: int = 0
+
+    def at(self, columns: int) -> int:
+        """How many of its tokens lie in the first `columns` columns."""
+        return max(0, columns - self.pad)
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward pass over `count` new columns, from the first layer that writes to the last.
+
+    Attributes:
+        batch: rows of the tensors; `factor` of them stand for one row here, and hold the same.
+        before: columns that were there.
+        slots: int64 [n]: where those new tokens go that have no K and V yet.
+        chosen: int64 [n]: which of the `rows * count` new tokens these are; None for all, in order.
+        tables: int32 [rows, blocks].
+        places: int64 [rows, before + count]: where each column's token lies among all tokens of `tables`; None where
+            row i has column c at `i * blocks * block_size + c`.
+        padding: bool [rows, before + count], where `places` means nothing.
+        written: layers that have written.
+        saved: the rows as they were, None where the pass made them.
+    """
+
+    batch: int
+    factor: int
+    before: int
+    count: int
+    slots: Tensor
+    tables: Tensor
+    chosen: Tensor | None = None
+    places: Tensor | None = None
+    padding: Tensor | None = None
+    step_id: int | None = None
+    saved: list[Row] | None = None
+    written: set[int] = field(default_factory=set)
+    dropped: bool = False
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a batch as `begin` is told of it: its ids without padding, and what else decides its K and V."""
+
+    ids: Ids
+    pad: int
+    salt: bytes = b""
+    extra: Sequence[tuple[int, bytes]] = ()
+
+
+class Rows:
+    """The rows of one cache, and what a cache does with all of them at once.
+
+    A call that raises leaves them as they were, `begin` excepted, which leaves none.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.rows: list[Row] = []
+        self.columns = 0
+        self.factor = 1  # rows of the batch that each row stands for, as long as they hold the same
+        self.running: Pass | None = None
+        self._prompts: list[Prompt] = []
+
+    # Passes
+
+    def open(self, batch: int, count: int, device: torch.device) -> Pass:
+        """Begin a pass over `count` new columns: a slot for each of its tokens.
+
+        Raises:
+            ValueError: `batch` is not the number of rows, nor a multiple of it where the rows are a told prompt.
+            NoFreeBlocks: the pool has not enough.
+        """
+        self.pool.begin(self)
+        fresh = not self.rows
+        try:
+            if fresh:
+                self._admit_unknown(batch)
+            self._spread(batch, count)
+            saved = [replace(row) for row in self.rows]
+            try:
+                self.running = self._prepare(batch, count, device)
+            except BaseException:
+                self._restore(saved)
+                raise
+        except BaseException:
+            self.pool.running = None
+            if fresh:
+                self.clear()
+            raise
+        self.running.saved = None if fresh else saved
+        return self.running
+
+    def finish(self) -> None:
+        """The running pass is done: its tokens count."""
+        done, self.running, self.pool.running = self.running, None, None
+        assert done is not None
+        if done.step_id is not None:
+            self.pool.manager.commit(done.step_id)
+        self.columns += done.count
+
+    def abort(self) -> None:
+        """Take the running pass back, if there is one: as if it had never begun."""
+        self.drop()
+        self.running = None
+
+    def drop(self) -> None:
+        """`abort`, but the pass stays to be seen as one that was dropped."""
+        run = self.running
+        if self.pool.running is self:
+            self.pool.running = None
+        if run is None or run.dropped:
+            return
+        run.dropped = True
+        if run.step_id is not None:
+            self.pool.manager.abort(run.step_id)
+        if run.saved is None:
+            self.clear()
+        else:
+            self._restore(run.saved)
+
+    def _admit_unknown(self, batch: int) -> None:
+        """Rows of tokens whose ids nobody told; the salt keeps them apart from all others."""
+        for _ in range(batch):
+            handle, _ = self.pool.manager.admit([0], salt=os.urandom(16), reserve=0)
+            self.rows.append(Row(handle, 0, total=1, known=1))
+        self.factor = 1
+
+    def _spread(self, batch: int, count: int) -> None:
+        """Settle how many rows of the batch each row stands for; copies share all blocks."""
+        factor, rest = divmod(batch, len(self.rows))
+        if rest or (factor != self.factor and (self.factor != 1 or not self._holds_prompt_only())):
+            raise ValueError(f"the batch has {batch} rows, the cache {len(self.rows) * self.factor}")
+        self.factor = factor
+        if factor > 1 and any(row.at(self.columns + count) > row.real for row in self.rows):
+            self.select([row for row in range(len(self.rows)) for _ in range(factor)])
+
+    def _holds_prompt_only(self) -> bool:
+        return all(row.real == row.total for row in self.rows)
+
+    def _prepare(self, batch: int, count: int, device: torch.device) -> Pass:
+        manager, block_size = self.pool.manager, self.pool.manager.block_size
+        after = self.columns + count
+        missing = [max(0, row.at(after) - row.total) for row in self.rows]
+        if any(missing):
+            manager.extend([row.handle for row in self.rows], None, missing)
+            for row, number in zip(self.rows, missing, strict=True):
+                row.total += number
+        news = [max(0, row.at(after) - row.computed) for row in self.rows]
+        taking = [(row, new) for row, new in zip(self.rows, news, strict=True) if new]
+        num_blocks = max(1, *(-(-row.at(after) // block_size) for row in self.rows))
+        step_id, slots, tables = None, torch.empty(0, dtype=torch.int64, device=device), None
+        if taking:
+            widest = max(-(-row.total // block_size) for row, _ in taking)  # a told prompt has its blocks reserved
+            step = self.pool.buffers(len(taking), sum(news), widest, device)
+            step_id = manager.prepare([row.handle for row, _ in taking], [new for _, new in taking], step)
+            slots = step.slot_mapping[: step.num_tokens]
+            tables = step.block_table[: step.num_seqs, :num_blocks]
+        try:
+            if step_id is not None and step.num_copies:
+                self.pool.copy_blocks(step.copies)
+            if tables is None or len(taking) < len(self.rows):
+                tables = self._tables(num_blocks, device)
+            for row, new in taking:
+                row.computed += new
+            chosen = None
+            if any(new != count for new in news):
+                ends = range(count, (len(self.rows) + 1) * count, count)
+                parts = [np.arange(end - new, end) for end, new in zip(ends, news, strict=True)]
+                chosen = torch.from_numpy(np.concatenate(parts)).to(device)
+            places = padding = None
+            if any(row.pad for row in self.rows):
+                pads = torch.tensor([row.pad for row in self.rows], device=device)[:, None]
+                tokens = torch.arange(after, device=device) - pads
+                padding = tokens < 0
+                starts = torch.arange(len(self.rows), device=device)[:, None] * (num_blocks * block_size)
+                places = starts + tokens.clamp(min=0)
+        except BaseException:
+            if step_id is not None:
+                manager.abort(step_id)
+            raise
+        return Pass(batch, self.factor, self.columns, count, slots, tables, chosen, places, padding, step_id)
+
+    def _tables(self, num_blocks: int, device: torch.device) -> Tensor:
+        """The block tables of all rows, those too that take no part in the step; 0 pads."""
+        tables = np.zeros((len(self.rows), num_blocks), np.int32)
+        for line, row in zip(tables, self.rows, strict=True):
+            blocks = self.pool.manager.block_table(row.handle)[:num_blocks]
+            line[: len(blocks)] = blocks
+        return torch.from_numpy(tables).to(device)
+
+    def _restore(self, saved: list[Row]) -> None:
+        for row, old in zip(self.rows, saved, strict=True):
+            if row.total != old.total:
+                self.pool.manager.trim(row.handle, old.total)
+        self.rows = saved
+
+    # Prompts
+
+    def begin(self, prompts: Sequence[Prompt], *, reuse: bool) -> None:
+        """Hold these prompts instead; what is computed of all of them, from the first column on, counts as there.
+
+        Raises:
+            NoFreeBlocks, TooManySequences: the pool cannot hold them; then nothing is held.
+        """
+        self.abort()
+        manager = self.pool.manager
+        kept = [self._continued(number, prompt) for number, prompt in enumerate(prompts)]
+        gone = [row.handle for row, keep in zip(self.rows, kept, strict=False) if keep is None]
+        gone += [row.handle for row in self.rows[len(prompts) :]]
+        self.rows = [row for row in kept if row is not None]
+        self._prompts, self.columns, self.factor = [], 0, 1
+        manager.free(gone)
+        try:
+            for number, (row, prompt) in enumerate(zip(kept, prompts, strict=True)):
+                if row is None:
+                    handle, cached = manager.admit(prompt.ids, salt=prompt.salt, extra=prompt.extra)
+                    row = Row(handle, prompt.pad, cached)
+                    self.rows.insert(number, row)
+                else:
+                    manager.extend([row.handle], prompt.ids[row.computed :], [len(prompt.ids) - row.computed])
+                    row.pad = prompt.pad
+                row.total = row.known = row.real = len(prompt.ids)
+        except BaseException:
+            self.clear()
+            raise
+        self._prompts = list(prompts)
+        self.columns = min(row.pad + row.computed for row in self.rows) if reuse else 0
+
+    def _continued(self, number: int, prompt: Prompt) -> Row | None:
+        """The row of that number, cut to what it has of a prompt; None where the prefix cache has more of it."""
+        if number >= min(len(self.rows), len(self._prompts)):
+            return None
+        row, old = self.rows[number], self._prompts[number]
+        if (old.salt, prompt.salt, *old.extra, *prompt.extra) != (prompt.salt, prompt.salt):
+            return None
+        most = min(row.real, row.computed, len(prompt.ids) - 1)
+        same = self.pool.manager.tokens(row.handle)[:most] == prompt.ids[:most]
+        alike = most if same.all() else int(same.argmin())
+        if not alike or alike <= self.pool.manager.match(prompt.ids, salt=prompt.salt):
+            return None
+        self.pool.manager.trim(row.handle, alike)
+        return Row(row.handle, prompt.pad, alike, alike, alike, alike)
+
+    def tell(self, rows: Sequence[Ids]) -> None:
+        """The ids of all that the rows hold, without padding; longer ones are cut.
+
+        Raises:
+            ValueError: another number of rows, too few ids, others than were told before, or rows that never had any.
+        """
+        if len(rows) != len(self.rows) or self.factor > 1:
+            raise ValueError(f"ids of {len(rows)} rows were given, the cache holds {len(self.rows) * self.factor}")
+        if not self._prompts:
+            raise ValueError("no prompt was told, so these ids belong to nothing; call begin before generation")
+        manager = self.pool.manager
+        for number, (row, ids) in enumerate(zip(self.rows, rows, strict=True)):
+            if row.known > row.real:
+                raise ValueError(
+                    f"row {number} was shared between beams after token {row.real}, so whose ids it holds is not known"
+                )
+            if len(ids) < row.total:
+                raise ValueError(f"row {number} holds {row.total} tokens, and {len(ids)} ids were given")
+            told = manager.tokens(row.handle)[: row.real]
+            if (told != ids[: row.real]).any():
+                place = int((told != ids[: row.real]).argmax())
+                raise ValueError(
+                    f"row {number} holds token {told[place]} at {place}, and {ids[place]} was given; the ids must be "
+                    "the prompt's, and what came after it"
+                )
+        counts = [row.total - row.known for row in self.rows]
+        new = [ids[row.known : row.total] for row, ids in zip(self.rows, rows, strict=True)]
+        manager.set_tokens([row.handle for row in self.rows], np.concatenate(new), counts)
+        for row in self.rows:
+            row.known = row.real = row.total
+
+    # Between passes
+
+    def crop(self, columns: int) -> None:
+        """Drop columns from the end until `columns` are left."""
+        for row in self.rows:
+            length = row.at(columns)
+            if row.total > length:
+                self.pool.manager.trim(row.handle, length)
+                row.total = length
+                row.computed, row.known, row.real = (min(n, length) for n in (row.computed, row.known, row.real))
+        self.columns = columns
+
+    def select(self, indices: Sequence[int]) -> None:
+        """Row i becomes what row `indices[i]` is; rows that come twice share every block."""
+        forks = self._forks(indices)
+        taken: set[int] = set()
+        rows = []
+        for index in indices:
+            row = self.rows[index]
+            rows.append(replace(row, handle=forks[index].pop()) if index in taken else row)
+            taken.add(index)
+        gone = [row.handle for index, row in enumerate(self.rows) if index not in taken]
+        self._prompts = [self._prompts[index] for index in indices] if self._prompts else []
+        self.rows, self.factor = rows, 1
+        self.pool.manager.free(gone)
+
+    def fork(self) -> "Rows":
+        """The same rows again, sharing every block."""
+        made = Rows(self.pool)
+        forks = self._forks([*range(len(self.rows))] * 2)
+        made.rows = [replace(row, handle=forks[index].pop()) for index, row in enumerate(self.rows)]
+        made.columns, made.factor, made._prompts = self.columns, self.factor, list(self._prompts)
+        return made
+
+    def _forks(self, indices: Sequence[int]) -> dict[int, list[int]]:
+        """Handles for all but the first use of each row; all of them or none."""
+        forks: dict[int, list[int]] = {}
+        try:
+            for index in sorted(set(indices)):
+                more = indices.count(index) - 1
+                row = self.rows[index]
+                if more and row.known < row.computed:
+                    count = row.total - row.known
+                    self.pool.manager.set_tokens([row.handle], self.pool.unknown_ids(count), [count])
+                    row.known = row.total
+                forks[index] = self.pool.manager.fork(row.handle, more) if more else []
+        except BaseException:
+            self.pool.manager.free([handle for handles in forks.values() for handle in handles])
+            raise
+        return forks
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        self.abort()
+        rows, self.rows, self._prompts, self.columns, self.factor = self.rows, [], [], 0, 1
+        if rows:
+            self.pool.manager.free([row.handle for row in rows])
