@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvblocks.planner import Plan, plan
     from kvblocks.step import StepBuffers
     from kvblocks.storage import PagedKVCache
+    from kvblocks.streams import generate
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ _HOMES = {
     "StepBuffers": "step",
     "TooManySequences": "errors",
     "Window": "config",
+    "generate": "streams",
     "paged_attention": "attention",
     "plan": "planner",
 }
@@ -54,6 +56,7 @@ __all__ = [
     "StepBuffers",
     "TooManySequences",
     "Window",
+    "generate",
     "paged_attention",
     "plan",
 ]
@@ -62,7 +65,14 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'kvblocks' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"kvblocks.{_HOMES[name]}"), name)
+    try:
+        home = import_module(f"kvblocks.{_HOMES[name]}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "transformers":
+            raise
+        needs = f'kvblocks.{name} needs transformers, which is not installed; run: pip install "kvblocks[generate]"'
+        raise ModuleNotFoundError(needs, name="transformers") from None
+    value = globals()[name] = getattr(home, name)
     return value
 
 

@@ -1,27 +1,32 @@
-"""The worked example: a whole engine for greedy generation with continuous batching over the paged cache.
+"""The worked example: a whole engine for generation with continuous batching over the paged cache.
 
 Read it to write your own. Policy lives here: who runs, who waits, who gives way. Blocks and slots are the manager's, K
 and V the cache's, and `kvblocks.integrations.transformers` brings them to the model's layers.
 """
 
+import weakref
 from collections import deque
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvblocks.config import CacheConfig
 from kvblocks.engine import CacheEngine
 from kvblocks.errors import NoFreeBlocks
-from kvblocks.integrations import transformers as integration
+from kvblocks.integrations.transformers import PagedModel, longest_sequence
 from kvblocks.manager import BlockManager
 from kvblocks.step import StepBuffers
 
 __all__ = ["Generator", "Request", "Token"]
+
+_WORTH_WAITING = 64  # tokens: a prompt waits a pass or more for as many that another is about to compute
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class _Sequence:
 
     request_id: int
     request: Request
+    prompt: npt.NDArray[np.int64]
     handle: int = 0  # the manager's; 0 until the first admission, kept through preemption
     num_new: int = 0
 
@@ -71,12 +77,12 @@ class Generator:
 
     The life of a request::
 
-        add ──> waiting ──admit / resume──> running ──last token──> freed
+        add ──> waiting ──admit / resume──> running ──last token, cancel──> freed
                    ^                           │
                    └──────────preempt──────────┘
 
     Both queues keep the order of arrival, and who runs came before who waits. The oldest request always gets on, so all
-    of them end.
+    of them end. A prompt that begins as one does that is being computed waits until it can take over what they share.
 
     Args:
         model: a decoder-only transformers model; the cache gets its dtype and device.
@@ -85,12 +91,14 @@ class Generator:
         max_batch_tokens: tokens of one forward pass. A prompt longer than what is left of them goes in chunks.
         max_seqs: sequences that run at once; never more than `max_batch_tokens`, as each takes one to decode.
         watermark: share of the pool that an admission leaves free, for those who run to grow into.
+        choose: the next tokens [n], int64, from their logits [n, vocabulary]; by default the best ones.
 
     Raises:
         ValueError: a model that cannot be served, or a number out of range.
         OutOfMemory: the cache does not fit.
 
-    The model's layers attend through kvblocks until `close`, or the end of the `with` block.
+    The model's layers attend through kvblocks until `close`, the end of the `with` block, or until the generator is
+    collected.
 
     Thread-safety: one thread drives a generator.
     """
@@ -104,17 +112,19 @@ class Generator:
         max_batch_tokens: int = 512,
         max_seqs: int = 64,
         watermark: float = 0.01,
+        choose: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if max_seqs < 1 or max_batch_tokens < 1:
             raise ValueError(f"max_seqs={max_seqs} and max_batch_tokens={max_batch_tokens} must be at least 1")
         self.model = model
-        limit = integration.longest_sequence(model.config)
+        limit = longest_sequence(model.config)
         self.max_seq_len = config.max_tokens if limit is None else min(limit, config.max_tokens)
         self.max_batch_tokens = max_batch_tokens
         self.max_seqs = min(max_seqs, max_batch_tokens)
-        self._closed = False
-        self._attached = ExitStack()
-        self._attached.enter_context(integration.attached(model))
+        self._choose = choose
+        self._paged = PagedModel(model)
+        self._paged.attach()
+        self._finalizer = weakref.finalize(self, self._paged.detach)
         try:
             self.engine = CacheEngine(config, model.dtype, model.device, layout=layout)
             self.manager = BlockManager(
@@ -156,9 +166,25 @@ class Generator:
         for token in request.prompt:
             if not 0 <= token < known:
                 raise ValueError(f"token {token} is in the prompt; the model knows 0 to {known - 1}")
-        self._waiting.append(_Sequence(self._num_added, request))
+        self._waiting.append(_Sequence(self._num_added, request, np.array(request.prompt)))
         self._num_added += 1
         return self._waiting[-1].request_id
+
+    def cancel(self, request_id: int) -> bool:
+        """Drop a request that waits or runs, and give its blocks back; False where it does neither.
+
+        Raises:
+            RuntimeError: the generator is closed.
+        """
+        self._check_open()
+        for queue in (self._waiting, self._running):
+            for sequence in queue:
+                if sequence.request_id == request_id:
+                    queue.remove(sequence)
+                    if sequence.handle:
+                        self.manager.free([sequence.handle])
+                    return True
+        return False
 
     @property
     def num_unfinished(self) -> int:
@@ -180,6 +206,7 @@ class Generator:
             RuntimeError: the generator is closed.
         """
         self._check_open()
+        self._paged.attach()
         self._admit()
         if not self._running:
             return []
@@ -190,8 +217,8 @@ class Generator:
             ends = accumulate(row.query_len for row in rows)
             last_tokens = [end - 1 for row, end in zip(rows, ends, strict=True) if row.samples]
             wanted = torch.tensor(last_tokens, dtype=torch.int64, device=self.model.device)
-            logits = integration.forward(self.model, self.engine, self.buffers, wanted)
-            tokens = logits.argmax(-1).tolist()
+            logits = self._paged.forward(self.engine, self.buffers, wanted)
+            tokens = self._chosen(logits) if last_tokens else []
         except BaseException:
             self.manager.abort(step_id)
             raise
@@ -199,13 +226,16 @@ class Generator:
         self.manager.commit(step_id)
         return self._append([row.sequence for row in rows if row.samples], tokens)
 
+    def rest(self) -> None:
+        """Give the model its own attention back until the next step."""
+        self._paged.detach()
+
     def close(self) -> None:
         """Give the model its own attention back. The cache goes with the generator."""
-        self._closed = True
-        self._attached.close()
+        self._finalizer()
 
     def _check_open(self) -> None:
-        if self._closed:
+        if not self._finalizer.alive:
             raise RuntimeError("the generator is closed: the model has its own attention back; make a new one")
 
     def __enter__(self) -> Self:
@@ -221,16 +251,24 @@ class Generator:
         """
         while self._waiting and len(self._running) < self.max_seqs:
             sequence = self._waiting[0]
+            if not sequence.handle and self._awaits(sequence.prompt):
+                return
             try:
                 if sequence.handle:
                     self.manager.resume(sequence.handle)
                 else:
-                    sequence.handle, _ = self.manager.admit(sequence.request.prompt)
+                    sequence.handle, _ = self.manager.admit(sequence.prompt)
             except NoFreeBlocks:
                 if not self._running:
                     raise
                 return
             self._running.append(self._waiting.popleft())
+
+    def _awaits(self, prompt: npt.NDArray[np.int64]) -> bool:
+        """Whether a sequence that runs is about to compute much that this prompt begins with."""
+        alike = max((_common(prompt, sequence.prompt) for sequence in self._running if not sequence.num_new), default=0)
+        useful = min(alike, len(prompt) - 1) // self.manager.block_size * self.manager.block_size
+        return useful >= _WORTH_WAITING and useful - self.manager.match(prompt) >= _WORTH_WAITING
 
     def _schedule(self) -> list[_Row]:
         """Share the tokens of a pass out: one to each who decodes, what is left to prompts, the oldest first."""
@@ -261,6 +299,19 @@ class Generator:
                 self._waiting.appendleft(newest)
                 rows = [row for row in rows if row.sequence is not newest]
 
+    def _chosen(self, logits: Tensor) -> list[int]:
+        if self._choose is None:
+            best: list[int] = logits.argmax(-1).tolist()
+            return best
+        tokens: Any = self._choose(logits)
+        if not isinstance(tokens, Tensor) or tokens.shape != logits.shape[:1] or tokens.dtype != torch.int64:
+            shape = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise TypeError(
+                f"choose returned {shape}; for logits {list(logits.shape)} it must be int64 [{len(logits)}]"
+            )
+        chosen: list[int] = tokens.tolist()
+        return chosen
+
     def _append(self, sequences: list[_Sequence], tokens: list[int]) -> list[Token]:
         """Hand the sampled tokens to the manager; who is finished gives all blocks back."""
         news, ended, handles, ongoing = [], [], [], []
@@ -283,3 +334,10 @@ class Generator:
             self.manager.free([sequence.handle for sequence in ended])
             self._running = [sequence for sequence in self._running if sequence not in ended]
         return news
+
+
+def _common(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> int:
+    """How many tokens two prompts have in common from the start."""
+    size = min(len(first), len(second))
+    differ = first[:size] != second[:size]
+    return int(differ.argmax()) if differ.any() else size

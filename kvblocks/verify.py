@@ -68,7 +68,7 @@ def verify(model: PreTrainedModel, request: Request, tokens: Sequence[int]) -> V
 
     The bound does not cover expert routing: in half precision a tie between experts can change a logit by more.
 
-    The model attends as it does on its own: not inside `kvblocks.integrations.transformers.attached`.
+    The model attends as it does on its own: not inside `kvblocks.integrations.transformers.PagedModel`.
     """
     cache = DynamicCache(config=model.config)
     feed = list(request.prompt)

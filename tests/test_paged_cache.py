@@ -199,7 +199,7 @@ def test_whatever_was_told_is_found_again_and_nothing_else(data: st.DataObject) 
     told: list[list[int]] = []
     for _ in range(data.draw(st.integers(1, 4))):
         lengths = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=3))
-        columns, alphabet = max(lengths), st.integers(5, 6)
+        columns, alphabet = max(lengths) + data.draw(st.sampled_from([0, 0, 3])), st.integers(5, 6)
         pads = [columns - length for length in lengths]
         ids = np.zeros((len(lengths), columns + 8), np.int64)
         for row, pad in enumerate(pads):

@@ -4,7 +4,7 @@
 model's layers read the blocks in place; `kvblocks.generate` runs on that. Imports transformers.
 """
 
-from kvblocks.integrations.transformers.backend import attached, check_model, forward
+from kvblocks.integrations.transformers.backend import PagedModel, check_model
 from kvblocks.integrations.transformers.cache import PagedCache
 from kvblocks.integrations.transformers.layers import (
     KVShape,
@@ -17,11 +17,10 @@ from kvblocks.integrations.transformers.layers import (
 __all__ = [
     "KVShape",
     "PagedCache",
+    "PagedModel",
     "UnsupportedModel",
-    "attached",
     "cache_config",
     "check_model",
-    "forward",
     "kv_shape",
     "longest_sequence",
 ]

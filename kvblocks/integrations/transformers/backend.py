@@ -4,106 +4,153 @@ Importing this module registers the attention and its mask with transformers. Sc
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from kvblocks.attention import paged_attention
 from kvblocks.engine import CacheEngine
-from kvblocks.integrations.transformers.layers import UnsupportedModel, model_layers
+from kvblocks.integrations.transformers.layers import KVShape, ModelLayer, UnsupportedModel, model_layers
 from kvblocks.step import StepBuffers
+from kvblocks.storage import PagedKVCache
 
-__all__ = ["attached", "check_model", "forward"]
+__all__ = ["PagedModel", "check_model"]
 
 NAME = "kvblocks"
 
 
-def check_model(model: PreTrainedModel) -> None:
-    """Raise `UnsupportedModel` for one that is known not to work before it has run.
+def check_model(model: PreTrainedModel) -> tuple[ModelLayer, ...]:
+    """The model's layers; raises `UnsupportedModel` for a model that is known not to work before it has run.
 
     Served are decoders whose attention goes through transformers' attention registry and whose only state is K and V.
     """
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise UnsupportedModel(f"{name} is an encoder-decoder; only decoder-only models are served")
-    model_layers(model.config)
+    layers = model_layers(model.config)
     if getattr(model, "_is_stateful", False):
         raise UnsupportedModel(f"{name} keeps a recurrent state between tokens, which a K/V cache does not hold")
     if not all(part._can_set_attn_implementation() for part in model.modules() if isinstance(part, PreTrainedModel)):
         raise UnsupportedModel(
             f"{name} does not use transformers' attention registry, so its attention cannot be exchanged"
         )
-    parameters = inspect.signature(model.forward).parameters
-    if "position_ids" not in parameters or all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
-        raise UnsupportedModel(
-            f"{name}.forward takes no position_ids or hands nothing on to its layers; it cannot be batched"
-        )
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModel(f"{name}.forward takes no position_ids; rows of unequal length cannot be batched")
     if any(hasattr(part, "create_position_ids_from_input_ids") for part in model.modules()):
         raise UnsupportedModel(f"{name} numbers its positions in its own way; served are those that count from 0")
+    return layers
 
 
-@contextmanager
-def attached(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model's layers attend through kvblocks; on leaving, as they did before.
-
-    Raises:
-        UnsupportedModel: see `check_model`; or the model attends through kvblocks already.
-    """
-    check_model(model)
-    before = model.config._attn_implementation
-    if before == NAME:
-        raise UnsupportedModel(f"another generator drives this {type(model).__name__}; close that one first")
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-def forward(model: PreTrainedModel, engine: CacheEngine, step: StepBuffers, wanted: Tensor) -> Tensor:
-    """One forward pass over the tokens of a prepared step; their K and V are written into the cache on the way.
-
-    Args:
-        model: inside `attached`.
-        engine: a cache layer for each of the model's.
-        step: filled by `BlockManager.prepare`; its copies have been done.
-        wanted: int64 [n], the tokens of the step whose logits are asked for.
-
-    Returns:
-        logits [n, vocabulary], of the model's dtype.
+class PagedModel:
+    """A model whose layers attend through kvblocks, from `attach` to `detach`.
 
     Raises:
-        UnsupportedModel: a layer does what the cache cannot serve.
+        UnsupportedModel: see `check_model`.
     """
-    run = _Pass(engine, step)
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    output = model(
-        input_ids=step.input_ids[None, : step.num_tokens],
-        position_ids=step.positions[None, : step.num_tokens],
-        use_cache=False,
-        kvblocks=run,
-        **({"logits_to_keep": wanted} if keeps else {}),
-    )
-    if sorted(run.attended) != list(range(len(engine))):
-        raise UnsupportedModel(
-            f"of the {len(engine)} layers of {type(model).__name__}, these attended through kvblocks: "
-            f"{sorted(run.attended)}; each must once"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.layers = check_model(model)
+        self._before: str | None = None
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def attach(self) -> None:
+        """Let the model's layers attend through kvblocks, if they do not by this already.
+
+        Raises:
+            UnsupportedModel: they do by another `PagedModel`.
+        """
+        if self._before is not None:
+            return
+        before: str = self.model.config._attn_implementation
+        if before == NAME:
+            raise UnsupportedModel(f"another generator drives this {type(self.model).__name__}; close that one first")
+        self.model.set_attn_implementation(NAME)
+        self._before = before
+
+    @torch.inference_mode()
+    def measure(self) -> KVShape:
+        """What the layers hand to attention: one token is run through the model, attending to nothing.
+
+        Raises:
+            UnsupportedModel: a layer does what the cache cannot serve; or as for `attach`.
+        """
+        run = _Run(self.layers, None, None)
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
+        attached_before = self._before is not None
+        self.attach()
+        try:
+            self._run(run, input_ids=token, position_ids=token)
+        finally:
+            if not attached_before:
+                self.detach()
+        writing = [run.shapes[layer.index] for layer in self.layers if layer.writes]
+        return KVShape(len(writing), *(max(sizes) for sizes in zip(*writing, strict=True)))
+
+    def forward(self, engine: CacheEngine, step: StepBuffers, wanted: Tensor) -> Tensor:
+        """One forward pass over the tokens of a prepared step; their K and V are written into the cache on the way.
+
+        Args:
+            engine: a layer for each of the model's that writes K and V.
+            step: filled by `BlockManager.prepare`; its copies have been done.
+            wanted: int64 [n], the tokens of the step whose logits are asked for.
+
+        Returns:
+            logits [n, vocabulary], of the model's dtype.
+
+        Raises:
+            UnsupportedModel: a layer does what the cache cannot serve.
+        """
+        output = self._run(
+            _Run(self.layers, engine, step),
+            input_ids=step.input_ids[None, : step.num_tokens],
+            position_ids=step.positions[None, : step.num_tokens],
+            **({"logits_to_keep": wanted} if self._keeps else {}),
         )
-    logits: Tensor = output.logits[0]
-    return logits if keeps else logits[wanted]
+        logits: Tensor = output.logits[0]
+        return logits if self._keeps else logits[wanted]
+
+    def _run(self, run: "_Run", **inputs: Any) -> Any:
+        entered = _running.set(run)
+        try:
+            output = self.model(use_cache=False, **inputs)
+        finally:
+            _running.reset(entered)
+        expected = [layer.index for layer in self.layers if layer.storage is not None]
+        if sorted(run.attended) != expected:
+            raise UnsupportedModel(
+                f"the layers of {type(self.model).__name__} that attended through kvblocks are {sorted(run.attended)}; "
+                f"each of {expected} must once"
+            )
+        return output
+
+    def detach(self) -> None:
+        """Give the model its own attention back."""
+        before, self._before = self._before, None
+        if before is not None:
+            self.model.set_attn_implementation(before)
 
 
 @dataclass
-class _Pass:
-    """What the layers need in one forward pass; it reaches them through the keyword arguments of the model's call."""
+class _Run:
+    """What the layers need in one forward pass."""
 
-    engine: CacheEngine
-    step: StepBuffers
+    layers: Sequence[ModelLayer]
+    engine: CacheEngine | None
+    step: StepBuffers | None
     attended: list[int] = field(default_factory=list)
+    shapes: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # heads, dim of K, dim of V
+
+
+# Not every model hands keyword arguments on to its layers, so what they need reaches them by this.
+_running: ContextVar[_Run | None] = ContextVar("kvblocks_running", default=None)
 
 
 @dataclass(frozen=True)
@@ -111,6 +158,9 @@ class _LocalMask:
     """Stands where a layer of limited reach would have its mask: the window or chunk that the mask would show."""
 
     size: int
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise UnsupportedModel(f"the model works on its masks itself (it asks for .{name}), and here none are built")
 
 
 def _mask(
@@ -127,7 +177,7 @@ def _mask(
     """
     if attention_mask is not None and not attention_mask.all():
         raise UnsupportedModel(
-            f'attention "{NAME}" takes no padding mask: its batches are ragged; see {__name__}.forward'
+            f'attention "{NAME}" takes no padding mask: its batches are ragged; see {__name__}.PagedModel'
         )
     if use_vmap or allow_is_bidirectional_skip is not None:
         raise UnsupportedModel(f'attention "{NAME}" is causal; this model asks for a mask of its own')
@@ -143,7 +193,6 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    kvblocks: _Pass | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -152,18 +201,18 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function: query, key, value [1, heads, tokens, dim]; returns [1, tokens, heads, dim]."""
-    if kvblocks is None:
+    run = _running.get()
+    if run is None:
         raise UnsupportedModel(
-            f'attention "{NAME}" was called without a step: either the model was not run through {__name__}.forward '
-            "(for other uses, model.set_attn_implementation brings another attention back), or it hands no keyword "
-            f"arguments on to {type(module).__name__}"
+            f'attention "{NAME}" was called without a step: the model was not run through {__name__}.PagedModel '
+            "(for other uses, model.set_attn_implementation brings another attention back)"
         )
-    layer: int | None = getattr(module, "layer_idx", None)
-    if layer is None or not 0 <= layer < len(kvblocks.engine):
-        raise UnsupportedModel(
-            f"{type(module).__name__} has layer_idx={layer}; the cache has {len(kvblocks.engine)} layers"
-        )
-    where = f"layer {layer} ({type(module).__name__})"
+    index: int | None = getattr(module, "layer_idx", None)
+    if index is None or not 0 <= index < len(run.layers):
+        raise UnsupportedModel(f"{type(module).__name__} has layer_idx={index}; there are {len(run.layers)} layers")
+    where, layer = f"layer {index} ({type(module).__name__})", run.layers[index]
+    if layer.storage is None:
+        raise UnsupportedModel(f"{where} attends, and by its config it keeps no K and V")
     if is_causal is False or not getattr(module, "is_causal", True):
         raise UnsupportedModel(f"{where} is not causal; cached K and V serve causal attention only")
     if position_bias is not None:
@@ -172,30 +221,51 @@ def _attention(
         raise UnsupportedModel(f"{where} asks for dropout={dropout}; call model.eval()")
     if attention_mask is not None and not isinstance(attention_mask, _LocalMask):
         raise UnsupportedModel(f"{where} makes a mask of its own, which paged attention does not take")
-    window, chunk = _reach(module, layer, sliding_window)
+    window, chunk = _reach(module, index, sliding_window)
     masked = None if attention_mask is None else attention_mask.size
+    if window is None and chunk is None:
+        window = masked  # what a layer does not say, its mask does
     if masked != (window if chunk is None else chunk):
         raise UnsupportedModel(f"{where} has window={window} and chunk={chunk}, but its mask would show {masked}")
-    cache, step = kvblocks.engine[layer], kvblocks.step
-    keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    if keys.shape[1:] != (cache.num_heads, cache.head_dim) or values.shape[1:] != (cache.num_heads, cache.v_head_dim):
-        raise UnsupportedModel(
-            f"{where} makes K {list(keys.shape[1:])} and V {list(values.shape[1:])} (heads, dim), the cache holds "
-            f"{cache.num_heads} heads of {cache.head_dim} and {cache.v_head_dim}; unequal layers are not served"
-        )
-    kvblocks.attended.append(layer)
-    cache.write(keys, values, step.slot_mapping[: len(keys)])
+    run.attended.append(index)
+    run.shapes[index] = (key.shape[1], key.shape[3], value.shape[3])
+    if run.engine is None or run.step is None:
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+    cache = run.engine[layer.storage]
+    keys, values, queries = (states[0].transpose(0, 1) for states in (key, value, query))
+    heads, value_dim = queries.shape[1], values.shape[2]
+    if layer.writes and len(keys) != run.step.num_tokens:
+        raise UnsupportedModel(f"{where} makes K for {len(keys)} tokens, the step has {run.step.num_tokens}")
+    if scaling is None:
+        scaling = 1 / math.sqrt(queries.shape[2])
+    keys, values, queries = _fitted(where, cache, keys, values, queries)
+    if layer.writes:
+        cache.write(keys, values, run.step.slot_mapping[: len(keys)])
     output = paged_attention(
-        query[0].transpose(0, 1),
-        cache,
-        step,
-        scale=scaling,
-        window=window,
-        chunk=chunk,
-        softcap=softcap,
-        sinks=s_aux,
+        queries, cache, run.step, scale=scaling, window=window, chunk=chunk, softcap=softcap, sinks=s_aux
     )
-    return output[None], None
+    return output[None, :, :heads, :value_dim], None
+
+
+def _fitted(
+    where: str, cache: PagedKVCache, keys: Tensor, values: Tensor, queries: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """K, V and queries with zeros added up to the heads and dims of the cache, where the layer has fewer.
+
+    What is added to K and queries adds nothing to a score; the heads and dims added to the output are cut off again.
+    """
+    made = (keys.shape[1], keys.shape[2], values.shape[2])
+    held = (cache.num_heads, cache.head_dim, cache.v_head_dim)
+    if made == held:
+        return keys, values, queries
+    if any(size > most for size, most in zip(made, held, strict=True)):
+        raise UnsupportedModel(
+            f"{where} makes {made[0]} heads of K [{made[1]}] and V [{made[2]}], the cache holds {held[0]} heads of "
+            f"[{held[1]}] and [{held[2]}]"
+        )
+    more = held[0] - made[0]
+    queries = pad(queries, (0, held[1] - made[1], 0, more * (queries.shape[1] // made[0])))
+    return pad(keys, (0, held[1] - made[1], 0, more)), pad(values, (0, held[2] - made[2], 0, more)), queries
 
 
 def _reach(module: nn.Module, layer: int, sliding_window: int | None) -> tuple[int | None, int | None]:

@@ -534,7 +534,8 @@ def _read(cache: PagedKVCache, run: Pass, window: int | None, shape: tuple[int, 
     tables = run.tables[:, skipped:]
     length = tables.shape[1] * cache.block_size
     start, stop = first - skipped * cache.block_size, after - skipped * cache.block_size
-    sides = cache.gather(tables.flatten(), stop if len(tables) == 1 else len(tables) * length)
+    unpadded = len(tables) == 1 and run.places is None
+    sides = cache.gather(tables.flatten(), stop if unpadded else len(tables) * length)
     result = []
     for side, dim in zip(sides, shape[1:], strict=True):
         if run.places is None or run.padding is None:

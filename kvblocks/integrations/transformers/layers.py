@@ -18,7 +18,15 @@ from transformers.models.auto.modeling_auto import (
 
 from kvblocks.config import CacheConfig
 
-__all__ = ["KVShape", "ModelLayer", "UnsupportedModel", "cache_config", "kv_shape", "longest_sequence", "model_layers"]
+__all__ = [
+    "KVShape",
+    "ModelLayer",
+    "UnsupportedModel",
+    "cache_config",
+    "kv_shape",
+    "longest_sequence",
+    "model_layers",
+]
 
 
 class UnsupportedModel(ValueError):

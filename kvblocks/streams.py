@@ -1,0 +1,270 @@
+"""`kvblocks.generate`: many prompts at once through a transformers model, each answer an iterator of its tokens.
+
+What runs when is decided in `kvblocks.generation`. Imports torch and transformers.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Self, SupportsIndex, TypeAlias
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvblocks.config import CacheConfig
+from kvblocks.generation import Generator, Request
+from kvblocks.integrations.transformers import PagedModel
+from kvblocks.sizes import parse_size
+
+__all__ = ["Generation", "Stream", "generate"]
+
+Prompt: TypeAlias = Sequence[int] | Tensor | Request
+
+
+def generate(
+    model: PreTrainedModel,
+    prompts: Iterable[Prompt],
+    *,
+    max_new_tokens: int = 64,
+    stop_tokens: Iterable[int] | int | None = None,
+    memory: int | str | None = None,
+    num_blocks: int | None = None,
+    block_size: int = 16,
+    layout: str = "NHD",
+    max_batch_tokens: int = 512,
+    max_seqs: int = 64,
+    choose: Callable[[Tensor], Tensor] | None = None,
+) -> "Generation":
+    """Continue prompts with continuous batching over a paged cache, whose prefixes are computed once.
+
+    Args:
+        model: a decoder-only transformers model, in evaluation mode; the cache gets its dtype and device.
+        prompts: token ids of each, or a `Request` with limits of its own. More may be added while it runs.
+        max_new_tokens: of each prompt that is no `Request`.
+        stop_tokens: ids that end an answer; the one that does is its last token. None: the end-of-sequence ids of the
+            model's generation config. An empty list: none.
+        memory: for K and V, in bytes or like "64MiB"; by default what the prompts need at once, at most `max_seqs`.
+        num_blocks: blocks in the pool, instead of `memory`.
+        block_size, layout: of the cache.
+        max_batch_tokens, max_seqs, choose: as for `Generator`.
+
+    Returns:
+        The streams of the prompts, in order. Nothing has run yet: asking a stream for tokens runs all of them.
+
+    Raises:
+        UnsupportedModel: the model cannot be served.
+        ValueError, TypeError: a prompt or a number that cannot be.
+        OutOfMemory: the cache does not fit.
+
+    Example:
+        >>> answers = [list(stream) for stream in kvblocks.generate(model, tokenizer(texts)["input_ids"])]
+
+        >>> with kvblocks.generate(model, prompts, max_new_tokens=200) as run:
+        ...     for token in run[0]:  # as they come; the others are computed beside it
+        ...         print(token)
+        ...     late = run.add([1, 2, 3])
+        ...     run[1].cancel()
+        ...     print(late.read(), late.finish)
+
+    Thread-safety: one thread drives a generation.
+    """
+    default = Request((), max_new_tokens, _stop_tokens(model, stop_tokens))
+    requests = [_request(prompt, default) for prompt in prompts]
+    if memory is not None and num_blocks is not None:
+        raise ValueError(f"memory={memory!r} and num_blocks={num_blocks} both say how large the cache is; give one")
+    shape = PagedModel(model).measure()
+    config = CacheConfig(shape.num_layers, shape.num_kv_heads, shape.head_dim, 1, block_size, shape.v_head_dim)
+    if memory is not None:
+        size = parse_size(memory) if isinstance(memory, str) else memory
+        num_blocks = config.for_memory(
+            shape.num_kv_heads,
+            shape.head_dim,
+            shape.num_layers,
+            size,
+            model.dtype,
+            block_size=block_size,
+            v_head_dim=shape.v_head_dim,
+        ).num_gpu_blocks
+    elif num_blocks is None:
+        num_blocks = _needed(config, requests, max_seqs)
+    config = config.replace(num_gpu_blocks=num_blocks)
+    generator = Generator(
+        model, config, layout=layout, max_batch_tokens=max_batch_tokens, max_seqs=max_seqs, choose=choose
+    )
+    try:
+        return Generation(generator, requests, default)
+    except BaseException:
+        generator.close()
+        raise
+
+
+class Stream:
+    """The tokens of one request, as they come.
+
+    Iterating runs the generation until the next token of this request is there, and ends with its last one. Each token
+    is given once; `tokens` has them all.
+
+    Attributes:
+        request_id: as `Generator` numbers them.
+        request: what was asked.
+        tokens: the new ones so far.
+        finish: why it ended: "stop", "length", "cancelled"; None until then.
+    """
+
+    def __init__(self, generation: "Generation", request_id: int, request: Request) -> None:
+        self.request_id = request_id
+        self.request = request
+        self.tokens: list[int] = []
+        self.finish: str | None = None
+        self._generation = generation
+        self._given = 0
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> int:
+        while self._given == len(self.tokens):
+            if self.finish is not None:
+                raise StopIteration
+            self._generation.step()
+        self._given += 1
+        return self.tokens[self._given - 1]
+
+    def read(self) -> list[int]:
+        """All tokens, once it has ended."""
+        while self.finish is None:
+            self._generation.step()
+        return self.tokens
+
+    def cancel(self) -> None:
+        """End it now, and give its blocks back. One that has ended stays as it is."""
+        if self.finish is None:
+            self._generation.cancel(self)
+
+    def __repr__(self) -> str:
+        return f"Stream(request_id={self.request_id}, new_tokens={len(self.tokens)}, finish={self.finish!r})"
+
+
+class Generation:
+    """Requests under way, and a stream for each; made by `generate`.
+
+    The model attends through kvblocks while any has not ended, and by itself before and after. `close`, or a `with`
+    block, ends those that are left.
+
+    Attributes:
+        generator: with its manager and cache, for statistics.
+    """
+
+    def __init__(self, generator: Generator, requests: Iterable[Request], default: Request) -> None:
+        self.generator = generator
+        self._default = default
+        self._streams: list[Stream] = []
+        self._unfinished: dict[int, Stream] = {}
+        generator.rest()
+        for request in requests:
+            self._start(request)
+
+    def add(
+        self, prompt: Prompt, *, max_new_tokens: int | None = None, stop_tokens: Iterable[int] | int | None = None
+    ) -> Stream:
+        """A request that arrives now; limits that are not given are those of `generate`.
+
+        Raises:
+            ValueError, TypeError: as for `Generator.add`.
+            RuntimeError: the generation is closed.
+        """
+        request = _request(prompt, self._default)
+        if max_new_tokens is not None:
+            request = replace(request, max_new_tokens=max_new_tokens)
+        if stop_tokens is not None:
+            request = replace(request, stop_tokens=_stop_tokens(None, stop_tokens))
+        return self._start(request)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Streams that have not ended."""
+        return len(self._unfinished)
+
+    def step(self) -> list[Stream]:
+        """One forward pass; returns the streams that got a token: none while only prompts are computed."""
+        new = self.generator.step()
+        streams = [self._unfinished[token.request_id] for token in new]
+        for stream, token in zip(streams, new, strict=True):
+            stream.tokens.append(token.token)
+            if token.finish is not None:
+                stream.finish = token.finish
+                del self._unfinished[token.request_id]
+        if not self._unfinished:
+            self.generator.rest()
+        return streams
+
+    def cancel(self, stream: Stream) -> None:
+        """End a stream now, if it has not ended, and give its blocks back."""
+        if self._unfinished.pop(stream.request_id, None) is not None:
+            self.generator.cancel(stream.request_id)
+            stream.finish = "cancelled"
+            if not self._unfinished:
+                self.generator.rest()
+
+    def run(self) -> list[list[int]]:
+        """The tokens of every request, once all have ended."""
+        return [stream.read() for stream in self._streams]
+
+    def close(self) -> None:
+        """Cancel what has not ended, and give the model its own attention back."""
+        for stream in list(self._unfinished.values()):
+            self.cancel(stream)
+        self.generator.close()
+
+    def _start(self, request: Request) -> Stream:
+        stream = Stream(self, self.generator.add(request), request)
+        self._streams.append(stream)
+        self._unfinished[stream.request_id] = stream
+        return stream
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def __iter__(self) -> Iterator[Stream]:
+        return iter(self._streams)
+
+    def __getitem__(self, index: int) -> Stream:
+        return self._streams[index]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _request(prompt: Any, default: Request) -> Request:
+    if isinstance(prompt, Request):
+        return prompt
+    if isinstance(prompt, str):
+        raise TypeError(f'a prompt is the str {prompt[:40]!r}; give token ids: tokenizer(text)["input_ids"]')
+    ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, SupportsIndex):
+            raise TypeError(
+                f"a prompt holds {token!r} of type {type(token).__name__}; give token ids, one list a prompt"
+            )
+    return replace(default, prompt=tuple(map(int, ids)))
+
+
+def _stop_tokens(model: PreTrainedModel | None, given: Iterable[int] | int | None) -> frozenset[int]:
+    if given is None and model is not None:
+        given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if given is None:
+        return frozenset()
+    return frozenset([given] if isinstance(given, int) else given)
+
+
+def _needed(config: CacheConfig, requests: Sequence[Request], max_seqs: int) -> int:
+    """Blocks for the longest of the requests that can run at once, and what an admission keeps free."""
+    if not requests:
+        raise ValueError("no prompt says how large the cache must be; give memory or num_blocks")
+    blocks = sorted(
+        config.num_blocks_for(max(1, len(request.prompt) + request.max_new_tokens - 1)) for request in requests
+    )
+    needed = sum(blocks[-max(1, max_seqs) :])
+    return needed + needed // 64 + 1

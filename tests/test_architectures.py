@@ -1,0 +1,178 @@
+"""Every decoder architecture of transformers over blocks: through PagedCache, and through the attention backend.
+
+What transformers' own cache generates is what must come out. `build/architectures.md` tells how each fared, and why
+those that are not served are not.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+import transformers
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+import kvblocks
+from kvblocks.generation import Request
+from kvblocks.integrations.transformers import PagedCache, UnsupportedModel
+
+# These tensors are tiny, and threads would only wait for each other.
+torch.set_num_threads(1)
+
+NEW = 10
+LENGTHS = (21, 14)  # of the prompts; both longer than every window and chunk
+IDENTICAL = "identical"
+
+
+@dataclass
+class Outcome:
+    """How an architecture fared: `IDENTICAL`, or why it is not served."""
+
+    cache: str = ""
+    prompts: str = ""
+    backend: str = ""
+
+
+_outcomes: dict[str, Outcome] = {}
+
+
+def build(name: str) -> PreTrainedModel:
+    """A model whose attention is sharp and whose logits lie far apart, so that a wrong key changes tokens."""
+    _, model = tiny_models.build(name)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 1.5 * weight.shape[-1] ** -0.5)
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    columns = max(LENGTHS)
+    ids = torch.randint(3, tiny_models.VOCABULARY, (len(LENGTHS), columns), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(columns) >= columns - torch.tensor(LENGTHS)[:, None]).long()
+    return ids * mask, mask
+
+
+def generate(model: PreTrainedModel, ids: Tensor, mask: Tensor, past: Any, new: int = NEW) -> tuple[Tensor, Tensor]:
+    """New tokens [rows, new] and their logits [rows, new, vocabulary], greedy."""
+    options: dict[str, Any] = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    made: Any = model
+    out = made.generate(
+        ids, attention_mask=mask, past_key_values=past, max_new_tokens=new, use_cache=True, pad_token_id=0, **options
+    )
+    return out.sequences[:, -new:], torch.stack(out.logits, 1)
+
+
+def check(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> str:
+    assert torch.equal(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-4)
+    return IDENTICAL
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def through_cache(model: PreTrainedModel, expected: tuple[Tensor, Tensor]) -> str:
+    try:
+        held = PagedCache(model.config, num_blocks=48, block_size=4)
+        outcome = check(generate(model, *batch(), held), expected)
+    except UnsupportedModel as error:
+        return str(error)
+    held.manager.audit()
+    held.close()
+    assert held.manager.num_free_blocks == held.manager.num_blocks
+    return outcome
+
+
+def through_prompts(model: PreTrainedModel, expected: tuple[Tensor, Tensor]) -> str:
+    """With hits: the first prompt was computed before, without padding; the second after it, with more of it."""
+    ids, mask = batch()
+    held = PagedCache(model.config, num_blocks=64, block_size=4)
+    try:
+        held.begin(ids[:1, :17])
+    except UnsupportedModel as error:
+        return str(error)
+    generate(model, ids[:1, :17], mask[:1, :17], held, 1)
+    extended = torch.cat([torch.zeros(1, 3, dtype=ids.dtype), ids[1:]], 1)
+    extended_mask = (extended > 0).long()
+    held.begin(extended, extended_mask)
+    generate(model, extended, extended_mask, held, 1)
+    held.begin(ids, mask)
+    outcome = check(generate(model, ids, mask, held), expected)
+    held.manager.audit()
+    assert held.manager.stats().hit_tokens > 0
+    held.close()
+    assert held.manager.num_free_blocks == held.manager.num_blocks
+    return outcome
+
+
+def through_backend(model: PreTrainedModel) -> str:
+    """Two ragged rows, in chunks; expected is what each gives alone, as the backend knows no padding."""
+    ids, mask = batch()
+    prompts = [line[held.bool()] for line, held in zip(ids, mask, strict=True)]
+    logits: list[Tensor] = []
+
+    def choose(scores: Tensor) -> Tensor:
+        logits.append(scores.clone())
+        return scores.argmax(-1)
+
+    requests = [Request(tuple(prompt.tolist()), NEW) for prompt in prompts]
+    got: dict[int, list[Tensor]] = {0: [], 1: []}
+    try:
+        with kvblocks.generate(model, requests, block_size=4, max_batch_tokens=9, choose=choose) as run:
+            while run.num_unfinished:
+                if streams := run.step():
+                    for stream, line in zip(streams, logits.pop(), strict=True):
+                        got[stream.request_id].append(line)
+            run.generator.manager.audit()
+            assert run.generator.manager.num_free_blocks == run.generator.manager.num_blocks
+    except UnsupportedModel as error:
+        return str(error)
+    for stream in run:
+        alone = prompts[stream.request_id][None]
+        expected = generate(model, alone, torch.ones_like(alone), DynamicCache(config=model.config))
+        check((torch.tensor([stream.tokens]), torch.stack(got[stream.request_id])[None]), expected)
+    return IDENTICAL
+
+
+@pytest.mark.parametrize("name", tiny_models.architectures())
+def test_generates_what_transformers_own_cache_generates(name: str) -> None:
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    model = build(name)
+    outcome = _outcomes[name] = Outcome()
+    if model.config.is_encoder_decoder:
+        outcome.cache = outcome.prompts = outcome.backend = "an encoder-decoder"
+        with pytest.raises(UnsupportedModel, match="encoder-decoder"):
+            PagedCache(model.config)
+        return
+    try:
+        expected = generate(model, *batch(), DynamicCache(config=model.config))
+    except Exception as error:
+        outcome.cache = outcome.prompts = outcome.backend = f"not with DynamicCache either: {reason(error)}"
+        return
+    outcome.cache = through_cache(model, expected)
+    outcome.prompts = through_prompts(model, expected) if outcome.cache == IDENTICAL else outcome.cache
+    outcome.backend = through_backend(model)
+
+
+def test_most_are_served_and_the_others_say_why() -> None:
+    if set(_outcomes) != set(tiny_models.architectures()):
+        pytest.skip("not all architectures were asked for")
+    lines = ["| architecture | PagedCache | with prompts told | attention backend |", "| --- | --- | --- | --- |"]
+    lines += [f"| {name} | {o.cache} | {o.prompts} | {o.backend} |" for name, o in sorted(_outcomes.items())]
+    lines += [f"| {name} | {why} | | |" for name, why in sorted(tiny_models.LEFT_OUT.items())]
+    table = Path(__file__).resolve().parent.parent / "build" / "architectures.md"
+    table.parent.mkdir(exist_ok=True)
+    table.write_text("\n".join(lines) + "\n")
+    assert all(len(why.split()) > 2 or why == IDENTICAL for o in _outcomes.values() for why in vars(o).values())
+    served = {kind: sum(vars(o)[kind] == IDENTICAL for o in _outcomes.values()) for kind in vars(Outcome())}
+    assert served["cache"] >= 135, f"see {table}"
+    assert served["prompts"] >= 130, f"see {table}"
+    assert served["backend"] >= 95, f"see {table}"
