@@ -1,6 +1,6 @@
 """The command `kvblocks generate`: load a model, continue prompts over the paged cache, verify, report.
 
-How generation goes is in `kvblocks.generation`. Imports torch, transformers and rich.
+It is a face on `kvblocks.generate`. Imports torch, transformers and rich.
 """
 
 import argparse
@@ -25,8 +25,9 @@ from kvblocks import demo
 from kvblocks.cli import UsageError
 from kvblocks.config import CacheConfig
 from kvblocks.errors import OutOfMemory
-from kvblocks.generation import Generator, Request
-from kvblocks.integrations.transformers import UnsupportedModel, check_model, kv_shape, longest_sequence
+from kvblocks.generation import Request, blocks_needed
+from kvblocks.integrations.transformers import UnsupportedModel, check_model, longest_sequence
+from kvblocks.streams import generate, one_block
 from kvblocks.verify import Verdict, verify
 
 __all__ = ["run"]
@@ -164,13 +165,11 @@ def _sizes(args: argparse.Namespace, served: _Served, answers: list[_Answer]) ->
         raise UsageError(f"{what}, needs {num_tokens} positions and the model has {limit}; lower --max-new-tokens")
     dtype = served.model.dtype
     try:
-        shape = kv_shape(served.model.config)
+        block = one_block(served.model, args.block_size)
     except UnsupportedModel as error:
         raise UsageError(f"--model {served.name} cannot be served: {error}") from None
-    block = CacheConfig(
-        shape.num_layers, shape.num_kv_heads, shape.head_dim, 1, args.block_size, v_head_dim=shape.v_head_dim
-    )
-    needed, given = block.num_blocks_for(num_tokens), args.kv_memory // block.block_bytes(dtype)
+    needed = blocks_needed(block, num_tokens, _pass_tokens(args, answers))
+    given = args.kv_memory // block.block_bytes(dtype)
     if given < needed:
         raise UsageError(
             f"--kv-memory {_as_size(args.kv_memory)} holds {given} blocks of {args.block_size} tokens; {what}, needs "
@@ -180,6 +179,12 @@ def _sizes(args: argparse.Namespace, served: _Served, answers: list[_Answer]) ->
         return block.replace(num_gpu_blocks=given)
     except ValueError as error:
         raise UsageError(f"--kv-memory {_as_size(args.kv_memory)} is too much: {error}") from None
+
+
+def _pass_tokens(args: argparse.Namespace, answers: list[_Answer]) -> int:
+    """Buffers are made for the most that a pass can hold, and no pass holds more than all sequences whole."""
+    whole: int = sum(len(answer.request.prompt) + args.max_new_tokens for answer in answers)
+    return min(int(args.max_batch_tokens), whole)
 
 
 def _as_size(num_bytes: int) -> str:
@@ -194,38 +199,35 @@ def _generate(
     args: argparse.Namespace, served: _Served, config: CacheConfig, answers: list[_Answer], progress: Progress
 ) -> dict[str, Any]:
     """Fill the answers in; returns what there is to report, by name."""
-    whole = sum(len(answer.request.prompt) + args.max_new_tokens for answer in answers)
     task = progress.add_task("generating", total=len(answers) * args.max_new_tokens)
     try:
-        generator = Generator(
+        running = generate(
             served.model,
-            config,
+            [answer.request for answer in answers],
+            num_blocks=config.num_gpu_blocks,
+            block_size=config.block_size,
             layout=args.layout,
-            # Buffers are made for the most that a pass can hold, and no pass holds more than all sequences whole.
-            max_batch_tokens=min(args.max_batch_tokens, whole),
+            max_batch_tokens=_pass_tokens(args, answers),
             max_seqs=min(args.max_seqs, len(answers)),
         )
     except (ValueError, OutOfMemory) as error:
         raise UsageError(_first_line(error)) from None
-    with generator:
-        for answer in answers:
-            generator.add(answer.request)
+    with running:
         num_passes = 0
         start = time.perf_counter()
         try:
-            while generator.num_unfinished:
-                for new in generator.step():
-                    answer = answers[new.request_id]
-                    answer.tokens.append(new.token)
-                    answer.finish = new.finish or ""
-                    progress.advance(task, 1 + (args.max_new_tokens - len(answer.tokens) if new.finish else 0))
+            while running.num_unfinished:
+                for stream in running.step():
+                    ended = 0 if stream.finish is None else args.max_new_tokens - len(stream.tokens)
+                    progress.advance(task, 1 + ended)
                 num_passes += 1
         except UnsupportedModel as error:
             raise UsageError(f"--model {served.name} cannot be served: {error}") from None
         seconds = time.perf_counter() - start
-    for answer in answers:
+    for answer, stream in zip(answers, running, strict=True):
+        answer.tokens, answer.finish = stream.tokens, stream.finish or ""
         answer.completion = served.decode(answer.tokens)
-    stats, engine = generator.manager.stats(), generator.engine
+    stats, engine = running.generator.manager.stats(), running.generator.engine
     new_tokens = sum(len(answer.tokens) for answer in answers)
     return {
         "model": served.name,

@@ -24,7 +24,7 @@ from kvblocks.integrations.transformers import PagedModel, longest_sequence
 from kvblocks.manager import BlockManager
 from kvblocks.step import StepBuffers
 
-__all__ = ["Generator", "Request", "Token"]
+__all__ = ["Generator", "Request", "Token", "blocks_needed", "most_tokens"]
 
 _WORTH_WAITING = 64  # tokens: a prompt waits a pass or more for as many that another is about to compute
 
@@ -118,8 +118,9 @@ class Generator:
             raise ValueError(f"max_seqs={max_seqs} and max_batch_tokens={max_batch_tokens} must be at least 1")
         self.model = model
         limit = longest_sequence(model.config)
-        self.max_seq_len = config.max_tokens if limit is None else min(limit, config.max_tokens)
         self.max_batch_tokens = max_batch_tokens
+        fits = most_tokens(config, max_batch_tokens)
+        self.max_seq_len = fits if limit is None else min(limit, fits)
         self.max_seqs = min(max_seqs, max_batch_tokens)
         self._choose = choose
         self._paged = PagedModel(model)
@@ -128,10 +129,18 @@ class Generator:
         try:
             self.engine = CacheEngine(config, model.dtype, model.device, layout=layout)
             self.manager = BlockManager(
-                config.num_gpu_blocks, config.block_size, max_seqs=self.max_seqs, watermark=watermark
+                config.num_gpu_blocks,
+                config.block_size,
+                groups=[group.reach for group in config.groups],
+                max_seqs=self.max_seqs,
+                watermark=watermark,
             )
             self.buffers = StepBuffers(
-                self.max_seqs, max_batch_tokens, config.num_blocks_for(self.max_seq_len), device=model.device
+                self.max_seqs,
+                max_batch_tokens,
+                -(-max(1, self.max_seq_len) // config.block_size),
+                device=model.device,
+                groups=len(config.groups),
             )
         except BaseException:
             self.close()
@@ -247,17 +256,20 @@ class Generator:
     def _admit(self) -> None:
         """Let in who waits, in order, as long as there are blocks for the whole of a prompt.
 
-        Reserving a part with `admit(reserve=...)` would let more in and preempt more.
+        Reserving a part with `admit(reserve=...)` would let more in and preempt more. Where layers have windows it is
+        done, as there the whole of a prompt is never held.
         """
+        windows = any(group.reach is not None for group in self.engine.config.groups)
+        reserve = self.max_batch_tokens if windows else None
         while self._waiting and len(self._running) < self.max_seqs:
             sequence = self._waiting[0]
             if not sequence.handle and self._awaits(sequence.prompt):
                 return
             try:
                 if sequence.handle:
-                    self.manager.resume(sequence.handle)
+                    self.manager.resume(sequence.handle, reserve=reserve)
                 else:
-                    sequence.handle, _ = self.manager.admit(sequence.prompt)
+                    sequence.handle, _ = self.manager.admit(sequence.prompt, reserve=reserve)
             except NoFreeBlocks:
                 if not self._running:
                     raise
@@ -334,6 +346,29 @@ class Generator:
             self.manager.free([sequence.handle for sequence in ended])
             self._running = [sequence for sequence in self._running if sequence not in ended]
         return news
+
+
+def blocks_needed(config: CacheConfig, num_tokens: int, max_batch_tokens: int) -> int:
+    """The blocks that a sequence holds at most, alone: in a group with a window what that and one pass take."""
+    needed = 0
+    for group in config.groups:
+        kept = num_tokens
+        if group.reach is not None:
+            kept = min(num_tokens, group.reach.size - 1 + max_batch_tokens + config.block_size - 1)
+        needed += -(-kept // config.block_size)
+    return needed
+
+
+def most_tokens(config: CacheConfig, max_batch_tokens: int) -> int:
+    """Tokens of the longest sequence that the cache can hold."""
+    low, high = 0, config.num_gpu_blocks * config.block_size
+    while low < high:
+        middle = (low + high + 1) // 2
+        if blocks_needed(config, middle, max_batch_tokens) <= config.num_gpu_blocks:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _common(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> int:

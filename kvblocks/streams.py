@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvblocks.config import CacheConfig
-from kvblocks.generation import Generator, Request
-from kvblocks.integrations.transformers import PagedModel
+from kvblocks.generation import Generator, Request, blocks_needed
+from kvblocks.integrations.transformers import PagedModel, layer_groups
 from kvblocks.sizes import parse_size
 
 __all__ = ["Generation", "Stream", "generate"]
@@ -71,21 +71,14 @@ def generate(
     requests = [_request(prompt, default) for prompt in prompts]
     if memory is not None and num_blocks is not None:
         raise ValueError(f"memory={memory!r} and num_blocks={num_blocks} both say how large the cache is; give one")
-    shape = PagedModel(model).measure()
-    config = CacheConfig(shape.num_layers, shape.num_kv_heads, shape.head_dim, 1, block_size, shape.v_head_dim)
+    config = one_block(model, block_size)
     if memory is not None:
-        size = parse_size(memory) if isinstance(memory, str) else memory
-        num_blocks = config.for_memory(
-            shape.num_kv_heads,
-            shape.head_dim,
-            shape.num_layers,
-            size,
-            model.dtype,
-            block_size=block_size,
-            v_head_dim=shape.v_head_dim,
-        ).num_gpu_blocks
+        num_bytes = parse_size(memory) if isinstance(memory, str) else memory
+        num_blocks = num_bytes // config.block_bytes(model.dtype)
+        if num_blocks < 1:
+            raise ValueError(f"memory={memory!r} holds no block; one is {config.block_bytes(model.dtype)} bytes")
     elif num_blocks is None:
-        num_blocks = _needed(config, requests, max_seqs)
+        num_blocks = _needed(config, requests, max_seqs, max_batch_tokens)
     config = config.replace(num_gpu_blocks=num_blocks)
     generator = Generator(
         model, config, layout=layout, max_batch_tokens=max_batch_tokens, max_seqs=max_seqs, choose=choose
@@ -95,6 +88,21 @@ def generate(
     except BaseException:
         generator.close()
         raise
+
+
+def one_block(model: PreTrainedModel, block_size: int) -> CacheConfig:
+    """The sizes of a cache of one block for a model, as its layers make K and V."""
+    paged = PagedModel(model)
+    shape = paged.measure()
+    return CacheConfig(
+        shape.num_layers,
+        shape.num_kv_heads,
+        shape.head_dim,
+        1,
+        block_size,
+        shape.v_head_dim,
+        layer_groups(paged.layers),
+    )
 
 
 class Stream:
@@ -259,12 +267,13 @@ def _stop_tokens(model: PreTrainedModel | None, given: Iterable[int] | int | Non
     return frozenset([given] if isinstance(given, int) else given)
 
 
-def _needed(config: CacheConfig, requests: Sequence[Request], max_seqs: int) -> int:
+def _needed(config: CacheConfig, requests: Sequence[Request], max_seqs: int, max_batch_tokens: int) -> int:
     """Blocks for the longest of the requests that can run at once, and what an admission keeps free."""
     if not requests:
         raise ValueError("no prompt says how large the cache must be; give memory or num_blocks")
     blocks = sorted(
-        config.num_blocks_for(max(1, len(request.prompt) + request.max_new_tokens - 1)) for request in requests
+        blocks_needed(config, max(1, len(request.prompt) + request.max_new_tokens - 1), max_batch_tokens)
+        for request in requests
     )
     needed = sum(blocks[-max(1, max_seqs) :])
     return needed + needed // 64 + 1

@@ -11,6 +11,7 @@ from kvblocks.integrations.transformers.layers import (
     UnsupportedModel,
     cache_config,
     kv_shape,
+    layer_groups,
     longest_sequence,
 )
 
@@ -22,5 +23,6 @@ __all__ = [
     "cache_config",
     "check_model",
     "kv_shape",
+    "layer_groups",
     "longest_sequence",
 ]

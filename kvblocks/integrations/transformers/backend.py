@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from kvblocks.attention import paged_attention
+from kvblocks.config import Chunk, Window
 from kvblocks.engine import CacheEngine
 from kvblocks.integrations.transformers.layers import KVShape, ModelLayer, UnsupportedModel, model_layers
 from kvblocks.step import StepBuffers
@@ -231,7 +232,8 @@ def _attention(
     run.shapes[index] = (key.shape[1], key.shape[3], value.shape[3])
     if run.engine is None or run.step is None:
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
-    cache = run.engine[layer.storage]
+    cache, group = run.engine[layer.storage], run.engine.group_of(layer.storage)
+    _check_reach(where, run.engine.config.groups[group].reach, window, chunk)
     keys, values, queries = (states[0].transpose(0, 1) for states in (key, value, query))
     heads, value_dim = queries.shape[1], values.shape[2]
     if layer.writes and len(keys) != run.step.num_tokens:
@@ -240,11 +242,20 @@ def _attention(
         scaling = 1 / math.sqrt(queries.shape[2])
     keys, values, queries = _fitted(where, cache, keys, values, queries)
     if layer.writes:
-        cache.write(keys, values, run.step.slot_mapping[: len(keys)])
+        slots = run.step.slot_mapping if run.step.num_groups == 1 else run.step.slot_mapping[group]
+        cache.write(keys, values, slots[: len(keys)])
     output = paged_attention(
-        queries, cache, run.step, scale=scaling, window=window, chunk=chunk, softcap=softcap, sinks=s_aux
+        queries, cache, run.step, group=group, scale=scaling, window=window, chunk=chunk, softcap=softcap, sinks=s_aux
     )
     return output[None, :, :heads, :value_dim], None
+
+
+def _check_reach(where: str, kept: Window | Chunk | None, window: int | None, chunk: int | None) -> None:
+    """Stop a layer that would read blocks which its group has given back."""
+    if (isinstance(kept, Window) and (window is None or window > kept.size)) or (
+        isinstance(kept, Chunk) and chunk != kept.size
+    ):
+        raise UnsupportedModel(f"{where} attends with window={window} and chunk={chunk}, and its group keeps {kept}")
 
 
 def _fitted(

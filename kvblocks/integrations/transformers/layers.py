@@ -4,6 +4,7 @@ The one place where layers become layer groups. Knows no cache and no attention.
 """
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
-from kvblocks.config import CacheConfig
+from kvblocks.config import CacheConfig, Chunk, Group, Window
 
 __all__ = [
     "KVShape",
@@ -24,6 +25,7 @@ __all__ = [
     "UnsupportedModel",
     "cache_config",
     "kv_shape",
+    "layer_groups",
     "longest_sequence",
     "model_layers",
 ]
@@ -41,6 +43,8 @@ class KVShape(NamedTuple):
     head_dim: int
     v_head_dim: int
 
+
+_MOST_GROUPS = 16  # of a manager's 64: each is a table in every step
 
 # Model types whose K and V of a token depend on more than the tokens before it, and what that is.
 _NO_PROMPTS = {
@@ -62,12 +66,14 @@ class ModelLayer:
         writes: whether the K and V are its own.
         window: it attends to the last `window` tokens, itself counted; None for all. What keeps to a chunk keeps to a
             window of that size too.
+        chunk: it attends within its own chunk of so many tokens.
     """
 
     index: int
     storage: int | None
     writes: bool
     window: int | None
+    chunk: int | None = None
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -111,15 +117,48 @@ def model_layers(config: PreTrainedConfig) -> tuple[ModelLayer, ...]:
     for index, (kind, layer_type) in enumerate(zip(kinds, types, strict=True)):
         if type(kind).__name__ == "DummyLayer":
             source = last.get(layer_type) if shares[index] == "reuse" else None
-            read, window = (None, None) if source is None else (source.storage, source.window)
-            layers.append(ModelLayer(index, read, False, window))
+            read, window, chunk = (None,) * 3 if source is None else (source.storage, source.window, source.chunk)
+            layers.append(ModelLayer(index, read, False, window, chunk))
             continue
         storage = sum(layer.writes for layer in layers)
-        layers.append(ModelLayer(index, storage, True, getattr(kind, "sliding_window", None)))
+        window = getattr(kind, "sliding_window", None)
+        chunk = window if layer_type == "chunked_attention" else None
+        layers.append(ModelLayer(index, storage, True, window, chunk))
         last[layer_type] = layers[-1]
     if not last:
         raise UnsupportedModel(f"{name} has no layer with K and V to cache")
     return tuple(layers)
+
+
+def layer_groups(layers: Sequence[ModelLayer], *, chunks: bool = True) -> tuple[Group, ...]:
+    """The layers that write K and V in groups of one reach and at most equally many, for `CacheConfig`.
+
+    Larger groups leave places empty, smaller ones need more tables and round more sequences up to whole blocks: a tenth
+    of the places is taken to be worth ten tables.
+
+    Args:
+        chunks: whether a chunked layer keeps its chunk only. Where rows are padded nobody knows where chunks begin, and
+            it keeps a window of that size.
+    """
+    by_reach: dict[Window | Chunk | None, list[int]] = {}
+    for layer in layers:
+        if layer.writes and layer.storage is not None:
+            reach: Window | Chunk | None = None if layer.window is None else Window(layer.window)
+            if chunks and layer.chunk is not None:
+                reach = Chunk(layer.chunk)
+            by_reach.setdefault(reach, []).append(layer.storage)
+    total = sum(map(len, by_reach.values()))
+
+    def cost(size: int) -> float:
+        groups = sum(-(-len(storages) // size) for storages in by_reach.values())
+        return (groups * size - total) / total + groups / 100 if groups <= _MOST_GROUPS else math.inf
+
+    size = min(range(1, max(map(len, by_reach.values())) + 1), key=cost)
+    return tuple(
+        Group(reach, tuple(storages[first : first + size]))
+        for reach, storages in by_reach.items()
+        for first in range(0, len(storages), size)
+    )
 
 
 def check_prompts(config: PreTrainedConfig) -> None:
@@ -199,7 +238,7 @@ def _layer_shape(config: Any) -> tuple[int, int, int]:
 def cache_config(
     config: PreTrainedConfig, memory_bytes: int, dtype: torch.dtype, *, block_size: int = 16
 ) -> CacheConfig:
-    """The largest cache for the model within `memory_bytes`, all layers in one group.
+    """The largest cache for the model within `memory_bytes`, its layers in groups by how far they attend.
 
     Raises:
         ValueError: not one block fits.
@@ -214,6 +253,7 @@ def cache_config(
         dtype,
         block_size=block_size,
         v_head_dim=shape.v_head_dim,
+        groups=layer_groups(model_layers(config)),
     )
 
 
