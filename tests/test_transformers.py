@@ -156,7 +156,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"rotary_dim": 8, "num_key_value_heads": None},
         "does not use transformers' attention regis",
     ),
-    "decoder half": ("bart", {"d_model": 64, "decoder_layers": 2}, "takes no position_ids; rows of unequal length cannot be batched"),
+    "decoder half": (
+        "bart",
+        {"d_model": 64, "decoder_layers": 2},
+        "takes no position_ids; rows of unequal length cannot be batched",
+    ),
     "bidirectional": ("bert", {}, "is causal; this model asks for a mask of its own"),
     "mask of its own": ("doge", {}, r"layer 0 \(DogeAttention\) makes a mask of its own"),
     "attends twice": ("diffllama", {}, r"attended through kvblocks are \[0, 0, 1, 1, 2, 2, 3, 3\]; each of .* once"),

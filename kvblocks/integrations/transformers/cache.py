@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
-from kvblocks.config import itemsize
+from kvblocks.config import Group, itemsize
 from kvblocks.engine import CacheEngine
 from kvblocks.integrations.transformers.layers import (
     ModelLayer,
@@ -23,6 +23,7 @@ from kvblocks.integrations.transformers.layers import (
     check_prompts,
     counts_padding,
     kv_shape,
+    layer_groups,
     model_layers,
     text_config,
     unscaled_length,
@@ -94,7 +95,8 @@ class PagedCache(Cache):
                 raise ValueError(f"engine has {len(engine)} layers, and {writing} of the model's cache K and V")
             pool = Pool.of(manager, engine)
         else:
-            pool = Pool(_sizes(config, writing, memory, num_blocks, block_size, dtype, device))
+            groups = layer_groups(described, chunks=False)
+            pool = Pool(_sizes(config, writing, groups, memory, num_blocks, block_size, dtype, device))
         self._fill(config, described, Rows(pool))
 
     def _fill(self, config: PreTrainedConfig, described: Sequence[ModelLayer], rows: Rows) -> None:
@@ -124,10 +126,7 @@ class PagedCache(Cache):
     @property
     def num_held_blocks(self) -> int:
         """Blocks that the rows hold, each counted once."""
-        rows = self._state.rows
-        if not rows.rows:
-            return 0
-        return len(np.unique(np.concatenate([rows.pool.manager.block_table(row.handle) for row in rows.rows])))
+        return self._state.rows.held_blocks()
 
     def __repr__(self) -> str:
         return (
@@ -233,6 +232,12 @@ class PagedCache(Cache):
 
     # What transformers asks for
 
+    def activate_past_recording(self) -> None:
+        """From here on a pass may be cut by the next `crop`, also where windows have moved on."""
+        for layer in self.layers:
+            if isinstance(layer, _Layer):
+                layer.record_past = True
+
     def reset(self) -> None:
         """Hold nothing."""
         self._state.rows.clear()
@@ -253,8 +258,7 @@ class PagedCache(Cache):
             raise ValueError(
                 f"tokens_to_remove={tokens_to_remove} must be 0 to {-rows.columns}: minus the number of columns to drop"
             )
-        if tokens_to_remove:
-            rows.crop(columns)
+        rows.crop(columns) if tokens_to_remove else rows.settle()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` is; both share every block."""
@@ -309,6 +313,7 @@ class PagedCache(Cache):
 def _sizes(
     config: PreTrainedConfig,
     num_layers: int,
+    groups: tuple[Group, ...],
     memory: int | str | None,
     num_blocks: int | None,
     block_size: int,
@@ -335,6 +340,7 @@ def _sizes(
         dtype,
         None if device is None else checked_device(device),
         likely if isinstance(likely, torch.dtype) else torch.get_default_dtype(),
+        groups,
     )
 
 
@@ -418,10 +424,11 @@ class _State:
                     f"{run.count} to {run.batch}; all layers must add the same"
                 )
             shape = (keys.shape[1], keys.shape[3], values.shape[3])
-            cache = rows.pool.engine(shape, keys.dtype, keys.device)[layer.storage or 0]
+            engine, storage = rows.pool.engine(shape, keys.dtype, keys.device), layer.storage or 0
+            cache, group = engine[storage], engine.group_of(storage)
             _check_fit(layer, keys, shape, cache)
-            _write(cache, run, keys, values)
-            read = _read(cache, run, layer.window, shape)
+            _write(cache, run, group, keys, values)
+            read = _read(cache, run, group, layer.window, shape)
             if text_config(self.config).model_type in _TAKES_VIEWS:
                 read = read[0].contiguous(), read[1].contiguous()
         except BaseException:
@@ -453,7 +460,6 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._layer = layer
         self.is_sliding = layer.window is not None
         self.is_initialized = True
-        self.record_past = False
 
     @property
     def keys(self) -> Tensor | None:
@@ -471,8 +477,13 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The pool is allocated whole."""
 
-    def activate_past_recording(self) -> None:
-        self.record_past = True
+    @property
+    def record_past(self) -> bool:
+        return self._state.rows.recording
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self._state.rows.recording = value
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return self._state.update(self._layer, key_states, value_states)
@@ -514,7 +525,7 @@ def _check_fit(layer: ModelLayer, keys: Tensor, shape: tuple[int, int, int], cac
         )
 
 
-def _write(cache: PagedKVCache, run: Pass, keys: Tensor, values: Tensor) -> None:
+def _write(cache: PagedKVCache, run: Pass, group: int, keys: Tensor, values: Tensor) -> None:
     sides = []
     for states, dim in ((keys, cache.head_dim), (values, cache.v_head_dim)):
         rows = states[:: run.factor].transpose(1, 2).flatten(0, 1)
@@ -523,15 +534,17 @@ def _write(cache: PagedKVCache, run: Pass, keys: Tensor, values: Tensor) -> None
         if rows.shape[1:] != (cache.num_heads, dim):
             rows = pad(rows, (0, dim - rows.shape[2], 0, cache.num_heads - rows.shape[1]))
         sides.append(rows)
-    cache.write(sides[0], sides[1], run.slots)
+    cache.write(sides[0], sides[1], run.slots[group])
 
 
-def _read(cache: PagedKVCache, run: Pass, window: int | None, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+def _read(
+    cache: PagedKVCache, run: Pass, group: int, window: int | None, shape: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
     """K and V [rows, heads, columns, dim] of the columns within reach; zeros where there is padding."""
     after = run.before + run.count
     first = 0 if window is None else max(0, run.before - window + 1)
     skipped = 0 if run.places is not None else first // cache.block_size
-    tables = run.tables[:, skipped:]
+    tables = run.tables[group, :, skipped:]
     length = tables.shape[1] * cache.block_size
     start, stop = first - skipped * cache.block_size, after - skipped * cache.block_size
     unpadded = len(tables) == 1 and run.places is None

@@ -16,10 +16,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvblocks.config import CacheConfig
+from kvblocks.config import CacheConfig, Group
 from kvblocks.engine import CacheEngine
 from kvblocks.manager import BlockManager
 from kvblocks.step import StepBuffers
+
+_MOST_RECORDED = 6  # passes between two crops, where layers have windows: a manager has 8 steps open by default
 
 __all__ = ["Pass", "Pool", "Prompt", "Row", "Rows", "Sizes"]
 
@@ -58,6 +60,7 @@ class Sizes:
     Attributes:
         shape: layers, heads and dims as the model's config has them; raises where it does not say.
         dtype, device: those that were asked for.
+        groups: the layers by how far they attend.
         unequal: whether layers differ in shape; where they do not, the first K and V show that of all.
         likely_dtype: of K and V where none was asked for.
     """
@@ -71,6 +74,7 @@ class Sizes:
     dtype: torch.dtype | None
     device: torch.device | None
     likely_dtype: torch.dtype
+    groups: tuple[Group, ...]
 
 
 class Pool:
@@ -85,6 +89,7 @@ class Pool:
         self, sizes: Sizes | None, manager: BlockManager | None = None, engine: CacheEngine | None = None
     ) -> None:
         self.running: Rows | None = None
+        self.recorded: Rows | None = None  # whose passes may still be cut: their steps are open
         self._sizes = sizes
         self._manager = manager
         self._engine = engine
@@ -99,6 +104,11 @@ class Pool:
         pool = cls._of_manager.get(id(manager))
         if pool is not None and pool._engine is not engine:
             raise ValueError("another cache uses this manager with another engine; give the engine of that cache")
+        if manager.groups != tuple(group.reach for group in engine.config.groups):
+            raise ValueError(
+                f"the manager has layer groups {manager.groups} and the engine {engine.config.groups}; give the two of "
+                "one cache"
+            )
         if (manager.num_blocks, manager.block_size) != (engine.num_blocks, engine.block_size):
             raise ValueError(
                 f"the manager has {manager.num_blocks} blocks of {manager.block_size} tokens and the engine "
@@ -114,7 +124,8 @@ class Pool:
             if sizes.num_blocks is None:
                 self._size(*sizes.shape()[1:], sizes.dtype or sizes.likely_dtype)
             assert sizes.num_blocks is not None
-            self._manager = BlockManager(sizes.num_blocks, sizes.block_size)
+            groups = [group.reach for group in sizes.groups]
+            self._manager = BlockManager(sizes.num_blocks, sizes.block_size, groups=groups)
             self._of_manager[id(self._manager)] = self
         return self._manager
 
@@ -138,7 +149,7 @@ class Pool:
         if sizes.num_blocks is None:
             self._size(*shape, dtype)
         assert sizes.num_blocks is not None
-        config = CacheConfig(sizes.num_layers, *shape[:2], sizes.num_blocks, sizes.block_size, shape[2])
+        config = CacheConfig(sizes.num_layers, *shape[:2], sizes.num_blocks, sizes.block_size, shape[2], sizes.groups)
         if sizes.memory is not None and config.memory_bytes(dtype) > sizes.memory:
             raise ValueError(
                 f"{sizes.num_blocks} blocks of {shape[0]} heads of {dtype} K [{shape[1]}] and V [{shape[2]}] are "
@@ -176,7 +187,14 @@ class Pool:
         assert sizes is not None
         assert sizes.memory is not None
         config = CacheConfig.for_memory(
-            heads, head_dim, sizes.num_layers, sizes.memory, dtype, block_size=sizes.block_size, v_head_dim=v_head_dim
+            heads,
+            head_dim,
+            sizes.num_layers,
+            sizes.memory,
+            dtype,
+            block_size=sizes.block_size,
+            v_head_dim=v_head_dim,
+            groups=sizes.groups,
         )
         sizes.num_blocks = config.num_gpu_blocks
 
@@ -198,13 +216,15 @@ class Pool:
         wanted = (num_seqs, num_tokens, num_blocks)
         if old is None or old.device != device or any(map(int.__gt__, wanted, had)):
             sizes = [size if need <= size else max(need, 2 * size) for need, size in zip(wanted, had, strict=True)]
-            self._buffers = old = StepBuffers(*sizes, device=device)
+            self._buffers = old = StepBuffers(*sizes, device=device, groups=len(self.manager.groups))
         return old
 
     def begin(self, rows: "Rows") -> None:
         """Make these the rows whose pass runs; that of others, still running, has failed."""
         if self.running is not None and self.running is not rows:
             self.running.drop()
+        if self.recorded is not None and self.recorded is not rows:
+            self.recorded.settle()
         self.running = rows
 
 
@@ -235,9 +255,9 @@ class Pass:
     Attributes:
         batch: rows of the tensors; `factor` of them stand for one row here, and hold the same.
         before: columns that were there.
-        slots: int64 [n]: where those new tokens go that have no K and V yet.
+        slots: int64 [groups, n]: where those new tokens go that have no K and V yet.
         chosen: int64 [n]: which of the `rows * count` new tokens these are; None for all, in order.
-        tables: int32 [rows, blocks].
+        tables: int32 [groups, rows, blocks].
         places: int64 [rows, before + count]: where each column's token lies among all tokens of `tables`; None where
             row i has column c at `i * blocks * block_size + c`.
         padding: bool [rows, before + count], where `places` means nothing.
@@ -282,6 +302,8 @@ class Rows:
         self.columns = 0
         self.factor = 1  # rows of the batch that each row stands for, as long as they hold the same
         self.running: Pass | None = None
+        self.recording = False  # whether passes may be cut by `crop`, however far their windows moved on
+        self._recorded: list[Pass] = []
         self._prompts: list[Prompt] = []
 
     # Passes
@@ -295,6 +317,8 @@ class Rows:
         """
         self.pool.begin(self)
         fresh = not self.rows
+        if len(self._recorded) >= _MOST_RECORDED:
+            self.settle()
         try:
             if fresh:
                 self._admit_unknown(batch)
@@ -317,9 +341,34 @@ class Rows:
         """The running pass is done: its tokens count."""
         done, self.running, self.pool.running = self.running, None, None
         assert done is not None
-        if done.step_id is not None:
-            self.pool.manager.commit(done.step_id)
         self.columns += done.count
+        if done.step_id is None:
+            return
+        if self.recording and any(reach is not None for reach in self.pool.manager.groups):
+            # A commit gives blocks back that the windows have left; until then it can still be cut.
+            self._recorded.append(done)
+            self.pool.recorded = self
+        else:
+            self.pool.manager.commit(done.step_id)
+
+    def settle(self, columns: int | None = None) -> None:
+        """No pass before this is cut any more; those that were recorded keep the first `columns` columns, or all."""
+        recorded, self._recorded = self._recorded, []
+        if self.pool.recorded is self:
+            self.pool.recorded = None
+        while recorded and columns is not None and recorded[-1].before >= columns:
+            newest = recorded.pop()
+            assert newest.step_id is not None
+            self.pool.manager.abort(newest.step_id)
+        for run in recorded:
+            assert run.step_id is not None
+            accepted = None
+            if columns is not None and run is recorded[-1]:
+                # Only rows that had new tokens are in the step.
+                olds = run.saved if run.saved is not None else [Row(row.handle, row.pad) for row in self.rows]
+                news = [(old.computed, old.at(run.before + run.count), old.at(columns)) for old in olds]
+                accepted = [max(0, end - old) for old, after, end in news if after > old]
+            self.pool.manager.commit(run.step_id, accepted)
 
     def abort(self) -> None:
         """Take the running pass back, if there is one: as if it had never begun."""
@@ -355,6 +404,7 @@ class Rows:
             raise ValueError(f"the batch has {batch} rows, the cache {len(self.rows) * self.factor}")
         self.factor = factor
         if factor > 1 and any(row.at(self.columns + count) > row.real for row in self.rows):
+            self.settle()
             self.select([row for row in range(len(self.rows)) for _ in range(factor)])
 
     def _holds_prompt_only(self) -> bool:
@@ -371,13 +421,14 @@ class Rows:
         news = [max(0, row.at(after) - row.computed) for row in self.rows]
         taking = [(row, new) for row, new in zip(self.rows, news, strict=True) if new]
         num_blocks = max(1, *(-(-row.at(after) // block_size) for row in self.rows))
-        step_id, slots, tables = None, torch.empty(0, dtype=torch.int64, device=device), None
+        groups = len(manager.groups)
+        step_id, slots, tables = None, torch.empty(groups, 0, dtype=torch.int64, device=device), None
         if taking:
             widest = max(-(-row.total // block_size) for row, _ in taking)  # a told prompt has its blocks reserved
             step = self.pool.buffers(len(taking), sum(news), widest, device)
             step_id = manager.prepare([row.handle for row, _ in taking], [new for _, new in taking], step)
-            slots = step.slot_mapping[: step.num_tokens]
-            tables = step.block_table[: step.num_seqs, :num_blocks]
+            slots = step.slot_mapping.view(groups, -1)[:, : step.num_tokens]
+            tables = step.block_table.view(groups, step.max_seqs, -1)[:, : step.num_seqs, :num_blocks]
         try:
             if step_id is not None and step.num_copies:
                 self.pool.copy_blocks(step.copies)
@@ -405,15 +456,26 @@ class Rows:
 
     def _tables(self, num_blocks: int, device: torch.device) -> Tensor:
         """The block tables of all rows, those too that take no part in the step; 0 pads."""
-        tables = np.zeros((len(self.rows), num_blocks), np.int32)
-        for line, row in zip(tables, self.rows, strict=True):
-            blocks = self.pool.manager.block_table(row.handle)[:num_blocks]
-            line[: len(blocks)] = blocks
+        tables = np.zeros((len(self.pool.manager.groups), len(self.rows), num_blocks), np.int32)
+        for number, row in enumerate(self.rows):
+            blocks = self._blocks(row)[:, :num_blocks]
+            tables[:, number, : blocks.shape[1]] = blocks.clip(min=0)
         return torch.from_numpy(tables).to(device)
+
+    def _blocks(self, row: Row) -> npt.NDArray[np.int32]:
+        """[groups, blocks] of a row; -1 where they are out of reach."""
+        return np.atleast_2d(self.pool.manager.block_table(row.handle))
+
+    def held_blocks(self) -> int:
+        """Blocks that the rows hold, each counted once."""
+        tables = [self._blocks(row).ravel() for row in self.rows]
+        return len(np.setdiff1d(np.concatenate(tables), [-1])) if tables else 0
 
     def _restore(self, saved: list[Row]) -> None:
         for row, old in zip(self.rows, saved, strict=True):
-            if row.total != old.total:
+            if self._recorded:
+                old.total = row.total  # the sequence is in an open step; placeholders stay for the next pass
+            elif row.total != old.total:
                 self.pool.manager.trim(row.handle, old.total)
         self.rows = saved
 
@@ -426,6 +488,7 @@ class Rows:
             NoFreeBlocks, TooManySequences: the pool cannot hold them; then nothing is held.
         """
         self.abort()
+        self.settle()
         manager = self.pool.manager
         kept = [self._continued(number, prompt) for number, prompt in enumerate(prompts)]
         gone = [row.handle for row, keep in zip(self.rows, kept, strict=False) if keep is None]
@@ -443,11 +506,38 @@ class Rows:
                     manager.extend([row.handle], prompt.ids[row.computed :], [len(prompt.ids) - row.computed])
                     row.pad = prompt.pad
                 row.total = row.known = row.real = len(prompt.ids)
+            self._prompts = list(prompts)
+            self._align(reuse)
         except BaseException:
             self.clear()
             raise
-        self._prompts = list(prompts)
-        self.columns = min(row.pad + row.computed for row in self.rows) if reuse else 0
+
+    def _align(self, reuse: bool) -> None:
+        """Start from the column to which all rows are computed, with what windows reach before it."""
+        while True:
+            self.columns = min(row.pad + row.computed for row in self.rows) if reuse else 0
+            lacking = [n for n, row in enumerate(self.rows) if self._first_held(row) > row.at(self.columns)]
+            if not lacking:
+                return
+            for number in lacking:
+                row, prompt = self.rows[number], self._prompts[number]
+                length = row.at(self.columns)
+                self.pool.manager.free([row.handle])
+                row.handle, row.computed = self.pool.manager.admit(
+                    prompt.ids[: length + 1],
+                    salt=prompt.salt,
+                    extra=[pair for pair in prompt.extra if pair[0] <= length],
+                )
+                self.pool.manager.extend([row.handle], prompt.ids[length + 1 :], [len(prompt.ids) - length - 1])
+
+    def _first_held(self, row: Row) -> int:
+        """The first token from which on each group has what windows reach."""
+        first = 0
+        for reach, blocks in zip(self.pool.manager.groups, self._blocks(row), strict=True):
+            gone = int((blocks < 0).sum())  # they come first
+            if reach is not None and gone:
+                first = max(first, gone * self.pool.manager.block_size + reach.size - 1)
+        return first
 
     def _continued(self, number: int, prompt: Prompt) -> Row | None:
         """The row of that number, cut to what it has of a prompt; None where the prefix cache has more of it."""
@@ -459,7 +549,7 @@ class Rows:
         most = min(row.real, row.computed, len(prompt.ids) - 1)
         same = self.pool.manager.tokens(row.handle)[:most] == prompt.ids[:most]
         alike = most if same.all() else int(same.argmin())
-        if not alike or alike <= self.pool.manager.match(prompt.ids, salt=prompt.salt):
+        if alike < max(1, self._first_held(row)) or alike <= self.pool.manager.match(prompt.ids, salt=prompt.salt):
             return None
         self.pool.manager.trim(row.handle, alike)
         return Row(row.handle, prompt.pad, alike, alike, alike, alike)
@@ -498,7 +588,18 @@ class Rows:
     # Between passes
 
     def crop(self, columns: int) -> None:
-        """Drop columns from the end until `columns` are left."""
+        """Drop columns from the end until `columns` are left.
+
+        Raises:
+            ValueError: windows have moved on past what would be left.
+        """
+        first = max((row.pad + self._first_held(row) for row in self.rows if self._first_held(row)), default=0)
+        if 0 < columns < min(first, self._recorded[0].before if self._recorded else first):
+            raise ValueError(
+                f"{columns} columns would be left, but windows have moved on: at least {first} must be. To cut more, "
+                "call activate_past_recording() before the pass that is to be cut"
+            )
+        self.settle(columns)
         for row in self.rows:
             length = row.at(columns)
             if row.total > length:
@@ -509,6 +610,7 @@ class Rows:
 
     def select(self, indices: Sequence[int]) -> None:
         """Row i becomes what row `indices[i]` is; rows that come twice share every block."""
+        self.settle()
         forks = self._forks(indices)
         taken: set[int] = set()
         rows = []
@@ -523,7 +625,9 @@ class Rows:
 
     def fork(self) -> "Rows":
         """The same rows again, sharing every block."""
+        self.settle()
         made = Rows(self.pool)
+        made.recording = self.recording
         forks = self._forks([*range(len(self.rows))] * 2)
         made.rows = [replace(row, handle=forks[index].pop()) for index, row in enumerate(self.rows)]
         made.columns, made.factor, made._prompts = self.columns, self.factor, list(self._prompts)
@@ -549,6 +653,7 @@ class Rows:
     def clear(self) -> None:
         """Hold nothing."""
         self.abort()
+        self.settle()
         rows, self.rows, self._prompts, self.columns, self.factor = self.rows, [], [], 0, 1
         if rows:
             self.pool.manager.free([row.handle for row in rows])
