@@ -1,0 +1,182 @@
+"""`kvblocks.generate`: streams, arrival, cancellation and limits, against one prompt at a time over `DynamicCache`."""
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from test_generation import VOCABULARY, expected, prompt, tiny_llama
+from torch import Tensor
+
+import kvblocks
+from kvblocks.errors import OutOfMemory
+from kvblocks.generation import Request
+
+
+def answers(*prompts: tuple[int, ...], new: int = 8) -> list[list[int]]:
+    return [expected(tiny_llama(), Request(ids, new)) for ids in prompts]
+
+
+def test_one_line_and_the_model_is_as_before() -> None:
+    model = tiny_llama()
+    before = model.config._attn_implementation
+    prompts = [prompt(12), prompt(5), prompt(30)]
+    streams = kvblocks.generate(model, prompts, max_new_tokens=8, stop_tokens=[])
+    assert model.config._attn_implementation == before
+    assert [list(stream) for stream in streams] == answers(*prompts)
+    assert model.config._attn_implementation == before
+    assert [stream.finish for stream in streams] == ["length"] * 3
+    assert list(streams[0]) == []  # each token is given once
+
+
+def test_tensors_arrays_and_requests() -> None:
+    given: list[Any] = [torch.tensor(prompt(7)), list(prompt(9)), Request(prompt(4), 3), torch.tensor(prompt(5)).numpy()]
+    tokens = kvblocks.generate(tiny_llama(), given, max_new_tokens=8, stop_tokens=()).run()
+    plain = answers(prompt(7), prompt(9), prompt(4), prompt(5))
+    assert tokens == [plain[0], plain[1], plain[2][:3], plain[3]]
+
+
+def test_reading_one_stream_runs_the_others_beside_it() -> None:
+    with kvblocks.generate(tiny_llama(), [prompt(12), prompt(5)], max_new_tokens=8, stop_tokens=[]) as run:
+        first = [next(run[0]) for _ in range(4)]
+        assert len(run[1].tokens) == 4
+        assert [*first, *run[0]] == answers(prompt(12))[0]
+        assert run[1].finish == "length"
+        assert list(run[1]) == answers(prompt(5))[0]
+
+
+def test_arrival_during_the_run_with_limits_of_its_own() -> None:
+    plain = answers(prompt(6, 1), new=12)[0]
+    with kvblocks.generate(tiny_llama(), [prompt(12)], max_new_tokens=8, stop_tokens=[], num_blocks=40) as run:
+        next(run[0])
+        late = run.add(prompt(6, 1), max_new_tokens=12, stop_tokens=[plain[5]])
+        usual = run.add(prompt(6, 1))
+        assert late.read() == plain[: plain.index(plain[5]) + 1]
+        assert late.finish == "stop"
+        assert usual.read() == plain[:8]
+        assert run[0].read() == answers(prompt(12))[0]
+        assert len(run) == 3
+        # All has ended; a request that comes then starts it again.
+        assert run.num_unfinished == 0
+        assert run.add(prompt(5)).read() == answers(prompt(5))[0]
+
+
+def test_cancellation_gives_blocks_back_and_leaves_the_others() -> None:
+    with kvblocks.generate(
+        tiny_llama(), [prompt(20), prompt(9, 1), prompt(5)], max_new_tokens=8, stop_tokens=[], max_seqs=2
+    ) as run:
+        manager = run.generator.manager
+        next(run[0])
+        run[0].cancel()  # it runs
+        run[2].cancel()  # it waits
+        run[0].cancel()
+        assert manager.num_sequences == 1
+        assert run[1].read() == answers(prompt(9, 1))[0]
+        assert [stream.finish for stream in run] == ["cancelled", "length", "cancelled"]
+        assert run[0].tokens == answers(prompt(20))[0][:1]
+        assert list(run[0]) == list(run[2]) == []
+        run[1].cancel()
+        assert run[1].finish == "length"
+        manager.audit()
+        assert manager.num_free_blocks == manager.num_blocks
+
+
+def test_leaving_ends_what_is_left() -> None:
+    model = tiny_llama()
+    before = model.config._attn_implementation
+    with kvblocks.generate(model, [prompt(20), prompt(5)], max_new_tokens=8) as run:
+        next(run[0])
+    assert {stream.finish for stream in run} == {"cancelled"}
+    assert model.config._attn_implementation == before
+    with pytest.raises(RuntimeError, match="the generator is closed"):
+        run.add(prompt(3))
+    abandoned = kvblocks.generate(model, [prompt(20)], max_new_tokens=8)
+    next(abandoned[0])
+    assert model.config._attn_implementation == "kvblocks"
+    del abandoned
+    gc.collect()
+    assert model.config._attn_implementation == before
+
+
+def test_stop_tokens_are_the_models_by_default() -> None:
+    model = tiny_llama()
+    plain = answers(prompt(12))[0]
+    settings: Any = model.generation_config
+    kept, settings.eos_token_id = settings.eos_token_id, [plain[2], VOCABULARY]
+    try:
+        [stream] = kvblocks.generate(model, [prompt(12)], max_new_tokens=8)
+        assert stream.read() == plain[: plain.index(plain[2]) + 1]
+        assert stream.finish == "stop"
+        [stream] = kvblocks.generate(model, [prompt(12)], max_new_tokens=8, stop_tokens=plain[4])
+        assert stream.read() == plain[: plain.index(plain[4]) + 1]
+    finally:
+        settings.eos_token_id = kept
+
+
+def test_choose_decides_the_tokens() -> None:
+    def worst(logits: Tensor) -> Tensor:
+        return logits.argmin(-1)
+
+    [stream] = kvblocks.generate(tiny_llama(), [prompt(12)], max_new_tokens=3, stop_tokens=[], choose=worst)
+    with torch.inference_mode():
+        logits = tiny_llama()(input_ids=torch.tensor([prompt(12)])).logits[0, -1]
+    assert stream.read()[0] == int(logits.argmin())
+    [stream] = kvblocks.generate(tiny_llama(), [prompt(12)], max_new_tokens=3, choose=lambda logits: logits)
+    with pytest.raises(TypeError, match=r"choose returned torch.float32 \[1, 61\]; .* it must be int64 \[1\]"):
+        stream.read()
+    stream.cancel()
+
+
+def test_a_prompt_waits_for_what_another_is_about_to_compute() -> None:
+    shared = prompt(96)
+    prompts = [(*shared, number) for number in range(6)]
+    with kvblocks.generate(tiny_llama(), prompts, max_new_tokens=4, stop_tokens=[], max_batch_tokens=64) as run:
+        assert run.run() == answers(*prompts, new=4)
+        stats = run.generator.manager.stats()
+    # The last 32 that they share were not worth another pass.
+    assert stats.hit_tokens == 5 * 64
+    # Short ones are not worth a pass.
+    prompts = [(*shared[:40], number) for number in range(6)]
+    with kvblocks.generate(tiny_llama(), prompts, max_new_tokens=4, stop_tokens=[]) as run:
+        run.step()
+        assert run.generator.manager.num_sequences == 6
+
+
+def test_the_cache_is_as_large_as_the_prompts_need() -> None:
+    prompts = [prompt(30), prompt(10), prompt(3)]
+    run = kvblocks.generate(tiny_llama(), prompts, max_new_tokens=8, stop_tokens=[], block_size=4)
+    assert run.generator.manager.num_blocks == -(-37 // 4) + -(-17 // 4) + -(-10 // 4) + 1
+    run.run()
+    assert run.generator.manager.stats().preemptions == 0
+    run.close()
+    with kvblocks.generate(tiny_llama(), [], memory="64KiB") as empty:
+        assert empty.generator.engine.memory_bytes <= 64 << 10
+        assert empty.run() == []
+        assert empty.add(prompt(5), max_new_tokens=8, stop_tokens=[]).read() == answers(prompt(5))[0]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "kind", "message"),
+    [
+        ([], {}, ValueError, "no prompt says how large the cache must be; give memory or num_blocks"),
+        ([[1]], {"memory": 1, "num_blocks": 1}, ValueError, "both say how large"),
+        ([[1]], {"memory": "1 bag"}, ValueError, "is not a size"),
+        ([[1]], {"memory": 100}, ValueError, "memory=100 holds no block; one is"),
+        ([[1]], {"num_blocks": 0}, ValueError, "num_gpu_blocks=0"),
+        (["Hello"], {}, TypeError, r"a prompt is the str 'Hello'; give token ids"),
+        ([[1, 2.5]], {}, TypeError, r"a prompt holds 2.5 of type float"),
+        ([[1], []], {}, ValueError, "a request of 0 prompt tokens"),
+        ([[VOCABULARY]], {}, ValueError, "token 61 is in the prompt; the model knows 0 to 60"),
+        ([[1]], {"max_new_tokens": 0}, ValueError, "max_new_tokens=0; both must be at least 1"),
+        ([[1]], {"max_new_tokens": 500}, ValueError, "need 500 slots; the cache and the model have 128"),
+        ([[1]], {"max_seqs": 0}, ValueError, "max_seqs=0"),
+        ([[1]], {"layout": "DNH"}, ValueError, "layout"),
+        ([[1]], {"num_blocks": 2**31 - 1, "block_size": 4096}, OutOfMemory, "bytes"),
+    ],
+)
+def test_what_cannot_be(prompts: Any, options: dict[str, Any], kind: type[Exception], message: str) -> None:
+    model = tiny_llama()
+    before = model.config._attn_implementation
+    with pytest.raises(kind, match=message):
+        kvblocks.generate(model, prompts, **options)
+    assert model.config._attn_implementation == before
