@@ -252,7 +252,7 @@ def _request(prompt: Any, default: Request) -> Request:
         raise TypeError(f'a prompt is the str {prompt[:40]!r}; give token ids: tokenizer(text)["input_ids"]')
     ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
     for token in ids:
-        if isinstance(token, bool) or not isinstance(token, SupportsIndex):
+        if type(token) is not int and (isinstance(token, bool) or not isinstance(token, SupportsIndex)):
             raise TypeError(
                 f"a prompt holds {token!r} of type {type(token).__name__}; give token ids, one list a prompt"
             )

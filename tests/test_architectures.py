@@ -81,7 +81,7 @@ def reason(error: Exception) -> str:
 
 def through_cache(model: PreTrainedModel, expected: tuple[Tensor, Tensor]) -> str:
     try:
-        held = PagedCache(model.config, num_blocks=48, block_size=4)
+        held = PagedCache(model.config, num_blocks=96, block_size=4)
         outcome = check(generate(model, *batch(), held), expected)
     except UnsupportedModel as error:
         return str(error)
@@ -94,7 +94,7 @@ def through_cache(model: PreTrainedModel, expected: tuple[Tensor, Tensor]) -> st
 def through_prompts(model: PreTrainedModel, expected: tuple[Tensor, Tensor]) -> str:
     """With hits: the first prompt was computed before, without padding; the second after it, with more of it."""
     ids, mask = batch()
-    held = PagedCache(model.config, num_blocks=64, block_size=4)
+    held = PagedCache(model.config, num_blocks=128, block_size=4)
     try:
         held.begin(ids[:1, :17])
     except UnsupportedModel as error:

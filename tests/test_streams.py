@@ -30,7 +30,12 @@ def test_one_line_and_the_model_is_as_before() -> None:
 
 
 def test_tensors_arrays_and_requests() -> None:
-    given: list[Any] = [torch.tensor(prompt(7)), list(prompt(9)), Request(prompt(4), 3), torch.tensor(prompt(5)).numpy()]
+    given: list[Any] = [
+        torch.tensor(prompt(7)),
+        list(prompt(9)),
+        Request(prompt(4), 3),
+        torch.tensor(prompt(5)).numpy(),
+    ]
     tokens = kvblocks.generate(tiny_llama(), given, max_new_tokens=8, stop_tokens=()).run()
     plain = answers(prompt(7), prompt(9), prompt(4), prompt(5))
     assert tokens == [plain[0], plain[1], plain[2][:3], plain[3]]
