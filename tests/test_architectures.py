@@ -22,7 +22,7 @@ from kvblocks.integrations.transformers import PagedCache, UnsupportedModel
 # These tensors are tiny, and threads would only wait for each other.
 torch.set_num_threads(1)
 
-NEW = 10
+NEW = 6
 LENGTHS = (21, 14)  # of the prompts; both longer than every window and chunk
 IDENTICAL = "identical"
 

@@ -4,6 +4,7 @@ import copy
 import gc
 import hashlib
 import itertools
+import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,6 +30,11 @@ from kvblocks.integrations.transformers.rows import _unknown_ids
 torch.set_num_threads(1)
 
 WINDOW = 9
+
+
+def examples(count: int) -> int:
+    """So many in an ordinary run, and twenty times as many where hypothesis is told to search for long."""
+    return count * 20 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else count
 
 
 def llama_config(**fields: Any) -> LlamaConfig:
@@ -125,7 +131,7 @@ def feed(caches: Sequence[Any], rows: int, count: int, generator: torch.Generato
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@settings(max_examples=60)
+@settings(max_examples=examples(40))
 @given(st.data())
 def test_any_calls_give_what_dynamic_cache_gives(kind: str, data: st.DataObject) -> None:
     config = CONFIGS[kind]()
@@ -212,7 +218,7 @@ def told_pass(held: PagedCache, ids: np.ndarray[Any, Any], pads: Sequence[int], 
             assert not got[row, :, : max(0, pad - first)].any()
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(25))
 @given(st.data())
 def test_whatever_was_told_is_found_again_and_nothing_else(data: st.DataObject) -> None:
     held = PagedCache(sliding_config(), num_blocks=300, block_size=data.draw(st.sampled_from([1, 2, 4])))
@@ -318,7 +324,7 @@ def test_a_chat_goes_on_from_its_answers() -> None:
 
 
 @pytest.mark.parametrize("begin", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3n_text"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -339,7 +345,7 @@ def test_ways_to_generate(options: dict[str, Any], kind: str, begin: bool) -> No
     check_all_given_back(held)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "llama4_text"])
 def test_assisted_generation(kind: str) -> None:
     ids, mask = prompts(30)
     ids[0, 10:20] = ids[0, :10]
