@@ -386,7 +386,10 @@ def test_beams_hold_little_more_than_one_sequence() -> None:
 def snapshot(held: PagedCache) -> tuple[object, ...]:
     rows = held._state.rows
     return (
-        [(replace(row), held.manager.block_table(row.handle).tolist()) for row in rows.rows],
+        [
+            (replace(row), held.manager.block_table(row.handle).tolist(), held.manager.tokens(row.handle).tolist())
+            for row in rows.rows
+        ],
         rows.columns,
         held.manager.num_free_blocks,
         held.manager.num_sequences,

@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from kvblocks.config import CacheConfig
+from kvblocks.config import CacheConfig, Group, Window
 from kvblocks.generation import Generator, Request
 from kvblocks.integrations.transformers import (
     KVShape,
@@ -260,3 +260,14 @@ def test_longest_sequence() -> None:
     by_layer = transformers.Gemma3TextConfig(max_position_embeddings=512)
     assert longest_sequence(by_layer) == 512
     assert longest_sequence(PreTrainedConfig()) is None
+
+
+def test_a_layer_must_not_reach_past_what_its_group_keeps() -> None:
+    """A cache for another model's windows would give back blocks that this one still reads."""
+    model = build("gemma2", head_dim=16, sliding_window=9, layer_types=BY_TURNS)
+    groups = (Group(Window(8), (0, 2)), Group(None, (1, 3)))
+    config = CacheConfig(4, 2, 16, 24, 4, groups=groups)
+    with Generator(model, config) as generator:
+        generator.add(Request((3, 4, 5), 2))
+        with pytest.raises(UnsupportedModel, match=r"window=9 and chunk=None, and its group keeps Window\(size=8\)"):
+            generator.step()
