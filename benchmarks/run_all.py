@@ -19,6 +19,7 @@ QUICK = {
     "allocation.py": ["--repeats", "2", "--blocks", "131072"],
     "cuda.py": ["--quick"],
     "decode_step.py": ["--batches", "32", "256", "--rounds", "3"],
+    "generate.py": ["--prompts", "4", "--new", "16", "--repeats", "1", "--long", "256", "--beam-prompt", "256"],
     "hybrid.py": [],
     "memory_footprint.py": ["--blocks", "262144"],
     "plan.py": ["--repeats", "3"],

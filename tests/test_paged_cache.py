@@ -356,6 +356,11 @@ def test_assisted_generation(kind: str) -> None:
     for _ in range(2):
         held.begin(ids, mask, reuse=False)
         assert torch.equal(generate(kind, ids, mask, held, **options), expected)
+    assert held.begin(ids, mask) > 0
+    with pytest.raises(ValueError, match="reuse=False"):  # it computes the prompt whole whatever is there
+        generate(kind, ids, mask, held, **options)
+    held.begin(ids, mask, reuse=False)
+    assert torch.equal(generate(kind, ids, mask, held, **options), expected)
     options = {"assistant_model": model("qwen2"), "max_new_tokens": 20}
     expected = generate(kind, ids, mask, dynamic(kind), **options)
     held.reset()

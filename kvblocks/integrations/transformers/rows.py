@@ -305,6 +305,7 @@ class Rows:
         self.recording = False  # whether passes may be cut by `crop`, however far their windows moved on
         self._recorded: list[Pass] = []
         self._prompts: list[Prompt] = []
+        self._skipped = 0  # columns of the told prompts that need not be computed
 
     # Passes
 
@@ -312,9 +313,16 @@ class Rows:
         """Begin a pass over `count` new columns: a slot for each of its tokens.
 
         Raises:
-            ValueError: `batch` is not the number of rows, nor a multiple of it where the rows are a told prompt.
+            ValueError: `batch` is not the number of rows, nor a multiple of it where the rows are a told prompt; or a
+                prompt of which a part was found comes whole.
             NoFreeBlocks: the pool has not enough.
         """
+        told = max((prompt.pad + len(prompt.ids) for prompt in self._prompts), default=0)
+        if self._skipped and self.columns < told < self.columns + count:
+            raise ValueError(
+                f"{count} columns come, and {told - self.columns} of the prompt are left, as begin found {self._skipped}; "
+                f"what computes a prompt whole (assisted generation does) needs begin(..., reuse=False)"
+            )
         self.pool.begin(self)
         fresh = not self.rows
         if len(self._recorded) >= _MOST_RECORDED:
@@ -494,7 +502,7 @@ class Rows:
         gone = [row.handle for row, keep in zip(self.rows, kept, strict=False) if keep is None]
         gone += [row.handle for row in self.rows[len(prompts) :]]
         self.rows = [row for row in kept if row is not None]
-        self._prompts, self.columns, self.factor = [], 0, 1
+        self._prompts, self.columns, self.factor, self._skipped = [], 0, 1, 0
         manager.free(gone)
         try:
             for number, (row, prompt) in enumerate(zip(kept, prompts, strict=True)):
@@ -508,6 +516,7 @@ class Rows:
                 row.total = row.known = row.real = len(prompt.ids)
             self._prompts = list(prompts)
             self._align(reuse)
+            self._skipped = self.columns
         except BaseException:
             self.clear()
             raise
@@ -607,6 +616,7 @@ class Rows:
                 row.total = length
                 row.computed, row.known, row.real = (min(n, length) for n in (row.computed, row.known, row.real))
         self.columns = columns
+        self._skipped = 0
 
     def select(self, indices: Sequence[int]) -> None:
         """Row i becomes what row `indices[i]` is; rows that come twice share every block."""
