@@ -320,8 +320,9 @@ class Rows:
         told = max((prompt.pad + len(prompt.ids) for prompt in self._prompts), default=0)
         if self._skipped and self.columns < told < self.columns + count:
             raise ValueError(
-                f"{count} columns come, and {told - self.columns} of the prompt are left, as begin found {self._skipped}; "
-                f"what computes a prompt whole (assisted generation does) needs begin(..., reuse=False)"
+                f"{count} columns come, and {told - self.columns} of the prompt are left, as begin found "
+                f"{self._skipped}; what computes a prompt whole (as assisted generation does) needs "
+                "begin(..., reuse=False)"
             )
         self.pool.begin(self)
         fresh = not self.rows
