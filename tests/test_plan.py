@@ -709,3 +709,42 @@ def test_a_sequence_holds_no_more_blocks_than_planned(
     if length % block_size == 0 and all(reach is None for reach in reaches):
         assert most == planned.blocks_for(length)
     manager.free([seq])
+
+
+def test_an_intermediate_size_outweighs_expand() -> None:
+    config: dict[str, Any] = {"model_type": "falcon_mamba", "hidden_size": 4096, "intermediate_size": 8192}
+    config |= {"expand": 16, "num_hidden_layers": 64, "state_size": 16, "conv_kernel": 4, "torch_dtype": "bfloat16"}
+    assert plan(config).state_bytes == 64 * 8192 * (4 * 2 + 16 * 4)
+
+
+def test_every_device_of_a_split_keeps_b_and_c_of_its_group() -> None:
+    config: dict[str, Any] = {"model_type": "mamba2", "num_heads": 80, "head_dim": 64, "n_groups": 1, "state_size": 128}
+    config |= {"conv_kernel": 4, "num_hidden_layers": 1, "torch_dtype": "bfloat16"}
+    assert plan(config, tp=2).state_bytes == (40 * 64 + 2 * 128) * 4 * 2 + 40 * 64 * 128 * 4
+
+
+def test_advice_about_memory_counts_the_share_that_is_used() -> None:
+    asked: dict[str, Any] = {"dtype": "bfloat16", "utilization": 0.9, "seq_len": 100_000, "concurrency": 1}
+    numbers = {"num_layers": 32, "num_kv_heads": 8, "head_dim": 128}
+    change = next(c for c in smallest_changes(plan(numbers, memory="10GiB", **asked)) if c.setting == "memory")
+    assert plan(numbers, memory=change.value, **asked).fits
+    assert not plan(numbers, memory=change.value - 2, **asked).fits
+
+
+def test_stages_grouped_differently_get_the_blocks_they_need() -> None:
+    reaches = [None] * 8 + [Window(128)] * 6 + [None] * 2
+    numbers = {"num_layers": 16, "num_kv_heads": 8, "head_dim": 128, "reaches": reaches}
+    made = plan(numbers, dtype="bfloat16", pp=2, memory="1GiB")
+    most = made.max_concurrency(4096)
+    for i, stage in enumerate(made.stages):
+        assert made.cache_config(i).num_gpu_blocks >= most * stage.layout.blocks(4096)
+
+
+def test_the_state_of_the_sequences_asked_for_is_set_aside() -> None:
+    config: dict[str, Any] = {"model_type": "jamba", "hidden_size": 64, "num_hidden_layers": 8, "attn_layer_offset": 4}
+    config |= {"attn_layer_period": 8, "mamba_d_conv": 4, "mamba_d_state": 16, "mamba_expand": 2}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "torch_dtype": "bfloat16"}
+    made = plan(config, memory="16MiB", seq_len=128, concurrency=50)
+    assert made.fits
+    assert made.memory is not None
+    assert made.cache_config().memory_bytes(made.storage_dtype) + 50 * made.state_bytes <= made.memory

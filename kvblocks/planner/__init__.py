@@ -129,6 +129,7 @@ def plan(
             state_dtype=_state_dtype(shape, kept_in.name if kept_in.is_float and dtype is not None else None),
             other_mla=other if other != shape else None,
             memory=_memory(memory, utilization),
+            utilization=Fraction(repr(float(utilization))),
             block_size=block_size,
             tp=tp,
             stages=stages,
@@ -167,7 +168,7 @@ def _memory(memory: Any, utilization: float) -> int | None:
         memory = str(memory)
     size = _free_memory(memory) if isinstance(memory, str) and _is_device(memory) else _size("memory", memory)
     # The share as it is written: 0.9 is 9/10, not the float next to it.
-    return None if size is None else int(size * Fraction(repr(utilization)))
+    return None if size is None else int(size * Fraction(repr(float(utilization))))
 
 
 def _is_device(text: str) -> bool:

@@ -1,5 +1,6 @@
 """What would make a plan fit: the smallest changes, each tried before it is named."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -42,11 +43,10 @@ def _changes(plan: Plan) -> Iterator[Change]:
     sequences, length = plan.target
     memory = plan.memory or 0
     needed = plan.memory_for(sequences, length)
-    if settings.sequences is None or sequences <= settings.sequences:
+    if plan.replaced(memory=needed).fits:
         factor = needed / memory if memory else float("inf")
-        yield Change(
-            f"{amount(needed - memory)} more memory on each device, {amount(needed)}", "memory", needed, factor
-        )
+        whole, had = (math.ceil(size / settings.utilization) for size in (needed, memory))
+        yield Change(f"{amount(whole - had)} more memory on each device, {amount(whole)}", "memory", whole, factor)
     if sequences > 1:
         fewer = plan.max_concurrency(length)
         if fewer:
@@ -58,7 +58,7 @@ def _changes(plan: Plan) -> Iterator[Change]:
         if shorter:
             yield Change(f"sequences of {shorter:,} tokens instead of {length:,}", "seq_len", shorter, length / shorter)
     for candidate in narrower(settings.format):
-        if plan.replaced(format=candidate).fits:
+        if plan.with_format(candidate).fits:
             name = (
                 candidate.name
                 if candidate.group_size is None
@@ -103,7 +103,9 @@ def _other_stages(plan: Plan) -> Iterator[Change]:
 def _wider(plan: Plan) -> Iterator[int]:
     """Larger numbers of devices over which the queries' heads split evenly."""
     queries, tp = plan.model.num_query_heads, plan.settings.tp
-    return (n for n in range(2 * tp, _MOST_DEVICES + 1, tp) if queries is None or queries % n == 0)
+    if queries is None:
+        return iter(range(2 * tp, _MOST_DEVICES + 1, tp))
+    return (n for n in range(tp + 1, _MOST_DEVICES + 1) if queries % n == 0)
 
 
 def _halves(size: int) -> Iterator[int]:

@@ -20,7 +20,7 @@ _DECIDING = re.compile(
     r"layers_block_type|kv_lora_rank|num_kv_shared_layers|kv_sharing_modes|cross_attention_layers|per_layer_config|"
     r"(index|indexer)_(head_dim|types)|(mamba|ssm|linear|conv|cca|lru)_\w*|\w*conv\w*kernel\w*|state_size|"
     r"compress_rates|swa_\w+|global_head_dim|num_global_key_value_heads|num_kv_heads|kv_channels|"
-    r"num_key_value_groups|num_key_value_heads_per_layer)$"
+    r"num_key_value_groups|num_key_value_heads_per_layer|use_cla)$"
 )
 _FULL = ("full_attention", "attention")
 _QUERY_HEADS = ("num_attention_heads", "n_head", "n_heads", "attention_heads", "decoder_attention_heads")
@@ -73,6 +73,8 @@ def _refuse_unknown(fields: Fields) -> None:
         if _DECIDING.match(name) and name not in known and value not in (None, False, [], {}):
             if name == "layer_types" and isinstance(value, list | tuple) and all(kind in _FULL for kind in value):
                 continue
+            if name == "sliding_window_size" and value == fields.values.get("sliding_window"):
+                continue  # says the same twice, as Gemma 2's configs do
             raise UnknownModel(
                 f"{fields.model_type}.{name}={value!r:.60}: the planner does not know what this field means for this "
                 f"model_type; remove it if it means nothing, or give the numbers instead"
@@ -89,7 +91,7 @@ _register(
 )
 _register("gpt2 codegen gptj ctrl openai-gpt", read.plain("n_layer", "n_head", "n_embd"))
 _register("bloom", read.plain("n_layer", "n_head", "hidden_size"))
-_register("mpt", read.plain("n_layers", "n_heads", "d_model"))
+_register("mpt", read.mpt)
 _register("xlm", read.plain("n_layers", "n_heads", "emb_dim"))
 _register("xglm", read.plain("num_layers", "attention_heads", "d_model"))
 _register(
@@ -114,12 +116,18 @@ _register(
 )
 _register(
     "afmoe beam cohere2 cohere2_moe cohere_compass_text cwm dots1 exaone4 exaone_moe flint gemma2 gemma3_text gpt_oss "
-    "granite_swa granitemoe_swa kolibri1 laguna mellum mimo_v2_flash ministral olmo3 qwen2 qwen2_5_vl_text qwen2_moe "
+    "granite_swa granitemoe_swa kolibri1 laguna mellum ministral olmo3 qwen2 qwen2_5_vl_text qwen2_moe "
     "qwen2_vl_text qwen3 smollm3 vaultgemma",
     read.mixed,
     "layer_types sliding_window per_layer_config",
 )
 _register("modernbert-decoder", read.mixed, "layer_types sliding_window local_attention")
+_register(
+    "mimo_v2_flash",
+    read.mixed,
+    "layer_types sliding_window sliding_window_size attention_chunk_size swa_num_attention_heads "
+    "swa_num_key_value_heads swa_head_dim swa_v_head_dim swa_rope_theta",
+)
 _register("gemma3n_text", read.mixed, "layer_types sliding_window num_kv_shared_layers")
 _register(
     "gemma4_text gemma4_unified_text", read.gemma4, "layer_types sliding_window num_kv_shared_layers per_layer_config"
@@ -145,12 +153,13 @@ _register(
 
 _LINEAR = "layer_types linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads "
 _LINEAR += "linear_num_value_heads linear_head_dim linear_num_heads short_conv_kernel_size kv_lora_rank "
+_LINEAR += "linear_attn_config "
 _LINEAR += "linear_a_log_min linear_a_log_max linear_dt_min linear_dt_max linear_dt_init_floor linear_allow_neg_eigval"
 _MAMBA = "layer_types layers_block_type mamba_n_heads mamba_d_head mamba_n_groups mamba_d_state mamba_d_conv "
 _MAMBA += "mamba_expand mamba_chunk_size mamba_conv_bias mamba_proj_bias mamba_dt_rank mamba_d_ssm mamba_rms_norm "
 _MAMBA += "mamba_norm_before_gate mamba_ngroups mamba_headdim mamba_num_heads mamba_head_dim mamba_hidden_act "
 _MAMBA += "mamba_ssm_cache_dtype ssm_state_size conv_kernel state_size n_mamba_heads kv_channels ssm_multipliers "
-_MAMBA += "ssm_in_multiplier ssm_out_multiplier conv_bias"
+_MAMBA += "mamba_use_mlp ssm_in_multiplier ssm_out_multiplier conv_bias"
 
 _register(
     "qwen3_next qwen3_5_text qwen3_5_moe_text olmo_hybrid",
@@ -183,7 +192,7 @@ _register(
     "mamba falcon_mamba",
     read.by_kind(
         read.every_layer("linear_attention"),
-        lambda f: read.mamba(f, f.count("expand") * f.count("hidden_size"), "state_size", "conv_kernel"),
+        lambda f: read.mamba(f, read.inner_of(f), "state_size", "conv_kernel"),
         read.grouped_kept,
     ),
     _MAMBA,
@@ -255,7 +264,7 @@ _register(
 _register(
     "lfm2 lfm2_moe",
     read.by_kind(read.named("layer_types"), read.lfm_states, read.grouped_kept),
-    "layer_types conv_L_cache conv_bias",
+    "layer_types conv_L_cache conv_bias conv_dim conv_dim_out conv_use_xavier_init",
 )
 _register(
     "lfm3",

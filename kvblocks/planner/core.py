@@ -6,11 +6,12 @@ Knows no config and no file: `kvblocks.planner.read` makes the `ModelCache`, `kv
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
 from kvblocks.config import CacheConfig, Group
-from kvblocks.planner.formats import Format, format_of, itemsize_of, narrower
+from kvblocks.planner.formats import Format, dtype_name, format_of, itemsize_of, narrower
 from kvblocks.planner.layout import Layout, PagedLayer, best_layout, uniform_bytes
 from kvblocks.planner.shapes import Kept, Layer, ModelCache, Stored
 
@@ -28,7 +29,8 @@ class Settings:
         format: of K and V.
         state_dtype: of what follows the model's own dtype; None where nothing does.
         other_mla: what the model keeps with the other choice for latent attention; None where there is none.
-        memory: bytes of one device; None where it is not asked about.
+        memory: bytes of one device that may be used; None where it is not asked about.
+        utilization: the share of the device's memory that `memory` is.
         block_size: tokens in a block.
         tp: devices over which heads are split.
         stages: layers of each pipeline stage.
@@ -48,6 +50,7 @@ class Settings:
     state_dtype: str | None
     other_mla: ModelCache | None = None
     memory: int | None = None
+    utilization: Fraction = Fraction(1)
     block_size: int = 16
     tp: int = 1
     stages: tuple[int, ...] = ()
@@ -66,6 +69,11 @@ class Settings:
     def reference_len(self) -> int:
         """The length at which layouts are compared: what is asked for, else what the model was made for, else 32k."""
         return self.seq_len or self.model.max_seq_len or 32768
+
+    @property
+    def reserved(self) -> int:
+        """Sequences whose state is set aside before blocks are counted."""
+        return (self.concurrency or 0) if self.sequences is None else self.sequences
 
     def heads(self, heads: int) -> tuple[int, int]:
         """Of `heads` heads: how many lie on one device, and on how many devices each of them lies."""
@@ -186,7 +194,7 @@ class Stage:
             return self.layout.blocks(s.seq_len + self.extra_tokens) * s.concurrency
         if not self.block_bytes:
             return 0
-        return max(0, min(LONGEST, (room - (s.sequences or 0) * self.state_bytes) // self.block_bytes))
+        return max(0, min(LONGEST, (room - s.reserved * self.state_bytes) // self.block_bytes))
 
     def fits(self, concurrency: int, seq_len: int) -> bool:
         """Whether so many sequences of so many tokens fit; True where no memory is given."""
@@ -362,7 +370,7 @@ class Plan:
         count, length = _tokens("concurrency", concurrency, 1), _tokens("seq_len", seq_len, 1)
         self._need_memory()
         for candidate in [self.settings.format, *narrower(self.settings.format)]:
-            plan = self.replaced(format=candidate)
+            plan = self.with_format(candidate)
             if all(stage.fits(count, length) for stage in plan.stages):
                 return candidate.name
         return None
@@ -422,7 +430,8 @@ class Plan:
     def cache_config(self, stage: int = 0) -> CacheConfig:
         """The config for a `CacheEngine` on one device of a pipeline stage.
 
-        Its `memory_bytes(plan.storage_dtype)` is `num_blocks * block_bytes` to the byte. Its layers are those of the
+        Its `memory_bytes(plan.storage_dtype)` is `num_blocks * block_bytes` to the byte; with pipeline stages whose
+        layers are grouped differently these are the stage's own (`stages`). Its layers are those of the
         model that keep K and V, in order: `cache_layers` says which is which. Where layers differ in heads or dims,
         `layer_shapes` holds each one's. A latent is K and its rotated key V, of one head. Packed numbers and their
         scales are bytes: then dims count them.
@@ -435,7 +444,9 @@ class Plan:
         layers = [layer for layer in chosen.layers if layer.kept]
         if not layers:
             raise ValueError(f"{self.model.name} keeps nothing that grows with the sequence; there is nothing to page")
-        blocks = self.num_blocks
+        # One manager runs stages that are grouped alike; others have blocks of their own, and as many as they need.
+        alike = len({tuple(g.reach for g in s.layout.groups) for s in self.stages if s.paged}) == 1
+        blocks = self.num_blocks if alike else chosen.num_blocks
         if blocks is None:
             raise ValueError("how many blocks? Give plan(...) a memory, or a concurrency and a seq_len")
         if blocks < 1:
@@ -493,7 +504,12 @@ class Plan:
         format = format_of(dtype)
         if group_size is not None or not format.bits >= 8:
             format = format_of(dtype, 32 if group_size is None else group_size)
-        return self.replaced(format=format)
+        return self.with_format(format)
+
+    def with_format(self, format: Format) -> "Plan":
+        """The plan with K and V in another format, and what follows it in the dtype that `plan` would give it."""
+        name = format.name if format.is_float else self.model.dtype
+        return self.replaced(format=format, state_dtype=self.settings.state_dtype if name is None else dtype_name(name))
 
     def replaced(self, **changes: Any) -> "Plan":
         """The plan with some of its `settings` changed."""

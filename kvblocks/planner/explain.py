@@ -177,12 +177,16 @@ def _memory_lines(plan: Plan) -> list[Line]:
     taken = [amount(settings.memory)]
     taken += [f"{amount(stage.weights)} weights"] if settings.weights else []
     taken += [f"{amount(settings.activations)} activations"] if settings.activations else []
-    if settings.sequences and stage.state_bytes:
-        taken.append(f"{count(settings.sequences, 'sequence')} × {stage.state_bytes:,} B state")
-    room = (stage.room or 0) - (settings.sequences or 0) * stage.state_bytes
+    if settings.reserved and stage.state_bytes:
+        taken.append(f"{count(settings.reserved, 'sequence')} × {stage.state_bytes:,} B state")
+    room = (stage.room or 0) - settings.reserved * stage.state_bytes
     found.append(Line("memory for the cache", " - ".join(taken) if len(taken) > 1 else "", amount(room)))
-    if stage.block_bytes:
-        whole = f"{room:,} B / {stage.block_bytes:,} B, whole blocks"
+    paged = [one for one in plan.stages if one.block_bytes]
+    if paged:
+        tight = min(paged, key=lambda one: one.num_blocks or 0)  # the stage that has the fewest, which may be another
+        room = (tight.room or 0) - settings.reserved * tight.state_bytes
+        whole = f"{room:,} B / {tight.block_bytes:,} B, whole blocks"
+        whole += f" of stage {plan.stages.index(tight)}" if tight.block_bytes != stage.block_bytes else ""
         found.append(Line("blocks", whole, f"{plan.num_blocks:,}"))
     return found
 
@@ -263,7 +267,7 @@ def notes(plan: Plan) -> list[str]:
             f"note: figures are of pipeline stage {index}, layers {stage.layers[0].index} to {stage.layers[-1].index}, "
             f"which takes the most"
         )
-    if stage.state_bytes and settings.memory is not None and settings.sequences is None:
+    if stage.state_bytes and settings.memory is not None and not settings.reserved:
         found.append("note: no state is set aside before blocks are counted; give sequences to do so")
     longest = settings.model.max_seq_len
     if settings.seq_len is not None and longest is not None and settings.seq_len > longest:

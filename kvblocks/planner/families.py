@@ -162,6 +162,10 @@ def mixed(f: Fields) -> list[Layer]:
         heads = kv_heads_of(at)
         if f.model_type == "mimo_v2_flash" and kind == "sliding_attention":
             heads *= 2
+            own_dims = {"swa_num_key_value_heads": heads, "swa_head_dim": k_dim, "swa_v_head_dim": v_dim}
+            for name, value in own_dims.items():
+                if f.has(name) and f.count(name) != value:
+                    raise UnknownModel(f"mimo_v2_flash.{name}={f.count(name)}: transformers keeps {value}")
         kept: tuple[Kept, ...] = attention(heads, k_dim, v_dim, reach_of(at, kind))
         if kind == "minimax_m3_sparse":
             kept = (*kept, Kept("indexer key", 1, at.count("index_head_dim")))
@@ -320,6 +324,21 @@ def indexed(f: Fields) -> list[Layer]:
 # --- state: Mamba, linear attention, convolutions
 
 
+def inner_of(f: Fields) -> int:
+    """Channels of Mamba 1: what a config names outweighs `expand`, as it does in transformers."""
+    return f.count("intermediate_size") if f.has("intermediate_size") else f.count("expand") * f.count("hidden_size")
+
+
+def mpt(f: Fields) -> list[Layer]:
+    given = f.values.get("attn_config") or {}
+    if not isinstance(given, Mapping):
+        raise UnknownModel("mpt.attn_config is no object")
+    kind = given.get("attn_type", "multihead_attention")
+    if kind != "multihead_attention" or given.get("kv_n_heads") not in (None, f.count("n_heads")):
+        raise UnknownModel(f"mpt.attn_config: the planner does not know attn_type={kind!r}, kv_n_heads")
+    return plain("n_layers", "n_heads", "d_model")(f)
+
+
 def mamba(f: Fields, inner: int, state: str, conv: str) -> tuple[State, ...]:
     """Mamba 1: a convolution's window and a state for each channel."""
     return (
@@ -331,7 +350,7 @@ def mamba(f: Fields, inner: int, state: str, conv: str) -> tuple[State, ...]:
 def mamba2(f: Fields, heads: int, head_dim: int, groups: int, state: int, conv: int) -> tuple[State, ...]:
     """Mamba 2: the convolution runs over x, B and C."""
     return (
-        State("convolution", ((heads, head_dim * conv), (2 * groups, state * conv))),
+        State("convolution", ((heads, head_dim * conv), (groups, 2 * state * conv))),
         State("recurrent state", ((heads, head_dim * state),), "float32"),
     )
 
@@ -352,7 +371,7 @@ def delta_states(f: Fields) -> tuple[State, ...]:
     values, value_dim = f.count("linear_num_value_heads"), f.count("linear_value_head_dim")
     conv = f.count("linear_conv_kernel_dim")
     return (
-        State("convolution", ((2 * keys, key_dim * conv), (values, value_dim * conv))),
+        State("convolution", ((keys, 2 * key_dim * conv), (values, value_dim * conv))),
         State("recurrent state", ((values, key_dim * value_dim),), "float32"),
     )
 
@@ -360,7 +379,7 @@ def delta_states(f: Fields) -> tuple[State, ...]:
 def kimi_states(f: Fields) -> tuple[State, ...]:
     heads, dim, conv = f.count("linear_num_heads"), f.count("linear_head_dim"), f.count("linear_conv_kernel_dim")
     return (
-        State("convolution", ((3 * heads, dim * conv),)),
+        State("convolution", ((heads, 3 * dim * conv),)),
         State("recurrent state", ((heads, dim * dim),), "float32"),
     )
 
@@ -432,6 +451,11 @@ def zamba_kept(f: Fields, kind: str) -> tuple[Kept, ...]:
 
 
 def lfm_states(f: Fields) -> tuple[State, ...]:
+    for name in ("conv_dim", "conv_dim_out"):
+        if f.has(name) and f.count(name) != f.count("hidden_size"):
+            raise UnknownModel(
+                f"{f.model_type}.{name}={f.count(name)} differs from hidden_size={f.count('hidden_size')}"
+            )
     return (State("convolution", ((f.count("hidden_size"), f.count("conv_L_cache")),)),)
 
 
@@ -452,7 +476,7 @@ def zaya_states(f: Fields) -> tuple[State, ...]:
     heads, kv_heads, dim = f.count("num_attention_heads"), kv_heads_of(f), head_dim_of(f)
     window = f.count("cca_time0") + f.count("cca_time1") - 2
     states = (State("delayed value", ((kv_heads, dim // 2),)),)
-    return (State("convolution", ((heads + kv_heads, dim * window),)), *states) if window else states
+    return (State("convolution", ((heads, dim * window), (kv_heads, dim * window))), *states) if window else states
 
 
 def inkling(f: Fields) -> list[Layer]:
@@ -465,7 +489,7 @@ def inkling(f: Fields) -> list[Layer]:
         heads, dim = f.count(f"{swa}num_key_value_heads"), f.count(f"{swa}head_dim")
         kept = attention(heads, dim, dim, reach_of(f, kind, "sliding_window_size"))
         states = (
-            State("convolutions of K and V", ((2 * heads, dim * kernel),), dtype),
+            State("convolutions of K and V", ((heads, 2 * dim * kernel),), dtype),
             State("convolutions of the inputs", ((2 * hidden, kernel),), dtype),
         )
         layers.append(Layer(i, kind, kept, states))
