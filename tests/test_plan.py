@@ -395,8 +395,83 @@ def test_more_memory_never_gives_less(
     assert before.max_concurrency(length) <= after.max_concurrency(length)
 
 
+def kept_by_devices(queries: int, heads: int, tp: int) -> list[set[int]]:
+    """The K and V heads that each device's queries share: queries lie on devices in order, equally many on each."""
+    here = queries // tp
+    return [{query * heads // queries for query in range(i * here, (i + 1) * here)} for i in range(tp)]
+
+
+@given(st.data(), st.integers(1, 24), st.integers(1, 12), st.integers(1, 40), st.integers(0, 300))
+def test_shares_of_tensor_parallelism_are_the_heads_that_queries_share(
+    data: st.DataObject, heads: int, sharing: int, dim: int, length: int
+) -> None:
+    queries = heads * sharing
+    tp = data.draw(st.sampled_from([n for n in range(1, queries + 1) if queries % n == 0]))
+    model = uniform(3, heads, dim, num_attention_heads=queries, dtype="bfloat16")
+    head, share = plan(uniform(3, 1, dim, dtype="bfloat16")), plan(model, tp=tp)
+    kept = kept_by_devices(queries, heads, tp)
+    fullest = max(map(len, kept))
+    assert set().union(*kept) == set(range(heads))
+    assert share.bytes_per_token == fullest * head.bytes_per_token
+    assert share.cache_bytes(length) == fullest * head.cache_bytes(length)
+    assert evaluated(lines(share)[0].arithmetic) == share.bytes_per_token
+    assert plan(model, tp=tp, memory=2**30).cache_config().num_kv_heads == fullest
+    copies = sum(map(len, kept))
+    text = share.explain()
+    assert (f"({heads} head" in text) == (copies > heads)
+    if copies == heads:
+        assert fullest * tp == heads
+    elif heads * (tp // heads) == tp:
+        assert f"1 on each device) cannot be split that far; a head is kept {tp // heads} times" in text.replace(
+            "\n", " "
+        )
+    else:
+        assert f"{fullest} on the fullest device) do not split evenly; a head is kept wherever" in text
+        assert f"wherever its queries are, {copies} in all" in text
+
+
+def test_heads_that_do_not_split_evenly_lie_where_their_queries_are() -> None:
+    phi_4 = {"model_type": "phi3", "num_hidden_layers": 40, "hidden_size": 5120, "num_attention_heads": 40}
+    phi_4 |= {"num_key_value_heads": 10, "sliding_window": None, "torch_dtype": "bfloat16"}
+    head = 40 * (128 + 128) * 2
+    shares = {tp: plan(phi_4, tp=tp).bytes_per_token // head for tp in (1, 2, 4, 5, 8, 10, 20, 40)}
+    assert shares == {1: 10, 2: 5, 4: 3, 5: 2, 8: 2, 10: 1, 20: 1, 40: 1}
+    assert (
+        "note: tp=4: K (10 heads, 3 on the fullest device), V (10 heads, 3 on the fullest device) do not split evenly; "
+        "a head is kept wherever its queries are, 12 in all"
+    ) in plan(phi_4, tp=4).explain()
+    changes = smallest_changes(plan(phi_4, memory="1GiB", seq_len=6000), 10)
+    tp = next(change.value for change in changes if change.setting == "tp")
+    assert plan(phi_4, memory="1GiB", seq_len=6000, tp=tp).fits
+
+
+def test_queries_of_every_layer_must_split() -> None:
+    config: dict[str, Any] = {"model_type": "inkling_text", "num_hidden_layers": 2, "hidden_size": 64, "head_dim": 16}
+    config |= {"layer_types": ["hybrid_sliding", "hybrid"], "transformers_version": "5.0.0", "conv_kernel_size": 4}
+    config |= {"swa_num_attention_heads": 6, "swa_num_key_value_heads": 3, "swa_head_dim": 8, "sliding_window_size": 9}
+    config |= {"num_attention_heads": 8, "num_key_value_heads": 4, "torch_dtype": "bfloat16"}
+    assert plan(config, tp=2).bytes_per_token == 2 * (8 + 8) * 2 + 2 * (16 + 16) * 2
+    for tp, number in ((4, 6), (3, 8)):
+        with pytest.raises(ValueError, match=f"num_attention_heads={number} does not divide by tp={tp}"):
+            plan(config, tp=tp)
+        with pytest.raises(ValueError, match=f"num_attention_heads={number} does not divide by tp={tp}"):
+            plan(config).replaced(tp=tp)
+
+
+def test_transformers_keeps_the_latent() -> None:
+    with pytest.raises(
+        ValueError, match="cache of deepseek_v3 keeps the latent and the rotated key; give mla='latent'"
+    ):
+        plan(DEEPSEEK_V3, mla="expanded", stored="transformers")
+    assert plan(DEEPSEEK_V3, stored="transformers").cache_bytes(7) == 7 * 70_272
+    llama = plan(LLAMA_3_8B, mla="expanded", stored="transformers")
+    assert llama.cache_bytes(7) == 7 * 131_072
+
+
 @given(st.integers(1, 9), st.integers(1, 24), st.integers(1, 40), st.integers(1, 24), st.integers(0, 300))
-def test_shares_of_tensor_parallelism_add_up(layers: int, heads: int, dim: int, tp: int, length: int) -> None:
+def test_shares_of_tensor_parallelism_without_known_queries_add_up(
+    layers: int, heads: int, dim: int, tp: int, length: int
+) -> None:
     model = uniform(layers, heads, dim, dtype="bfloat16")
     whole, share = plan(model), plan(model, tp=tp)
     copies = tp // math.gcd(heads, tp)
@@ -530,6 +605,9 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dtype of another kind": ({"dtype": torch.int64}, TypeError, "cannot hold a cache"),
     "dtype missing": ({"dtype": None}, ValueError, "give the dtype of K and V"),
     "memory text": ({"memory": "lots"}, ValueError, "memory='lots' is not a size"),
+    "memory of many digits": ({"memory": "9" * 5000}, ValueError, r"^memory='9{0,60} is more than 2\*\*63 - 1 bytes$"),
+    "memory of many letters": ({"memory": "x" * 5000}, ValueError, r"^memory='x{0,60} is not a size; give one"),
+    "memory of another CPU": ({"memory": "cpu:1"}, ValueError, "memory='cpu:1': there is one CPU; give 'cpu'"),
     "memory negative": ({"memory": -1}, ValueError, r"memory=-1 is outside 0\.\."),
     "memory bool": ({"memory": True}, TypeError, "memory=True is of type bool"),
     "memory huge": ({"memory": 2**63}, ValueError, "is outside"),
@@ -541,6 +619,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "num_attention_heads=8 does not divide by tp=3; use 1, 2, 4 or 8",
     ),
+    "tp beyond the queries": ({"tp": 9}, ValueError, "num_attention_heads=8 does not divide by tp=9; use 1, 2, 4 or 8"),
     "pp": ({"pp": 5}, ValueError, r"pp=5 is outside 1\.\.4, the layers of"),
     "pp text": ({"pp": "2"}, TypeError, "pp='2' is of type str"),
     "pp bool": ({"pp": True}, TypeError, "pp=True is of type bool"),
@@ -595,9 +674,9 @@ def test_lengths_are_checked(value: Any) -> None:
             call(value)
 
 
-@pytest.mark.parametrize("reaches", [[None], [None, 5], ["full", None]])
-def test_reaches_are_checked(reaches: list[Any]) -> None:
-    with pytest.raises((TypeError, ValueError), match="reaches"):
+@pytest.mark.parametrize("reaches", [[None], [None, 5], ["full", None], 5, "ab", {0: None, 1: None}])
+def test_reaches_are_checked(reaches: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"reaches(=.* is of type| names 1| holds)"):
         uniform(2, 1, 1, reaches=reaches)
 
 
@@ -637,7 +716,7 @@ def test_compressed_entries_need_whole_blocks() -> None:
 
 def test_the_free_memory_of_a_device_is_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvblocks.memory.available_memory", lambda: 10 * 2**20)
-    for device in ("cpu", torch.device("cpu")):
+    for device in ("cpu", "cpu:0", torch.device("cpu"), torch.device("cpu:0")):
         assert plan(LLAMA_3_8B, memory=device).num_blocks == 5
         assert plan(LLAMA_3_8B, memory=device, utilization=0.9).memory == 9 * 2**20
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

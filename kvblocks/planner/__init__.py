@@ -12,7 +12,7 @@ from kvblocks.planner.architectures import MODEL_TYPES
 from kvblocks.planner.core import LONGEST, Plan, Settings
 from kvblocks.planner.fields import MissingField, UnknownModel
 from kvblocks.planner.formats import dtype_name, format_of
-from kvblocks.planner.parallel import check_tp, stage_layers
+from kvblocks.planner.parallel import stage_layers
 from kvblocks.planner.read import Source, read, uniform
 from kvblocks.planner.shapes import ModelCache, Stored
 from kvblocks.planner.text import parse_size
@@ -63,7 +63,8 @@ def plan(
         memory: bytes of one device, a size like "80GiB", or a device whose free memory counts ("cuda:1", "cpu", or a
             `torch.device`).
         block_size: tokens in a block.
-        tp: devices over which heads are split; heads that do not divide are kept several times, and the plan says so.
+        tp: devices over which heads are split, each with equally many heads of queries, in order, and the K and V heads
+            that these share; where heads do not divide some are kept several times, and the plan says so.
         pp: pipeline stages, or the layers of each.
         mla: what layers with latent attention keep: the latent and the rotated key, or K and V of all heads.
         stored: "exact", or "transformers" for what the caches of the installed kind keep (it changes `cache_bytes`).
@@ -73,7 +74,7 @@ def plan(
         weights_dtype: of the weights; None for the config's.
         activations: bytes or a size set aside on each device.
         utilization: the share of the memory that is used, above 0 and at most 1.
-        sequences: for how many the fixed state is set aside before blocks are counted.
+        sequences: for how many the fixed state is set aside before blocks are counted; None for `concurrency`.
         encoder_tokens: of an encoder or an image, that cross-attention keeps K and V for in every sequence.
         group_size: numbers of one head that share a scale, in 8-bit and packed dtypes; None where scales are not kept
             per token.
@@ -110,10 +111,14 @@ def plan(
     if stored == "transformers" and shape.uncached is not None:
         raise ValueError(f"stored='transformers': {shape.uncached}")
     other = source.read("expanded" if mla == "latent" else "latent")
+    if stored == "transformers" and mla == "expanded" and other != shape:
+        raise ValueError(
+            f"stored='transformers' with mla='expanded': transformers' cache of {shape.name} keeps the latent and the "
+            f"rotated key; give mla='latent' for its bytes, or stored='exact' for those of expanded heads"
+        )
     if dtype is None and shape.dtype is None:
         raise ValueError(f"dtype=None: the config of {shape.name} names none; give the dtype of K and V")
     kept_in = format_of(shape.dtype if dtype is None else dtype, group_size, scale_dtype, zero_point)
-    check_tp(shape, tp)
     stages = stage_layers(shape, pp)
     for layer in shape.layers:
         for kept in layer.kept:
@@ -176,18 +181,20 @@ def _is_device(text: str) -> bool:
 
 
 def _free_memory(device: str) -> int:
-    import torch
-
-    if device == "cpu":
+    if device.partition(":")[0] == "cpu":
+        if device not in ("cpu", "cpu:0"):
+            raise ValueError(f"memory={device!r:.60}: there is one CPU; give 'cpu'")
         from kvblocks.memory import available_memory
 
         return available_memory()
+    import torch
+
     if not torch.cuda.is_available():
-        raise ValueError(f"memory={device!r}: torch finds no CUDA device here; give a size like '80GiB'")
+        raise ValueError(f"memory={device!r:.60}: torch finds no CUDA device here; give a size like '80GiB'")
     try:
         free, _ = torch.cuda.mem_get_info(torch.device(device))
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"memory={device!r}: {error}") from None
+        raise ValueError(f"memory={device!r:.60}: {error}") from None
     return free
 
 

@@ -102,10 +102,10 @@ def _other_stages(plan: Plan) -> Iterator[Change]:
 
 def _wider(plan: Plan) -> Iterator[int]:
     """Larger numbers of devices over which the queries' heads split evenly."""
-    queries, tp = plan.model.num_query_heads, plan.settings.tp
-    if queries is None:
+    queries, tp = plan.model.query_heads, plan.settings.tp
+    if not queries:
         return iter(range(2 * tp, _MOST_DEVICES + 1, tp))
-    return (n for n in range(tp + 1, _MOST_DEVICES + 1) if queries % n == 0)
+    return (n for n in range(tp + 1, _MOST_DEVICES + 1) if all(number % n == 0 for number in queries))
 
 
 def _halves(size: int) -> Iterator[int]:

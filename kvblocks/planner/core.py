@@ -13,6 +13,7 @@ from typing import Any
 from kvblocks.config import CacheConfig, Group
 from kvblocks.planner.formats import Format, dtype_name, format_of, itemsize_of, narrower
 from kvblocks.planner.layout import Layout, PagedLayer, best_layout, uniform_bytes
+from kvblocks.planner.parallel import check_tp
 from kvblocks.planner.shapes import Kept, Layer, ModelCache, Stored
 
 __all__ = ["LONGEST", "Plan", "Settings", "Stage"]
@@ -43,6 +44,9 @@ class Settings:
         encoder_tokens: of an encoder or an image, that cross-attention keeps.
         max_groups: of layers that share a block table.
         step_tokens: that one step writes for a sequence, at most.
+
+    Raises:
+        ValueError: heads of queries that `tp` devices cannot share evenly.
     """
 
     model: ModelCache
@@ -65,6 +69,9 @@ class Settings:
     max_groups: int = 12
     step_tokens: int = 1
 
+    def __post_init__(self) -> None:
+        check_tp(self.model, self.tp)
+
     @property
     def reference_len(self) -> int:
         """The length at which layouts are compared: what is asked for, else what the model was made for, else 32k."""
@@ -75,15 +82,24 @@ class Settings:
         """Sequences whose state is set aside before blocks are counted."""
         return (self.concurrency or 0) if self.sequences is None else self.sequences
 
-    def heads(self, heads: int) -> tuple[int, int]:
-        """Of `heads` heads: how many lie on one device, and on how many devices each of them lies."""
+    def heads(self, heads: int, queries: int | None = None) -> tuple[int, int]:
+        """Of `heads` heads: how many lie on the fullest device, and how many on all devices, each copy counted.
+
+        A device has as many heads of queries as every other, in order, and keeps each head that one of them shares.
+        Where `queries` is None, all devices keep equally many.
+        """
         shares = math.gcd(heads, self.tp)
-        return heads // shares, self.tp // shares
+        if queries is None:
+            return heads // shares, heads // shares * self.tp
+        here, sharing = queries // self.tp, queries // heads
+        # Devices start at multiples of `here`; the worst starts that many queries before the end of a head's.
+        left = math.gcd(here, sharing)
+        return 1 + math.ceil((here - left) / sharing), heads + self.tp - shares
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One pipeline stage, on one of its devices.
+    """One pipeline stage, on the fullest of its devices.
 
     Args:
         settings: of the plan.
@@ -97,7 +113,7 @@ class Stage:
         heads = kept.heads
         if stored and kept.stored_heads is not None:
             heads = kept.stored_heads
-        return kept.entry_bytes(self.settings.format, self.settings.heads(heads)[0])
+        return kept.entry_bytes(self.settings.format, self.settings.heads(heads, kept.queries)[0])
 
     @cached_property
     def token_bytes(self) -> int:
@@ -481,7 +497,7 @@ class Plan:
             raise ValueError(f"layer {layer.index} of {self.model.name} keeps K and V of different reach")
         format = self.settings.format
         dims = [one.dim if format.is_dtype else format.vector_bytes(one.dim) for one in kept]
-        return self.settings.heads(kept[0].heads)[0], dims[0], dims[1]
+        return self.settings.heads(kept[0].heads, kept[0].queries)[0], dims[0], dims[1]
 
     def explain(self) -> str:
         """Every figure with its arithmetic, and where something does not fit, what is missing and what would help."""

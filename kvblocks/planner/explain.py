@@ -118,7 +118,8 @@ def _terms(stage: Stage, layers: Iterable[Layer], *, reach: Reach = None, only: 
     for layer in layers:
         kept = [one for one in layer.kept if not only or one.reach == reach]
         for same in _alike(kept):
-            key = (same[0].heads, same[0].dtype, same[0].every, tuple(one.dim for one in same))
+            here = stage.settings.heads(same[0].heads, same[0].queries)[0]
+            key = (here, same[0].dtype, same[0].every, tuple(one.dim for one in same))
             numbers[key] = numbers.get(key, 0) + 1
     return " + ".join(_term(stage, number, *key) for key, number in numbers.items())
 
@@ -127,13 +128,12 @@ def _alike(kept: Sequence[Kept]) -> list[list[Kept]]:
     """Tensors of one layer that have one number of heads, together."""
     found: dict[tuple[Any, ...], list[Kept]] = {}
     for one in kept:
-        found.setdefault((one.heads, one.dtype, one.every), []).append(one)
+        found.setdefault((one.heads, one.queries, one.dtype, one.every), []).append(one)
     return list(found.values())
 
 
-def _term(stage: Stage, number: int, heads: int, dtype: str | None, every: int, dims: tuple[int, ...]) -> str:
+def _term(stage: Stage, number: int, here: int, dtype: str | None, every: int, dims: tuple[int, ...]) -> str:
     format = stage.settings.format
-    here = stage.settings.heads(heads)[0]
     if dtype is not None:
         numbers = f"{_sum(dims)} × {itemsize_of(dtype)} B"
     elif format.bits % 8 == 0 and format.group_size is None:
@@ -237,18 +237,21 @@ def notes(plan: Plan) -> list[str]:
     """What a reader should know besides."""
     settings, stage = plan.settings, plan.stage
     found = [f"note: {note}" for note in settings.model.notes]
-    copies: dict[int, set[str]] = {}
+    copies: dict[str, set[str]] = {}
     for layer in stage.layers:
         for kept in (*layer.kept, *layer.cross):
-            share, times = settings.heads(kept.heads)
-            if times > 1:
-                copies.setdefault(times, set()).add(
-                    f"{kept.name} ({count(kept.heads, 'head')}, {share} on each device)"
-                )
-    for times, names in sorted(copies.items()):
-        found.append(
-            f"note: tp={settings.tp}: {', '.join(sorted(names))} cannot be split that far; a head is kept {times} times"
-        )
+            share, copied = settings.heads(kept.heads, kept.queries)
+            if copied == kept.heads:
+                continue
+            if share * settings.tp == copied and copied % kept.heads == 0:
+                where = "each device"
+                how = f"cannot be split that far; a head is kept {copied // kept.heads} times"
+            else:
+                where = "the fullest device"
+                how = f"do not split evenly; a head is kept wherever its queries are, {copied} in all"
+            copies.setdefault(how, set()).add(f"{kept.name} ({count(kept.heads, 'head')}, {share} on {where})")
+    for how, names in sorted(copies.items()):
+        found.append(f"note: tp={settings.tp}: {', '.join(sorted(names))} {how}")
     shared = [layer for layer in settings.model.layers if layer.reads is not None]
     if shared:
         found.append(f"note: {count(len(shared), 'layer')} read what another layer keeps, and keep nothing")

@@ -5,6 +5,7 @@ Which model type is read how is in `kvblocks.planner.architectures`. Imports no 
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from kvblocks.config import Chunk, Window
 from kvblocks.planner.fields import Fields, MissingField, UnknownModel
@@ -57,6 +58,25 @@ def kv_heads_of(f: Fields) -> int:
     if f.model_type in _OWN_KV_HEADS and "num_key_value_heads" not in f.values:
         raise MissingField(f.model_type, "num_key_value_heads")
     return f.count("num_attention_heads")
+
+
+def grouped_heads(
+    f: Fields,
+    heads: int,
+    k_dim: int,
+    v_dim: int,
+    reach: Reach = None,
+    stored_heads: int | None = None,
+    queries: str = "num_attention_heads",
+) -> tuple[Kept, ...]:
+    """K and V of heads each of which serves equally many queries, whose number is in the field `queries`."""
+    number = f.count(queries)
+    if number % heads:
+        raise UnknownModel(
+            f"{f.model_type}.{queries}={number} does not divide by the {heads} heads of K and V; "
+            f"each of them serves equally many queries"
+        )
+    return attention(heads, k_dim, v_dim, reach, stored_heads, number)
 
 
 def plain(layers: str, heads: str, hidden: str, head_dim: str | None = None) -> Reader:
@@ -134,8 +154,9 @@ def grouped(f: Fields) -> list[Layer]:
     if f.model_type == "qwen3_moe" and not f.flag("use_sliding_window"):
         reach = None
     kind = "full_attention" if reach is None else "sliding_attention"
-    heads, dim = kv_heads_of(f), head_dim_of(f)
-    return [Layer(i, kind, attention(heads, dim, dim, reach)) for i in range(f.layers("num_hidden_layers"))]
+    dim = head_dim_of(f)
+    kept = grouped_heads(f, kv_heads_of(f), dim, dim, reach)
+    return [Layer(i, kind, kept) for i in range(f.layers("num_hidden_layers"))]
 
 
 def mixed(f: Fields) -> list[Layer]:
@@ -166,7 +187,7 @@ def mixed(f: Fields) -> list[Layer]:
             for name, value in own_dims.items():
                 if f.has(name) and f.count(name) != value:
                     raise UnknownModel(f"mimo_v2_flash.{name}={f.count(name)}: transformers keeps {value}")
-        kept: tuple[Kept, ...] = attention(heads, k_dim, v_dim, reach_of(at, kind))
+        kept = grouped_heads(at, heads, k_dim, v_dim, reach_of(at, kind))
         if kind == "minimax_m3_sparse":
             kept = (*kept, Kept("indexer key", 1, at.count("index_head_dim")))
         layers.append(Layer(i, kind, kept))
@@ -208,7 +229,7 @@ def falcon(f: Fields) -> list[Layer]:
     if f.flag("multi_query") and not new:
         heads = 1
     dim = f.divided("hidden_size", "num_attention_heads")
-    kept = attention(heads, dim, dim, stored_heads=queries if new else heads)
+    kept = grouped_heads(f, heads, dim, dim, stored_heads=queries if new else heads)
     return [Layer(i, "full_attention", kept) for i in range(f.layers("num_hidden_layers"))]
 
 
@@ -222,7 +243,7 @@ def dbrx(f: Fields) -> list[Layer]:
         )
     inner = Fields("dbrx.attn_config", given)
     dim = f.divided("d_model", "n_heads")
-    kept = attention(inner.count("kv_n_heads"), dim, dim)
+    kept = grouped_heads(f, inner.count("kv_n_heads"), dim, dim, queries="n_heads")
     return [Layer(i, "full_attention", kept) for i in range(f.layers("n_layers"))]
 
 
@@ -252,8 +273,8 @@ def mllama(f: Fields) -> list[Layer]:
     if not f.has("cross_attention_layers"):
         raise MissingField(f.model_type, "cross_attention_layers")
     cross = f.indices("cross_attention_layers")
-    heads, dim = kv_heads_of(f), head_dim_of(f)
-    kept = attention(heads, dim, dim)
+    dim = head_dim_of(f)
+    kept = grouped_heads(f, kv_heads_of(f), dim, dim)
     return [
         Layer(i, "cross_attention", cross=kept) if i in cross else Layer(i, "full_attention", kept)
         for i in range(f.layers("num_hidden_layers"))
@@ -335,7 +356,10 @@ def mpt(f: Fields) -> list[Layer]:
         raise UnknownModel("mpt.attn_config is no object")
     kind = given.get("attn_type", "multihead_attention")
     if kind != "multihead_attention" or given.get("kv_n_heads") not in (None, f.count("n_heads")):
-        raise UnknownModel(f"mpt.attn_config: the planner does not know attn_type={kind!r}, kv_n_heads")
+        raise UnknownModel(
+            f"mpt.attn_config: transformers keeps as many heads of K and V as there are queries; "
+            f"attn_type={kind!r:.60} and kv_n_heads={given.get('kv_n_heads')!r:.60} say otherwise"
+        )
     return plain("n_layers", "n_heads", "d_model")(f)
 
 
@@ -386,7 +410,7 @@ def kimi_states(f: Fields) -> tuple[State, ...]:
 
 def grouped_kept(f: Fields, kind: str) -> tuple[Kept, ...]:
     dim = head_dim_of(f)
-    return attention(kv_heads_of(f), dim, dim, reach_of(f, kind))
+    return grouped_heads(f, kv_heads_of(f), dim, dim, reach_of(f, kind))
 
 
 def indexed_kept(f: Fields, kind: str) -> tuple[Kept, ...]:
@@ -447,7 +471,7 @@ def jamba_kinds(f: Fields) -> list[str]:
 
 def zamba_kept(f: Fields, kind: str) -> tuple[Kept, ...]:
     dim = f.count("attention_head_dim")
-    return attention(f.count("num_key_value_heads"), dim, dim)
+    return grouped_heads(f, f.count("num_key_value_heads"), dim, dim)
 
 
 def lfm_states(f: Fields) -> tuple[State, ...]:
@@ -469,7 +493,8 @@ def minimax_kept(f: Fields, kind: str) -> tuple[Kept, ...]:
         raise UnknownModel(f"minimax.layer_types: the planner does not know the kind {kind!r}")
     heads, dim = kv_heads_of(f), head_dim_of(f)
     reach = window_of(f) if f.has("sliding_window") else None
-    return tuple(Kept(name, heads, dim, reach, stored_reach=False) for name in ("K", "V"))
+    kept = grouped_heads(f, heads, dim, dim, reach)
+    return tuple(replace(one, stored_reach=False) for one in kept)
 
 
 def zaya_states(f: Fields) -> tuple[State, ...]:
@@ -487,7 +512,8 @@ def inkling(f: Fields) -> list[Layer]:
     for i, kind in enumerate(f.kinds("layer_types", f.layers("num_hidden_layers"))):
         swa = "swa_" if kind == "hybrid_sliding" else ""
         heads, dim = f.count(f"{swa}num_key_value_heads"), f.count(f"{swa}head_dim")
-        kept = attention(heads, dim, dim, reach_of(f, kind, "sliding_window_size"))
+        reach = reach_of(f, kind, "sliding_window_size")
+        kept = grouped_heads(f, heads, dim, dim, reach, queries=f"{swa}num_attention_heads")
         states = (
             State("convolutions of K and V", ((heads, 2 * dim * kernel),), dtype),
             State("convolutions of the inputs", ((2 * hidden, kernel),), dtype),
@@ -511,7 +537,7 @@ def recurrent_gemma(f: Fields) -> list[Layer]:
             )
         elif kind == "attention":
             dim = head_dim_of(f)
-            kept = attention(kv_heads_of(f), dim, dim, window_of(f, "attention_window_size"))
+            kept = grouped_heads(f, kv_heads_of(f), dim, dim, window_of(f, "attention_window_size"))
             layers.append(Layer(i, "sliding_attention", kept))
         else:
             raise UnknownModel(f"recurrent_gemma.block_types: the planner does not know the kind {kind!r}")

@@ -1,5 +1,6 @@
 """Which layers a pipeline stage runs, and whether a split over devices makes sense. Integers only."""
 
+import math
 from collections.abc import Sequence
 
 from kvblocks.planner.shapes import ModelCache
@@ -39,8 +40,10 @@ def stage_layers(model: ModelCache, pp: "int | Sequence[int]") -> tuple[int, ...
 
 def check_tp(model: ModelCache, tp: int) -> None:
     """Raises ValueError where the queries' heads cannot be split evenly."""
-    queries = model.num_query_heads
-    if queries is not None and queries % tp:
-        good = [str(number) for number in range(1, queries + 1) if queries % number == 0]
+    for queries in model.query_heads:
+        if queries % tp == 0:
+            continue
+        small = [number for number in range(1, math.isqrt(queries) + 1) if queries % number == 0]
+        good = [str(number) for number in sorted({*small, *(queries // number for number in small)})]
         shown = ", ".join(good[:-1]) + f" or {good[-1]}" if len(good) > 1 else good[0]
         raise ValueError(f"num_attention_heads={queries} does not divide by tp={tp}; use {shown}")

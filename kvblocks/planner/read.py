@@ -6,7 +6,7 @@ Torch and transformers are imported only where a config leaves out what transfor
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,12 +80,13 @@ def uniform(
     Args:
         num_layers, num_kv_heads, head_dim: as they are called in configs.
         v_head_dim: where V's differs from K's.
-        num_attention_heads: to check tensor parallelism by.
+        num_attention_heads: to check tensor parallelism by, and to say which K and V heads a device keeps.
         reaches: how far each layer attends, None, a `Window` or a `Chunk` each; by default all attend to everything.
         dtype: that the model computes in.
 
     Raises:
-        TypeError, ValueError: numbers that are no positive integers, or another number of reaches than layers.
+        TypeError, ValueError: numbers that are no positive integers, queries that do not divide by K and V heads, or
+            another number of reaches than layers.
     """
     numbers = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     numbers |= {} if v_head_dim is None else {"v_head_dim": v_head_dim}
@@ -96,17 +97,28 @@ def uniform(
         most = MOST_LAYERS if name == "num_layers" else 2**31 - 1
         if not 1 <= value <= most:
             raise ValueError(f"{name}={value} is outside 1..{most}")
+    if num_attention_heads is not None and num_attention_heads % num_kv_heads:
+        raise ValueError(
+            f"num_attention_heads={num_attention_heads} does not divide by num_kv_heads={num_kv_heads}; each head of K "
+            f"and V serves equally many queries"
+        )
+    if reaches is not None and (isinstance(reaches, str | bytes) or not isinstance(reaches, Sequence)):
+        raise TypeError(
+            f"reaches={reaches!r:.60} is of type {type(reaches).__name__}; give a list of None, a Window or a Chunk "
+            f"for each layer"
+        )
     far: list[Reach] = [None] * num_layers if reaches is None else list(reaches)
     if len(far) != num_layers:
         raise ValueError(f"reaches names {len(far)} layers; num_layers is {num_layers}")
     for reach in far:
         if reach is not None and not isinstance(reach, Window | Chunk):
             raise TypeError(f"reaches holds {reach!r}; give None, a Window or a Chunk for each layer")
+    v_dim = head_dim if v_head_dim is None else v_head_dim
     layers = [
         Layer(
             i,
             "full_attention" if reach is None else "sliding_attention",
-            attention(num_kv_heads, head_dim, head_dim if v_head_dim is None else v_head_dim, reach),
+            attention(num_kv_heads, head_dim, v_dim, reach, queries=num_attention_heads),
         )
         for i, reach in enumerate(far)
     ]

@@ -27,6 +27,7 @@ class Kept:
         stored_heads: what transformers' caches keep where that is not `heads`.
         stored_reach: whether transformers' caches keep only what is in reach.
         after: nothing is kept of a sequence that is not longer than this.
+        queries: heads of queries, a multiple of `heads`, which share these in order; None where they are not known.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Kept:
     stored_heads: int | None = None
     stored_reach: bool = True
     after: int = 0
+    queries: int | None = None
 
     def entry_bytes(self, format: Format, heads: int | None = None) -> int:
         """Bytes of one entry, of `heads` heads where some are elsewhere."""
@@ -140,15 +142,26 @@ class ModelCache:
             raise ValueError(f"{self.name} has no layers")
 
     @property
+    def query_heads(self) -> tuple[int, ...]:
+        """Every number of query heads that a layer is known to have."""
+        kept = {one.queries for layer in self.layers for one in (*layer.kept, *layer.cross)}
+        return tuple(sorted(number for number in {self.num_query_heads, *kept} if number is not None))
+
+    @property
     def has_cross_attention(self) -> bool:
         return any(layer.cross for layer in self.layers)
 
 
 def attention(
-    heads: int, k_dim: int, v_dim: int, reach: Reach = None, stored_heads: int | None = None
+    heads: int,
+    k_dim: int,
+    v_dim: int,
+    reach: Reach = None,
+    stored_heads: int | None = None,
+    queries: int | None = None,
 ) -> tuple[Kept, Kept]:
     """K and V of one attention layer."""
     return (
-        Kept("K", heads, k_dim, reach, stored_heads=stored_heads),
-        Kept("V", heads, v_dim, reach, stored_heads=stored_heads),
+        Kept("K", heads, k_dim, reach, stored_heads=stored_heads, queries=queries),
+        Kept("V", heads, v_dim, reach, stored_heads=stored_heads, queries=queries),
     )

@@ -33,8 +33,8 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Z]*)\s*", text, re.ASCII | re.IGNORECASE)
     if match is None or match[2].upper() not in _UNITS:
-        raise ValueError(f"{text!r} is not a size; give one like 80GiB, 1.5GB or 1048576")
+        raise ValueError(f"{text!r:.60} is not a size; give one like 80GiB, 1.5GB or 1048576")
     size = int(Fraction(Decimal(match[1])) * _UNITS[match[2].upper()])
     if size >= 2**63:
-        raise ValueError(f"{text!r} is more than 2**63 - 1 bytes")
+        raise ValueError(f"{text!r:.60} is more than 2**63 - 1 bytes")
     return size
