@@ -158,6 +158,13 @@ class Generator:
             RuntimeError: the generator is closed.
         """
         self._check_open()
+        if type(request.max_new_tokens) is not int:
+            raise TypeError(f"max_new_tokens={request.max_new_tokens!r} must be an int")
+        if any(not hasattr(token, "__index__") for token in request.prompt):
+            raise TypeError("the prompt of a request is token ids, as ints")
+        for stop in request.stop_tokens:
+            if type(stop) is not int:
+                raise TypeError(f"stop_tokens holds {stop!r} of type {type(stop).__name__}; give token ids, as int")
         if not request.prompt or request.max_new_tokens < 1:
             raise ValueError(
                 f"a request of {len(request.prompt)} prompt tokens and max_new_tokens={request.max_new_tokens}; "
@@ -322,12 +329,20 @@ class Generator:
                 f"choose returned {shape}; for logits {list(logits.shape)} it must be int64 [{len(logits)}]"
             )
         chosen: list[int] = tokens.tolist()
+        for token in chosen:
+            if not 0 <= token < logits.shape[1]:
+                raise ValueError(
+                    f"choose returned token {token}; for logits {list(logits.shape)} it must be 0 to "
+                    f"{logits.shape[1] - 1}"
+                )
         return chosen
 
     def _append(self, sequences: list[_Sequence], tokens: list[int]) -> list[Token]:
         """Hand the sampled tokens to the manager; who is finished gives all blocks back."""
         news, ended, handles, ongoing = [], [], [], []
         for sequence, token in zip(sequences, tokens, strict=True):
+            if sequence not in self._running:
+                continue  # `choose` cancelled it
             sequence.num_new += 1
             finish = None
             if token in sequence.request.stop_tokens:

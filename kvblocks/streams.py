@@ -3,6 +3,7 @@
 What runs when is decided in `kvblocks.generation`. Imports torch and transformers.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Self, SupportsIndex, TypeAlias
@@ -264,7 +265,8 @@ def _stop_tokens(model: PreTrainedModel | None, given: Iterable[int] | int | Non
         given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if given is None:
         return frozenset()
-    return frozenset([given] if isinstance(given, int) else given)
+    ids: Any = given.tolist() if hasattr(given, "tolist") else given
+    return frozenset([ids] if isinstance(ids, int) else (operator.index(token) for token in ids))
 
 
 def _needed(config: CacheConfig, requests: Sequence[Request], max_seqs: int, max_batch_tokens: int) -> int:

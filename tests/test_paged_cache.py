@@ -536,6 +536,42 @@ def test_caches_share_one_pool() -> None:
     check_all_given_back(first)
 
 
+def test_a_pool_that_keeps_less_than_a_layer_reads_is_refused() -> None:
+    """Else it would read blocks that have been given back."""
+    ids, mask = prompts(30)
+    config = model("gemma2").config
+    narrow = PagedCache(config, num_blocks=200, block_size=4)
+    generate("gemma2", ids, mask, narrow)
+    wider = copy.deepcopy(config)
+    wider.sliding_window = 2 * config.sliding_window
+    with pytest.raises(ValueError, match=r"layer 0 attends to 18 tokens, and its group keeps Window\(size=9\)"):
+        PagedCache(wider, manager=narrow.manager, engine=narrow.engine)
+    check_all_given_back(narrow)
+
+
+def test_rows_that_nobody_told_are_not_taken_for_copies() -> None:
+    ids, mask = prompts(12, 12)
+    ids[1] = ids[1].flip(0)
+    held = paged("llama")
+    held.begin(ids[:1], mask[:1])
+    with pytest.raises(ValueError, match="begin was told 1 prompts, but rows that stand for one prompt differ"):
+        generate("llama", ids, mask, held)
+    held.abort()
+    check_all_given_back(held)
+
+
+@pytest.mark.parametrize("kind", ["falcon", "mimo_v2_flash"])
+def test_memory_is_counted_in_the_heads_that_are_cached(kind: str) -> None:
+    config, built = tiny_models.build(kind)
+    made: Any = built
+    ids = torch.arange(3, 15)[None]
+    expected = made.generate(ids, do_sample=False, max_new_tokens=6, past_key_values=DynamicCache(config=config))
+    held = PagedCache(config, memory="1MiB", block_size=4)
+    got = made.generate(ids, do_sample=False, max_new_tokens=6, past_key_values=held)
+    assert torch.equal(got, expected)
+    check_all_given_back(held)
+
+
 def test_a_pass_that_another_cache_overtakes_is_dropped() -> None:
     generator = torch.Generator().manual_seed(0)
     first = PagedCache(llama_config(), num_blocks=20, block_size=4)

@@ -132,6 +132,40 @@ def test_choose_decides_the_tokens() -> None:
     stream.cancel()
 
 
+def test_stop_tokens_may_be_a_tensor() -> None:
+    [answer] = answers(prompt(12))
+    [stream] = kvblocks.generate(tiny_llama(), [prompt(12)], max_new_tokens=8, stop_tokens=torch.tensor([answer[2]]))
+    assert stream.read() == answer[: answer.index(answer[2]) + 1]
+    assert stream.finish == "stop"
+
+
+@pytest.mark.parametrize("wrong", [-1, VOCABULARY, 2**40])
+def test_a_token_that_the_model_does_not_know_may_be_chosen_again(wrong: int) -> None:
+    """No sequence has moved, so the others lose nothing."""
+    bad = [wrong]
+
+    def choose(logits: Tensor) -> Tensor:
+        tokens = logits.argmax(-1)
+        if bad:
+            tokens[-1] = bad.pop()
+        return tokens
+
+    run = kvblocks.generate(tiny_llama(), [prompt(12), prompt(5)], max_new_tokens=8, stop_tokens=[], choose=choose)
+    with pytest.raises(ValueError, match=f"choose returned token {wrong}; .* it must be 0 to {VOCABULARY - 1}"):
+        run[0].read()
+    assert [stream.read() for stream in run] == answers(prompt(12), prompt(5))
+
+
+def test_a_stream_may_be_cancelled_while_tokens_are_chosen() -> None:
+    def choose(logits: Tensor) -> Tensor:
+        run[0].cancel()
+        return logits.argmax(-1)
+
+    run = kvblocks.generate(tiny_llama(), [prompt(12), prompt(5)], max_new_tokens=8, stop_tokens=[], choose=choose)
+    assert run[1].read() == answers(prompt(5))[0]
+    assert [stream.finish for stream in run] == ["cancelled", "length"]
+
+
 def test_a_prompt_waits_for_what_another_is_about_to_compute() -> None:
     shared = prompt(96)
     prompts = [(*shared, number) for number in range(6)]
@@ -172,6 +206,9 @@ def test_the_cache_is_as_large_as_the_prompts_need() -> None:
         ([[1, 2.5]], {}, TypeError, r"a prompt holds 2.5 of type float"),
         ([[1], []], {}, ValueError, "a request of 0 prompt tokens"),
         ([[VOCABULARY]], {}, ValueError, "token 61 is in the prompt; the model knows 0 to 60"),
+        ([[1]], {"max_new_tokens": 2.5, "num_blocks": 8}, TypeError, "max_new_tokens=2.5 must be an int"),
+        ([[1]], {"stop_tokens": ["1"]}, TypeError, "str"),
+        ([Request((1,), 4, frozenset({"x"}))], {}, TypeError, "stop_tokens holds 'x' of type str"),  # type: ignore[arg-type]
         ([[1]], {"max_new_tokens": 0}, ValueError, "max_new_tokens=0; both must be at least 1"),
         ([[1]], {"max_new_tokens": 500}, ValueError, "need 500 slots; the cache and the model have 128"),
         ([[1]], {"max_seqs": 0}, ValueError, "max_seqs=0"),

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
-from kvblocks.config import Group, itemsize
+from kvblocks.config import Group, Window, itemsize
 from kvblocks.engine import CacheEngine
 from kvblocks.integrations.transformers.layers import (
     ModelLayer,
@@ -93,6 +93,7 @@ class PagedCache(Cache):
                 raise ValueError("the sizes, dtype and device are those of manager and engine; give no others")
             if len(engine) != writing:
                 raise ValueError(f"engine has {len(engine)} layers, and {writing} of the model's cache K and V")
+            _check_groups(described, engine)
             pool = Pool.of(manager, engine)
         else:
             groups = layer_groups(described, chunks=False)
@@ -310,6 +311,20 @@ class PagedCache(Cache):
         self.close()
 
 
+def _check_groups(described: Sequence[ModelLayer], engine: CacheEngine) -> None:
+    """Stop layers whose blocks would be given back while they still read them."""
+    for layer in described:
+        if not layer.writes or layer.storage is None:
+            continue
+        reach = engine.config.groups[engine.group_of(layer.storage)].reach
+        if reach is None or (isinstance(reach, Window) and layer.window is not None and layer.window <= reach.size):
+            continue
+        raise ValueError(
+            f"layer {layer.index} attends to {layer.window or 'all'} tokens, and its group keeps {reach}; "
+            "give manager and engine of a PagedCache of the same model (chunked layers are kept as windows here)"
+        )
+
+
 def _sizes(
     config: PreTrainedConfig,
     num_layers: int,
@@ -332,7 +347,7 @@ def _sizes(
         dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype.removeprefix("torch."))
     return Sizes(
         lambda: kv_shape(config),
-        bool(getattr(text, "is_heterogeneous", False)),
+        bool(getattr(text, "is_heterogeneous", False)) or text.model_type == "mimo_v2_flash",
         num_layers,
         num_bytes,
         None if num_blocks is None else checked_size("num_blocks", num_blocks),
@@ -423,6 +438,8 @@ class _State:
                     f"layer {layer.index} adds {keys.shape[2]} columns to {keys.shape[0]} rows, the layers before it "
                     f"{run.count} to {run.batch}; all layers must add the same"
                 )
+            if run.factor > 1 and not run.written:
+                _check_copies(keys, run.factor, len(rows.rows))
             shape = (keys.shape[1], keys.shape[3], values.shape[3])
             engine, storage = rows.pool.engine(shape, keys.dtype, keys.device), layer.storage or 0
             cache, group = engine[storage], engine.group_of(storage)
@@ -509,6 +526,17 @@ def _check_states(layer: ModelLayer, keys: Tensor, values: Tensor) -> None:
         )
     if keys.requires_grad or values.requires_grad:
         raise RuntimeError("K and V in blocks take part in no gradient; run the model under torch.inference_mode()")
+
+
+def _check_copies(keys: Tensor, factor: int, rows: int) -> None:
+    """Stop a batch of other prompts than the told ones: rows that were expanded have the same K but for rounding."""
+    copies = keys.reshape(rows, factor, *keys.shape[1:])
+    scale = copies.abs().amax()
+    if ((copies[:, 1:] - copies[:, :1]).abs().amax() > 0.02 * scale).item():
+        raise ValueError(
+            f"the batch has {len(keys)} rows and begin was told {rows} prompts, but rows that stand for one prompt "
+            "differ; tell begin the prompt of every row"
+        )
 
 
 def _check_fit(layer: ModelLayer, keys: Tensor, shape: tuple[int, int, int], cache: PagedKVCache) -> None:

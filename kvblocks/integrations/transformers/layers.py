@@ -226,12 +226,16 @@ def _layer_shape(config: Any) -> tuple[int, int, int]:
     if read("kv_lora_rank"):
         # Multi-head latent attention: transformers expands the latents to K and V for every head.
         return num_heads, number("qk_nope_head_dim") + number("qk_rope_head_dim"), number("v_head_dim")
-    if read("multi_query"):
+    if read("new_decoder_architecture"):
+        num_kv_heads = num_heads  # falcon repeats the few K and V that it makes before it caches them
+    elif read("multi_query"):
         num_kv_heads = 1
     else:
         num_kv_heads = num_heads if read("num_key_value_heads") is None else number("num_key_value_heads")
     has_head_dim = read("head_dim") is not None
     head_dim = number("head_dim") if has_head_dim else number("hidden_size") // num_heads
+    if read("model_type") == "mimo_v2_flash" and "sliding_attention" in (read("layer_types") or ()):
+        num_kv_heads *= 2  # its sliding layers have twice as many as the config says, its full ones as many
     return num_kv_heads, head_dim, head_dim if read("v_head_dim") is None else number("v_head_dim")
 
 
