@@ -6,22 +6,17 @@ Imports neither torch nor transformers until a command that needs them runs.
 import argparse
 import contextlib
 import os
-import re
 import sys
 from collections.abc import Sequence
-from decimal import Decimal
 
 from kvblocks import __version__
 from kvblocks.cli_plan import add_plan_parser
 from kvblocks.cli_replay import add_replay_parser
+from kvblocks.sizes import parse_size
 
 __all__ = ["LAYOUTS", "UsageError", "main"]
 
 LAYOUTS = ("NHD", "HND", "HDN", "X")
-
-_UNITS = {"": 1, "B": 1}
-_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
-_UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 
 
 class UsageError(Exception):
@@ -117,11 +112,7 @@ def _count(text: str) -> int:
 
 
 def _size(text: str) -> int:
-    """Bytes in a size such as 64MiB, 1.5GB, 4096."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip(), re.ASCII | re.IGNORECASE)
-    if match is None or match[2].upper() not in _UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; give one like 64MiB, 1.5GB or 1048576")
-    size = int(Decimal(match[1]) * _UNITS[match[2].upper()])
-    if size >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is more than 2**63 - 1 bytes")
-    return size
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

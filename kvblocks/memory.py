@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["available_memory", "budget", "zeroed"]
+from kvblocks.sizes import parse_size
 
-_UNITS = {"B": 1} | {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
+__all__ = ["available_memory", "budget", "zeroed"]
 
 
 def available_memory(proc: Path = Path("/proc")) -> int:
@@ -42,15 +42,20 @@ def budget(memory: str | int, free: int) -> int:
     """
     if isinstance(memory, bool) or not isinstance(memory, str | int):
         raise TypeError(f"memory={memory!r} is a {type(memory).__name__}; give bytes, or text like '8GiB' or '90%'")
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]iB|B)", memory.strip()) if isinstance(memory, str) else None
-    if isinstance(memory, str) and found is None:
-        raise ValueError(f"memory={memory!r} is neither a size, like '8GiB' or '512MiB', nor a share, like '90%'")
-    if found is None:
-        nbytes = int(memory)
-    elif found[2] == "%":
-        nbytes = int(free * min(Fraction(found[1]) / 100, Fraction(2)))
+    share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", memory.strip()) if isinstance(memory, str) else None
+    if share is not None:
+        nbytes = int(free * min(Fraction(share[1]) / 100, Fraction(2)))
+    elif isinstance(memory, str):
+        try:
+            nbytes = parse_size(memory)
+        except ValueError:
+            nbytes = -1
+        if nbytes < 0 or memory.strip().isdecimal():  # a number alone may be a share that lacks its sign
+            raise ValueError(
+                f"memory={memory!r:.60} is neither a size, like '8GiB' or '512MiB', nor a share, like '90%'"
+            )
     else:
-        nbytes = int(Fraction(found[1]) * _UNITS[found[2]])
+        nbytes = memory
     if not 0 < nbytes <= free:
         raise ValueError(f"memory={memory!r} is {nbytes} bytes; give 1 to the {free} that are free")
     return nbytes

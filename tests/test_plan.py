@@ -17,7 +17,8 @@ from kvblocks.planner import UnknownModel, smallest_changes, uniform
 from kvblocks.planner.explain import lines
 from kvblocks.planner.formats import format_of
 from kvblocks.planner.layout import BlockGroup, Layout, PagedLayer, best_layout, blocks_held, uniform_bytes
-from kvblocks.planner.text import amount, parse_size
+from kvblocks.planner.text import amount
+from kvblocks.sizes import parse_size
 
 LLAMA_3_8B = {
     "model_type": "llama",

@@ -15,7 +15,7 @@ from kvblocks.planner.formats import dtype_name, format_of
 from kvblocks.planner.parallel import stage_layers
 from kvblocks.planner.read import Source, read, uniform
 from kvblocks.planner.shapes import ModelCache, Stored
-from kvblocks.planner.text import parse_size
+from kvblocks.sizes import parse_size
 
 __all__ = [
     "MODEL_TYPES",
