@@ -4,9 +4,11 @@ import gc
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from test_generation import VOCABULARY, expected, prompt, tiny_llama
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 import kvblocks
 from kvblocks.errors import OutOfMemory
@@ -222,3 +224,29 @@ def test_what_cannot_be(prompts: Any, options: dict[str, Any], kind: type[Except
     with pytest.raises(kind, match=message):
         kvblocks.generate(model, prompts, **options)
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "ministral", "gpt_oss", "llama4_text", "cohere2"],
+)
+def test_hybrid_families_under_preemption_and_with_hits(kind: str) -> None:
+    """Layers of different reach over one small pool, with windows and chunks far shorter than the sequences."""
+    config, built = tiny_models.build(kind)
+    model: Any = built
+    model.generation_config.eos_token_id = None
+    text = torch.randint(3, 90, (30,), generator=torch.Generator().manual_seed(1)).tolist()
+    prompts = [text + [i + 3] * (i + 1) for i in range(6)]
+    right = []
+    for ids in prompts:
+        past = DynamicCache(config=config)
+        out = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=24, past_key_values=past)
+        right.append(out[0, len(ids) :].tolist())
+    run = kvblocks.generate(
+        model, prompts, max_new_tokens=24, stop_tokens=[], num_blocks=40, block_size=4, max_batch_tokens=24
+    )
+    assert [stream.read() for stream in run] == right
+    manager = run.generator.manager
+    assert len(manager.groups) > 1
+    assert manager.stats().preemptions > 0
+    assert manager.stats().hit_tokens > 0
