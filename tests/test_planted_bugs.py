@@ -18,7 +18,7 @@ from kvblocks.errors import InvariantViolation
 
 # Bounded and the same every time; the first failure is enough, so nothing is spent on making it smaller.
 SETTINGS = settings(
-    max_examples=1000,
+    max_examples=4000,
     stateful_step_count=50,
     derandomize=True,
     database=None,
@@ -60,11 +60,6 @@ class EvictionLeavesTheBlock(ModelManager):
 class EvictionLeavesTheNode(ModelManager):
     def _prune(self, node: Node) -> None:
         pass
-
-
-class NodeGoesWithItsBlock(ModelManager):
-    def _holders(self) -> list[Node]:
-        return []
 
 
 class ParentIsReleasedFirst(ModelManager):
@@ -264,7 +259,6 @@ OTHERS: list[type[ModelManager]] = [
     NewestIsEvicted,
     StepIdIsReused,
     HandleIsReused,
-    NodeGoesWithItsBlock,
     WindowIsOneShort,
     ChunkIsAWindow,
     HitAsksTheFirstGroupOnly,
