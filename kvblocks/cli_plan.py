@@ -6,8 +6,9 @@ The figures are `kvblocks.planner`'s. Imports rich and matplotlib only when it n
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from kvblocks.cli_extras import check_plot, need, save_plot
 
 if TYPE_CHECKING:
     from kvblocks.planner import Plan
@@ -78,9 +79,9 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         if args.memory is None:
             raise UsageError("--plot draws what fits: give --memory")
-        _check_plot(args.plot)
+        check_plot("plan", args.plot)
     if not args.json:
-        _need("rich", "its table; --json needs nothing")
+        need("plan", "rich", "its table; --json needs nothing")
     arguments = _arguments(args)
     try:
         made = plan(_model(args), **arguments)
@@ -135,17 +136,6 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _need(package: str, what: str) -> None:
-    from importlib.util import find_spec
-
-    from kvblocks.cli import UsageError
-
-    if find_spec(package) is None:
-        raise UsageError(
-            f'`kvblocks plan` needs {package} for {what}; it is not installed; run: pip install "kvblocks[plan]"'
-        )
-
-
 def _print_table(plan: "Plan") -> None:
     from rich import box
     from rich.console import Console
@@ -175,21 +165,6 @@ def _print_table(plan: "Plan") -> None:
 # --- the chart
 
 
-def _check_plot(file: str) -> None:
-    """Before the work, not after it: whether a plot can be written there."""
-    from kvblocks.cli import UsageError
-
-    _need("matplotlib", "--plot")
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    known = FigureCanvasBase.get_supported_filetypes()
-    path = Path(file)
-    if path.suffix[1:].lower() not in known:
-        raise UsageError(f"--plot {file}: the name must end in .png or another of: {', '.join(sorted(known))}")
-    if not path.parent.is_dir():
-        raise UsageError(f"--plot {file}: there is no folder {path.parent}")
-
-
 def _curves(args: argparse.Namespace, made: "Plan") -> dict[str, list[tuple[int, int]]]:
     """Sequences at once over their length, for the plan's own dtype and the usual ones."""
     longest = max(args.seq_len or 0, made.model.max_seq_len or 0, 1024)
@@ -204,7 +179,6 @@ def _curves(args: argparse.Namespace, made: "Plan") -> dict[str, list[tuple[int,
 def _plot(curves: dict[str, list[tuple[int, int]]], plan: "Plan", file: str) -> None:
     from matplotlib.figure import Figure
 
-    from kvblocks.cli import UsageError
     from kvblocks.planner.text import amount
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
@@ -216,7 +190,4 @@ def _plot(curves: dict[str, list[tuple[int, int]]], plan: "Plan", file: str) -> 
     axes.set_title(f"{plan.model.name} in {amount(plan.memory or 0)}", fontsize="medium")
     axes.grid(alpha=0.3, which="both")
     axes.legend(title="K and V in")
-    try:
-        figure.savefig(file, dpi=150)
-    except OSError as error:
-        raise UsageError(f"cannot write {file}: {error.strerror or error}") from None
+    save_plot(figure, file)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvblocks.cli_extras import check_plot, need, save_plot
+
 if TYPE_CHECKING:
     from kvblocks.manager import BlockManager
     from kvblocks.replay import Sample, Tally
@@ -56,9 +58,9 @@ def run(args: argparse.Namespace) -> int:
     if args.concurrency > 2**20:
         raise UsageError(f"--concurrency {args.concurrency} must be at most {2**20}")
     if args.plot:
-        _check_plot(args.plot)
+        check_plot("replay", args.plot)
     if not args.json:
-        _need("rich", "its table; --json needs nothing")
+        need("replay", "rich", "its table; --json needs nothing")
     if args.trace is None:
         name, requests = "made-up trace", small_trace()[: args.limit]
     else:
@@ -142,17 +144,6 @@ def _manager(args: argparse.Namespace) -> "BlockManager":
         raise UsageError(str(error)) from None
 
 
-def _need(package: str, what: str) -> None:
-    from importlib.util import find_spec
-
-    from kvblocks.cli import UsageError
-
-    if find_spec(package) is None:
-        raise UsageError(
-            f'`kvblocks replay` needs {package} for {what}; it is not installed; run: pip install "kvblocks[replay]"'
-        )
-
-
 @contextlib.contextmanager
 def _progress(total: int, *, shown: bool) -> "Iterator[Callable[[], object] | None]":
     if not shown:
@@ -202,25 +193,8 @@ def _print_table(result: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _check_plot(file: str) -> None:
-    """Before the replay, not after it: whether a plot can be written there."""
-    from kvblocks.cli import UsageError
-
-    _need("matplotlib", "--plot")
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    known = FigureCanvasBase.get_supported_filetypes()
-    path = Path(file)
-    if path.suffix[1:].lower() not in known:
-        raise UsageError(f"--plot {file}: the name must end in .png or another of: {', '.join(sorted(known))}")
-    if not path.parent.is_dir():
-        raise UsageError(f"--plot {file}: there is no folder {path.parent}")
-
-
 def _plot(samples: "Sequence[Sample]", result: dict[str, Any], file: str) -> None:
     from matplotlib.figure import Figure
-
-    from kvblocks.cli import UsageError
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot()
@@ -231,7 +205,4 @@ def _plot(samples: "Sequence[Sample]", result: dict[str, Any], file: str) -> Non
     axes.set_title(f"{result['trace']}, {result['blocks']:,} blocks of {result['block_size']}", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        figure.savefig(file, dpi=150)
-    except OSError as error:
-        raise UsageError(f"cannot write {file}: {error.strerror or error}") from None
+    save_plot(figure, file)
