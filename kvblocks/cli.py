@@ -10,17 +10,14 @@ import sys
 from collections.abc import Sequence
 
 from kvblocks import __version__
+from kvblocks.cli_extras import UsageError
 from kvblocks.cli_plan import add_plan_parser
 from kvblocks.cli_replay import add_replay_parser
 from kvblocks.sizes import parse_size
 
-__all__ = ["LAYOUTS", "UsageError", "main"]
+__all__ = ["LAYOUTS", "main"]
 
 LAYOUTS = ("NHD", "HND", "HDN", "X")
-
-
-class UsageError(Exception):
-    """What was asked for cannot be done; the message is one sentence for the person who asked. Exit code 2."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What `kvblocks plan` and `kvblocks replay` share: packages that are extras, and files that plots are written to.
+"""What the commands share: how wrong usage is said, packages that are extras, and files that plots are written to.
 
 Imports rich and matplotlib only to ask them.
 """
@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["check_plot", "need", "save_plot"]
+__all__ = ["UsageError", "check_plot", "need", "save_plot"]
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done; the message is one sentence for the person who asked. Exit code 2."""
 
 
 def need(command: str, package: str, what: str) -> None:
     """Raises UsageError where a package that `kvblocks {command}` needs for `what` is missing."""
-    from kvblocks.cli import UsageError
-
     if importlib.util.find_spec(package) is None:
         raise UsageError(
             f"`kvblocks {command}` needs {package} for {what}; it is not installed; "
@@ -26,8 +28,6 @@ def need(command: str, package: str, what: str) -> None:
 
 def check_plot(command: str, file: str) -> None:
     """Before the work, not after it: whether a plot can be written there, else UsageError."""
-    from kvblocks.cli import UsageError
-
     need(command, "matplotlib", "--plot")
     from matplotlib.backend_bases import FigureCanvasBase
 
@@ -40,8 +40,6 @@ def check_plot(command: str, file: str) -> None:
 
 
 def save_plot(figure: "Figure", file: str) -> None:
-    from kvblocks.cli import UsageError
-
     try:
         figure.savefig(file, dpi=150)
     except OSError as error:

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kvblocks import demo
-from kvblocks.cli import UsageError
+from kvblocks.cli_extras import UsageError
 from kvblocks.config import CacheConfig
 from kvblocks.errors import OutOfMemory
 from kvblocks.generation import Request, blocks_needed

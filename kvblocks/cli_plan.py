@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kvblocks.cli_extras import check_plot, need, save_plot
+from kvblocks.cli_extras import UsageError, check_plot, need, save_plot
 
 if TYPE_CHECKING:
     from kvblocks.planner import Plan
@@ -73,7 +73,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError: the model is not known or not to be read, an argument is out of bounds, or a package is missing.
     """
-    from kvblocks.cli import UsageError
     from kvblocks.planner import plan
 
     if args.plot:
@@ -100,8 +99,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _model(args: argparse.Namespace) -> Any:
-    from kvblocks.cli import UsageError
-
     numbers = {"num_layers": args.layers, "num_kv_heads": args.kv_heads, "head_dim": args.head_dim}
     given = {name: value for name, value in numbers.items() if value is not None}
     if args.v_head_dim is not None:
@@ -123,8 +120,6 @@ def _arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _stages(text: str) -> int | list[int]:
-    from kvblocks.cli import UsageError
-
     try:
         layers = [int(number) for number in text.split(",")]
     except ValueError:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvblocks.cli_extras import check_plot, need, save_plot
+from kvblocks.cli_extras import UsageError, check_plot, need, save_plot
 
 if TYPE_CHECKING:
     from kvblocks.manager import BlockManager
@@ -52,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError: the trace cannot be read, a request is too long for the pool, or a package is missing.
     """
-    from kvblocks.cli import UsageError
     from kvblocks.replay import Replay, host_step, read_trace, small_trace
 
     if args.concurrency > 2**20:
@@ -133,7 +132,6 @@ def summary(tally: "Tally", manager: "BlockManager", trace: str, concurrency: in
 
 
 def _manager(args: argparse.Namespace) -> "BlockManager":
-    from kvblocks.cli import UsageError
     from kvblocks.manager import BlockManager
 
     try:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,16 @@ def pytest_report_header() -> str:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") is not None and not has_cuda():
         pytest.skip("needs a CUDA device; torch.cuda.is_available() is False")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    """Tests write to temporary folders: one that leaves a file beside pyproject.toml fails the run."""
+    root = session.config.rootpath
+    before = set(root.iterdir())
+    result = yield
+    left = sorted(path.name for path in set(root.iterdir()) - before if path.is_file())
+    if left:
+        session.testsfailed += 1
+        print(f"\ntests left files in {root}: {', '.join(left)}")
+    return result
