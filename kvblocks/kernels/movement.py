@@ -203,7 +203,7 @@ def _write_tile(cache, rows, row_stride, head_stride, slots, count, capacity, fo
     source += (head * (head_stride.to(tl.int64) * form.value.together) + column % form.value.head)[None, :]
     data = tl.load(rows + source, mask=there[:, None] & (column < form.value.units)[None, :], other=0)
     if form.value.vector > 1:
-        # Tokens whose slots follow each other, from an aligned one on, go as vectors, with one mask for each.
+        # Consecutive slots that start at an aligned one are stored as one vector, each vector with one mask.
         lead = place // form.value.vector * form.value.vector
         leader = tl.load(slots + start + lead, mask=start + lead < count, other=-1).to(tl.int64)
         follows = there & (leader % form.value.vector == 0) & (slot == leader + place % form.value.vector)

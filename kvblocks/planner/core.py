@@ -92,7 +92,7 @@ class Settings:
         if queries is None:
             return heads // shares, heads // shares * self.tp
         here, sharing = queries // self.tp, queries // heads
-        # Devices start at multiples of `here`; the worst starts that many queries before the end of a head's.
+        # Devices start at multiples of `here`. The worst device starts just before the last queries of a KV head.
         left = math.gcd(here, sharing)
         return 1 + math.ceil((here - left) / sharing), heads + self.tp - shares
 

@@ -18,7 +18,7 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Model types whose class has a number of its own for a field that a config leaves out. For all others it means: as many
+# Types whose config class has a default of its own for a field that a file leaves out. For all others it means: as many
 # K and V heads as queries, a head as wide as its share of the hidden size, no window.
 _OWN_KV_HEADS = _names(
     "axk1 axk2 bailing_hybrid bamba beam bitnet cwm deepseek_v3 deepseek_v32 dots1 dots3_note_text emu3_text_model "

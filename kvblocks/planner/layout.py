@@ -98,7 +98,7 @@ def best_layout(
 ) -> Layout:
     """The groups in which a sequence of `num_tokens` tokens takes the fewest bytes.
 
-    Tried is every size of block at which the layers of some reach need one group fewer, as far as it makes at most
+    It tries each block size at which the layers of some reach need one group fewer, while there are at most
     `max_groups` groups in all (or as many as there are reaches). Of two that take the same, the one with fewer groups
     is taken. Layers keep their order; where all of a reach are of one size its groups have equally many, or one fewer.
     """

@@ -71,8 +71,8 @@ class State:
         name: what it is.
         parts: (units, numbers in a unit): tensor parallelism splits units and never what is in one.
         dtype: its own, or None for the one that the model computes in.
-        varies: for transformers' caches: (rate, per token): what is really kept is `per token` numbers for each of the
-            `n % rate` last tokens ("rest"), or nothing before token `rate` ("last").
+        varies: (kind, rate), where transformers' caches fill the tensor only in part. After n tokens "rest" fills
+            `n % rate` parts in `rate` of it; "last" fills nothing before token `rate`, then all of it.
     """
 
     name: str

@@ -216,7 +216,7 @@ cdef inline int32_t* cells_at(StepArrays a, int32_t g, Py_ssize_t i) noexcept no
 
 
 cdef void pack_row(StepArrays a, int32_t g, Py_ssize_t i, bint same, Pack* pack) noexcept nogil:
-    """Add what changed in row i of group g's table: entries that went out of reach and now are zeros, and its end."""
+    """Add what changed in row i of group g's table: the newly zeroed leading entries, and the changed tail."""
     cdef const int32_t* cells = cells_at(a, g, i)
     cdef int32_t* zeros = &a._sent_zeros[g * a.max_seqs + i]
     cdef int32_t had = a._sent[i].length, has = a._rows[i].length

@@ -155,8 +155,8 @@ cdef inline void acquire(Pool* p, int32_t b) noexcept nogil:
 cdef inline void settle(Pool* p, int32_t b, int64_t step_id) noexcept nogil:
     """Make a block without references free, or let it wait for the newest open step up to `step_id`.
 
-    Only a block that lost a merge is named by an open step at this point, and such a block is never published:
-    so the order of the LRU list does not depend on when steps close.
+    Only duplicates that were dropped at publication wait for a step. They are never cached, so the order of the LRU
+    list does not depend on when steps close.
     """
     cdef int32_t i
     cdef Step* step

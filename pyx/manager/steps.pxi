@@ -151,8 +151,8 @@ cdef int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_lens, Ste
 
 
 cdef inline bint shared_unpublished(const Core* c, const int32_t* blocks) noexcept nogil:
-    """Whether one of a row's blocks was shared by a fork before its ids were known. If it were published or merged now,
-    the other holder would hold a published block without the one before it, which could then be evicted first."""
+    """Whether one of a row's blocks was shared by a fork before its ids were known. Such a block must not be published:
+    the other holder could lose the parent of that block first."""
     cdef int32_t g
     for g in range(c.num_groups):
         if blocks[g] >= 0 and c.pool.blocks[blocks[g]].refs > 1:

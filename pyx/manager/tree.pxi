@@ -2,12 +2,12 @@
 # blocks that hold its K and V, at most one for each layer group. Knows nothing of sequences, references or eviction.
 #
 # A node's key is (parent, its block_size tokens, its extra bytes). Every hit is compared with the node, so a hash only
-# decides where to look, never what matches. It is keyed per tree: nobody outside can aim at one line of the table.
+# decides where to look, never what matches. Hashes are seeded for each tree, so users cannot force collisions.
 # Node 0 is the root: no tokens, no block. A salt is part of the extra bytes of a sequence's first block.
 #
-# The table has one cache line for six nodes, with room for twelve: their tags (a byte of the hash, 0: empty) decide
-# nearly always alone, so that looking for a prefix that is not there costs one line. A node that finds its line full
-# goes to the next, and each line that it passes counts it.
+# The table has one cache line for six nodes, with room for twelve: their tags (a byte of the hash, 0: empty) usually
+# settle a lookup, so that a prefix that is not there costs one cache line. A node whose line is full goes to the next
+# line, and each line that it passes counts it.
 
 cdef extern from *:
     """

@@ -133,8 +133,8 @@ def model_layers(config: PreTrainedConfig) -> tuple[ModelLayer, ...]:
 def layer_groups(layers: Sequence[ModelLayer], *, chunks: bool = True) -> tuple[Group, ...]:
     """The layers that write K and V in groups of one reach and at most equally many, for `CacheConfig`.
 
-    Larger groups leave places empty, smaller ones need more tables and round more sequences up to whole blocks: a tenth
-    of the places is taken to be worth ten tables.
+    Larger groups leave places empty, smaller ones need more tables and round more sequences up to whole blocks: we
+    accept 1 % of empty places for each table saved.
 
     Args:
         chunks: whether a chunked layer keeps its chunk only. Where rows are padded nobody knows where chunks begin, and

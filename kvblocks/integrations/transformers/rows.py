@@ -31,8 +31,8 @@ Ids = npt.NDArray[np.int64]
 class _UnknownIds:
     """Ids for tokens whose own were never told, above all real ones, each given once.
 
-    A manager lets sequences share a computed block only under ids. These stand for nothing but themselves, so no prompt
-    hits them. When all are spent they start again, and each manager forgets the old ones first.
+    A manager shares a computed block only where its token ids are known. These are placeholder ids, each unique, so no
+    prompt can match them. When all are spent they start again, and each manager forgets the old ones first.
     """
 
     FIRST, END = 1 << 30, 1 << 31
@@ -232,8 +232,9 @@ class Pool:
 class Row:
     """One row of a batch.
 
-    Of its tokens `[0, real)` have the ids that were told, `[0, known)` have ids, `[0, computed)` have K and V or slots
-    in the running pass, and `[0, total)` are in the manager's sequence.
+    Its tokens are half-open ranges from 0. `[0, real)` have ids that the user gave. `[0, known)` have any ids. The K
+    and V of `[0, computed)` are written, or are being written by the running pass. `[0, total)` are in the manager's
+    sequence.
     """
 
     handle: int
