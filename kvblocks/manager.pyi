@@ -19,6 +19,8 @@ class Admission(IntEnum):
     LATER = 1
     NEVER = 2
 
+    def __bool__(self) -> bool: ...
+
 class Lengths(NamedTuple):
     num_cached: npt.NDArray[np.int64]
     num_computed: npt.NDArray[np.int64]

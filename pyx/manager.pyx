@@ -45,11 +45,17 @@ def _fail_allocation(int64_t after):
 
 
 class Admission(IntEnum):
-    """Whether a prompt can be admitted: now, once blocks come free, or never to a pool of this size."""
+    """Whether a prompt can be admitted: now, once blocks come free, or never to a pool of this size.
+
+    Only `NOW` is true, so that `if manager.can_admit(tokens):` asks what it reads like.
+    """
 
     NOW = 0
     LATER = 1
     NEVER = 2
+
+    def __bool__(self):
+        return self is Admission.NOW
 
 
 class Lengths(NamedTuple):

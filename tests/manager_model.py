@@ -35,6 +35,9 @@ class Admission(IntEnum):
     LATER = 1
     NEVER = 2
 
+    def __bool__(self) -> bool:
+        return self is Admission.NOW
+
 
 class Stats(NamedTuple):
     admitted: int

@@ -191,7 +191,9 @@ def test_what_is_hit_is_not_free_for_the_rest(engine: Engine) -> None:
         manager.admit([1, 2, 3, 4, 5, 6, 7])
     assert (caught.value.needed, caught.value.free) == (2, 1)
     assert manager.can_admit([1, 2, 3, 4, 5, 6, 7]) == 2  # NEVER: more than the whole pool
+    assert not manager.can_admit([1, 2, 3, 4, 5, 6, 7])
     assert manager.can_admit([1, 2, 3, 4, 5, 6]) == 0
+    assert manager.can_admit([1, 2, 3, 4, 5, 6])  # NOW is 0, and true
 
 
 def test_salt_and_extra_keep_equal_tokens_apart(engine: Engine) -> None:
@@ -443,6 +445,7 @@ def test_can_admit_says_never_only_where_nothing_helps(engine: Engine) -> None:
     manager.free(engine.serve([1, 2, 3, 4, 5, 6]))
     other = engine.serve([7])
     assert manager.can_admit(range(1, 11)) == 1
+    assert not manager.can_admit(range(1, 11))
     manager.free(other)
     assert manager.can_admit(range(1, 11)) == 0
     bare = engine.start(12, 1, groups=(None, Window(1)), prefix_caching=False)
