@@ -121,6 +121,7 @@ cdef class BlockManager:
 
     cdef Core core
     cdef readonly tuple groups
+    cdef readonly int64_t num_resets  # calls of reset_prefix_cache
     cdef int32_t slots  # as many as were mapped; core.max_seqs shrinks when one is retired
     cdef cython.pymutex lock
 
@@ -626,6 +627,7 @@ cdef class BlockManager:
         """Unpublish every block, held ones too (new weights). Sequences admitted before never publish again."""
         with nogil, self.lock:
             core_reset(&self.core)
+            self.num_resets += 1
 
     # Looking in
 

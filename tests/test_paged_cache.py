@@ -295,6 +295,20 @@ def test_a_second_call_computes_only_what_is_new(kind: str) -> None:
     check_all_given_back(held)
 
 
+def test_after_a_reset_rows_are_computed_anew_too() -> None:
+    held = paged("llama")
+    ids, mask = prompts(22)
+    held.begin(ids, mask)
+    generate("llama", ids, mask, held)
+    assert held.begin(ids, mask) == 21  # the row itself still has them
+    generate("llama", ids, mask, held)
+    held.manager.reset_prefix_cache()
+    assert held.begin(ids, mask) == 0
+    assert torch.equal(generate("llama", ids, mask, held), generate("llama", ids, mask, dynamic("llama")))
+    assert held.begin(ids, mask) == 21
+    check_all_given_back(held)
+
+
 def test_the_shortest_hit_decides() -> None:
     held = paged("llama")
     first, mask = prompts(20)

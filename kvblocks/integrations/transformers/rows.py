@@ -307,6 +307,7 @@ class Rows:
         self._recorded: list[Pass] = []
         self._prompts: list[Prompt] = []
         self._skipped = 0  # columns of the told prompts that need not be computed
+        self._resets = 0  # of the manager's prefix cache, when these rows were begun
 
     # Passes
 
@@ -500,7 +501,10 @@ class Rows:
         self.abort()
         self.settle()
         manager = self.pool.manager
-        kept = [self._continued(number, prompt) for number, prompt in enumerate(prompts)]
+        # What was computed before a reset belongs to other weights, in these rows too.
+        stale = self._resets != manager.num_resets
+        self._resets = manager.num_resets
+        kept = [None if stale else self._continued(number, prompt) for number, prompt in enumerate(prompts)]
         gone = [row.handle for row, keep in zip(self.rows, kept, strict=False) if keep is None]
         gone += [row.handle for row in self.rows[len(prompts) :]]
         self.rows = [row for row in kept if row is not None]
