@@ -19,7 +19,7 @@ from storage import by_token
 from torch import Tensor
 
 from kvblocks import BlockManager, CacheConfig, PagedKVCache, StepBuffers, paged_attention
-from kvblocks.storage import LAYOUTS
+from kvblocks.storage.cache import LAYOUTS
 
 HEADS, DIM, BLOCK = 8, 128, 16
 QUERY_HEADS, LAYERS = 32, 32

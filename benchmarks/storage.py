@@ -13,7 +13,7 @@ import torch
 from harness import Row, compare, machine, report
 from torch import Tensor
 
-from kvblocks.storage import LAYOUTS, PagedKVCache
+from kvblocks.storage.cache import LAYOUTS, PagedKVCache
 
 HEADS, DIM, BLOCK = 8, 128, 16
 

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from kvblocks.config import CacheConfig, Chunk, Group, Window
     from kvblocks.engine import CacheEngine
     from kvblocks.errors import InvariantViolation, NoFreeBlocks, OutOfMemory, StaleSequence, TooManySequences
+    from kvblocks.generation import generate
     from kvblocks.manager import Admission, BlockManager
     from kvblocks.planner import Plan, plan
     from kvblocks.step import StepBuffers
     from kvblocks.storage import PagedKVCache
-    from kvblocks.streams import generate
 
 __version__ = "0.1.0"
 
@@ -35,7 +35,7 @@ _HOMES = {
     "StepBuffers": "step",
     "TooManySequences": "errors",
     "Window": "config",
-    "generate": "streams",
+    "generate": "generation",
     "paged_attention": "attention",
     "plan": "planner",
 }

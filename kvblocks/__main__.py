@@ -2,6 +2,6 @@
 
 import sys
 
-from kvblocks.cli import main
+from kvblocks.cli.main import main
 
 sys.exit(main())

@@ -12,7 +12,7 @@ import torch
 from kvblocks.config import CacheConfig, Group
 from kvblocks.errors import OutOfMemory
 from kvblocks.memory import budget
-from kvblocks.storage import (
+from kvblocks.storage.cache import (
     Indices,
     PagedKVCache,
     _integer,

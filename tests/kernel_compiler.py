@@ -17,10 +17,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kvblocks.attention_cuda import kernel_way
+from kvblocks.attention.backends import kernel_way
 from kvblocks.kernels import kernels
-from kvblocks.movers import WithTriton
-from kvblocks.storage import LAYOUTS
+from kvblocks.storage.cache import LAYOUTS
+from kvblocks.storage.movers import WithTriton
 
 CAPABILITY = int(sys.argv[1])
 compiled: list[dict[str, Any]] = []

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvblocks import movers, storage
 from kvblocks.config import CacheConfig
 from kvblocks.engine import CacheEngine
 from kvblocks.kernels.launch import INTERPRETED
-from kvblocks.storage import PagedKVCache
+from kvblocks.storage import cache as storage
+from kvblocks.storage import movers
+from kvblocks.storage.cache import PagedKVCache
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="Triton compiles; set TRITON_INTERPRET=1")),

@@ -6,7 +6,7 @@ import torch
 from manager_machine import Driver, StepView
 
 from kvblocks.manager import BlockManager
-from kvblocks.step import StepBuffers
+from kvblocks.step.buffers import StepBuffers
 
 
 def make_step(max_seqs: int, max_tokens: int, max_blocks_per_seq: int, groups: int = 1) -> StepBuffers:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import kvblocks
-from kvblocks.generation import Request
+from kvblocks.generation.generator import Request
 from kvblocks.integrations.transformers import PagedCache, UnsupportedModel
 
 # These tensors are tiny, and threads would only wait for each other.

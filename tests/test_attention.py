@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvblocks.attention import paged_attention
-from kvblocks.storage import LAYOUTS, PagedKVCache
+from kvblocks.attention.call import paged_attention
+from kvblocks.storage.cache import LAYOUTS, PagedKVCache
 
 # These tensors are tiny, and threads would only wait for each other.
 torch.set_num_threads(1)

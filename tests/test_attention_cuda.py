@@ -13,11 +13,15 @@ from kernel_helpers import DEVICES
 from test_attention import Built, Case
 from torch import Tensor
 
-from kvblocks import attention, attention_cuda, paged_attention, storage
-from kvblocks.attention_cuda import Request, kernel_refuses, kernel_way, varlen_refuses, varlen_way, way
+from kvblocks import paged_attention
+from kvblocks.attention import backends as attention_cuda
+from kvblocks.attention import call as attention
+from kvblocks.attention.backends import kernel_refuses, kernel_way, varlen_refuses, varlen_way, way
+from kvblocks.attention.request import Request
 from kvblocks.kernels import kernels
 from kvblocks.kernels.launch import INTERPRETED
-from kvblocks.storage import LAYOUTS
+from kvblocks.storage import cache as storage
+from kvblocks.storage.cache import LAYOUTS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 

@@ -15,9 +15,11 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import kvblocks
-from kvblocks import cli, cli_generate, demo
-from kvblocks.storage import LAYOUTS
-from kvblocks.verify import Verdict
+from kvblocks import demo
+from kvblocks.cli import generate as cli_generate
+from kvblocks.cli import main as cli
+from kvblocks.generation.verify import Verdict
+from kvblocks.storage.cache import LAYOUTS
 
 # These tensors are tiny, and threads would only wait for each other.
 torch.set_num_threads(1)
@@ -281,13 +283,15 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
-    code = "import sys, kvblocks.cli; sys.exit(bool({'torch', 'transformers', 'rich', 'numpy'} & sys.modules.keys()))"
+    code = (
+        "import sys, kvblocks.cli.main; sys.exit(bool({'torch', 'transformers', 'rich', 'numpy'} & sys.modules.keys()))"
+    )
     assert python("-c", code).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["rich", "transformers"])
 def test_a_missing_extra_is_named(name: str) -> None:
-    code = f"import sys; sys.modules[{name!r}] = None; from kvblocks.cli import main; sys.exit(main(['generate']))"
+    code = f"import sys; sys.modules[{name!r}] = None; from kvblocks.cli.main import main; sys.exit(main(['generate']))"
     done = python("-c", code)
     assert done.returncode == 2
     assert done.stderr == (

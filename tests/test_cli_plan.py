@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvblocks.cli import main
+from kvblocks.cli.main import main
 
 CONFIG = {
     "model_type": "llama",

@@ -20,7 +20,7 @@ from kvblocks import memory
 from kvblocks.config import CacheConfig, Group
 from kvblocks.engine import CacheEngine
 from kvblocks.errors import OutOfMemory
-from kvblocks.storage import LAYOUTS
+from kvblocks.storage.cache import LAYOUTS
 
 configs = st.builds(
     CacheConfig,

@@ -14,10 +14,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from kvblocks import demo
 from kvblocks.config import CacheConfig
 from kvblocks.errors import NoFreeBlocks
-from kvblocks.generation import Generator, Request, Token
+from kvblocks.generation.generator import Generator, Request, Token
+from kvblocks.generation.verify import verify
 from kvblocks.integrations.transformers import kv_shape
-from kvblocks.storage import LAYOUTS
-from kvblocks.verify import verify
+from kvblocks.storage.cache import LAYOUTS
 
 # These tensors are tiny, and threads would only wait for each other.
 torch.set_num_threads(1)

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvblocks.attention import paged_attention
+from kvblocks.attention.call import paged_attention
 from kvblocks.config import CacheConfig, Chunk, Group, Window
 from kvblocks.engine import CacheEngine
 from kvblocks.errors import NoFreeBlocks
 from kvblocks.manager import BlockManager
-from kvblocks.step import StepBuffers
+from kvblocks.step.buffers import StepBuffers
 
 torch.set_num_threads(1)  # these tensors are tiny, and threads would only wait for each other
 

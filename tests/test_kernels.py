@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from kvblocks import movers
 from kvblocks.kernels import kernels
-from kvblocks.storage import PagedKVCache
+from kvblocks.storage import movers
+from kvblocks.storage.cache import PagedKVCache
 
 
 def two_sides(device: str, gap: int = 0) -> Any:

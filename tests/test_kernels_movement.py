@@ -16,8 +16,8 @@ from torch import Tensor
 from kvblocks import memory
 from kvblocks.config import CacheConfig, itemsize
 from kvblocks.kernels import kernels
-from kvblocks.movers import WithTorch, WithTriton
-from kvblocks.storage import LAYOUTS, PagedKVCache
+from kvblocks.storage.cache import LAYOUTS, PagedKVCache
+from kvblocks.storage.movers import WithTorch, WithTriton
 
 DTYPES = [
     torch.float8_e4m3fn,

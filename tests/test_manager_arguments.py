@@ -9,7 +9,7 @@ import torch
 
 from kvblocks.errors import OutOfMemory
 from kvblocks.manager import BlockManager, StepArrays
-from kvblocks.step import StepBuffers
+from kvblocks.step.buffers import StepBuffers
 
 TOKENS = [5, 1, 7, 1]
 

@@ -9,7 +9,7 @@ import pytest
 from kvblocks.config import Window
 from kvblocks.errors import InvariantViolation
 from kvblocks.manager import BlockManager, StepArrays, _fail_allocation
-from kvblocks.step import StepBuffers
+from kvblocks.step.buffers import StepBuffers
 
 BLOCK = 4
 

@@ -20,7 +20,7 @@ from manager_machine import GROUPS, MODEL, Driver, machine_for, plain
 from kvblocks.config import Window
 from kvblocks.errors import NoFreeBlocks, StaleSequence, TooManySequences
 from kvblocks.manager import BlockManager
-from kvblocks.step import StepBuffers
+from kvblocks.step.buffers import StepBuffers
 
 THREADS = 6
 ROUNDS = 400

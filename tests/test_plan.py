@@ -13,10 +13,10 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from kvblocks import BlockManager, CacheConfig, CacheEngine, Chunk, Group, Plan, StepBuffers, Window, plan
+from kvblocks.formats import format_of
+from kvblocks.models.grouping import BlockGroup, Layout, PagedLayer, best_layout, blocks_held, uniform_bytes
 from kvblocks.planner import UnknownModel, smallest_changes, uniform
 from kvblocks.planner.explain import lines
-from kvblocks.planner.formats import format_of
-from kvblocks.planner.layout import BlockGroup, Layout, PagedLayer, best_layout, blocks_held, uniform_bytes
 from kvblocks.planner.text import amount
 from kvblocks.sizes import parse_size
 

@@ -14,10 +14,10 @@ import torch
 import transformers
 
 from kvblocks import plan
+from kvblocks.models.architectures import TRANSLATED, read_fields
+from kvblocks.models.fields import Fields
+from kvblocks.models.read import read
 from kvblocks.planner import MODEL_TYPES, MissingField, UnknownModel
-from kvblocks.planner.architectures import TRANSLATED, read_fields
-from kvblocks.planner.fields import Fields
-from kvblocks.planner.read import read
 
 LLAMA = {
     "model_type": "llama",
@@ -282,7 +282,7 @@ def test_a_bare_config_needs_neither_torch_nor_transformers(tmp_path: Path) -> N
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "model_type": "qwen2", "use_sliding_window": False}))
     code = """
 import sys
-from kvblocks.cli import main
+from kvblocks.cli.main import main
 code = main(["plan", sys.argv[1], "--memory", "1GiB", "--json"])
 heavy = {"torch", "transformers", "numpy", "rich", "matplotlib", "huggingface_hub"} & set(sys.modules)
 print(code, sorted(heavy), file=sys.stderr)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvblocks.cli import main
+from kvblocks.cli.main import main
 from kvblocks.manager import BlockManager
 from kvblocks.replay import Replay, Request, Tally, host_step, read_trace, small_trace
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvblocks import BlockManager, Chunk, NoFreeBlocks, StepBuffers, Window, step
 from kvblocks.kernels import kernels
 from kvblocks.kernels.launch import INTERPRETED
-from kvblocks.upload import Event, Lane
+from kvblocks.step.upload import Event, Lane
 
 ARRAYS = ("input_ids", "positions", "slot_mapping", "block_table", "seq_lens", "query_start_loc")
 PAGES = ("kv_indptr", "kv_last_page_len")

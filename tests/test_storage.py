@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kvblocks import memory, movers, storage
+from kvblocks import memory
 from kvblocks.config import CacheConfig
 from kvblocks.errors import OutOfMemory
-from kvblocks.storage import LAYOUTS, PagedKVCache
+from kvblocks.storage import cache as storage
+from kvblocks.storage import movers
+from kvblocks.storage.cache import LAYOUTS, PagedKVCache
 
 DTYPES = [
     torch.float8_e4m3fn,
@@ -559,7 +561,7 @@ def test_cuda_checks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_environment_variable_turns_checks_on(value: str | None) -> None:
     environment = {name: setting for name, setting in os.environ.items() if name != "KVBLOCKS_CHECKED"}
     environment |= {} if value is None else {"KVBLOCKS_CHECKED": value}
-    command = [sys.executable, "-c", "from kvblocks import storage; print(storage.CHECKED)"]
+    command = [sys.executable, "-c", "from kvblocks.storage import cache; print(cache.CHECKED)"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(value == "1")
 

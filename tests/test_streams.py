@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 import kvblocks
 from kvblocks.errors import OutOfMemory
-from kvblocks.generation import Request
+from kvblocks.generation.generator import Request
 
 
 def answers(*prompts: tuple[int, ...], new: int = 8) -> list[list[int]]:

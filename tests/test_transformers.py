@@ -8,7 +8,8 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvblocks.config import CacheConfig, Group, Window
-from kvblocks.generation import Generator, Request
+from kvblocks.generation.generator import Generator, Request
+from kvblocks.generation.verify import verify
 from kvblocks.integrations.transformers import (
     KVShape,
     PagedModel,
@@ -18,7 +19,6 @@ from kvblocks.integrations.transformers import (
     kv_shape,
     longest_sequence,
 )
-from kvblocks.verify import verify
 
 # These tensors are tiny, and threads would only wait for each other.
 torch.set_num_threads(1)

@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from kvblocks import demo
-from kvblocks.generation import Request
-from kvblocks.verify import NEAR_TIE, Verdict, verify
+from kvblocks.generation.generator import Request
+from kvblocks.generation.verify import NEAR_TIE, Verdict, verify
 
 # These tensors are tiny, and threads would only wait for each other.
 torch.set_num_threads(1)

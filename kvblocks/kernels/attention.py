@@ -1,6 +1,6 @@
 """The Triton kernels of attention over a paged cache: decodes, split over the sequence, and chunks of prefill.
 
-What they compute is said by `kvblocks.attention.paged_attention`, whose plain torch path is their reference. Lengths
+What they compute is said by `kvblocks.paged_attention`, whose plain torch path is their reference. Lengths
 and tables are read on the device only, so a launch can be captured in a CUDA graph and replayed on other batches.
 Imports torch and Triton.
 """

@@ -2,7 +2,7 @@
 
 K and V are moved as integers of 1 to 8 bytes, so that every bit survives, in one launch for both. Nothing here
 allocates, waits or reads a value on the host: a launch can be captured in a CUDA graph. What is out of range is skipped
-(zeros, in what `gather` returns), as in `kvblocks.scatter`, which these kernels equal bit for bit.
+(zeros, in what `gather` returns), as in `kvblocks.storage.on_torch`, which these kernels equal bit for bit.
 Imports torch and Triton.
 """
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
+from kvblocks.formats import dtype_name, format_of
+from kvblocks.models.architectures import MODEL_TYPES
+from kvblocks.models.fields import MissingField, UnknownModel
+from kvblocks.models.read import Source, read, uniform
+from kvblocks.models.shapes import ModelCache, Stored
 from kvblocks.planner.advice import Change, smallest_changes
-from kvblocks.planner.architectures import MODEL_TYPES
-from kvblocks.planner.core import LONGEST, Plan, Settings
-from kvblocks.planner.fields import MissingField, UnknownModel
-from kvblocks.planner.formats import dtype_name, format_of
+from kvblocks.planner.figures import LONGEST, Plan, Settings
 from kvblocks.planner.parallel import stage_layers
-from kvblocks.planner.read import Source, read, uniform
-from kvblocks.planner.shapes import ModelCache, Stored
 from kvblocks.sizes import parse_size
 
 __all__ = [

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kvblocks.planner.core import Plan
-from kvblocks.planner.formats import narrower
+from kvblocks.formats import narrower
+from kvblocks.planner.figures import Plan
 from kvblocks.planner.text import amount, count
 
 __all__ = ["Change", "smallest_changes"]

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvblocks.config import Chunk
+from kvblocks.formats import itemsize_of
+from kvblocks.models.grouping import BlockGroup
+from kvblocks.models.shapes import Kept, Layer, Reach
 from kvblocks.planner.advice import smallest_changes
-from kvblocks.planner.core import LONGEST, Plan, Stage
-from kvblocks.planner.formats import itemsize_of
-from kvblocks.planner.layout import BlockGroup
-from kvblocks.planner.shapes import Kept, Layer, Reach
+from kvblocks.planner.figures import LONGEST, Plan, Stage
 from kvblocks.planner.text import amount, count
 
 __all__ = ["Line", "explain", "lines", "notes", "reach_text", "title", "to_dict", "verdict"]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from kvblocks.planner.shapes import ModelCache
+from kvblocks.models.shapes import ModelCache
 
 __all__ = ["check_tp", "stage_layers"]
 

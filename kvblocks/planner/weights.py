@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from kvblocks.planner.fields import UnknownModel
-from kvblocks.planner.formats import Format
+from kvblocks.formats import Format
+from kvblocks.models.fields import UnknownModel
 
 __all__ = ["weight_bytes"]
 

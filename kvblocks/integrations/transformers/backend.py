@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from kvblocks.attention import paged_attention
+from kvblocks.attention.call import paged_attention
 from kvblocks.config import Chunk, Window
 from kvblocks.engine import CacheEngine
 from kvblocks.integrations.transformers.layers import KVShape, ModelLayer, UnsupportedModel, model_layers
-from kvblocks.step import StepBuffers
-from kvblocks.storage import PagedKVCache
+from kvblocks.step.buffers import StepBuffers
+from kvblocks.storage.cache import PagedKVCache
 
 __all__ = ["PagedModel", "check_model"]
 

@@ -31,7 +31,7 @@ from kvblocks.integrations.transformers.layers import (
 from kvblocks.integrations.transformers.rows import Pass, Pool, Prompt, Rows, Sizes
 from kvblocks.manager import BlockManager
 from kvblocks.sizes import parse_size
-from kvblocks.storage import PagedKVCache, checked_device, checked_size
+from kvblocks.storage.cache import PagedKVCache, checked_device, checked_size
 
 __all__ = ["PagedCache"]
 

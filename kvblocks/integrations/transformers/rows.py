@@ -19,7 +19,7 @@ from torch import Tensor
 from kvblocks.config import CacheConfig, Group
 from kvblocks.engine import CacheEngine
 from kvblocks.manager import BlockManager
-from kvblocks.step import StepBuffers
+from kvblocks.step.buffers import StepBuffers
 
 _MOST_RECORDED = 6  # passes between two crops, where layers have windows: a manager has 8 steps open by default
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from kvblocks.generation import Request
+from kvblocks.generation.generator import Request
 
 __all__ = ["NEAR_TIE", "Verdict", "verify"]
 

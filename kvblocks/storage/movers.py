@@ -1,6 +1,6 @@
 """Who moves the K and V of caches: compiled code in CPU memory, Triton kernels on CUDA, torch operations elsewhere.
 
-`Side` says how K or V lies in memory; `mover` picks who moves it. Nothing is checked here: `kvblocks.storage` does.
+`Side` says how K or V lies in memory; `mover` picks who moves it. Nothing is checked here: `cache` does.
 Imports torch, the compiled mover, and the two others.
 """
 
@@ -11,9 +11,10 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from kvblocks import memory, scatter
+from kvblocks import memory
 from kvblocks.kernels import kernels
 from kvblocks.movement import BlockLayout
+from kvblocks.storage import on_torch
 
 __all__ = ["Mover", "Side", "mover"]
 
@@ -120,22 +121,22 @@ class WithTorch:
 
     def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         for side, rows in zip(self._sides[:2], (keys, values), strict=True):
-            scatter.write(side.by_token, rows.reshape(len(rows), *side.by_token.shape[2:]), slots.to(torch.int64))
+            on_torch.write(side.by_token, rows.reshape(len(rows), *side.by_token.shape[2:]), slots.to(torch.int64))
 
     def gather(self, table: Tensor, num_tokens: int, out: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         keys, values = (
-            scatter.gather(side.by_token, table.to(torch.int64), num_tokens).view(num_tokens, *side.row)
+            on_torch.gather(side.by_token, table.to(torch.int64), num_tokens).view(num_tokens, *side.row)
             for side in self._sides[:2]
         )
         return (keys, values) if out is None else (out[0].copy_(keys), out[1].copy_(values))
 
     def copy_blocks(self, pairs: Tensor) -> None:
         for side in self._sides:
-            scatter.copy_blocks(side.tensor, pairs.to(torch.int64))
+            on_torch.copy_blocks(side.tensor, pairs.to(torch.int64))
 
     def zero_blocks(self, ids: Tensor) -> None:
         for side in self._sides:
-            scatter.zero_blocks(side.tensor, ids.to(torch.int64))
+            on_torch.zero_blocks(side.tensor, ids.to(torch.int64))
 
 
 class WithTriton:
@@ -149,7 +150,7 @@ class WithTriton:
         self._sides = sides  # whose memory `addresses` points into
         self._num_blocks = sides[0].blocks.num_blocks
         self._capacity = self._num_blocks * sides[0].blocks.block_size
-        self._caches = tuple(scatter.bits(side.tensor) for side in sides[:2])
+        self._caches = tuple(on_torch.bits(side.tensor) for side in sides[:2])
         self._places = tuple(
             module.Place(**{name: getattr(side.blocks, name) for name in module.Place.__slots__}) for side in sides[:2]
         )
@@ -162,7 +163,7 @@ class WithTriton:
 
     def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         if len(slots):
-            rows = scatter.bits(keys.detach()), scatter.bits(values.detach())
+            rows = on_torch.bits(keys.detach()), on_torch.bits(values.detach())
             self._kernels.write(self._caches, self._forms, rows, slots, self._capacity)
 
     def gather(self, table: Tensor, num_tokens: int, out: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -170,7 +171,7 @@ class WithTriton:
         if out is None:
             out = keys.tensor.new_empty((num_tokens, *keys.row)), values.tensor.new_empty((num_tokens, *values.row))
         if num_tokens:
-            bits = tuple(scatter.bits(rows) for rows in out)
+            bits = tuple(on_torch.bits(rows) for rows in out)
             self._kernels.gather(self._caches, self._forms, bits, table, self._num_blocks)
         return out
 

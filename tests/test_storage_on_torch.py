@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvblocks import scatter
+from kvblocks.storage import on_torch
 
 DTYPES = [torch.float8_e5m2, torch.int8, torch.bfloat16, torch.float32, torch.float64]
 BLOCKS, BLOCK_SIZE, HEADS, DIM = 4, 3, 2, 5
@@ -45,7 +45,7 @@ def test_write_equals_indexing_and_drops_what_is_outside(cache: Tensor, slots: l
     for row, slot in zip(rows, slots, strict=True):
         if 0 <= slot < CAPACITY:
             expected[slot // BLOCK_SIZE, slot % BLOCK_SIZE] = row
-    scatter.write(cache, rows, torch.tensor(slots, dtype=torch.int64))
+    on_torch.write(cache, rows, torch.tensor(slots, dtype=torch.int64))
     assert bits(cache) == bits(expected)
 
 
@@ -57,7 +57,7 @@ def test_gather_equals_indexing_and_gives_zeros_for_what_is_outside(
     zeros = torch.zeros_like(cache[0])
     blocks = [cache[block] if 0 <= block < BLOCKS else zeros for block in table]
     expected = torch.stack([*blocks, zeros]).flatten(0, 1)[:num_tokens]
-    rows = scatter.gather(cache, torch.tensor(table, dtype=torch.int64), num_tokens)
+    rows = on_torch.gather(cache, torch.tensor(table, dtype=torch.int64), num_tokens)
     assert rows.shape == (num_tokens, HEADS, DIM)
     assert rows.dtype == cache.dtype
     assert rows.is_contiguous()
@@ -71,7 +71,7 @@ def test_copy_blocks_equals_indexing(cache: Tensor, ids: list[int], count: int) 
     for source, target in pairs:
         if 0 <= source < BLOCKS and 0 <= target < BLOCKS:
             expected[target] = cache[source]
-    scatter.copy_blocks(cache, torch.tensor(pairs, dtype=torch.int64).view(-1, 2))
+    on_torch.copy_blocks(cache, torch.tensor(pairs, dtype=torch.int64).view(-1, 2))
     assert bits(cache) == bits(expected)
 
 
@@ -81,14 +81,14 @@ def test_zero_blocks_equals_indexing(cache: Tensor, ids: list[int]) -> None:
     for block in ids:
         if 0 <= block < BLOCKS:
             expected[block] = 0
-    scatter.zero_blocks(cache, torch.tensor(ids, dtype=torch.int64))
+    on_torch.zero_blocks(cache, torch.tensor(ids, dtype=torch.int64))
     assert bits(cache) == bits(expected)
 
 
 def test_gradients_are_neither_needed_nor_kept() -> None:
     cache = torch.zeros(BLOCKS, BLOCK_SIZE, HEADS, DIM)
     rows = torch.ones(2, HEADS, DIM, requires_grad=True)
-    scatter.write(cache, rows, torch.tensor([0, 4]))
+    on_torch.write(cache, rows, torch.tensor([0, 4]))
     assert not cache.requires_grad
     assert cache.sum() == 2 * HEADS * DIM
 
@@ -102,10 +102,10 @@ def test_nothing_waits_for_the_device() -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        scatter.write(cache, rows, slots)
-        scatter.copy_blocks(cache, pairs)
-        scatter.zero_blocks(cache, slots[1:])
-        gathered = scatter.gather(cache, slots, 5)
+        on_torch.write(cache, rows, slots)
+        on_torch.copy_blocks(cache, pairs)
+        on_torch.zero_blocks(cache, slots[1:])
+        gathered = on_torch.gather(cache, slots, 5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert gathered.sum() == 0

@@ -1,27 +1,24 @@
 """Which kernel attends on a CUDA device, and calling it: torch's `varlen_attn` where its backend pages, else our own.
 
 Nothing here waits for the device, so all of it can be captured in a CUDA graph. Arguments were checked by
-`kvblocks.attention`. Imports torch, storage, and the kernels.
+`kvblocks.attention.call`. Imports torch, the request, and the kernels.
 """
 
 import functools
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from kvblocks.attention.request import Request, Way
 from kvblocks.kernels import kernels
-from kvblocks.storage import PagedKVCache
+from kvblocks.storage.cache import PagedKVCache
 
-if TYPE_CHECKING:
-    from kvblocks.attention import StepLike
-
-__all__ = ["Request", "Way", "kernel_way", "varlen_way", "way"]
+__all__ = ["kernel_way", "varlen_way", "way"]
 
 _log = logging.getLogger("kvblocks")
 
@@ -32,31 +29,6 @@ _VARLEN_HEAD_DIMS = range(8, 257, 8)
 # What torch calls the backend that takes a block table, and the compute capability that it needs. FA4 pages too, but
 # takes other head dims, and what it does with slots that nobody has written is not known.
 _PAGING = {"FA3": 9}
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """The arguments of a call, checked; `step` has at least one token."""
-
-    query: Tensor
-    cache: PagedKVCache
-    step: "StepLike"
-    table: Tensor  # of the layer's group
-    scale: float
-    window: int | None
-    chunk: int | None
-    softcap: float | None
-    sinks: Tensor | None
-
-    @property
-    def reach(self) -> int:
-        """Tokens that a row may have: now, or when a graph that is being captured is replayed."""
-        if self.query.is_cuda and torch.cuda.is_current_stream_capturing():
-            return self.table.shape[1] * self.cache.block_size
-        return self.step.max_seq_len
-
-
-Way = Callable[[Request], Tensor]
 
 
 def way(request: Request) -> Way | None:

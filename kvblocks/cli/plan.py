@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kvblocks.cli_extras import UsageError, check_plot, need, save_plot
+from kvblocks.cli.extras import UsageError, check_plot, need, save_plot
 
 if TYPE_CHECKING:
     from kvblocks.planner import Plan

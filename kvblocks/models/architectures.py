@@ -1,15 +1,15 @@
 """Which model type keeps its cache how, and which fields of its config decide that.
 
-The readers are `kvblocks.planner.families`'s. A model type or a deciding field that is not here is an error.
+The readers are `kvblocks.models.families`'s. A model type or a deciding field that is not here is an error.
 """
 
 import re
 from typing import Any
 
-from kvblocks.planner import families as read
-from kvblocks.planner.families import Reader
-from kvblocks.planner.fields import Fields, UnknownModel
-from kvblocks.planner.shapes import ModelCache, State
+from kvblocks.models import families as read
+from kvblocks.models.families import Reader
+from kvblocks.models.fields import Fields, UnknownModel
+from kvblocks.models.shapes import ModelCache, State
 
 __all__ = ["MODEL_TYPES", "TRANSLATED", "read_fields"]
 

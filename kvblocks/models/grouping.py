@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from kvblocks.config import Chunk, Window
-from kvblocks.planner.shapes import Reach
+from kvblocks.models.shapes import Reach
 
 __all__ = ["BlockGroup", "Layout", "PagedLayer", "best_layout", "blocks_held", "uniform_bytes"]
 

@@ -1,6 +1,6 @@
 """`kvblocks.generate`: many prompts at once through a transformers model, each answer an iterator of its tokens.
 
-What runs when is decided in `kvblocks.generation`. Imports torch and transformers.
+What runs when is decided in `kvblocks.generation.generator`. Imports torch and transformers.
 """
 
 import operator
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvblocks.config import CacheConfig
-from kvblocks.generation import Generator, Request, blocks_needed
+from kvblocks.generation.generator import Generator, Request, blocks_needed
 from kvblocks.integrations.transformers import PagedModel, layer_groups
 from kvblocks.sizes import parse_size
 

@@ -22,7 +22,7 @@ from kvblocks.engine import CacheEngine
 from kvblocks.errors import NoFreeBlocks
 from kvblocks.integrations.transformers import PagedModel, longest_sequence
 from kvblocks.manager import BlockManager
-from kvblocks.step import StepBuffers
+from kvblocks.step.buffers import StepBuffers
 
 __all__ = ["Generator", "Request", "Token", "blocks_needed", "most_tokens"]
 

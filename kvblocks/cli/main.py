@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from kvblocks import __version__
-from kvblocks.cli_extras import UsageError
-from kvblocks.cli_plan import add_plan_parser
-from kvblocks.cli_replay import add_replay_parser
+from kvblocks.cli.extras import UsageError
+from kvblocks.cli.plan import add_plan_parser
+from kvblocks.cli.replay import add_replay_parser
 from kvblocks.sizes import parse_size
 
 __all__ = ["LAYOUTS", "main"]
@@ -88,14 +88,14 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _generate(args: argparse.Namespace) -> int:
     try:
-        from kvblocks import cli_generate
+        from kvblocks.cli import generate
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("rich", "transformers", "safetensors"):
             raise
         raise UsageError(
             f'`kvblocks generate` needs {error.name}, which is not installed; run: pip install "kvblocks[generate]"'
         ) from None
-    return cli_generate.run(args)
+    return generate.run(args)
 
 
 def _count(text: str) -> int:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvblocks.config import Chunk, Window
-from kvblocks.planner.formats import Format, itemsize_of
+from kvblocks.formats import Format, itemsize_of
 
 __all__ = ["Kept", "Layer", "ModelCache", "Reach", "State", "Stored", "attention"]
 

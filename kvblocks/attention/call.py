@@ -1,53 +1,29 @@
 """Attention over the paged cache for a ragged batch: the call, and plain torch that is right everywhere.
 
-Plain torch is the reference for the kernels, and what runs on CPU; `kvblocks.attention_cuda` picks a kernel on CUDA.
-Nothing is written to the cache here. Imports torch, storage, and those kernels.
+Plain torch is the reference for the kernels, and what runs on CPU. On CUDA `backends` picks a kernel. Nothing is
+written to the cache here. Imports torch, storage, and `backends`.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, Self, SupportsFloat, SupportsIndex
+from typing import Self, SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from kvblocks import storage
-from kvblocks.attention_cuda import Request, way
-from kvblocks.storage import PagedKVCache, checked_size
+from kvblocks.attention.backends import way
+from kvblocks.attention.request import Request, StepLike
+from kvblocks.storage import cache as storage
+from kvblocks.storage.cache import PagedKVCache, checked_size
 
-__all__ = ["StepLike", "paged_attention"]
+__all__ = ["paged_attention"]
 
 _GATHERED = 1 << 18  # elements of K and V that rows gathered together may have: it pays for short rows only
 _SCORES = 1 << 23  # scores held at once: long prefill chunks go through in slices of queries,
 _QUERIES = 512  # and in slices of so many, as a slice's keys end at its last query
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class StepLike(Protocol):
-    """What attention reads of a forward pass; `StepBuffers` is one.
-
-    `block_table` int32 [max_seqs, max_blocks_per_seq], or one for each layer group, [groups, ...]; `seq_lens` int32
-    [max_seqs] (tokens of each row, those of this pass included), `query_start_loc` int32 [max_seqs + 1]: only the first
-    `num_seqs` rows count. Row i's queries are `query[query_start_loc[i]:query_start_loc[i + 1]]`, the last tokens of
-    its sequence.
-    """
-
-    @property
-    def block_table(self) -> Tensor: ...
-    @property
-    def seq_lens(self) -> Tensor: ...
-    @property
-    def query_start_loc(self) -> Tensor: ...
-    @property
-    def num_seqs(self) -> int: ...
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def max_query_len(self) -> int: ...
-    @property
-    def max_seq_len(self) -> int: ...
 
 
 @torch.no_grad()

@@ -22,13 +22,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kvblocks import demo
-from kvblocks.cli_extras import UsageError
+from kvblocks.cli.extras import UsageError
 from kvblocks.config import CacheConfig
 from kvblocks.errors import OutOfMemory
-from kvblocks.generation import Request, blocks_needed
+from kvblocks.generation.generator import Request, blocks_needed
+from kvblocks.generation.streams import generate, one_block
+from kvblocks.generation.verify import Verdict, verify
 from kvblocks.integrations.transformers import UnsupportedModel, check_model, longest_sequence
-from kvblocks.streams import generate, one_block
-from kvblocks.verify import Verdict, verify
 
 __all__ = ["run"]
 

@@ -1,6 +1,6 @@
 """How architectures keep their caches: one reader for each way, which asks `Fields` for every number by name.
 
-Which model type is read how is in `kvblocks.planner.architectures`. Imports no transformers.
+Which model type is read how is in `kvblocks.models.architectures`. Imports no transformers.
 """
 
 import math
@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from kvblocks.config import Chunk, Window
-from kvblocks.planner.fields import Fields, MissingField, UnknownModel
-from kvblocks.planner.shapes import Kept, Layer, Reach, State, attention
+from kvblocks.models.fields import Fields, MissingField, UnknownModel
+from kvblocks.models.shapes import Kept, Layer, Reach, State, attention
 
 Reader = Callable[[Fields], list[Layer]]
 

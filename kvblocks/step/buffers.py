@@ -1,7 +1,7 @@
 """StepBuffers: the arrays of one forward pass as torch tensors at fixed addresses, on the host or on a device.
 
 The manager fills the arrays on the host; here they are allocated, carved into tensors and carried over. Imports torch,
-the compiled manager, `kvblocks.upload`, and storage for its checks.
+the compiled manager, `kvblocks.step.upload`, and storage for its checks.
 
 Who writes what on a CUDA device while somebody else may still read it, and why the two do not meet:
 
@@ -30,8 +30,8 @@ import torch
 from kvblocks.errors import OutOfMemory
 from kvblocks.manager import StepArrays
 from kvblocks.memory import available_memory
-from kvblocks.storage import checked_device, checked_size
-from kvblocks.upload import Upload, lane
+from kvblocks.step.upload import Upload, lane
+from kvblocks.storage.cache import checked_device, checked_size
 
 __all__ = ["StepBuffers"]
 

@@ -19,7 +19,7 @@ from kvblocks import memory
 from kvblocks.config import CacheConfig, itemsize
 from kvblocks.errors import OutOfMemory
 from kvblocks.movement import BlockLayout, first_outside
-from kvblocks.movers import Mover, Side, mover
+from kvblocks.storage.movers import Mover, Side, mover
 
 __all__ = ["LAYOUTS", "PagedKVCache"]
 

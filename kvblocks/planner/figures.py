@@ -1,6 +1,6 @@
 """`Plan`: what a model's cache takes, and what fits. All figures are of one device, the fullest of its stage.
 
-Knows no config and no file: `kvblocks.planner.read` makes the `ModelCache`, `kvblocks.planner.explain` the sentences.
+Knows no config and no file: `kvblocks.models.read` makes the `ModelCache`, `kvblocks.planner.explain` the sentences.
 """
 
 import math
@@ -11,10 +11,10 @@ from functools import cached_property
 from typing import Any
 
 from kvblocks.config import CacheConfig, Group
-from kvblocks.planner.formats import Format, dtype_name, format_of, itemsize_of, narrower
-from kvblocks.planner.layout import Layout, PagedLayer, best_layout, uniform_bytes
+from kvblocks.formats import Format, dtype_name, format_of, itemsize_of, narrower
+from kvblocks.models.grouping import Layout, PagedLayer, best_layout, uniform_bytes
+from kvblocks.models.shapes import Kept, Layer, ModelCache, Stored
 from kvblocks.planner.parallel import check_tp
-from kvblocks.planner.shapes import Kept, Layer, ModelCache, Stored
 
 __all__ = ["LONGEST", "Plan", "Settings", "Stage"]
 

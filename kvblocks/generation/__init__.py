@@ -1,0 +1,5 @@
+"""Generation with transformers' models: `generator` is the engine, `streams` what users call, `verify` the proof."""
+
+from kvblocks.generation.streams import generate
+
+__all__ = ["generate"]

@@ -1,0 +1,5 @@
+"""The arrays of one forward pass: `buffers` fills them, `upload` brings them to a device."""
+
+from kvblocks.step.buffers import StepBuffers
+
+__all__ = ["StepBuffers"]
