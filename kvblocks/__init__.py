@@ -10,7 +10,14 @@ if TYPE_CHECKING:
     from kvblocks.attention import paged_attention
     from kvblocks.config import CacheConfig, Chunk, Group, Window
     from kvblocks.engine import CacheEngine
-    from kvblocks.errors import InvariantViolation, NoFreeBlocks, OutOfMemory, StaleSequence, TooManySequences
+    from kvblocks.errors import (
+        InvariantViolation,
+        KVBlocksError,
+        NoFreeBlocks,
+        OutOfMemory,
+        StaleSequence,
+        TooManySequences,
+    )
     from kvblocks.generation import generate
     from kvblocks.manager import Admission, BlockManager
     from kvblocks.planner import Plan, plan
@@ -27,6 +34,7 @@ _HOMES = {
     "Chunk": "config",
     "Group": "config",
     "InvariantViolation": "errors",
+    "KVBlocksError": "errors",
     "NoFreeBlocks": "errors",
     "OutOfMemory": "errors",
     "PagedKVCache": "storage",
@@ -48,6 +56,7 @@ __all__ = [
     "Chunk",
     "Group",
     "InvariantViolation",
+    "KVBlocksError",
     "NoFreeBlocks",
     "OutOfMemory",
     "PagedKVCache",

@@ -11,7 +11,7 @@ import torch
 
 from kvblocks.config import CacheConfig, Group
 from kvblocks.errors import OutOfMemory
-from kvblocks.memory import budget
+from kvblocks.sizes import budget
 from kvblocks.storage.cache import (
     Indices,
     PagedKVCache,

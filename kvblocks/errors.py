@@ -1,9 +1,23 @@
 """What kvblocks raises beyond Python's own errors. Imports nothing, so that compiled code can raise these."""
 
-__all__ = ["InvariantViolation", "NoFreeBlocks", "OutOfMemory", "StaleSequence", "TooManySequences"]
+__all__ = [
+    "InvariantViolation",
+    "KVBlocksError",
+    "MissingField",
+    "NoFreeBlocks",
+    "OutOfMemory",
+    "StaleSequence",
+    "TooManySequences",
+    "UnknownModel",
+    "UnsupportedModel",
+]
 
 
-class OutOfMemory(MemoryError):
+class KVBlocksError(Exception):
+    """The base of all errors below. Each has one of Python's own as a second base, by which it can be caught too."""
+
+
+class OutOfMemory(KVBlocksError, MemoryError):
     """A cache did not fit; nothing stays allocated.
 
     Attributes:
@@ -22,7 +36,7 @@ class OutOfMemory(MemoryError):
         return str(self.args[0])
 
 
-class NoFreeBlocks(RuntimeError):
+class NoFreeBlocks(KVBlocksError, RuntimeError):
     """The pool cannot serve a call now; nothing changed. Free or preempt sequences, then call again.
 
     Attributes:
@@ -39,7 +53,7 @@ class NoFreeBlocks(RuntimeError):
         return str(self.args[0])
 
 
-class StaleSequence(LookupError):
+class StaleSequence(KVBlocksError, LookupError):
     """A handle whose sequence or pin is gone, or that never was one.
 
     Attributes:
@@ -54,7 +68,7 @@ class StaleSequence(LookupError):
         return str(self.args[0])
 
 
-class TooManySequences(RuntimeError):
+class TooManySequences(KVBlocksError, RuntimeError):
     """All `max_seqs` places of a manager are taken by sequences and pins.
 
     Attributes:
@@ -69,7 +83,7 @@ class TooManySequences(RuntimeError):
         return str(self.args[0])
 
 
-class InvariantViolation(RuntimeError):
+class InvariantViolation(KVBlocksError, RuntimeError):
     """`audit()` found the manager's state broken: a bug in kvblocks, never the caller's.
 
     Attributes:
@@ -82,3 +96,23 @@ class InvariantViolation(RuntimeError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class UnknownModel(KVBlocksError, ValueError):
+    """An architecture, or a field of its config, that the planner cannot turn into bytes; the message names it."""
+
+
+class MissingField(UnknownModel):
+    """A field that a config does not have and that decides how large the cache is.
+
+    Attributes:
+        name: the field's.
+    """
+
+    def __init__(self, model_type: str, name: str) -> None:
+        super().__init__(f"config of model_type={model_type!r} has no {name}, which decides how large its cache is")
+        self.name = name
+
+
+class UnsupportedModel(KVBlocksError, ValueError):
+    """A model that cannot be served from the paged cache; the message says why."""

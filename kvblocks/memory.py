@@ -9,14 +9,11 @@ import re
 import resource
 import sys
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 
 import torch
 
-from kvblocks.sizes import parse_size
-
-__all__ = ["available_memory", "budget", "zeroed"]
+__all__ = ["available_memory", "zeroed"]
 
 
 def available_memory(proc: Path = Path("/proc")) -> int:
@@ -31,34 +28,6 @@ def available_memory(proc: Path = Path("/proc")) -> int:
     """
     rooms = [*_machine(proc), *_cgroups(proc), *_address_space(proc)]
     return max(0, min(rooms, default=sys.maxsize))
-
-
-def budget(memory: str | int, free: int) -> int:
-    """Bytes that "90%" of `free`, "1.5GiB", or a number of bytes stands for.
-
-    Raises:
-        ValueError: it is none of these, not above 0, above 100%, or more than is free.
-        TypeError: it is neither text nor an integer.
-    """
-    if isinstance(memory, bool) or not isinstance(memory, str | int):
-        raise TypeError(f"memory={memory!r} is a {type(memory).__name__}; give bytes, or text like '8GiB' or '90%'")
-    share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", memory.strip()) if isinstance(memory, str) else None
-    if share is not None:
-        nbytes = int(free * min(Fraction(share[1]) / 100, Fraction(2)))
-    elif isinstance(memory, str):
-        try:
-            nbytes = parse_size(memory)
-        except ValueError:
-            nbytes = -1
-        if nbytes < 0 or memory.strip().isdecimal():  # a number alone may be a share that lacks its sign
-            raise ValueError(
-                f"memory={memory!r:.60} is neither a size, like '8GiB' or '512MiB', nor a share, like '90%'"
-            )
-    else:
-        nbytes = memory
-    if not 0 < nbytes <= free:
-        raise ValueError(f"memory={memory!r} is {nbytes} bytes; give 1 to the {free} that are free")
-    return nbytes
 
 
 def zeroed(nbytes: int, *, prefault: bool = False) -> torch.Tensor:

@@ -1,10 +1,10 @@
-"""Sizes in bytes as people write them. Imports nothing but the standard library."""
+"""Sizes in bytes as people write them, and shares of what is free. Imports nothing but the standard library."""
 
 import re
 from decimal import Decimal
 from fractions import Fraction
 
-__all__ = ["parse_size"]
+__all__ = ["budget", "parse_size"]
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGTP", 1)}
@@ -24,3 +24,31 @@ def parse_size(text: str) -> int:
     if size >= 2**63:
         raise ValueError(f"{text!r:.60} is more than 2**63 - 1 bytes")
     return size
+
+
+def budget(memory: str | int, free: int) -> int:
+    """Bytes that "90%" of `free`, "1.5GiB", or a number of bytes stands for.
+
+    Raises:
+        ValueError: it is none of these, not above 0, above 100%, or more than is free.
+        TypeError: it is neither text nor an integer.
+    """
+    if isinstance(memory, bool) or not isinstance(memory, str | int):
+        raise TypeError(f"memory={memory!r} is a {type(memory).__name__}; give bytes, or text like '8GiB' or '90%'")
+    share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", memory.strip()) if isinstance(memory, str) else None
+    if share is not None:
+        nbytes = int(free * min(Fraction(share[1]) / 100, Fraction(2)))
+    elif isinstance(memory, str):
+        try:
+            nbytes = parse_size(memory)
+        except ValueError:
+            nbytes = -1
+        if nbytes < 0 or memory.strip().isdecimal():  # a number alone may be a share that lacks its sign
+            raise ValueError(
+                f"memory={memory!r:.60} is neither a size, like '8GiB' or '512MiB', nor a share, like '90%'"
+            )
+    else:
+        nbytes = memory
+    if not 0 < nbytes <= free:
+        raise ValueError(f"memory={memory!r} is {nbytes} bytes; give 1 to the {free} that are free")
+    return nbytes

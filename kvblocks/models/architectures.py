@@ -6,9 +6,10 @@ The readers are `kvblocks.models.families`'s. A model type or a deciding field t
 import re
 from typing import Any
 
+from kvblocks.errors import UnknownModel
 from kvblocks.models import families as read
 from kvblocks.models.families import Reader
-from kvblocks.models.fields import Fields, UnknownModel
+from kvblocks.models.fields import Fields
 from kvblocks.models.shapes import ModelCache, State
 
 __all__ = ["MODEL_TYPES", "TRANSLATED", "read_fields"]

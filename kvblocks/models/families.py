@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from kvblocks.config import Chunk, Window
-from kvblocks.models.fields import Fields, MissingField, UnknownModel
+from kvblocks.errors import MissingField, UnknownModel
+from kvblocks.models.fields import Fields
 from kvblocks.models.shapes import Kept, Layer, Reach, State, attention
 
 Reader = Callable[[Fields], list[Layer]]

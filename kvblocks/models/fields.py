@@ -3,21 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["MOST_LAYERS", "Fields", "MissingField", "UnknownModel"]
+from kvblocks.errors import MissingField, UnknownModel
+
+__all__ = ["MOST_LAYERS", "Fields"]
 
 MOST_LAYERS = 4096
-
-
-class UnknownModel(ValueError):
-    """An architecture, or a field of its config, that the planner cannot turn into bytes; the message names it."""
-
-
-class MissingField(UnknownModel):
-    """A field that a config does not have and that decides how large the cache is."""
-
-    def __init__(self, model_type: str, name: str) -> None:
-        super().__init__(f"config of model_type={model_type!r} has no {name}, which decides how large its cache is")
-        self.name = name
 
 
 class Fields:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from kvblocks.config import Chunk, Window
+from kvblocks.errors import MissingField, UnknownModel
 from kvblocks.models.architectures import MODEL_TYPES, TRANSLATED, read_fields
-from kvblocks.models.fields import MOST_LAYERS, Fields, MissingField, UnknownModel
+from kvblocks.models.fields import MOST_LAYERS, Fields
 from kvblocks.models.shapes import Layer, ModelCache, Reach, attention
 
 __all__ = ["Source", "read", "uniform"]

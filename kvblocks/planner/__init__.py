@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
+from kvblocks.errors import MissingField, UnknownModel
 from kvblocks.formats import dtype_name, format_of
 from kvblocks.models.architectures import MODEL_TYPES
-from kvblocks.models.fields import MissingField, UnknownModel
 from kvblocks.models.read import Source, read, uniform
 from kvblocks.models.shapes import ModelCache, Stored
 from kvblocks.planner.advice import Change, smallest_changes
-from kvblocks.planner.figures import LONGEST, Plan, Settings
+from kvblocks.planner.figures import LONGEST, Settings
 from kvblocks.planner.parallel import stage_layers
+from kvblocks.planner.plan import Plan
 from kvblocks.sizes import parse_size
 
 __all__ = [

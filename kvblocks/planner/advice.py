@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvblocks.formats import narrower
-from kvblocks.planner.figures import Plan
+from kvblocks.planner.figures import Figures
 from kvblocks.planner.text import amount, count
 
 __all__ = ["Change", "smallest_changes"]
@@ -31,14 +31,14 @@ class Change:
     factor: float
 
 
-def smallest_changes(plan: Plan, most: int = 3) -> tuple[Change, ...]:
+def smallest_changes(plan: Figures, most: int = 3) -> tuple[Change, ...]:
     """The changes of one setting each that make the plan fit, the smallest first; none where it fits already."""
     if plan.fits or plan.memory is None:
         return ()
     return tuple(sorted(_changes(plan), key=lambda change: change.factor)[:most])
 
 
-def _changes(plan: Plan) -> Iterator[Change]:
+def _changes(plan: Figures) -> Iterator[Change]:
     settings = plan.settings
     sequences, length = plan.target
     memory = plan.memory or 0
@@ -85,7 +85,7 @@ def _changes(plan: Plan) -> Iterator[Change]:
             yield Change("the latent cache instead of the expanded one", "mla", "latent", factor)
 
 
-def _other_stages(plan: Plan) -> Iterator[Change]:
+def _other_stages(plan: Figures) -> Iterator[Change]:
     from kvblocks.planner.parallel import stage_layers
 
     stages = len(plan.settings.stages)
@@ -100,7 +100,7 @@ def _other_stages(plan: Plan) -> Iterator[Change]:
             return
 
 
-def _wider(plan: Plan) -> Iterator[int]:
+def _wider(plan: Figures) -> Iterator[int]:
     """Larger numbers of devices over which the queries' heads split evenly."""
     queries, tp = plan.model.query_heads, plan.settings.tp
     if not queries:

@@ -1,4 +1,4 @@
-"""A plan in sentences: every figure with its line of arithmetic. Says nothing that a `Plan` does not know."""
+"""A plan in sentences: every figure with its line of arithmetic. Says nothing that the `Figures` do not know."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from kvblocks.formats import itemsize_of
 from kvblocks.models.grouping import BlockGroup
 from kvblocks.models.shapes import Kept, Layer, Reach
 from kvblocks.planner.advice import smallest_changes
-from kvblocks.planner.figures import LONGEST, Plan, Stage
+from kvblocks.planner.figures import LONGEST, Figures, Stage
 from kvblocks.planner.text import amount, count
 
 __all__ = ["Line", "explain", "lines", "notes", "reach_text", "title", "to_dict", "verdict"]
@@ -33,13 +33,13 @@ class Line:
         return f"{self.name}: {self.arithmetic} = {self.value}" if self.arithmetic else f"{self.name}: {self.value}"
 
 
-def explain(plan: Plan) -> str:
+def explain(plan: Figures) -> str:
     """The plan, a figure to a line, then remarks, then what is missing and what would help."""
     found = [title(plan), *map(str, lines(plan)), *notes(plan), *verdict(plan)]
     return "\n".join(found)
 
 
-def title(plan: Plan) -> str:
+def title(plan: Figures) -> str:
     """The model, and how it is stored."""
     settings = plan.settings
     parts = [count(len(plan.model.layers), "layer"), f"K and V in {_format_text(plan)}", f"blocks of {plan.block_size}"]
@@ -50,7 +50,7 @@ def title(plan: Plan) -> str:
     return f"{plan.model.name}: {', '.join(parts)}"
 
 
-def _format_text(plan: Plan) -> str:
+def _format_text(plan: Figures) -> str:
     format = plan.settings.format
     if format.group_size is None:
         return format.name
@@ -61,7 +61,7 @@ def _format_text(plan: Plan) -> str:
 # --- arithmetic
 
 
-def lines(plan: Plan) -> list[Line]:
+def lines(plan: Figures) -> list[Line]:
     """Every figure of the plan."""
     stage = plan.stage
     found: list[Line] = []
@@ -165,7 +165,7 @@ def _state_terms(stage: Stage) -> str:
     return " + ".join(terms)
 
 
-def _memory_lines(plan: Plan) -> list[Line]:
+def _memory_lines(plan: Figures) -> list[Line]:
     settings, stage = plan.settings, plan.stage
     found = []
     if settings.weights:
@@ -191,7 +191,7 @@ def _memory_lines(plan: Plan) -> list[Line]:
     return found
 
 
-def _answers(plan: Plan) -> list[Line]:
+def _answers(plan: Figures) -> list[Line]:
     settings, stage = plan.settings, plan.stage
     sequences, length = settings.concurrency, settings.seq_len
     found = []
@@ -233,7 +233,7 @@ def reach_text(reach: Reach) -> str:
 # --- remarks
 
 
-def notes(plan: Plan) -> list[str]:
+def notes(plan: Figures) -> list[str]:
     """What a reader should know besides."""
     settings, stage = plan.settings, plan.stage
     found = [f"note: {note}" for note in settings.model.notes]
@@ -278,7 +278,7 @@ def notes(plan: Plan) -> list[str]:
     return found
 
 
-def verdict(plan: Plan) -> list[str]:
+def verdict(plan: Figures) -> list[str]:
     """Nothing where the plan fits, else what is missing and the three smallest changes that would make it fit."""
     if plan.fits:
         return []
@@ -297,7 +297,7 @@ def verdict(plan: Plan) -> list[str]:
     return found
 
 
-def to_dict(plan: Plan) -> dict[str, Any]:
+def to_dict(plan: Figures) -> dict[str, Any]:
     """All figures, as JSON takes them; bytes are integers, and what was not asked for is None."""
     settings, stage = plan.settings, plan.stage
     asked = settings.memory is not None

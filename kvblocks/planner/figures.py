@@ -1,4 +1,4 @@
-"""`Plan`: what a model's cache takes, and what fits. All figures are of one device, the fullest of its stage.
+"""`Figures`: what a model's cache takes, and what fits. All figures are of one device, the fullest of its stage.
 
 Knows no config and no file: `kvblocks.models.read` makes the `ModelCache`, `kvblocks.planner.explain` the sentences.
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from kvblocks.config import CacheConfig, Group
 from kvblocks.formats import Format, dtype_name, format_of, itemsize_of, narrower
@@ -16,7 +16,7 @@ from kvblocks.models.grouping import Layout, PagedLayer, best_layout, uniform_by
 from kvblocks.models.shapes import Kept, Layer, ModelCache, Stored
 from kvblocks.planner.parallel import check_tp
 
-__all__ = ["LONGEST", "Plan", "Settings", "Stage"]
+__all__ = ["LONGEST", "Figures", "Settings", "Stage"]
 
 LONGEST = 2**31 - 1  # tokens of a sequence, and blocks of a pool
 
@@ -225,8 +225,8 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a model's cache takes on one device, and what fits there. Made by `kvblocks.plan`.
+class Figures:
+    """What a model's cache takes on one device, and what fits there, in numbers. `Plan` puts them into words.
 
     With pipeline stages, figures are of the stage that takes the most, and what fits is what fits on every stage.
     """
@@ -499,19 +499,7 @@ class Plan:
         dims = [one.dim if format.is_dtype else format.vector_bytes(one.dim) for one in kept]
         return self.settings.heads(kept[0].heads, kept[0].queries)[0], dims[0], dims[1]
 
-    def explain(self) -> str:
-        """Every figure with its arithmetic, and where something does not fit, what is missing and what would help."""
-        from kvblocks.planner.explain import explain
-
-        return explain(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All figures, as JSON takes them."""
-        from kvblocks.planner.explain import to_dict
-
-        return to_dict(self)
-
-    def with_dtype(self, dtype: Any, group_size: int | None = None) -> "Plan":
+    def with_dtype(self, dtype: Any, group_size: int | None = None) -> Self:
         """The plan with K and V in another dtype; int4 and int2 with a scale for each 32 numbers by default.
 
         Raises:
@@ -522,14 +510,14 @@ class Plan:
             format = format_of(dtype, 32 if group_size is None else group_size)
         return self.with_format(format)
 
-    def with_format(self, format: Format) -> "Plan":
+    def with_format(self, format: Format) -> Self:
         """The plan with K and V in another format, and what follows it in the dtype that `plan` would give it."""
         name = format.name if format.is_float else self.model.dtype
         return self.replaced(format=format, state_dtype=self.settings.state_dtype if name is None else dtype_name(name))
 
-    def replaced(self, **changes: Any) -> "Plan":
+    def replaced(self, **changes: Any) -> Self:
         """The plan with some of its `settings` changed."""
-        return Plan(replace(self.settings, **changes))
+        return type(self)(replace(self.settings, **changes))
 
     def _need_memory(self) -> None:
         if self.settings.memory is None:

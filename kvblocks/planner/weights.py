@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from kvblocks.errors import UnknownModel
 from kvblocks.formats import Format
-from kvblocks.models.fields import UnknownModel
 
 __all__ = ["weight_bytes"]
 

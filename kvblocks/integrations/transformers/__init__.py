@@ -4,11 +4,11 @@
 model's layers read the blocks in place; `kvblocks.generate` runs on that. Imports transformers.
 """
 
+from kvblocks.errors import UnsupportedModel
 from kvblocks.integrations.transformers.backend import PagedModel, check_model
 from kvblocks.integrations.transformers.cache import PagedCache
 from kvblocks.integrations.transformers.layers import (
     KVShape,
-    UnsupportedModel,
     cache_config,
     kv_shape,
     layer_groups,

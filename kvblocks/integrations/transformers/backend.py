@@ -18,7 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from kvblocks.attention.call import paged_attention
 from kvblocks.config import Chunk, Window
 from kvblocks.engine import CacheEngine
-from kvblocks.integrations.transformers.layers import KVShape, ModelLayer, UnsupportedModel, model_layers
+from kvblocks.errors import UnsupportedModel
+from kvblocks.integrations.transformers.layers import KVShape, ModelLayer, model_layers
 from kvblocks.step.buffers import StepBuffers
 from kvblocks.storage.cache import PagedKVCache
 

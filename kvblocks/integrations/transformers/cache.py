@@ -17,9 +17,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from kvblocks.config import Group, Window, itemsize
 from kvblocks.engine import CacheEngine
+from kvblocks.errors import UnsupportedModel
 from kvblocks.integrations.transformers.layers import (
     ModelLayer,
-    UnsupportedModel,
     check_prompts,
     counts_padding,
     kv_shape,

@@ -18,21 +18,17 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from kvblocks.config import CacheConfig, Chunk, Group, Window
+from kvblocks.errors import UnsupportedModel
 
 __all__ = [
     "KVShape",
     "ModelLayer",
-    "UnsupportedModel",
     "cache_config",
     "kv_shape",
     "layer_groups",
     "longest_sequence",
     "model_layers",
 ]
-
-
-class UnsupportedModel(ValueError):
-    """A model that cannot be served from the paged cache; the message says why."""
 
 
 class KVShape(NamedTuple):
