@@ -1,16 +1,18 @@
 """`paged_attention` against a dense softmax in float64, over pools whose every unused slot is NaN."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvblocks.attention import call
 from kvblocks.attention.call import paged_attention
 from kvblocks.storage.cache import LAYOUTS, PagedKVCache
 
@@ -196,11 +198,21 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
+@pytest.fixture(params=[0, call._ALONE], ids=["decodes alone", "decodes together"])
+def alone(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Decode rows of these small cases taken one by one, as long ones are, and as they would be."""
+    with mock.patch.object(call, "_ALONE", request.param):
+        yield
+
+
+@pytest.mark.usefixtures("alone")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cases())
 def test_equals_dense_attention(case: Case) -> None:
     case.build().check()
 
 
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rows", [[(9, 3), (7, 3), (3, 3)], [(21, 8)], [(9, 1), (2, 1)], [(5, 5), (1, 1), (12, 7)]])
@@ -220,6 +232,8 @@ def test_on_a_cuda_device(layout: str, dtype: torch.dtype) -> None:
         replace(case, with_sinks=True).build().check()
 
 
+@pytest.mark.usefixtures("alone")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cases())
 def test_blocks_out_of_reach_are_never_read(case: Case) -> None:
     """In a windowed layer, table entries that no later token can reach may be padding."""
