@@ -41,7 +41,7 @@ class NoFreeBlocks(KVBlocksError, RuntimeError):
 
     Attributes:
         needed: blocks the whole call needed.
-        free: blocks it could have had.
+        free: blocks it could have had, always fewer than `needed`: what a watermark keeps free is left out.
     """
 
     def __init__(self, message: str, needed: int, free: int) -> None:

@@ -106,7 +106,8 @@ cdef class BlockManager:
             sequences stop publishing.
         max_open_steps: steps that may be prepared and not yet committed or aborted.
         prefix_caching: whether computed blocks are published and hit.
-        watermark: share of the blocks, 0 to 1, that `admit` leaves free while anything is held.
+        watermark: share of the blocks, 0 to 1, that `admit` leaves free while sequences run. Pins and preempted
+            sequences do not run.
 
     A hit needs every block of a full group, and of a group with a window or chunks those that its next token reaches.
 
@@ -899,6 +900,13 @@ cdef class BlockManager:
         if problem == NO_BLOCKS:
             return NoFreeBlocks(
                 f"{v} blocks needed, {b} of {self.core.pool.num_blocks} free; free or preempt sequences", v, b
+            )
+        if problem == WATERMARK:
+            return NoFreeBlocks(
+                f"{v} blocks needed, {b} to be had: while sequences run, the watermark keeps {self.core.watermark} of "
+                f"{self.core.pool.num_blocks} blocks free; free or preempt sequences",
+                v,
+                b,
             )
         if problem == STALE:
             return StaleSequence(f"handle {v} (at {i}) names no sequence, or one that was freed", v)

@@ -709,8 +709,9 @@ class ModelManager:
         new = max(0, self._blocks_for(target) - len(hit)) * len(self.groups)
         idle = [block for row in self._needed(hit) for block in row if block != GONE and self.refs[block] == 0]
         available = self.num_free_blocks - len(idle)
-        something_held = self.num_free_blocks < self.num_blocks
-        if new > available or (something_held and available - new < watermark):
+        if new <= available and any(not other.preempted for other in self._all_sequences()):
+            available = max(0, available - watermark)
+        if new > available:
             raise NoFreeBlocks("not enough free blocks for the sequence", new, available)
         return hit, target
 

@@ -333,7 +333,7 @@ def test_the_watermark_holds_back_admissions_only(engine: Engine) -> None:
     b, _ = manager.admit([1] * 4)
     with pytest.raises(NoFreeBlocks) as caught:
         manager.admit([2] * 4)
-    assert (caught.value.needed, caught.value.free) == (2, 2)
+    assert (caught.value.needed, caught.value.free) == (2, 1)
     manager.extend([b], [1] * 4, [4])
     engine.compute(b)
     assert manager.num_free_blocks == 0
@@ -437,6 +437,21 @@ def test_a_step_has_arrays_for_each_group(engine: Engine) -> None:
     manager.append([seq, child], [4, 5])
     engine.prepare(child)
     assert engine.view().copies == [(3, 6), (4, 7), (5, 8)]  # the last block of each group is shared
+
+
+def test_the_watermark_is_for_sequences_that_run(engine: Engine) -> None:
+    manager = engine.start(10, 4, watermark=0.5)
+    first = engine.serve([1] * 5)
+    with pytest.raises(NoFreeBlocks) as caught:
+        manager.admit([2] * 16)
+    assert (caught.value.needed, caught.value.free) == (4, 3)
+    manager.preempt(first)
+    manager.pin([1] * 4)
+    second, _ = manager.admit([2] * 20)  # a pin and a preempted sequence give nothing back by themselves
+    manager.free([second])
+    manager.resume(first)
+    with pytest.raises(NoFreeBlocks):
+        manager.admit([2] * 20)
 
 
 def test_can_admit_says_never_only_where_nothing_helps(engine: Engine) -> None:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from kernel_helpers import DEVICES
 from torch import Tensor
 
-from kvblocks import BlockManager, Chunk, NoFreeBlocks, StepBuffers, Window, step
+from kvblocks import BlockManager, Chunk, NoFreeBlocks, StepBuffers, Window
 from kvblocks.kernels import kernels
 from kvblocks.kernels.launch import INTERPRETED
+from kvblocks.step import buffers as step_buffers
 from kvblocks.step.upload import Event, Lane
 
 ARRAYS = ("input_ids", "positions", "slot_mapping", "block_table", "seq_lens", "query_start_loc")
@@ -72,7 +73,7 @@ class LateEvent:
 
 def buffers_over(way: Lane | None, **sizes: Any) -> StepBuffers:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "lane", lambda device: way)
+        patch.setattr(step_buffers, "lane", lambda device: way)
         return StepBuffers(**{"max_seqs": 5, "max_tokens": 24, "max_blocks_per_seq": 9, **sizes})
 
 

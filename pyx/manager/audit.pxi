@@ -177,7 +177,7 @@ cdef bint audit_tree(Core* c, const int32_t* counts, const int32_t* order, int32
 
 cdef bint audit_sequences(Core* c, Finding* out) noexcept nogil:
     """Invariant 5, and what sequences know of the tree (3)."""
-    cdef int32_t i, j, g, n, unknown, known, used = 0, alive = 0
+    cdef int32_t i, j, g, n, unknown, known, used = 0, alive = 0, resting = 0
     cdef int32_t bs = c.block_size
     cdef Seq* seq
     cdef Text* x
@@ -190,6 +190,7 @@ cdef bint audit_sequences(Core* c, Finding* out) noexcept nogil:
             continue
         used += 1
         alive += seq.kind == LIVE or seq.kind == PREEMPTED
+        resting += seq.kind == PIN or seq.kind == PREEMPTED
         if seq.kind == PIN:
             continue
         if not (
@@ -226,7 +227,7 @@ cdef bint audit_sequences(Core* c, Finding* out) noexcept nogil:
             n = node_at(&c.pool.tree, n).parent
         if n != 0:
             return broken(out, 3, b"a sequence's last published node is not what it notes; slot:", i)
-    if used != c.num_slots or alive != c.num_seqs:
+    if used != c.num_slots or alive != c.num_seqs or resting != c.num_resting:
         return broken(out, 5, b"the number of sequences is not what was counted:", used)
     return True
 

@@ -19,7 +19,7 @@ cdef enum Problem:
     STALE, IS_PIN, IS_SEQUENCE, TWICE, IS_PREEMPTED, NOT_PREEMPTED, IN_STEP, BAD_TOKEN, BAD_COUNT, TOO_LONG
     SIZE_TOKENS, BAD_QUERY, NOT_ENOUGH_TOKENS, STEP_SEQS, STEP_TOKENS, STEP_BLOCKS, STEP_LIMIT
     COMPUTED_UNKNOWN, NO_STEP, NOT_OLDEST, NOT_NEWEST, SIZE_ACCEPTED, BAD_ACCEPTED, LATER_STEP, NOT_UNKNOWN, BAD_TRIM
-    OUT_OF_REACH, STEP_GROUPS, NOTHING_TO_PIN, NO_BLOCKS, NO_SLOTS, NO_MEMORY
+    OUT_OF_REACH, STEP_GROUPS, NOTHING_TO_PIN, NO_BLOCKS, WATERMARK, NO_SLOTS, NO_MEMORY
 
 
 cdef struct Fault:
@@ -74,6 +74,7 @@ cdef struct Core:
     int32_t max_seqs
     int32_t num_slots   # in use: sequences, pins, and sequences that leave when a step closes
     int32_t num_seqs
+    int32_t num_resting  # slots of pins and of preempted sequences: these do not run
     int32_t fresh_seq   # slots from here on were never used
     int32_t unused_seq  # list of slots used before, -1: none
     int64_t serial      # of batches
@@ -186,6 +187,7 @@ cdef Seq* open_seq(Core* c, Kind kind) noexcept nogil:
     touch(c, seq)
     c.num_slots += 1
     c.num_seqs += kind == LIVE
+    c.num_resting += kind == PIN
     return seq
 
 
@@ -218,6 +220,7 @@ cdef void close_seq(Core* c, Seq* seq) noexcept nogil:
     seq.table = NULL
     if seq.handle > 0:
         spend_handle(seq)
+    c.num_resting -= seq.kind == PIN or seq.kind == PREEMPTED
     seq.kind = UNUSED
     c.num_slots -= 1
     if -seq.handle < MAX_GENERATION:        # else the slot is retired: its next handle would repeat an old one
@@ -350,7 +353,7 @@ cdef bint plan_admission(
     bint watermark,
 ) noexcept nogil:
     """Find the hit and check that the blocks for the rest are there. `found` gets the hit's nodes. No effect."""
-    cdef int32_t i, g, b, hit, idle = 0, free_blocks
+    cdef int32_t i, g, b, hit, idle = 0, available
     cdef int64_t new
     hit = longest_hit(c, found, tree_walk(&c.pool.tree, x, hit_limit(c, x), found))
     for g in range(c.num_groups):
@@ -364,11 +367,12 @@ cdef bint plan_admission(
     if reserve >= 0:
         target[0] = <int32_t>min(<int64_t>x.num_tokens, <int64_t>hit * c.block_size + reserve)
     new = <int64_t>(blocks_for(target[0], c.block_size) - hit) * c.num_groups
-    free_blocks = pool_free(&c.pool)
-    if new > free_blocks - idle:
-        return fail(f, NO_BLOCKS, 0, new, free_blocks - idle)
-    if watermark and free_blocks < c.pool.num_blocks and free_blocks - idle - new < c.watermark:
-        return fail(f, NO_BLOCKS, 0, new, free_blocks - idle)
+    available = pool_free(&c.pool) - idle
+    if new > available:
+        return fail(f, NO_BLOCKS, 0, new, available)
+    # Nothing that runs: nothing for which blocks are kept, and nothing that would ever give any back.
+    if watermark and c.num_slots > c.num_resting and new > max(available - c.watermark, 0):
+        return fail(f, WATERMARK, 0, new, max(available - c.watermark, 0))
     return True
 
 
@@ -456,6 +460,7 @@ cdef bint core_resume(Core* c, int64_t handle, int64_t reserve, Fault* f, int64_
     occupy(c, seq, path, hit, target)
     touch(c, seq)
     seq.kind = LIVE
+    c.num_resting -= 1
     c.counters.resumed += 1
     num_cached[0] = seq.num_cached
     return True
@@ -783,6 +788,7 @@ cdef bint core_preempt(Core* c, int64_t handle, Fault* f) noexcept nogil:
     stand_on(&c.pool.tree, seq, 0)
     seq.num_cached = seq.num_computed = seq.num_prepared = seq.reserved = seq.published = 0
     seq.kind = PREEMPTED
+    c.num_resting += 1
     touch(c, seq)
     c.counters.preemptions += 1
     return True
