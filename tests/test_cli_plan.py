@@ -78,6 +78,18 @@ def test_a_chart(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert {"bfloat16", "float8_e4m3fn", "int4"} <= set(_words(vector.read_text()))
 
 
+def test_where_nothing_fits_there_is_a_verdict_and_no_chart(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chart = tmp_path / "chart.png"
+    asked = ["--seq-len", "8192", "--concurrency", "4", "--plot", str(chart)]
+    assert main(["plan", config, "--memory", "1KiB", *asked]) == 1
+    captured = capsys.readouterr()
+    assert "does not fit" in captured.out
+    assert captured.err == f"kvblocks: {chart} is not written: not one sequence fits at any length\n"
+    assert not chart.exists()
+
+
 def _words(text: str) -> list[str]:
     return text.replace("<!--", " ").replace("-->", " ").split()
 

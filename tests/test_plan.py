@@ -203,7 +203,7 @@ def test_state_is_set_aside_when_asked() -> None:
         "dtype": "bfloat16",
     }
     planned = plan(config, memory="1MiB")
-    state = 4 * ((8 * 16 + 2 * 2 * 32) * 4 * 2 + 8 * 16 * 32 * 4)
+    state = 4 * ((8 * 16 + 2 * 2 * 32) * 3 * 2 + 8 * 16 * 32 * 4)
     assert (planned.state_bytes, planned.bytes_per_token, planned.block_bytes, planned.num_blocks) == (state, 0, 0, 0)
     assert planned.max_concurrency(1) == planned.max_concurrency(2**31 - 1) == 2**20 // state
     assert planned.max_seq_len(2**20 // state) == 2**31 - 1
@@ -229,7 +229,7 @@ def test_memory_for_sequences_with_state_and_blocks() -> None:
         "mamba_d_conv": 4,
         "dtype": "bfloat16",
     }
-    state = 2 * ((8 * 16 + 2 * 8) * 4 * 2 + 8 * 16 * 8 * 4)
+    state = 2 * ((8 * 16 + 2 * 8) * 3 * 2 + 8 * 16 * 8 * 4)
     block = 2 * (16 + 16) * 2 * 16
     planned = plan(config, memory="1MiB", activations=1000, weights=500, seq_len=40, concurrency=5)
     assert (planned.state_bytes, planned.block_bytes) == (state, block)
@@ -794,13 +794,13 @@ def test_a_sequence_holds_no_more_blocks_than_planned(
 def test_an_intermediate_size_outweighs_expand() -> None:
     config: dict[str, Any] = {"model_type": "falcon_mamba", "hidden_size": 4096, "intermediate_size": 8192}
     config |= {"expand": 16, "num_hidden_layers": 64, "state_size": 16, "conv_kernel": 4, "torch_dtype": "bfloat16"}
-    assert plan(config).state_bytes == 64 * 8192 * (4 * 2 + 16 * 4)
+    assert plan(config).state_bytes == 64 * 8192 * (3 * 2 + 16 * 4)
 
 
 def test_every_device_of_a_split_keeps_b_and_c_of_its_group() -> None:
     config: dict[str, Any] = {"model_type": "mamba2", "num_heads": 80, "head_dim": 64, "n_groups": 1, "state_size": 128}
     config |= {"conv_kernel": 4, "num_hidden_layers": 1, "torch_dtype": "bfloat16"}
-    assert plan(config, tp=2).state_bytes == (40 * 64 + 2 * 128) * 4 * 2 + 40 * 64 * 128 * 4
+    assert plan(config, tp=2).state_bytes == (40 * 64 + 2 * 128) * 3 * 2 + 40 * 64 * 128 * 4
 
 
 def test_advice_about_memory_counts_the_share_that_is_used() -> None:

@@ -308,3 +308,61 @@ except ValueError as error:
     assert "has no head_dim" in message
     assert 'pip install "kvblocks[plan]"' in message
     assert plan(tmp_path / "config.json").bytes_per_token == 4 * 2 * (256 + 256) * 2  # gemma's own default
+
+
+@pytest.mark.parametrize("config", [{"model_type": "llama"}, {"model_type": "qwen3_next", "torch_dtype": "bfloat16"}])
+def test_a_config_that_gives_no_size_is_refused(config: dict[str, Any]) -> None:
+    with pytest.raises(UnknownModel, match="gives no size, like num_hidden_layers"):
+        plan(config)
+
+
+def test_a_text_half_may_leave_its_sizes_to_transformers() -> None:
+    pytest.importorskip("transformers")
+    config = {"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32064}, "dtype": "float16"}
+    assert plan(config).bytes_per_token == 2 * 32 * 4096 * 2  # those of Llama 7B, as LLaVA 1.5 has them
+
+
+def test_what_is_nested_without_end_is_refused(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"model_type": "llama", "num_hidden_layers": 2}
+    for _ in range(3000):
+        config = {"model_type": "llava", "text_config": config}
+    with pytest.raises(UnknownModel, match="more than 8 text_configs"):
+        plan(config)
+    (tmp_path / "config.json").write_text('{"text_config": ' * 100_000 + "1" + "}" * 100_000)
+    with pytest.raises(ValueError, match="nests deeper than any config does"):
+        plan(tmp_path)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+    text = json.dumps(config | {"num_key_value_heads": 2, "head_dim": 16, "dtype": "float16"})
+    (tmp_path / "config.json").write_text(text, encoding="utf-8-sig")
+    assert plan(tmp_path).bytes_per_token == 2 * 2 * 2 * 16 * 2
+
+
+def test_state_is_kept_in_the_dtype_that_a_config_asks_for() -> None:
+    """The numbers of Qwen 3.5's smaller mixture: heads of 128, 16 of keys and 32 of values, a kernel of 4."""
+    config: dict[str, Any] = {"model_type": "qwen3_5_moe_text", "num_hidden_layers": 4, "hidden_size": 2048}
+    config |= {"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "dtype": "bfloat16"}
+    config |= {"linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    config |= {"linear_num_key_heads": 16, "linear_num_value_heads": 32}
+    config |= {"layer_types": [*["linear_attention"] * 3, "full_attention"]}
+    columns, matrices = 3 * (2 * 16 + 32) * 128, 32 * 128 * 128
+    for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
+        planned = plan(config | {"mamba_ssm_dtype": dtype})
+        assert planned.bytes_per_token == 2 * 2 * 256 * 2
+        assert planned.state_bytes == 3 * (columns * 2 + matrices * itemsize)
+    with pytest.raises(UnknownModel, match="mamba_ssm_dtype=4 is no dtype"):
+        plan(config | {"mamba_ssm_dtype": 4})
+
+
+def test_gemma_4_as_transformers_wrote_it_at_first() -> None:
+    """Full layers had fields of their own for heads and dims; later versions write both for each layer."""
+    pytest.importorskip("transformers")
+    kinds = [*["sliding_attention"] * 5, "full_attention"]
+    text: dict[str, Any] = {"model_type": "gemma4_text", "num_hidden_layers": 6, "layer_types": kinds}
+    text |= {"hidden_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256}
+    text |= {"global_head_dim": 512, "num_global_key_value_heads": 2, "attention_k_eq_v": True, "sliding_window": 1024}
+    text |= {"num_kv_shared_layers": 0}
+    config = {"model_type": "gemma4", "text_config": text, "dtype": "bfloat16", "transformers_version": "5.6.2"}
+    assert plan(config).bytes_per_token == 5 * 2 * 8 * 256 * 2 + 2 * 2 * 512 * 2

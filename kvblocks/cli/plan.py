@@ -5,6 +5,7 @@ The figures are `kvblocks.planner`'s. Imports rich and matplotlib only when it n
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -85,8 +86,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         made = plan(_model(args), **arguments)
         result = made.to_dict()
-        if args.plot:
-            _plot(_curves(args, made), made, args.plot)
+        if args.plot and (curves := _curves(args, made)):
+            _plot(curves, made, args.plot)
+        elif args.plot:
+            print(f"kvblocks: {args.plot} is not written: not one sequence fits at any length", file=sys.stderr)
     except ModuleNotFoundError as error:
         raise UsageError(str(error)) from None
     except (ValueError, TypeError, FileNotFoundError) as error:
@@ -161,14 +164,15 @@ def _print_table(plan: "Plan") -> None:
 
 
 def _curves(args: argparse.Namespace, made: "Plan") -> dict[str, list[tuple[int, int]]]:
-    """Sequences at once over their length, for the plan's own dtype and the usual ones."""
+    """Sequences at once over the lengths at which any fit, for the plan's own dtype and the usual ones, if they fit."""
     longest = max(args.seq_len or 0, made.model.max_seq_len or 0, 1024)
     lengths = sorted({max(1, round(longest ** (i / _PLOT_POINTS))) for i in range(_PLOT_POINTS // 3, _PLOT_POINTS + 1)})
     curves = {}
     for plan in [made, *(made.with_dtype(dtype) for dtype in _PLOT_DTYPES)]:
         if plan.dtype not in curves:
-            curves[plan.dtype] = [(length, plan.max_concurrency(length)) for length in lengths]
-    return curves
+            counts = [(length, plan.max_concurrency(length)) for length in lengths]
+            curves[plan.dtype] = [(length, count) for length, count in counts if count]
+    return {dtype: points for dtype, points in curves.items() if points}
 
 
 def _plot(curves: dict[str, list[tuple[int, int]]], plan: "Plan", file: str) -> None:
@@ -179,8 +183,7 @@ def _plot(curves: dict[str, list[tuple[int, int]]], plan: "Plan", file: str) -> 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for dtype, points in curves.items():
-        fits = [(length, count) for length, count in points if count]
-        axes.plot([length for length, _ in fits], [count for _, count in fits], label=dtype)
+        axes.plot([length for length, _ in points], [count for _, count in points], label=dtype)
     axes.set(xlabel="tokens of a sequence", ylabel="sequences at once", xscale="log", yscale="log")
     axes.set_title(f"{plan.model.name} in {amount(plan.memory or 0)}", fontsize="medium")
     axes.grid(alpha=0.3, which="both")

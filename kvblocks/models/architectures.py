@@ -155,6 +155,7 @@ _register(
 _LINEAR = "layer_types linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads "
 _LINEAR += "linear_num_value_heads linear_head_dim linear_num_heads short_conv_kernel_size kv_lora_rank "
 _LINEAR += "linear_attn_config "
+_LINEAR += "mamba_ssm_dtype "
 _LINEAR += "linear_a_log_min linear_a_log_max linear_dt_min linear_dt_max linear_dt_init_floor linear_allow_neg_eigval"
 _MAMBA = "layer_types layers_block_type mamba_n_heads mamba_d_head mamba_n_groups mamba_d_state mamba_d_conv "
 _MAMBA += "mamba_expand mamba_chunk_size mamba_conv_bias mamba_proj_bias mamba_dt_rank mamba_d_ssm mamba_rms_norm "
@@ -235,7 +236,9 @@ _register(
     read.by_kind(
         read.named("layers_block_type"),
         lambda f: (
-            State("convolution", ((f.count("mamba_expand") * f.count("hidden_size"), f.count("mamba_d_conv")),)),
+            State(
+                "convolution", ((f.count("mamba_expand") * f.count("hidden_size"), 1),), kernel=f.count("mamba_d_conv")
+            ),
             State(
                 "recurrent state",
                 ((f.count("mamba_expand") * f.count("hidden_size"), f.count("mamba_d_state")),),

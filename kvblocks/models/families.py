@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from kvblocks.config import Chunk, Window
 from kvblocks.errors import MissingField, UnknownModel
+from kvblocks.formats import dtype_name
 from kvblocks.models.fields import Fields
 from kvblocks.models.shapes import Kept, Layer, Reach, State, attention
 
@@ -367,7 +368,7 @@ def mpt(f: Fields) -> list[Layer]:
 def mamba(f: Fields, inner: int, state: str, conv: str) -> tuple[State, ...]:
     """Mamba 1: a convolution's window and a state for each channel."""
     return (
-        State("convolution", ((inner, f.count(conv)),)),
+        State("convolution", ((inner, 1),), kernel=f.count(conv)),
         State("recurrent state", ((inner, f.count(state)),), "float32"),
     )
 
@@ -375,7 +376,7 @@ def mamba(f: Fields, inner: int, state: str, conv: str) -> tuple[State, ...]:
 def mamba2(f: Fields, heads: int, head_dim: int, groups: int, state: int, conv: int) -> tuple[State, ...]:
     """Mamba 2: the convolution runs over x, B and C."""
     return (
-        State("convolution", ((heads, head_dim * conv), (groups, 2 * state * conv))),
+        State("convolution", ((heads, head_dim), (groups, 2 * state)), kernel=conv),
         State("recurrent state", ((heads, head_dim * state),), "float32"),
     )
 
@@ -390,21 +391,31 @@ def bamba_states(f: Fields) -> tuple[State, ...]:
     return mamba2(f, heads, head_dim, f.count("mamba_n_groups"), f.count("mamba_d_state"), f.count("mamba_d_conv"))
 
 
+def state_dtype(f: Fields, name: str) -> str:
+    """The dtype that a config asks for its recurrent state in; single precision where it names none."""
+    given = f.values.get(name)
+    if given is None:
+        return "float32"
+    if not isinstance(given, str):
+        raise UnknownModel(f"{f.model_type}.{name}={given!r:.60} is no dtype's name")
+    return dtype_name(given)
+
+
 def delta_states(f: Fields) -> tuple[State, ...]:
     """Gated delta rule: the convolution runs over q, k and v; a state of keys by values for each head."""
     keys, key_dim = f.count("linear_num_key_heads"), f.count("linear_key_head_dim")
     values, value_dim = f.count("linear_num_value_heads"), f.count("linear_value_head_dim")
     conv = f.count("linear_conv_kernel_dim")
     return (
-        State("convolution", ((keys, 2 * key_dim * conv), (values, value_dim * conv))),
-        State("recurrent state", ((values, key_dim * value_dim),), "float32"),
+        State("convolution", ((keys, 2 * key_dim), (values, value_dim)), kernel=conv),
+        State("recurrent state", ((values, key_dim * value_dim),), state_dtype(f, "mamba_ssm_dtype")),
     )
 
 
 def kimi_states(f: Fields) -> tuple[State, ...]:
     heads, dim, conv = f.count("linear_num_heads"), f.count("linear_head_dim"), f.count("linear_conv_kernel_dim")
     return (
-        State("convolution", ((heads, 3 * dim * conv),)),
+        State("convolution", ((heads, 3 * dim),), kernel=conv),
         State("recurrent state", ((heads, dim * dim),), "float32"),
     )
 
@@ -481,7 +492,7 @@ def lfm_states(f: Fields) -> tuple[State, ...]:
             raise UnknownModel(
                 f"{f.model_type}.{name}={f.count(name)} differs from hidden_size={f.count('hidden_size')}"
             )
-    return (State("convolution", ((f.count("hidden_size"), f.count("conv_L_cache")),)),)
+    return (State("convolution", ((f.count("hidden_size"), 1),), kernel=f.count("conv_L_cache")),)
 
 
 def minimax_states(f: Fields) -> tuple[State, ...]:
@@ -516,8 +527,8 @@ def inkling(f: Fields) -> list[Layer]:
         reach = reach_of(f, kind, "sliding_window_size")
         kept = grouped_heads(f, heads, dim, dim, reach, queries=f"{swa}num_attention_heads")
         states = (
-            State("convolutions of K and V", ((heads, 2 * dim * kernel),), dtype),
-            State("convolutions of the inputs", ((2 * hidden, kernel),), dtype),
+            State("convolutions of K and V", ((heads, 2 * dim),), dtype, kernel=kernel),
+            State("convolutions of the inputs", ((2 * hidden, 1),), dtype, kernel=kernel),
         )
         layers.append(Layer(i, kind, kept, states))
     return layers

@@ -20,6 +20,11 @@ from kvblocks.models.shapes import Layer, ModelCache, Reach, attention
 __all__ = ["Source", "read", "uniform"]
 
 _NUMBERS = ("num_layers", "num_kv_heads", "head_dim", "v_head_dim", "num_attention_heads", "reaches", "dtype")
+_DEEPEST = 8  # text_configs inside each other
+# Fields of which every config of a model has some, whatever it leaves to transformers.
+_SIZES = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks", "encoder_layers", "decoder_layers"}
+_SIZES |= {"hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embedding_dim", "intermediate_size"}
+_SIZES |= {"num_attention_heads", "n_head", "n_heads", "num_heads"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
@@ -170,9 +175,11 @@ def _from_hub(name: str) -> Path:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} nests deeper than any config does") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__}; a config is an object with fields")
     return found
@@ -194,10 +201,11 @@ def _config(config: dict[str, Any], name: str | None, *, whole: bool = False) ->
         if not settled and text["model_type"] in TRANSLATED:
             raise MissingField(text["model_type"], "transformers_version of 5 or more")
         read_fields(Fields(text["model_type"], text), name)
-    except MissingField as missing:
-        if whole:
+    except UnknownModel as problem:
+        # transformers fills in what is missing, and translates fields by which configs of before say the same.
+        if whole or not (isinstance(problem, MissingField) or TRANSLATED.intersection(_model_types(config))):
             raise
-        config = _completed(config, missing)
+        config = _completed(config, problem, name)
         text = _text_half(config)
     return Source(config, partial(_read_text, text, name))
 
@@ -212,22 +220,43 @@ def _written_by(config: Mapping[str, Any]) -> int:
     return int(major) if major.isdecimal() else 0
 
 
+def _model_types(config: Mapping[str, Any]) -> set[Any]:
+    text = config.get("text_config")
+    return {config["model_type"], text.get("model_type") if isinstance(text, Mapping) else None}
+
+
 def _text_half(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the model that makes text, which several kinds of models hold inside theirs."""
-    model_type = config["model_type"]
-    inner = config.get("text_config")
-    if model_type in MODEL_TYPES or not isinstance(inner, Mapping):
-        return dict(config)
-    if not isinstance(inner.get("model_type"), str):
-        raise MissingField(model_type, "text_config.model_type")
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    text = _text_half(inner)
-    if dtype is not None and (text.get("dtype") or text.get("torch_dtype")) is None:
-        text["dtype"] = dtype
-    return text
+    dtype = None
+    for _ in range(_DEEPEST):
+        model_type = config["model_type"]
+        dtype = config.get("dtype") or config.get("torch_dtype") or dtype
+        inner = config.get("text_config")
+        if model_type in MODEL_TYPES or not isinstance(inner, Mapping):
+            text = dict(config)
+            if dtype is not None and (text.get("dtype") or text.get("torch_dtype")) is None:
+                text["dtype"] = dtype
+            return text
+        if not isinstance(inner.get("model_type"), str):
+            raise MissingField(model_type, "text_config.model_type")
+        config = inner
+    raise UnknownModel(f"the config holds more than {_DEEPEST} text_configs, each inside another; no model does")
 
 
-def _completed(config: dict[str, Any], missing: MissingField) -> dict[str, Any]:
+def _refuse_sizeless(config: Mapping[str, Any], name: str | None) -> None:
+    """A config that says nothing of a model's size is no model's: transformers would fill in those of another one."""
+    text = config.get("text_config")
+    # Some models that see leave the sizes of their text half to transformers, and give its vocabulary alone.
+    fields = [*config, *text] if isinstance(text, Mapping) else list(config)
+    told = _SIZES | {"vocab_size"} if isinstance(text, Mapping) else _SIZES
+    if told.isdisjoint(fields):
+        raise UnknownModel(
+            f"{name or 'the config'} of model_type={config['model_type']!r} gives no size, like num_hidden_layers or "
+            f"hidden_size; give the whole config of the model"
+        )
+
+
+def _completed(config: dict[str, Any], missing: UnknownModel, name: str | None) -> dict[str, Any]:
     """The config with what transformers fills in; as it is where transformers does not know the model_type either."""
     known = config["model_type"] in MODEL_TYPES or isinstance(config.get("text_config"), Mapping)
     try:
@@ -244,6 +273,7 @@ def _completed(config: dict[str, Any], missing: MissingField) -> dict[str, Any]:
         if not known:
             return config
         raise UnknownModel(f"{missing}, and the installed transformers has no such model_type")
+    _refuse_sizeless(config, name)
     try:
         completed: dict[str, Any] = kinds[config["model_type"]].from_dict(dict(config)).to_dict()
     except Exception as error:  # its validators raise whatever they like

@@ -73,16 +73,20 @@ class State:
         dtype: its own, or None for the one that the model computes in.
         varies: (kind, rate), where transformers' caches fill the tensor only in part. After n tokens "rest" fills
             `n % rate` parts in `rate` of it; "last" fills nothing before token `rate`, then all of it.
+        kernel: of a convolution, whose `parts` count one column; 0 where the tensor is none. A step needs the kernel's
+            columns but the one that it brings itself; transformers' caches keep all of them.
     """
 
     name: str
     parts: tuple[tuple[int, int], ...]
     dtype: str | None = None
     varies: tuple[Literal["rest", "last"], int] | None = None
+    kernel: int = 0
 
-    @property
-    def numbers(self) -> int:
-        return sum(units * each for units, each in self.parts)
+    def kept_parts(self, stored: Stored) -> tuple[tuple[int, int], ...]:
+        """(units, numbers in a unit) of all that is kept."""
+        columns = (self.kernel - (stored == "exact")) if self.kernel else 1
+        return tuple((units, each * columns) for units, each in self.parts)
 
     def entries(self, num_tokens: int, stored: Stored) -> tuple[int, int]:
         """The share of the state, as a fraction, that is filled after `num_tokens` tokens."""

@@ -15,7 +15,7 @@ from kvblocks.models.shapes import ModelCache, Stored
 from kvblocks.planner.advice import Change, smallest_changes
 from kvblocks.planner.figures import LONGEST, Settings
 from kvblocks.planner.parallel import stage_layers
-from kvblocks.planner.plan import Plan
+from kvblocks.planner.plans import Plan
 from kvblocks.sizes import parse_size
 
 __all__ = [

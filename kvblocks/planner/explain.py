@@ -153,7 +153,7 @@ def _state_terms(stage: Stage) -> str:
     numbers: dict[tuple[str, int, int], int] = {}
     for layer in stage.layers:
         for state in layer.states:
-            size = sum(settings.heads(units)[0] * each for units, each in state.parts)
+            size = sum(settings.heads(units)[0] * each for units, each in state.kept_parts("exact"))
             key = (state.name, size, itemsize_of(state.dtype or settings.state_dtype or ""))
             numbers[key] = numbers.get(key, 0) + 1
     terms = [

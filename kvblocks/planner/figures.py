@@ -139,7 +139,7 @@ class Stage:
                 dtype = state.dtype or self.settings.state_dtype
                 if dtype is None:
                     raise ValueError(f"{state.name} follows the model's dtype, which is not known")
-                numbers = sum(self.settings.heads(units)[0] * each for units, each in state.parts)
+                numbers = sum(self.settings.heads(units)[0] * each for units, each in state.kept_parts(stored))
                 part, whole = state.entries(num_tokens, stored)
                 total += numbers * part // whole * itemsize_of(dtype)
         return total
