@@ -604,7 +604,6 @@ def test_the_arithmetic_is_right(model: Any, format: dict[str, Any], size: int, 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dtype": ({"dtype": "int3"}, TypeError, "dtype='int3' cannot hold a cache"),
     "dtype of another kind": ({"dtype": torch.int64}, TypeError, "cannot hold a cache"),
-    "dtype missing": ({"dtype": None}, ValueError, "give the dtype of K and V"),
     "memory text": ({"memory": "lots"}, ValueError, "memory='lots' is not a size"),
     "memory of many digits": ({"memory": "9" * 5000}, ValueError, r"^memory='9{0,60} is more than 2\*\*63 - 1 bytes$"),
     "memory of many letters": ({"memory": "x" * 5000}, ValueError, r"^memory='x{0,60} is not a size; give one"),
@@ -707,7 +706,8 @@ def test_compressed_entries_need_whole_blocks() -> None:
         "dtype": "bfloat16",
     }
     with pytest.raises(ValueError, match="block_size=16 is no multiple of 128"):
-        plan(config)
+        plan(config, block_size=16)
+    assert plan(config).block_size == 128
     planned = plan(config, block_size=128, memory="1MiB")
     assert planned.bytes_per_token == 16 * 2 + 1  # an entry of 32 B for 128 tokens, rounded up
     assert planned.block_bytes == 128 * 16 * 2

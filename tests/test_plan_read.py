@@ -366,3 +366,67 @@ def test_gemma_4_as_transformers_wrote_it_at_first() -> None:
     text |= {"num_kv_shared_layers": 0}
     config = {"model_type": "gemma4", "text_config": text, "dtype": "bfloat16", "transformers_version": "5.6.2"}
     assert plan(config).bytes_per_token == 5 * 2 * 8 * 256 * 2 + 2 * 2 * 512 * 2
+
+
+_SMALL = {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 8, "torch_dtype": "float16"}
+_LATENT = {"kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("config", "per_token"),
+    [
+        ({"model_type": "qwen", "kv_channels": 8, **_SMALL}, 3 * 2 * 8 * 8 * 2),
+        ({"model_type": "baichuan", **_SMALL}, 3 * 2 * 8 * 8 * 2),
+        ({"model_type": "internlm2", "num_key_value_heads": 2, **_SMALL}, 3 * 2 * 2 * 8 * 2),
+        ({"model_type": "exaone", "num_layers": 5, "num_key_value_heads": 2, **_SMALL}, 5 * 2 * 2 * 8 * 2),
+        ({"model_type": "mimo", "use_sliding_window": False, "sliding_window": 4, **_SMALL}, 3 * 2 * 8 * 8 * 2),
+        (
+            {"model_type": "chatglm", "num_layers": 5, "kv_channels": 8, "multi_query_attention": True}
+            | {"multi_query_group_num": 2, **_SMALL},
+            5 * 2 * 2 * 8 * 2,
+        ),
+        ({"model_type": "chatglm", "num_layers": 5, "kv_channels": 8, **_SMALL, "multi_query_attention": None}, 1280),
+        ({"model_type": "kimi_k2", **_LATENT, **_SMALL}, 3 * (32 + 8) * 2),
+        ({"model_type": "own", "architectures": ["DeepseekV3ForCausalLM"], **_LATENT, **_SMALL}, 3 * (32 + 8) * 2),
+        ({"architectures": ["LlamaForCausalLM"], "num_key_value_heads": 2, "head_dim": 8, **_SMALL}, 3 * 2 * 2 * 8 * 2),
+        ({"dim": 64, "n_layers": 3, "n_heads": 8, "n_kv_heads": 2, "torch_dtype": "float16"}, 3 * 2 * 2 * 8 * 2),
+        ({"dim": 64, "n_layers": 3, "n_heads": 8, "torch_dtype": "float16"}, 3 * 2 * 8 * 8 * 2),
+        (
+            {
+                "model_type": "my_own_chat",
+                "llm_config": {"model_type": "internlm2", "num_key_value_heads": 2, **_SMALL},
+            },
+            3 * 2 * 2 * 8 * 2,
+        ),
+    ],
+)
+def test_types_whose_code_comes_with_the_weights(config: dict[str, Any], per_token: int, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert plan(tmp_path).bytes_per_token == per_token
+
+
+def test_layers_that_a_search_has_thinned_out() -> None:
+    attention: list[dict[str, Any]] = [{"n_heads_in_group": 4}, {"no_op": True, "n_heads_in_group": None}]
+    attention.append({"n_heads_in_group": 8, "window_length": 32})
+    config = {"model_type": "nemotron-nas", "block_configs": [{"attention": one} for one in attention], **_SMALL}
+    planned = plan(config)
+    assert planned.bytes_per_token == (2 + 1) * 2 * 8 * 2
+    assert [len(layer.kept) for layer in planned.model.layers] == [2, 0, 2]
+    assert planned.cache_bytes(1000) == 1000 * 2 * 2 * 8 * 2 + 32 * 1 * 2 * 8 * 2
+    with pytest.raises(UnknownModel, match="must be a list of num_hidden_layers=3 blocks"):
+        plan(config | {"block_configs": [1]})
+    with pytest.raises(UnknownModel, match=r"block_configs\[1\] says nothing of its attention"):
+        plan(config | {"block_configs": [{"attention": attention[0]}, 1, 2]})
+
+
+def test_a_config_without_a_dtype_is_taken_to_be_bfloat16_and_says_so() -> None:
+    config = {"model_type": "baichuan", **_SMALL, "torch_dtype": None}
+    planned = plan(config)
+    assert planned.dtype == "bfloat16"
+    assert "no dtype is named: K and V are taken to be bfloat16" in planned.explain()
+    assert "no dtype is named" not in plan(config, dtype="float32").explain()
+
+
+def test_what_means_something_else_in_these_files_is_refused() -> None:
+    with pytest.raises(UnknownModel, match="kv_lora_rank"):
+        plan({"dim": 64, "n_layers": 3, "n_heads": 8, "kv_lora_rank": 8})

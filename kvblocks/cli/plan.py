@@ -51,7 +51,7 @@ def add_plan_parser(
     add("--group-size", type=count, metavar="N", help="numbers of one head that share a scale")
     add("--scale-dtype", default="float16", metavar="DTYPE", help="(default: %(default)s)")
     add("--zero-point", action="store_true", help="each group keeps one besides its scale")
-    add("--block-size", type=count, default=16, metavar="N", help="tokens in a block (default: %(default)s)")
+    add("--block-size", type=count, metavar="N", help="tokens in a block (default: 16, or what the model needs)")
     add("--tp", type=count, default=1, metavar="N", help="devices over which heads are split (default: %(default)s)")
     add(
         "--pp", default="1", metavar="N", help="pipeline stages, or the layers of each: 20,21,20 (default: %(default)s)"

@@ -109,7 +109,10 @@ _register(
     read.grouped,
 )
 # The text halves of models that see or hear.
-_register("glm4v_moe_text glm4v_text granite_docling_text molmo2_text qwen3_vl_moe_text qwen3_vl_text", read.grouped)
+_register(
+    "glm4v_moe_text glm4v_text granite_docling_text molmo2_text qwen3_omni_moe_text qwen3_vl_moe_text qwen3_vl_text",
+    read.grouped,
+)
 _register(
     "doge ministral3 mistral mixtral moshi phi3 phi4_multimodal phimoe qwen3_moe starcoder2",
     read.grouped,
@@ -117,8 +120,8 @@ _register(
 )
 _register(
     "afmoe beam cohere2 cohere2_moe cohere_compass_text cwm dots1 exaone4 exaone_moe flint gemma2 gemma3_text gpt_oss "
-    "granite_swa granitemoe_swa kolibri1 laguna mellum ministral olmo3 qwen2 qwen2_5_vl_text qwen2_moe "
-    "qwen2_vl_text qwen3 smollm3 vaultgemma",
+    "granite_swa granitemoe_swa kolibri1 laguna mellum ministral olmo3 qwen2 qwen2_5_omni_text qwen2_5_vl_text "
+    "qwen2_moe qwen2_vl_text qwen3 smollm3 vaultgemma",
     read.mixed,
     "layer_types sliding_window per_layer_config",
 )
@@ -145,6 +148,27 @@ _register("hrm_text", read.hrm)
 _register("mllama_text_model", read.mllama, "cross_attention_layers")
 
 _register("axk1 deepseek_v2 deepseek_v3 glm4_moe_lite minicpm3 mistral4 youtu", read.latent, "kv_lora_rank")
+# Types whose code comes with the weights, so that transformers has no class for them: attention like any other's, under
+# other names here and there.
+_register("kimi_k2", read.latent, "kv_lora_rank")
+_register("baichuan deepseek internlm internlm2 minicpm minicpmv molmo phi3small", read.grouped)
+_register("mimo step3p5 step3p7", read.mixed, "layer_types sliding_window")
+_register("qwen", read.plain("num_hidden_layers", "num_attention_heads", "hidden_size", "kv_channels"), "kv_channels")
+_register("exaone", read.renamed(read.grouped, num_hidden_layers="num_layers"))
+_register("chatglm", read.chatglm, "kv_channels")
+_register("nemotron-nas", read.nas)
+# What Meta's and Mistral's own files call these things.
+_register(
+    "falcon_perception params",
+    read.renamed(
+        read.grouped,
+        num_hidden_layers="n_layers",
+        num_attention_heads="n_heads",
+        num_key_value_heads="n_kv_heads",
+        hidden_size="dim",
+    ),
+    "sliding_window",
+)
 _register("longcat_flash", read.longcat, "kv_lora_rank")
 _register(
     "axk2 deepseek_v32 dots3_note_text glm_moe_dsa hy_v4",

@@ -145,6 +145,8 @@ _RULES: dict[str, Callable[[Fields, int], str]] = {
     "qwen2_vl_text": qwen,
     "qwen2_5_vl_text": qwen,
     "gemma3n_text": every("", 5),
+    "mimo": qwen,
+    "qwen2_5_omni_text": qwen,
 }
 
 
@@ -159,6 +161,44 @@ def grouped(f: Fields) -> list[Layer]:
     dim = head_dim_of(f)
     kept = grouped_heads(f, kv_heads_of(f), dim, dim, reach)
     return [Layer(i, kind, kept) for i in range(f.layers("num_hidden_layers"))]
+
+
+def renamed(reader: Reader, **names: str) -> Reader:
+    """A reader of configs that call its fields by other names: `names[ours]` is theirs."""
+
+    def read(f: Fields) -> list[Layer]:
+        values = {ours: f.values[theirs] for ours, theirs in names.items() if theirs in f.values}
+        return reader(Fields(f.model_type, {**f.values, **values}, f.mla))
+
+    return read
+
+
+def chatglm(f: Fields) -> list[Layer]:
+    """One K and V head for each of a few groups of queries where the config says so, else one for each query."""
+    heads = f.count("multi_query_group_num" if f.flag("multi_query_attention") else "num_attention_heads")
+    kept = grouped_heads(f, heads, f.count("kv_channels"), f.count("kv_channels"))
+    return [Layer(i, "full_attention", kept) for i in range(f.layers("num_layers"))]
+
+
+def nas(f: Fields) -> list[Layer]:
+    """Layers that a search has thinned out: each has its own number of queries to a K and V head, or no attention."""
+    blocks = f.get("block_configs")
+    number, queries, dim = f.layers("num_hidden_layers"), f.count("num_attention_heads"), head_dim_of(f)
+    if not isinstance(blocks, list | tuple) or len(blocks) != number:
+        raise UnknownModel(f"{f.model_type}.block_configs must be a list of num_hidden_layers={number} blocks")
+    layers = []
+    for i, block in enumerate(blocks):
+        given = block.get("attention") if isinstance(block, Mapping) else None
+        if not isinstance(given, Mapping):
+            raise UnknownModel(f"{f.model_type}.block_configs[{i}] says nothing of its attention")
+        own = Fields(f"{f.model_type}.block_configs[{i}].attention", {"num_attention_heads": queries, **given})
+        if any(own.has(name) and own.flag(name) for name in ("no_op", "replace_with_linear")):
+            layers.append(Layer(i, "no attention"))
+            continue
+        reach = Window(own.count("window_length")) if own.has("window_length") else None
+        kept = grouped_heads(own, own.divided("num_attention_heads", "n_heads_in_group"), dim, dim, reach)
+        layers.append(Layer(i, "sliding_attention" if reach else "full_attention", kept))
+    return layers
 
 
 def mixed(f: Fields) -> list[Layer]:

@@ -25,6 +25,8 @@ _DEEPEST = 8  # text_configs inside each other
 _SIZES = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks", "encoder_layers", "decoder_layers"}
 _SIZES |= {"hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embedding_dim", "intermediate_size"}
 _SIZES |= {"num_attention_heads", "n_head", "n_heads", "num_heads"}
+_PARAMS = {"dim", "n_layers", "n_heads"}  # in every params.json of Meta's and Mistral's
+_CLASSES = {name.replace("_", "").replace("-", "").lower(): name for name in MODEL_TYPES}  # as classes are named
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
@@ -190,9 +192,7 @@ def _config(config: dict[str, Any], name: str | None, *, whole: bool = False) ->
     strange = next((key for key in config if not isinstance(key, str)), None)
     if strange is not None:
         raise UnknownModel(f"{name or 'the config'} has the key {strange!r:.60}; fields have names")
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        raise UnknownModel(f"{name or 'the config'} has no model_type, which says what its other fields mean")
+    config = {**config, "model_type": _model_type(config, name)}
     settled = whole or _written_by(config) >= 5
     try:
         text = _text_half(config)
@@ -210,6 +210,34 @@ def _config(config: dict[str, Any], name: str | None, *, whole: bool = False) ->
     return Source(config, partial(_read_text, text, name))
 
 
+def _model_type(config: Mapping[str, Any], name: str | None) -> str:
+    """What says what the other fields mean: the model_type; where nobody knows that, the class that runs the model."""
+    given = config.get("model_type")
+    if given is not None and not isinstance(given, str):
+        raise UnknownModel(f"{name or 'the config'} has no model_type but {given!r:.60}; it must be a name")
+    if given in MODEL_TYPES or _inner(config) is not None:
+        return given or ""
+    classes = config.get("architectures")
+    for one in classes if isinstance(classes, list | tuple) else []:
+        found = _CLASSES.get(str(one).partition("For")[0].lower())
+        if found is not None:
+            return found
+    if given is None and config.keys() >= _PARAMS:
+        return "params"
+    if given is None:
+        raise UnknownModel(
+            f"{name or 'the config'} has no model_type, which says what its other fields mean; give a model's "
+            f"config.json or params.json"
+        )
+    return given
+
+
+def _inner(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The config that a model that sees or hears holds for its text half."""
+    halves = (config.get(name) for name in ("text_config", "llm_config", "language_config", "thinker_config"))
+    return next((half for half in halves if isinstance(half, Mapping)), None)
+
+
 def _read_text(text: Mapping[str, Any], name: str | None, mla: str) -> ModelCache:
     return read_fields(Fields(text["model_type"], text, mla), name)
 
@@ -221,8 +249,8 @@ def _written_by(config: Mapping[str, Any]) -> int:
 
 
 def _model_types(config: Mapping[str, Any]) -> set[Any]:
-    text = config.get("text_config")
-    return {config["model_type"], text.get("model_type") if isinstance(text, Mapping) else None}
+    text = _inner(config)
+    return {config["model_type"]} | ({text.get("model_type")} if text is not None else set())
 
 
 def _text_half(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,24 +259,24 @@ def _text_half(config: Mapping[str, Any]) -> dict[str, Any]:
     for _ in range(_DEEPEST):
         model_type = config["model_type"]
         dtype = config.get("dtype") or config.get("torch_dtype") or dtype
-        inner = config.get("text_config")
-        if model_type in MODEL_TYPES or not isinstance(inner, Mapping):
+        inner = _inner(config)
+        if model_type in MODEL_TYPES or inner is None:
             text = dict(config)
             if dtype is not None and (text.get("dtype") or text.get("torch_dtype")) is None:
                 text["dtype"] = dtype
             return text
         if not isinstance(inner.get("model_type"), str):
             raise MissingField(model_type, "text_config.model_type")
-        config = inner
+        config = {**inner, "model_type": _model_type(inner, None)}
     raise UnknownModel(f"the config holds more than {_DEEPEST} text_configs, each inside another; no model does")
 
 
 def _refuse_sizeless(config: Mapping[str, Any], name: str | None) -> None:
     """A config that says nothing of a model's size is no model's: transformers would fill in those of another one."""
-    text = config.get("text_config")
-    # Some models that see leave the sizes of their text half to transformers, and give its vocabulary alone.
-    fields = [*config, *text] if isinstance(text, Mapping) else list(config)
-    told = _SIZES | {"vocab_size"} if isinstance(text, Mapping) else _SIZES
+    told, fields, inner = _SIZES, set(config), _inner(config)
+    while inner is not None:
+        # Some models that see leave the sizes of their text half to transformers, and give its vocabulary alone.
+        told, fields, inner = _SIZES | {"vocab_size"}, fields | set(inner), _inner(inner)
     if told.isdisjoint(fields):
         raise UnknownModel(
             f"{name or 'the config'} of model_type={config['model_type']!r} gives no size, like num_hidden_layers or "
@@ -258,7 +286,7 @@ def _refuse_sizeless(config: Mapping[str, Any], name: str | None) -> None:
 
 def _completed(config: dict[str, Any], missing: UnknownModel, name: str | None) -> dict[str, Any]:
     """The config with what transformers fills in; as it is where transformers does not know the model_type either."""
-    known = config["model_type"] in MODEL_TYPES or isinstance(config.get("text_config"), Mapping)
+    known = config["model_type"] in MODEL_TYPES or _inner(config) is not None
     try:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ModuleNotFoundError:

@@ -3,7 +3,9 @@
 Imports neither torch nor transformers where the numbers suffice.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -30,13 +32,15 @@ __all__ = [
     "uniform",
 ]
 
+_BLOCK_SIZE = 16
+
 
 def plan(
     model: Any,
     *,
     dtype: Any = None,
     memory: Any = None,
-    block_size: int = 16,
+    block_size: int | None = None,
     tp: int = 1,
     pp: int | Sequence[int] = 1,
     mla: Literal["latent", "expanded"] = "latent",
@@ -60,10 +64,11 @@ def plan(
     Args:
         model: a transformers config, its dict, a folder with a config.json, the file, a hub id (only its config.json is
             downloaded), or numbers: `{"num_layers": 32, "num_kv_heads": 8, "head_dim": 128}`, see `uniform`.
-        dtype: of K and V: a `torch.dtype`, its name, "fp8", or the packed "int4" and "int2". None for the config's.
+        dtype: of K and V: a `torch.dtype`, its name, "fp8", or the packed "int4" and "int2". None for the config's,
+            and bfloat16, with a note, where it names none.
         memory: bytes of one device, a size like "80GiB", or a device whose free memory counts ("cuda:1", "cpu", or a
             `torch.device`).
-        block_size: tokens in a block.
+        block_size: tokens in a block; None for 16, or the fewest more that the model's layers allow.
         tp: devices over which heads are split, each with equally many heads of queries, in order, and the K and V heads
             that these share; where heads do not divide some are kept several times, and the plan says so.
         pp: pipeline stages, or the layers of each.
@@ -98,7 +103,8 @@ def plan(
         (131072, 5120, 81920)
     """
     source = read(model)
-    _integer("block_size", block_size, LONGEST)
+    if block_size is not None:
+        _integer("block_size", block_size, LONGEST)
     _integer("tp", tp, LONGEST)
     _integer("max_groups", max_groups, LONGEST)
     _integer("step_tokens", step_tokens, LONGEST)
@@ -118,9 +124,12 @@ def plan(
             f"rotated key; give mla='latent' for its bytes, or stored='exact' for those of expanded heads"
         )
     if dtype is None and shape.dtype is None:
-        raise ValueError(f"dtype=None: the config of {shape.name} names none; give the dtype of K and V")
+        assumed = "no dtype is named: K and V are taken to be bfloat16; give dtype where they are not"
+        shape, other = (replace(one, dtype="bfloat16", notes=(*one.notes, assumed)) for one in (shape, other))
     kept_in = format_of(shape.dtype if dtype is None else dtype, group_size, scale_dtype, zero_point)
     stages = stage_layers(shape, pp)
+    if block_size is None:
+        block_size = math.lcm(_BLOCK_SIZE, *(kept.every for layer in shape.layers for kept in layer.kept))
     for layer in shape.layers:
         for kept in layer.kept:
             if block_size % kept.every:
