@@ -46,6 +46,7 @@ def extension(source):
         [source.as_posix()],
         # What an sdist takes in besides: without the source itself it would hold only the .c file made from it.
         depends=sorted(path.as_posix() for path in [source, *others]),
+        include_dirs=["pyx"],
         extra_compile_args=[
             *([] if "CFLAGS" in os.environ else ["-O3", "-g1"]),
             # Runs of 3 blocks in the checked build, so that small tests see where one ends.

@@ -17,6 +17,7 @@ from harness import RESULTS, Row, machine, report
 HERE = Path(__file__).parent
 QUICK = {
     "allocation.py": ["--repeats", "2", "--blocks", "131072"],
+    "attention.py": ["--quick"],
     "cuda.py": ["--quick"],
     "decode_step.py": ["--batches", "32", "256", "--rounds", "3"],
     "generate.py": ["--prompts", "4", "--new", "16", "--repeats", "1", "--long", "256", "--beam-prompt", "256"],

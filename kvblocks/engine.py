@@ -9,14 +9,12 @@ from typing import Self, SupportsIndex
 
 import torch
 
+from kvblocks.checks import Indices, checked_device, checked_integer
 from kvblocks.config import CacheConfig, Group
 from kvblocks.errors import OutOfMemory
 from kvblocks.sizes import budget
 from kvblocks.storage.cache import (
-    Indices,
     PagedKVCache,
-    _integer,
-    checked_device,
     copy_blocks,
     free_memory,
     together,
@@ -229,7 +227,7 @@ class CacheEngine:
             ValueError: `layer` is negative.
             TypeError: `layer` is not an integer.
         """
-        index = _integer("layer", layer)
+        index = checked_integer("layer", layer)
         if index < 0:
             raise ValueError(f"layer={index} is negative; layers are 0..{len(self) - 1}")
         return self._caches[index] if index < len(self) else None
@@ -241,7 +239,7 @@ class CacheEngine:
             IndexError: no such layer.
             TypeError: `layer` is not an integer.
         """
-        index = _integer("layer", layer)
+        index = checked_integer("layer", layer)
         if not 0 <= index < len(self):
             raise IndexError(f"layer {index} is outside 0..{len(self) - 1}")
         return self._group_of[index]
@@ -252,7 +250,7 @@ class CacheEngine:
 
     def __getitem__(self, layer: SupportsIndex) -> PagedKVCache:
         """The cache of `layer`, negative ones from the end; IndexError outside."""
-        index = _integer("layer", layer)
+        index = checked_integer("layer", layer)
         if not -len(self) <= index < len(self):
             raise IndexError(f"layer {index} is outside {-len(self)}..{len(self) - 1}")
         return self._caches[index]

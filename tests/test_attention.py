@@ -1,5 +1,6 @@
 """`paged_attention` against a dense softmax in float64, over pools whose every unused slot is NaN."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from kvblocks.attention import call
 from kvblocks.attention.call import paged_attention
+from kvblocks.cpu_attention import attend, best_isa
 from kvblocks.storage.cache import LAYOUTS, PagedKVCache
 
 # These tensors are tiny, and threads would only wait for each other.
 torch.set_num_threads(1)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ISAS = ["plain C", "AVX2", "AVX-512"]
 
 
 @dataclass
@@ -182,15 +185,16 @@ def cases(draw: st.DrawFn) -> Case:
     ):
         if draw(st.booleans()):
             options[name] = draw(values)
+    layout = draw(st.sampled_from(LAYOUTS))
     return Case(
         rows=[lens() for _ in range(draw(st.integers(1, 6)))],
         block_size=draw(st.sampled_from([1, 2, 3, 4, 5, 8, 16, 64])),
-        kv_heads=draw(st.integers(1, 3)),
-        groups=draw(st.integers(1, 3)),
-        head_dim=draw(st.sampled_from([8, 16, 24])),
-        v_head_dim=draw(st.sampled_from([8, 16, 24])),
+        kv_heads=draw(st.sampled_from([1, 2, 3, 9])),
+        groups=draw(st.sampled_from([1, 2, 3, 7, 33])),
+        head_dim=draw(st.sampled_from([8, 16, 24] if layout == "X" else [1, 8, 16, 20, 24, 33])),
+        v_head_dim=draw(st.sampled_from([1, 8, 16, 20, 24, 33])),
         dtype=dtype,
-        layout=draw(st.sampled_from(LAYOUTS)),
+        layout=layout,
         options=options,
         with_sinks=draw(st.booleans()),
         padding=draw(st.integers(0, 3)),
@@ -198,21 +202,31 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@pytest.fixture(params=[0, call._ALONE], ids=["decodes alone", "decodes together"])
-def alone(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Decode rows of these small cases taken one by one, as long ones are, and as they would be."""
-    with mock.patch.object(call, "_ALONE", request.param):
-        yield
+WAYS = ["plain torch", "plain torch, decodes alone", *(f"compiled, {name}" for name in ISAS[: best_isa() + 1])]
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """How attention is computed on CPU: every way that there is, whatever would be chosen."""
+    name: str = request.param
+    if name.startswith("compiled"):
+        isa = ISAS.index(name.removeprefix("compiled, "))
+        with mock.patch.object(call, "attend", functools.partial(attend, isa=isa)):
+            yield
+    else:
+        alone = 0 if name.endswith("alone") else call._ALONE
+        with mock.patch.object(call, "_COMPILED", {}), mock.patch.object(call, "_ALONE", alone):
+            yield
+
+
+@pytest.mark.usefixtures("way")
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cases())
 def test_equals_dense_attention(case: Case) -> None:
     case.build().check()
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rows", [[(9, 3), (7, 3), (3, 3)], [(21, 8)], [(9, 1), (2, 1)], [(5, 5), (1, 1), (12, 7)]])
@@ -232,7 +246,7 @@ def test_on_a_cuda_device(layout: str, dtype: torch.dtype) -> None:
         replace(case, with_sinks=True).build().check()
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("way")
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cases())
 def test_blocks_out_of_reach_are_never_read(case: Case) -> None:
@@ -271,6 +285,7 @@ def test_rows_do_not_see_each_other(case: Case) -> None:
         torch.testing.assert_close(together[start : start + query_len], output, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("options", [{}, {"window": 100}, {"chunk": 300}])
 def test_long_rows(options: dict[str, int]) -> None:
     """Long enough for queries to go through in slices, and for decodes not to be gathered all at once."""
@@ -291,6 +306,38 @@ def test_long_rows(options: dict[str, int]) -> None:
         expected = whole(query, k, v, attn_mask=seen, enable_gqa=True)[0].transpose(0, 1)
         torch.testing.assert_close(output[start : start + query_len].double(), expected, rtol=1e-4, atol=1e-5)
         start += query_len
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_threads_share_long_and_short_rows(threads: int, dtype: torch.dtype) -> None:
+    """Keys of a long row are split between threads, and joined; also where a window hides whole parts from a query."""
+    rows = [(3000, 1), (1, 1), (900, 40), (700, 1), (2100, 70)]
+    options: dict[str, Any]
+    for options in ({}, {"window": 300}, {"softcap": 5.0}):
+        case = Case(rows, block_size=16, groups=3, head_dim=32, v_head_dim=24, dtype=dtype, options=options)
+        case = replace(case, with_sinks=bool(options))
+        torch.set_num_threads(threads)
+        try:
+            case.build().check()
+        finally:
+            torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", ["seq_lens", "query_start_loc", "block_table"])
+def test_lengths_and_tables_without_memory(name: str) -> None:
+    built = Case([(9, 3)]).build()
+    getattr(built.step, name).untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match=f"step.{name} is a Tensor without memory"):
+        built.paged()
+
+
+def test_a_block_that_does_not_exist() -> None:
+    built = Case([(9, 3)]).build()
+    for block in (-1, built.cache.num_blocks, 2**31 - 1):
+        built.step.block_table[0, 1] = block
+        with pytest.raises(ValueError, match=r"row 0 of the block table names a block outside of 0\.\."):
+            built.paged()
 
 
 def test_scores_far_above_the_sinks() -> None:

@@ -12,7 +12,7 @@ from conftest import package_folder
 # From the ground up. A module imports only what lies on its own floor or below; `kvblocks` itself, which hands out
 # names when they are first used, stands above all but what runs it.
 FLOORS = [
-    {"errors", "sizes", "formats", "memory", "config", "manager", "movement"},
+    {"checks", "errors", "sizes", "formats", "memory", "config", "manager", "movement", "cpu_attention"},
     {"kernels", "models", "storage"},
     {"step"},
     {"attention", "engine"},

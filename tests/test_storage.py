@@ -566,14 +566,59 @@ def test_an_environment_variable_turns_checks_on(value: str | None) -> None:
     assert done.stdout.strip() == str(value == "1")
 
 
-def test_tensors_without_memory_are_refused() -> None:
-    """A fake tensor has a shape and no address: compiled code must not follow it."""
+class Wrapper(torch.Tensor):
+    """A tensor that has its own idea of where its numbers are, as DTensor has."""
+
+    @staticmethod
+    def __new__(cls, shape: tuple[int, ...], dtype: torch.dtype) -> "Wrapper":
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
+        raise NotImplementedError(func)
+
+
+def shrunk(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> Tensor:
+    """A view that does not begin at the start of its storage, which is then made smaller, as FSDP does."""
+    tensor = torch.ones(shape[0] + 1, *shape[1:]).to(dtype)[1:]
+    tensor.untyped_storage().resize_(nbytes)
+    return tensor
+
+
+def fake(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    with FakeTensorMode():
+        return torch.ones(shape, dtype=dtype)
+
+
+WITHOUT_MEMORY: dict[str, Callable[[tuple[int, ...], torch.dtype], Tensor]] = {
+    "fake": fake,
+    "wrapper": Wrapper,
+    "zeros of autograd": lambda shape, dtype: torch._efficientzerotensor(shape, dtype=dtype),
+    "functionalized": lambda shape, dtype: torch._to_functional_tensor(torch.ones(shape, dtype=dtype)),
+    "storage of nothing": lambda shape, dtype: shrunk(shape, dtype, 0),
+    "storage cut short": lambda shape, dtype: shrunk(shape, dtype, 8),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_MEMORY)
+def test_tensors_without_memory_are_refused(kind: str) -> None:
+    """Compiled code must not follow an address that is none, or past the end of what is there."""
     cache = PagedKVCache(2, 1, 4, 2, torch.float32, "cpu")
-    rows = torch.ones(1, 1, 4)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = mode.from_tensor(rows)
-        with pytest.raises(TypeError, match="fake"):
-            cache.write(fake, fake, [0])
+    made = WITHOUT_MEMORY[kind]
+    rows, good = made((2, 1, 4), torch.float32), torch.ones(2, 1, 4)
+    for index in (made((2,), torch.int64), made((2,), torch.int32)):
+        with pytest.raises(TypeError, match=r"slot_mapping is a .* without memory"):
+            cache.write(good, good, index)
+        with pytest.raises(TypeError, match=r"block_table is a .* without memory"):
+            cache.gather(index, 2)
+        with pytest.raises(TypeError, match=r"ids is a .* without memory"):
+            cache.zero_blocks(index)
+    with pytest.raises(TypeError, match=r"keys is a .* without memory"):
+        cache.write(rows, good, [0, 1])
+    with pytest.raises(TypeError, match=r"values is a .* without memory"):
+        cache.write(good, rows, [0, 1])
+    with pytest.raises(TypeError, match=r"out\[1\] is a .* without memory"):
+        cache.gather([0], 2, out=(good, rows))
     assert not cache.key_cache.any()
 
 

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from kvblocks.attention.backends import way
 from kvblocks.attention.request import Request, StepLike
+from kvblocks.checks import checked_size, has_memory
+from kvblocks.cpu_attention import attend
 from kvblocks.storage import cache as storage
-from kvblocks.storage.cache import PagedKVCache, checked_size
+from kvblocks.storage.cache import PagedKVCache
 
 __all__ = ["paged_attention"]
 
@@ -25,6 +27,7 @@ _FUSED = (torch.float32, torch.bfloat16)  # where torch's fused kernel was measu
 _SCORES = 1 << 23  # scores held at once: long prefill chunks go through in slices of queries,
 _QUERIES = 512  # and in slices of so many, as a slice's keys end at its last query
 
+_COMPILED = {f"torch.{name}": name for name in ("float32", "bfloat16", "float16")}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -89,7 +92,83 @@ def paged_attention(
             if storage.CHECKED:
                 _rows(step, table, cache.block_size, reach)
             return run(request)
+    if query.is_cpu and str(query.dtype) in _COMPILED and step.num_tokens:
+        return _on_cpu(query, cache, step, table, scale, reach, softcap, sinks)
     return _on_torch(query, cache, step, table, scale, reach, softcap, sinks)
+
+
+def _on_cpu(
+    query: Tensor,
+    cache: PagedKVCache,
+    step: StepLike,
+    table: Tensor,
+    scale: float,
+    reach: "_Reach",
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """By the compiled kernel, which reads K and V where they lie."""
+    query = has_memory("query", query)
+    if query.is_neg():
+        query = query.resolve_neg()
+    if query.stride(2) != 1 and query.shape[2] > 1:
+        query = query.contiguous()
+    table = _ints("step.block_table", table)
+    lens, starts = _ints("step.seq_lens", step.seq_lens), _ints("step.query_start_loc", step.query_start_loc)
+    num_seqs, num_tokens = step.num_seqs, step.num_tokens
+    if not 0 <= num_seqs <= min(table.shape[0], lens.shape[0], starts.shape[0] - 1):
+        raise ValueError(f"the step's arrays hold fewer rows than num_seqs={num_seqs}")
+    if sinks is not None:
+        sinks = has_memory("sinks", sinks).to(torch.float32).contiguous()
+    output = query.new_empty(*query.shape[:2], cache.v_head_dim)
+    if num_tokens < output.shape[0]:
+        output[num_tokens:] = 0
+    keys, values = cache.places
+    size = query.itemsize
+    held: list[Tensor] = []
+
+    def workspace(nbytes: int) -> int:
+        held.append(torch.empty(nbytes, dtype=torch.uint8))
+        return held[-1].data_ptr()
+
+    bad = attend(
+        keys,
+        cache.key_cache.data_ptr(),
+        values,
+        cache.value_cache.data_ptr(),
+        _COMPILED[str(query.dtype)],
+        query.data_ptr(),
+        query.stride(0) * size,
+        query.stride(1) * size,
+        query.shape[1],
+        output.data_ptr(),
+        num_tokens,
+        table.data_ptr(),
+        table.stride(0),
+        table.shape[1],
+        lens.data_ptr(),
+        starts.data_ptr(),
+        num_seqs,
+        scale,
+        reach.window or 0,
+        reach.chunk or 0,
+        softcap or 0.0,
+        0 if sinks is None else sinks.data_ptr(),
+        torch.get_num_threads(),
+        workspace,
+    )
+    if bad >= 0:
+        _rows(step, table, cache.block_size, reach)  # says which lengths do not fit
+        raise ValueError(f"row {bad} of the block table names a block outside of 0..{cache.num_blocks - 1}")
+    return output
+
+
+def _ints(name: str, ints: Tensor) -> Tensor:
+    """As int32 in CPU memory, whose last dim has no gaps."""
+    ints = has_memory(name, ints if ints.is_cpu else ints.cpu())
+    if ints.dtype != torch.int32:
+        ints = ints.to(torch.int32)
+    return ints if ints.stride(-1) == 1 else ints.contiguous()
 
 
 def _on_torch(
@@ -211,10 +290,11 @@ def _number(name: str, value: float) -> float:
 
 
 def _table(step: StepLike, group: int) -> Tensor:
-    tables = step.block_table if step.block_table.ndim == 3 else step.block_table[None]
-    if isinstance(group, bool) or not isinstance(group, int) or not 0 <= group < len(tables):
-        raise ValueError(f"group={group!r} must be 0 to {len(tables) - 1}: the step has {len(tables)} layer groups")
-    return tables[group]
+    tables = step.block_table
+    groups = tables.shape[0] if tables.ndim == 3 else 1
+    if isinstance(group, bool) or not isinstance(group, int) or not 0 <= group < groups:
+        raise ValueError(f"group={group!r} must be 0 to {groups - 1}: the step has {groups} layer groups")
+    return tables[group] if tables.ndim == 3 else tables
 
 
 def _check(query: Tensor, cache: PagedKVCache, step: StepLike, sinks: Tensor | None) -> None:

@@ -27,11 +27,11 @@ from typing import SupportsIndex
 
 import torch
 
+from kvblocks.checks import checked_device, checked_size
 from kvblocks.errors import OutOfMemory
 from kvblocks.manager import StepArrays
 from kvblocks.memory import available_memory
 from kvblocks.step.upload import Upload, lane
-from kvblocks.storage.cache import checked_device, checked_size
 
 __all__ = ["StepBuffers"]
 

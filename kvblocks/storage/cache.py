@@ -4,18 +4,17 @@ Knows integers in arrays, not who hands them out: the manager is not imported he
 movers.
 """
 
-import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self, SupportsIndex, TypeAlias
+from typing import Self, SupportsIndex
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from kvblocks import memory
+from kvblocks.checks import Indices, checked_device, checked_indices, checked_integer, checked_size, has_memory
 from kvblocks.config import CacheConfig, itemsize
 from kvblocks.errors import OutOfMemory
 from kvblocks.movement import BlockLayout, first_outside
@@ -23,8 +22,6 @@ from kvblocks.storage.movers import Mover, Side, mover
 
 __all__ = ["LAYOUTS", "PagedKVCache"]
 
-# An int64 or int32 tensor or numpy array, or a list of ints.
-Indices: TypeAlias = Any
 
 # Order of the axes of K: blocks, heads, dims, tokens of a block. X splits off x dims, 16 bytes together; its V is HDN.
 _KEY_AXES = {"HDN": "bhdt", "NHD": "bthd", "HND": "bhtd", "X": "bhdtx"}
@@ -239,7 +236,7 @@ class PagedKVCache:
             ValueError: the table is too short or names a block that does not exist; `out` does not fit.
             TypeError: the table or `num_tokens` is not of integers, or `out` of another dtype.
         """
-        count = _integer("num_tokens", num_tokens)
+        count = checked_integer("num_tokens", num_tokens)
         if count < 0:
             raise ValueError(f"num_tokens={count} must be 0 or more")
         table = self._indices("block_table", block_table, 0, self.num_blocks - 1, first=-(-count // self.block_size))
@@ -319,18 +316,18 @@ class PagedKVCache:
             raise ValueError(f"{name} is on {given.device}, this cache on {self.device}; move it with .to()")
         if given.layout is not torch.strided:
             raise TypeError(f"{name} is {given.layout}; give a dense tensor")
-        _has_memory(name, given)
+        has_memory(name, given)
 
     def _indices(self, name: str, given: Indices, low: int, high: int, first: int | None = None) -> Tensor:
         """`given` as a contiguous tensor on the cache's device: int64, or int32 that already lay there.
 
         The first `first` elements, by default all, lie in low..high: checked, unless they already lie on a device.
         """
-        index = _integers(name, given)
+        index = checked_indices(name, given)
         if index.device != self.device and not index.is_cpu:
             raise ValueError(f"{name} is on {index.device}, this cache on {self.device}; move it with .to()")
         if index.is_cpu or CHECKED:
-            host = _has_memory(name, index.to("cpu", torch.int64))
+            host = index.to("cpu", torch.int64)
             count = host.numel() if first is None else min(first, host.numel())
             bad = first_outside(host.data_ptr(), count, low, high)
             if bad >= 0:
@@ -443,7 +440,7 @@ def copy_blocks(cache: PagedKVCache, moves: Mover, pairs: Indices) -> None:
     if index.ndim != 2 or index.shape[1] != 2:
         raise ValueError(f"pairs has shape {list(index.shape)}; give [n, 2] of (source, target)")
     if CHECKED or not isinstance(pairs, Tensor) or pairs.is_cpu:
-        _check_pairs(_integers("pairs", pairs).tolist())  # as they were given: `index` may lie on a device by now
+        _check_pairs(checked_indices("pairs", pairs).tolist())  # as they were given: `index` may lie on a device by now
     moves.copy_blocks(index)
 
 
@@ -473,72 +470,6 @@ def _check_pairs(pairs: list[list[int]]) -> None:
 def _overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two contiguous tensors have a byte in common."""
     return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
-
-
-def _has_memory(name: str, given: Tensor) -> Tensor:
-    """`given`, unless it is a tensor of shape only (under FakeTensorMode, say): addresses are read on CPU."""
-    if isinstance(given, FakeTensor):
-        raise TypeError(f"{name} is a fake tensor, without memory; give a real one")
-    return given
-
-
-def _integers(name: str, given: Indices) -> Tensor:
-    """`given` as a contiguous tensor on the device where it is, int64 on the CPU: compiled code reads no other."""
-    if isinstance(given, Tensor):
-        if given.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"{name} is {given.dtype}; give int64 or int32")
-        return (given.to(torch.int64) if given.is_cpu else given).contiguous()
-    array = given if isinstance(given, np.ndarray) else _array(name, given)
-    if array.dtype not in (np.int64, np.int32):
-        raise TypeError(f"{name} is {array.dtype}; give int64 or int32")
-    # A copy where numpy's array cannot be lent to torch: read-only, other byte order, negative strides.
-    if not (array.flags.c_contiguous and array.flags.writeable and array.dtype == np.int64 and array.dtype.isnative):
-        array = np.array(array, np.int64, order="C")
-    return torch.from_numpy(array)
-
-
-def _array(name: str, given: Indices) -> np.ndarray[Any, Any]:
-    try:
-        array = np.asarray(given)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} is not a rectangular list of integers") from None
-    if array.size == 0:
-        return array.astype(np.int64)
-    if array.dtype.kind in "uO" and all(isinstance(value, int) for value in array.flat):
-        raise ValueError(f"{name} holds {max(map(abs, array.flat))}, past any index; int64 ends at {2**63 - 1}")
-    if array.dtype.kind != "i":
-        raise TypeError(f"{name} is a {type(given).__name__} of {array.dtype}; give integers")
-    return array.astype(np.int64)
-
-
-def _integer(name: str, value: SupportsIndex) -> int:
-    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an integer")
-    return operator.index(value)
-
-
-def checked_size(name: str, value: SupportsIndex) -> int:
-    number = _integer(name, value)
-    if not 1 <= number < 2**31:
-        raise ValueError(f"{name}={number} is outside 1..{2**31 - 1}")
-    return number
-
-
-def checked_device(given: torch.device | str) -> torch.device:
-    """The device that tensors allocated on `given` report: with an index where its kind has one."""
-    if not isinstance(given, str | torch.device):
-        raise TypeError(f"device is a {type(given).__name__}; give a torch.device or its name")
-    try:
-        device = torch.device(given)
-    except RuntimeError as error:
-        raise ValueError(f"device={given!r}: {error}") from None
-    if device.type == "meta":
-        raise ValueError(f"device={str(given)!r} holds no data, so it cannot hold a cache; use 'cpu' or 'cuda'")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ValueError(f"device={str(given)!r}: torch {torch.__version__} sees {count} CUDA devices; use 'cpu'")
-    return torch.device("cpu") if device.type == "cpu" else torch.empty(0, device=device).device
 
 
 def _zeroed(nbytes: int, device: torch.device, prefault: bool) -> Tensor:

@@ -1,0 +1,106 @@
+"""Checks of what callers give: integers, sizes, devices, index arrays, and whether a tensor has memory.
+
+Each returns what it was given in the form that is used, or raises an error that names it. Imports torch and numpy.
+"""
+
+import operator
+from typing import Any, SupportsIndex, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+__all__ = ["Indices", "checked_device", "checked_indices", "checked_integer", "checked_size", "has_memory"]
+
+# An int64 or int32 tensor or numpy array, or a list of ints.
+Indices: TypeAlias = Any
+
+
+def has_memory(name: str, given: Tensor) -> Tensor:
+    """`given`, which must have memory for all its elements: addresses are read on CPU.
+
+    Tensors of shape only have none (under FakeTensorMode, say), nor have wrappers of other tensors (DTensor), the zeros
+    that autograd makes, and tensors whose storage was made smaller (as FSDP does).
+
+    Raises:
+        TypeError: it has not.
+    """
+    count = given.numel()
+    if count == 0 or not given.is_cpu:
+        return given
+    end = given.storage_offset() + count
+    if not given.is_contiguous():
+        end = (
+            given.storage_offset()
+            + 1
+            + sum((n - 1) * step for n, step in zip(given.shape, given.stride(), strict=True))
+        )
+    try:
+        there = not isinstance(given, FakeTensor) and given.data_ptr() != 0
+        there = there and given.untyped_storage().nbytes() >= end * given.itemsize
+    except (NotImplementedError, RuntimeError):  # what wrappers say of an address
+        there = False
+    if not there:
+        raise TypeError(f"{name} is a {type(given).__name__} without memory for its elements; give a plain tensor")
+    return given
+
+
+def checked_indices(name: str, given: Indices) -> Tensor:
+    """`given` as a contiguous tensor on the device where it is, int64 on the CPU: compiled code reads no other."""
+    if isinstance(given, Tensor):
+        if given.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name} is {given.dtype}; give int64 or int32")
+        has_memory(name, given)
+        return (given.to(torch.int64) if given.is_cpu else given).contiguous()
+    array = given if isinstance(given, np.ndarray) else _array(name, given)
+    if array.dtype not in (np.int64, np.int32):
+        raise TypeError(f"{name} is {array.dtype}; give int64 or int32")
+    # A copy where numpy's array cannot be lent to torch: read-only, other byte order, negative strides.
+    if not (array.flags.c_contiguous and array.flags.writeable and array.dtype == np.int64 and array.dtype.isnative):
+        array = np.array(array, np.int64, order="C")
+    return torch.from_numpy(array)
+
+
+def _array(name: str, given: Indices) -> np.ndarray[Any, Any]:
+    try:
+        array = np.asarray(given)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is not a rectangular list of integers") from None
+    if array.size == 0:
+        return array.astype(np.int64)
+    if array.dtype.kind in "uO" and all(isinstance(value, int) for value in array.flat):
+        raise ValueError(f"{name} holds {max(map(abs, array.flat))}, past any index; int64 ends at {2**63 - 1}")
+    if array.dtype.kind != "i":
+        raise TypeError(f"{name} is a {type(given).__name__} of {array.dtype}; give integers")
+    return array.astype(np.int64)
+
+
+def checked_integer(name: str, value: SupportsIndex) -> int:
+    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an integer")
+    return operator.index(value)
+
+
+def checked_size(name: str, value: SupportsIndex) -> int:
+    number = checked_integer(name, value)
+    if not 1 <= number < 2**31:
+        raise ValueError(f"{name}={number} is outside 1..{2**31 - 1}")
+    return number
+
+
+def checked_device(given: torch.device | str) -> torch.device:
+    """The device that tensors allocated on `given` report: with an index where its kind has one."""
+    if not isinstance(given, str | torch.device):
+        raise TypeError(f"device is a {type(given).__name__}; give a torch.device or its name")
+    try:
+        device = torch.device(given)
+    except RuntimeError as error:
+        raise ValueError(f"device={given!r}: {error}") from None
+    if device.type == "meta":
+        raise ValueError(f"device={str(given)!r} holds no data, so it cannot hold a cache; use 'cpu' or 'cuda'")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"device={str(given)!r}: torch {torch.__version__} sees {count} CUDA devices; use 'cpu'")
+    return torch.device("cpu") if device.type == "cpu" else torch.empty(0, device=device).device

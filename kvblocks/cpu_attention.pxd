@@ -1,0 +1,1 @@
+# Attention on CPU has nothing that compiled code elsewhere may rely on.
