@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvblocks.errors import (
         InvariantViolation,
         KVBlocksError,
+        MovesPending,
         NoFreeBlocks,
         OutOfMemory,
         StaleSequence,
@@ -35,6 +36,7 @@ _HOMES = {
     "Group": "config",
     "InvariantViolation": "errors",
     "KVBlocksError": "errors",
+    "MovesPending": "errors",
     "NoFreeBlocks": "errors",
     "OutOfMemory": "errors",
     "PagedKVCache": "storage",
@@ -57,6 +59,7 @@ __all__ = [
     "Group",
     "InvariantViolation",
     "KVBlocksError",
+    "MovesPending",
     "NoFreeBlocks",
     "OutOfMemory",
     "PagedKVCache",

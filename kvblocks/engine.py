@@ -1,6 +1,6 @@
 """CacheEngine: the caches of all layers of a model, allocated together and handed out.
 
-Knows sizes and storage, and neither the manager nor the model. Imports torch through storage only.
+Knows sizes, storage and the arrays of a step, and nothing of the model. Imports torch through storage only.
 """
 
 import logging
@@ -13,6 +13,7 @@ from kvblocks.checks import Indices, checked_device, checked_integer
 from kvblocks.config import CacheConfig, Group
 from kvblocks.errors import OutOfMemory
 from kvblocks.sizes import budget
+from kvblocks.step import StepBuffers
 from kvblocks.storage.cache import (
     PagedKVCache,
     copy_blocks,
@@ -263,6 +264,25 @@ class CacheEngine:
 
     def __repr__(self) -> str:
         return f"CacheEngine({self.config!r}, dtype={self.dtype}, device='{self.device}', layout={self.layout!r})"
+
+    def move(self, step: StepBuffers) -> None:
+        """Do all that a step needs moved before its pass, and mark it as done. Call it right after `prepare`, always.
+
+        Today that is the copy of each block that the step writes and may not, as others hold it or it is published. A
+        second call, or one after the step was aborted, does nothing.
+
+        Args:
+            step: filled by `BlockManager.prepare`, on this engine's device.
+
+        Raises:
+            TypeError: not a step that a manager has filled.
+            ValueError: its blocks are not this engine's, or lie on another device; nothing was copied or marked.
+        """
+        if not isinstance(step, StepBuffers) or step.manager is None:
+            raise TypeError(f"step is a {type(step).__name__} that no manager has filled; give what prepare was given")
+        if step.waits:
+            self.copy_blocks(step.copies)
+            step.manager.mark_moved(step.needs)
 
     def copy_blocks(self, pairs: Indices) -> None:
         """`PagedKVCache.copy_blocks` in every layer; the pairs are checked once, before anything is copied."""

@@ -4,6 +4,7 @@ __all__ = [
     "InvariantViolation",
     "KVBlocksError",
     "MissingField",
+    "MovesPending",
     "NoFreeBlocks",
     "OutOfMemory",
     "StaleSequence",
@@ -48,6 +49,21 @@ class NoFreeBlocks(KVBlocksError, RuntimeError):
         super().__init__(message, needed, free)
         self.needed = needed
         self.free = free
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class MovesPending(KVBlocksError, RuntimeError):
+    """Blocks that a step has to copy first were not copied; nothing changed. Call `engine.move(step)` after `prepare`.
+
+    Attributes:
+        needs: number of the newest move that is waited for.
+    """
+
+    def __init__(self, message: str, needs: int) -> None:
+        super().__init__(message, needs)
+        self.needs = needs
 
     def __str__(self) -> str:
         return str(self.args[0])

@@ -28,3 +28,5 @@ cdef class StepArrays:
     cdef readonly int num_groups
     cdef readonly Py_ssize_t max_seqs, max_tokens, max_blocks_per_seq
     cdef readonly Py_ssize_t num_seqs, num_tokens, num_copies, max_query_len, max_seq_len
+    cdef readonly int64_t needs
+    cdef readonly object manager

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvblocks.config import Chunk, Window
-from kvblocks.errors import InvariantViolation, NoFreeBlocks, StaleSequence, TooManySequences
+from kvblocks.errors import InvariantViolation, MovesPending, NoFreeBlocks, StaleSequence, TooManySequences
 
 include "manager/memory.pxi"
 include "manager/ints.pxi"
@@ -228,6 +228,11 @@ cdef class BlockManager:
     def block_size(self):
         """Tokens in a block."""
         return self.core.block_size
+
+    @property
+    def moves_marked(self):
+        """Number of the newest move that is marked as made."""
+        return self.core.moves_marked
 
     @property
     def num_free_blocks(self):
@@ -471,13 +476,15 @@ cdef class BlockManager:
         Args:
             seqs: handles [n], 1 <= n <= step.max_seqs, each once; row i of the step is sequence i.
             query_lens: [n], or one int for all; each at least 1.
-            step: the arrays to fill. Blocks to be copied before the pass are in `step.copies`.
+            step: the arrays to fill. Where `step.needs` is not 0 blocks have to be copied before the pass, those of
+                `step.copies`: `engine.move(step)` does it, and marks it.
 
         Returns:
             The step's id, for `commit` or `abort`.
 
         Raises:
             NoFreeBlocks: `.needed` by the whole batch, `.free` to be had.
+            MovesPending: what an earlier step has to move was not moved.
             ValueError: a sequence has not as many tokens left, is preempted, or comes twice; the step is too small; or
                 `max_open_steps` are open.
         """
@@ -501,6 +508,7 @@ cdef class BlockManager:
             close_ints(&q)
         if step_id == 0:
             raise self.error(&f)
+        step.manager = self
         if step._uploads:
             try:
                 step._upload()
@@ -512,6 +520,22 @@ cdef class BlockManager:
                 raise
         return step_id
 
+    def mark_moved(self, number):
+        """Say that all moves up to `number`, a step's `needs`, are made, or ordered before whatever reads the blocks.
+
+        `engine.move(step)` does it; this is for those who keep K and V in tensors of their own.
+
+        Raises:
+            ValueError: there is no such move yet.
+        """
+        cdef int64_t last = as_int(number, "number"), noted
+        with self.lock:
+            noted = self.core.moves_noted
+            if 0 <= last <= noted:
+                self.core.moves_marked = max(self.core.moves_marked, last)
+        if not 0 <= last <= noted:
+            raise ValueError(f"number={last} must be 0 to {noted}, the newest move")
+
     def commit(self, step_id, accepted=None):
         """Close the oldest open step: its pass is done, or ordered before whatever reads the blocks.
 
@@ -521,6 +545,7 @@ cdef class BlockManager:
                 sequence is cut after them.
 
         Raises:
+            MovesPending: what the step has to move was not moved.
             ValueError: it is not the oldest open step; `accepted` is out of range; or it cuts a sequence that a later
                 open step has prepared too (abort that one first).
         """
@@ -907,6 +932,12 @@ cdef class BlockManager:
                 f"{self.core.pool.num_blocks} blocks free; free or preempt sequences",
                 v,
                 b,
+            )
+        if problem == UNMOVED:
+            return MovesPending(
+                f"blocks up to move {v} have to be copied, and only {b} were: call engine.move(step) right after "
+                f"prepare, or copy those of step.copies and call mark_moved(step.needs)",
+                v,
             )
         if problem == STALE:
             return StaleSequence(f"handle {v} (at {i}) names no sequence, or one that was freed", v)

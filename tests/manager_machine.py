@@ -19,9 +19,9 @@ from manager_device import Device, RunRow, Truth
 from manager_model import UNKNOWN, Admission, ModelManager, ModelStep
 
 from kvblocks.config import Chunk, Window
-from kvblocks.errors import NoFreeBlocks, StaleSequence, TooManySequences
+from kvblocks.errors import MovesPending, NoFreeBlocks, StaleSequence, TooManySequences
 
-EXPECTED_ERRORS = (ValueError, TypeError, StaleSequence, NoFreeBlocks, TooManySequences)
+EXPECTED_ERRORS = (MovesPending, ValueError, TypeError, StaleSequence, NoFreeBlocks, TooManySequences)
 SALTS = (b"", b"a")
 GROUPS: list[tuple[Any, ...]] = [
     *[(None,)] * 4,
@@ -214,6 +214,12 @@ class ManagerMachine(RuleBasedStateMachine):
         if isinstance(expected, Raised) and isinstance(got, Raised) and got.kind in also:
             return
         assert got == expected, f"{call}: expected {expected}, got {got}"
+
+    def both_uncopied(self, name: str, *args: Any) -> Any:
+        """`both` where copies are due: until they are made, what blocks hold is not what tables say."""
+        expected = outcome(getattr(self.model, name), *args)
+        self.same(f"{name}{args}", expected, outcome(getattr(self.subject, name), *args), ())
+        return expected
 
     def compare(self) -> None:
         model, subject = self.model, self.subject
@@ -576,9 +582,27 @@ class ManagerMachine(RuleBasedStateMachine):
         self.same(f"prepare({seqs}, {lens})", expected, got, (NoFreeBlocks, ValueError))
         self.compare_steps(subject_step, model_step)
         if not isinstance(expected, Raised):
+            assert subject_step.needs == model_step.needs
+            if model_step.needs:
+                self.forget_to_move(expected, which)
+                self.both_uncopied("mark_moved", model_step.needs)
             self.play(expected, plain(np.atleast_1d(np.asarray(seqs))), self.driver.read(subject_step))
         self.compare()
         return expected
+
+    def forget_to_move(self, step_id: int, which: int) -> None:
+        """Before its copies are marked as made the step cannot be committed, and no other one prepared."""
+        if len(self.model.steps) == 1:
+            assert self.both_uncopied("commit", step_id) == Raised(MovesPending, (None,) * 4)
+        ready = [handle for handle in self.runnable if len(self.model.steps) < self.model.max_open_steps]
+        if ready:
+            subject_step, model_step = self.steps[which - 1]
+            expected = outcome(self.model.prepare, ready[:1], [1], model_step)
+            got = outcome(self.subject.prepare, ready[:1], [1], subject_step)
+            self.same(f"prepare({ready[:1]}, [1])", expected, got, ())
+            assert isinstance(expected, Raised)
+            assert expected.kind in (MovesPending, NoFreeBlocks, ValueError)
+            self.compare_steps(subject_step, model_step)
 
     def play(self, step_id: int, handles: list[int], step: StepView) -> None:
         self.device.copy_blocks(step.copies)

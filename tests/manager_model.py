@@ -13,7 +13,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 import numpy as np
 
 from kvblocks.config import Chunk, Window
-from kvblocks.errors import InvariantViolation, NoFreeBlocks, StaleSequence, TooManySequences
+from kvblocks.errors import InvariantViolation, MovesPending, NoFreeBlocks, StaleSequence, TooManySequences
 
 GONE = -1  # in a table: a block that no later token reaches
 UNKNOWN = -1  # how a placeholder shows among a sequence's tokens
@@ -77,6 +77,7 @@ class ModelStep:
         self.seq_lens: list[int] = []
         self.query_start_loc: list[int] = [0]
         self.copies: list[tuple[int, int]] = []
+        self.needs = 0
         self.num_seqs = 0
         self.num_tokens = 0
         self.max_query_len = 0
@@ -137,6 +138,7 @@ class Row:
 class OpenStep:
     step_id: int
     rows: list[Row]
+    needs: int = 0  # the newest move that its pass waits for
     waiting: list[int] = field(default_factory=list)  # blocks free once this step closes, in the order released
 
 
@@ -201,6 +203,7 @@ class ModelManager:
 
         self.steps: list[OpenStep] = []  # oldest first
         self.last_step_id = 0
+        self.moves_noted = self.moves_marked = 0  # copies-on-write, counted from 1
         self.counts = dict.fromkeys(Stats._fields, 0)
 
     # Looking in
@@ -381,18 +384,31 @@ class ModelManager:
             raise ValueError(f"{sum(lens)} tokens, the step has room for {step.max_tokens}")
         if needed > self.num_free_blocks:
             raise NoFreeBlocks("not enough free blocks for the step", needed, self.num_free_blocks)
+        if self.moves_noted > self.moves_marked:
+            raise MovesPending("blocks were not copied", self.moves_noted)
 
         self.last_step_id += 1
         rows = [self._prepare_row(sequence, query_len) for sequence, query_len in zip(batch, lens, strict=True)]
-        self.steps.append(OpenStep(self.last_step_id, rows))
+        opened = OpenStep(self.last_step_id, rows)
+        self.steps.append(opened)
         self._fill(step, rows)
+        self.moves_noted += len(step.copies)
+        opened.needs = step.needs = self.moves_noted if step.copies else 0
         return self.last_step_id
+
+    @public
+    def mark_moved(self, number: int) -> None:
+        if not 0 <= _int("number", number) <= self.moves_noted:
+            raise ValueError(f"number={number} is outside 0..{self.moves_noted}")
+        self.moves_marked = max(self.moves_marked, number)
 
     @public
     def commit(self, step_id: int, accepted: Any = None) -> None:
         if _int("step_id", step_id) not in [step.step_id for step in self.steps[:1]]:
             raise ValueError(f"step_id={step_id} is not the oldest open step")
         step = self.steps[0]
+        if step.needs > self.moves_marked:
+            raise MovesPending("blocks were not copied", step.needs)
         counts = [row.query_len for row in step.rows] if accepted is None else _ints("accepted", accepted)
         if len(counts) != len(step.rows):
             raise ValueError(f"{len(step.rows)} rows but {len(counts)} counts of accepted tokens")
@@ -423,6 +439,8 @@ class ModelManager:
         if _int("step_id", step_id) not in [step.step_id for step in self.steps[-1:]]:
             raise ValueError(f"step_id={step_id} is not the newest open step")
         step = self.steps.pop()
+        if step.needs > self.moves_marked:
+            self.moves_marked = self.moves_noted
         for row in reversed(step.rows):
             sequence = row.sequence
             self._drop_from_end(sequence, row.rows_before)
@@ -984,6 +1002,7 @@ class ModelManager:
             dict(self.generations),
             [(s.step_id, [(_fields(r.sequence), r.start, r.end) for r in s.rows], list(s.waiting)) for s in self.steps],
             self.last_step_id,
+            (self.moves_noted, self.moves_marked),
             dict(self.counts),
         )
 

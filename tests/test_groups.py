@@ -78,7 +78,7 @@ class Model:
         """One pass; every layer's attention is what it should be."""
         step_id = self.manager.prepare(seqs, lens, self.step)
         step, tokens = self.step, [self.manager.tokens(seq).tolist() for seq in seqs]
-        self.engine.copy_blocks(step.copies)
+        self.engine.move(step)
         ends = step.seq_lens.tolist()
         for layer, blocks in enumerate(self.engine):
             group = self.engine.group_of(layer)
@@ -145,6 +145,7 @@ def test_attention_reads_what_it_should(reaches: tuple[Any, ...], block_size: in
                 lengths = manager.lengths(live[:1])
                 left = int(lengths.num_tokens[0] - lengths.num_computed[0])
                 step_id = manager.prepare(live[:1], [left], model.step)
+                model.engine.move(model.step)
                 manager.abort(step_id) if left % 2 else manager.commit(step_id, [0])
             elif live and action == "preempt":
                 manager.preempt(live[-1])

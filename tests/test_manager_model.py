@@ -7,7 +7,7 @@ from manager_compiled import COMPILED
 from manager_machine import MODEL, Driver, StepView, plain
 
 from kvblocks.config import Chunk, Window
-from kvblocks.errors import NoFreeBlocks, StaleSequence, TooManySequences
+from kvblocks.errors import MovesPending, NoFreeBlocks, StaleSequence, TooManySequences
 
 GENERATION = 1 << 24
 
@@ -28,6 +28,7 @@ class Engine:
         lengths = self.manager.lengths(list(seqs))
         left = [int(n) - int(c) for n, c in zip(lengths.num_tokens, lengths.num_computed, strict=True)]
         step_id: int = self.manager.prepare(list(seqs), lens or left, self.step)
+        self.manager.mark_moved(self.step.needs)
         return step_id
 
     def compute(self, *seqs: int) -> None:
@@ -148,6 +149,28 @@ def test_a_shared_block_is_copied_before_it_is_written(engine: Engine) -> None:
     manager.append([a], [5])
     engine.prepare(a)
     assert engine.view().copies == []  # it is its own again
+
+
+def test_copies_cannot_be_forgotten(engine: Engine) -> None:
+    manager = engine.start()
+    first = engine.serve([1])
+    child = manager.fork(first)[0]
+    manager.append([first, child], [2, 3])
+    step_id = manager.prepare([child], [1], engine.step)
+    assert engine.step.needs == 1
+    with pytest.raises(MovesPending) as caught:
+        manager.commit(step_id)
+    assert caught.value.needs == 1
+    with pytest.raises(MovesPending):
+        manager.prepare([first], [1], engine.step)
+    with pytest.raises(ValueError, match="number"):
+        manager.mark_moved(2)
+    manager.abort(step_id)  # the target goes back: nothing is left to be copied, and no number comes twice
+    step_id = manager.prepare([child], [1], engine.step)
+    assert engine.step.needs == 2
+    manager.mark_moved(engine.step.needs)
+    manager.commit(step_id)
+    engine.compute(first)
 
 
 def test_a_published_block_is_copied_before_it_is_written(engine: Engine) -> None:

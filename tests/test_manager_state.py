@@ -18,7 +18,7 @@ from manager_device import Device, Truth, first_reached
 from manager_machine import GROUPS, MODEL, Driver, machine_for, plain
 
 from kvblocks.config import Window
-from kvblocks.errors import NoFreeBlocks, StaleSequence, TooManySequences
+from kvblocks.errors import MovesPending, NoFreeBlocks, StaleSequence, TooManySequences
 from kvblocks.manager import BlockManager
 from kvblocks.step.buffers import StepBuffers
 
@@ -384,9 +384,15 @@ class Worker(threading.Thread):
 
     def compute(self, seqs: list[int], truths: list[Truth], starts: list[int], lens: list[int]) -> None:
         """One step; only the oldest can be committed, so the others may have to come first."""
-        step_id = self.manager.prepare(seqs, lens, self.step)
+        while True:
+            try:
+                step_id = self.manager.prepare(seqs, lens, self.step)
+                break
+            except MovesPending:  # another thread has prepared a step and is about to copy what that needs
+                time.sleep(0)
         view = read_step(self.step)
         self.device.copy_blocks(view.copies)
+        self.manager.mark_moved(self.step.needs)
         for i, truth in enumerate(truths):
             names = self.device.identities(truth)
             tables = [table[i] for table in view.block_table]

@@ -233,6 +233,14 @@ class HandleIsReused(ModelManager):
         return super()._new_handle()
 
 
+class ForgottenCopiesAreCommitted(ModelManager):
+    """A pass whose copies were never made counts as computed."""
+
+    def commit(self, step_id: int, accepted: Any = None) -> None:
+        self.moves_marked = self.moves_noted
+        super().commit(step_id, accepted)
+
+
 INVARIANTS: list[tuple[type[ModelManager], int]] = [
     (ForkForgetsAReference, 1),
     (WaitingBlockIsLost, 2),
@@ -264,6 +272,7 @@ OTHERS: list[type[ModelManager]] = [
     HitAsksTheFirstGroupOnly,
     GroupsShareABlockOfTheirNode,
     TrimForgetsTheWindow,
+    ForgottenCopiesAreCommitted,
 ]
 # Seen in the K/V alone, without a right manager to compare with.
 MISREAD: list[type[ModelManager]] = [

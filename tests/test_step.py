@@ -116,6 +116,7 @@ class Engine:
                 self.seqs.clear()
                 yield None
                 continue
+            self.manager.mark_moved(self.buffers.needs)
             yield number
             if self.rng.random() < 0.15:
                 self.manager.abort(step_id)

@@ -16,6 +16,7 @@ from kvblocks.attention.backends import way
 from kvblocks.attention.request import Request, StepLike
 from kvblocks.checks import checked_size, has_memory
 from kvblocks.cpu_attention import attend
+from kvblocks.errors import MovesPending
 from kvblocks.storage import cache as storage
 from kvblocks.storage.cache import PagedKVCache
 
@@ -68,6 +69,7 @@ def paged_attention(
         TypeError: the cache's dtype is not one of float16, bfloat16, float32, float64 (8-bit caches would need scales),
             or the query's differs from it.
         ValueError: a shape, device, length or option is not as above; nothing has been computed.
+        MovesPending: blocks that the step has to copy first were not copied; see `CacheEngine.move`.
 
     For inference: no gradient flows through it. On a CUDA device the work is done by torch's `varlen_attn` where a
     backend that takes block tables is active (`torch.nn.attention.activate_flash_attention_impl`), else by a Triton
@@ -76,6 +78,8 @@ def paged_attention(
     tokens than the step that was captured, and longer sequences, but no row of more than its `max_query_len` queries.
     What lengths and tables hold is checked only by plain torch, and with KVBLOCKS_CHECKED=1.
     """
+    if getattr(step, "waits", False):
+        raise MovesPending("the step has blocks to copy before its pass: call engine.move(step) first", 0)
     table = _table(step, group)
     _check(query, cache, step, sinks)
     if softcap is not None and not 0 < _number("softcap", softcap) < math.inf:

@@ -228,8 +228,7 @@ class Generator:
             return []
         rows, step_id = self._prepare(self._schedule())
         try:
-            if self.buffers.num_copies:
-                self.engine.copy_blocks(self.buffers.copies)
+            self.engine.move(self.buffers)
             ends = accumulate(row.query_len for row in rows)
             last_tokens = [end - 1 for row, end in zip(rows, ends, strict=True) if row.samples]
             wanted = torch.tensor(last_tokens, dtype=torch.int64, device=self.model.device)

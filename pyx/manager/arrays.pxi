@@ -138,6 +138,8 @@ cdef class StepArrays:
         self.num_groups = <int32_t>groups
         self.max_seqs, self.max_blocks_per_seq, self.max_tokens = max_seqs, max_blocks, max_tokens
         self.num_seqs = self.num_tokens = self.num_copies = self.max_query_len = self.max_seq_len = 0
+        self.needs = 0
+        self.manager = None
         cdef Py_ssize_t i
         memset(self._input_ids, 0, max_tokens * sizeof(int64_t))
         memset(self._positions, 0, max_tokens * sizeof(int64_t))
@@ -156,6 +158,11 @@ cdef class StepArrays:
         free(self._sent)
         free(self._sent_zeros)
         free(self._patches)
+
+    @property
+    def waits(self):
+        """Whether the pass waits for moves that nobody has marked as made."""
+        return self.manager is not None and self.needs > self.manager.moves_marked
 
     def _upload(self):
         """Carry the arrays to the device; called by `prepare` after it has filled them, where there is one."""

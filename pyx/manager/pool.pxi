@@ -30,6 +30,7 @@ cdef struct Row:        # one sequence in one open step
 
 cdef struct Step:
     int64_t id
+    int64_t needs       # the newest move that its pass waits for, 0: none
     Row* rows
     int32_t* sources    # [rows, groups]: blocks to copy from, -1: none
     Py_ssize_t num_rows

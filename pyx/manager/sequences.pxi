@@ -18,8 +18,8 @@ cdef enum Kind:
 cdef enum Problem:
     STALE, IS_PIN, IS_SEQUENCE, TWICE, IS_PREEMPTED, NOT_PREEMPTED, IN_STEP, BAD_TOKEN, BAD_COUNT, TOO_LONG
     SIZE_TOKENS, BAD_QUERY, NOT_ENOUGH_TOKENS, STEP_SEQS, STEP_TOKENS, STEP_BLOCKS, STEP_LIMIT
-    COMPUTED_UNKNOWN, NO_STEP, NOT_OLDEST, NOT_NEWEST, SIZE_ACCEPTED, BAD_ACCEPTED, LATER_STEP, NOT_UNKNOWN, BAD_TRIM
-    OUT_OF_REACH, STEP_GROUPS, NOTHING_TO_PIN, NO_BLOCKS, WATERMARK, NO_SLOTS, NO_MEMORY
+    COMPUTED_UNKNOWN, UNMOVED, NO_STEP, NOT_OLDEST, NOT_NEWEST, SIZE_ACCEPTED, BAD_ACCEPTED, LATER_STEP, NOT_UNKNOWN
+    BAD_TRIM, OUT_OF_REACH, STEP_GROUPS, NOTHING_TO_PIN, NO_BLOCKS, WATERMARK, NO_SLOTS, NO_MEMORY
 
 
 cdef struct Fault:
@@ -80,6 +80,8 @@ cdef struct Core:
     int64_t serial      # of batches
     int64_t version
     int64_t last_step_id
+    int64_t moves_noted   # moves are counted from 1; a copy-on-write is one
+    int64_t moves_marked  # up to here they have been made
     Counters counters
 
 

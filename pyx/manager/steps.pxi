@@ -82,6 +82,8 @@ cdef bint plan_step(
         return fail(f, STEP_TOKENS, 0, num_tokens, a.max_tokens)
     if needed > available:
         return fail(f, NO_BLOCKS, 0, needed, available)
+    if c.moves_noted > c.moves_marked:
+        return fail(f, UNMOVED, 0, c.moves_noted, c.moves_marked)
     step.num_rows = n
     step.wait_head = step.wait_tail = -1
     return True
@@ -144,6 +146,8 @@ cdef int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_lens, Ste
     pad_after(a, step.num_rows, num_tokens)
     if a._kv_indices != NULL:
         fill_pages(a, c, step)
+    c.moves_noted += num_copies
+    step.needs = a.needs = c.moves_noted if num_copies else 0
     a.num_copies, a.max_query_len, a.max_seq_len = num_copies, longest_query, longest_seq
     c.counters.copies += num_copies
     note_peak(c)
@@ -276,6 +280,8 @@ cdef bint core_commit(Core* c, int64_t step_id, const Ints* accepted, Fault* f) 
     step = pool_step(p, 0)
     if step.id != step_id:
         return fail(f, NOT_OLDEST, 0, step_id, step.id)
+    if step.needs > c.moves_marked:
+        return fail(f, UNMOVED, 0, step.needs, c.moves_marked)
     if accepted != NULL:
         if accepted.size != step.num_rows:
             return fail(f, SIZE_ACCEPTED, 0, accepted.size, step.num_rows)
@@ -330,6 +336,8 @@ cdef bint core_abort(Core* c, int64_t step_id, Fault* f) noexcept nogil:
     step = pool_step(p, p.num_steps - 1)
     if step.id != step_id:
         return fail(f, NOT_NEWEST, 0, step_id, step.id)
+    if step.needs > c.moves_marked:
+        c.moves_marked = c.moves_noted  # what was not copied need not be: the targets go back
     p.num_steps -= 1
     for i in range(step.num_rows - 1, -1, -1):
         row = &step.rows[i]

@@ -198,9 +198,9 @@ class Pool:
         )
         sizes.num_blocks = config.num_gpu_blocks
 
-    def copy_blocks(self, pairs: Tensor) -> None:
-        assert self._engine is not None  # what is copied has been written
-        self._engine.copy_blocks(pairs)
+    def move(self, step: StepBuffers) -> None:
+        if self._engine is not None:  # without it nothing has been written that could be copied
+            self._engine.move(step)
 
     def unknown_ids(self, count: int) -> Ids:
         ids, spent = _unknown_ids.draw(count)
@@ -441,8 +441,8 @@ class Rows:
             slots = step.slot_mapping.view(groups, -1)[:, : step.num_tokens]
             tables = step.block_table.view(groups, step.max_seqs, -1)[:, : step.num_seqs, :num_blocks]
         try:
-            if step_id is not None and step.num_copies:
-                self.pool.copy_blocks(step.copies)
+            if step_id is not None:
+                self.pool.move(step)
             if tables is None or len(taking) < len(self.rows):
                 tables = self._tables(num_blocks, device)
             for row, new in taking:
@@ -647,6 +647,7 @@ class Rows:
         forks = self._forks([*range(len(self.rows))] * 2)
         made.rows = [replace(row, handle=forks[index].pop()) for index, row in enumerate(self.rows)]
         made.columns, made.factor, made._prompts = self.columns, self.factor, list(self._prompts)
+        made._resets = self._resets
         return made
 
     def _forks(self, indices: Sequence[int]) -> dict[int, list[int]]:
