@@ -247,14 +247,20 @@ class ModelManager:
 
     @public
     def admit(
-        self, tokens: Any, *, salt: bytes = b"", extra: Extra = (), reserve: int | None = None
+        self,
+        tokens: Any,
+        *,
+        salt: bytes = b"",
+        extra: Extra = (),
+        reserve: int | None = None,
+        max_hit: int | None = None,
     ) -> tuple[int, int]:
         ids, marks = self._prompt(tokens, salt, extra)
-        room = _reserve(reserve)
+        room, longest = _optional("reserve", reserve), _optional("max_hit", max_hit)
         if not self.free_slots:
             raise TooManySequences("every slot is taken", self.max_seqs)
         sequence = Seq(0, ids, salt, marks)
-        hit, target = self._find_room(sequence, room, self.watermark_blocks)
+        hit, target = self._find_room(sequence, room, longest, self.watermark_blocks)
         sequence.handle = self._new_handle()
         self.sequences[sequence.handle] = sequence
         self._occupy(sequence, hit, target)
@@ -262,29 +268,47 @@ class ModelManager:
         return sequence.handle, sequence.num_cached
 
     @public
-    def match(self, tokens: Any, *, salt: bytes = b"", extra: Extra = ()) -> int:
+    def match(self, tokens: Any, *, salt: bytes = b"", extra: Extra = (), max_hit: int | None = None) -> int:
         ids, marks = self._prompt(tokens, salt, extra)
-        return len(self._hit(ids, salt, marks)) * self.block_size
+        return len(self._hit(ids, salt, marks, _optional("max_hit", max_hit))) * self.block_size
+
+    def blocks_needed(self, num_tokens: int, *, reserve: int | None = None, max_new_tokens: int = 1) -> int:
+        step = _optional("reserve", reserve)
+        if _int("num_tokens", num_tokens) < 1 or _int("max_new_tokens", max_new_tokens) < 1:
+            raise ValueError("a prompt and its answer have a token or more each")
+        prompt = self._most_held(0, num_tokens, step)
+        return max(prompt, self._most_held(num_tokens, num_tokens + max_new_tokens - 1, 1))
+
+    def _most_held(self, start: int, stop: int, reserve: int | None) -> int:
+        """The most blocks that a sequence alone holds while tokens are computed in steps of `reserve`, or in one."""
+        held = [0]
+        while start < stop:
+            end = stop if reserve is None else min(start + max(1, reserve), stop)
+            held.append(sum(self._blocks_for(end) - self._first_row(g, start) for g in range(len(self.groups))))
+            start = end
+        return max(held)
 
     @public
-    def can_admit(self, tokens: Any, *, salt: bytes = b"", extra: Extra = (), reserve: int | None = None) -> Admission:
+    def can_admit(
+        self,
+        tokens: Any,
+        *,
+        salt: bytes = b"",
+        extra: Extra = (),
+        reserve: int | None = None,
+        max_hit: int | None = None,
+        max_new_tokens: int = 1,
+    ) -> Admission:
         ids, marks = self._prompt(tokens, salt, extra)
-        room = _reserve(reserve)
-        # What it holds when its last token is computed, and what its admission asks for after the best of all hits.
-        each, size = range(len(self.groups)), self.block_size
-        last = sum(self._blocks_for(len(ids)) - self._first_row(g, len(ids) - 1) for g in each)
-        first = []
-        for hit in range(0, len(ids) if self.prefix_caching else 1, size):
-            target = len(ids) if room is None else min(len(ids), hit + room)
-            first.append(sum(max(self._blocks_for(target), hit // size) - self._first_row(g, hit) for g in each))
-        least = max(last, min(first))
-        no = Admission.NEVER if least > self.num_blocks else Admission.LATER
+        room, longest = _optional("reserve", reserve), _optional("max_hit", max_hit)
+        if self.blocks_needed(len(ids), reserve=room, max_new_tokens=max_new_tokens) > self.num_blocks:
+            return Admission.NEVER
         if not self.free_slots:
-            return no
+            return Admission.LATER
         try:
-            self._find_room(Seq(0, ids, salt, marks), room, self.watermark_blocks)
+            self._find_room(Seq(0, ids, salt, marks), room, longest, self.watermark_blocks)
         except NoFreeBlocks:
-            return no
+            return Admission.LATER
         return Admission.NOW
 
     @public
@@ -319,13 +343,13 @@ class ModelManager:
     # Tokens come and go
 
     @public
-    def append(self, seqs: Any, tokens: Any = None) -> None:
+    def append(self, seqs: Any, tokens: Any = None, *, extra: Sequence[Extra] | None = None) -> None:
         batch = self._batch(seqs)
-        self._extend(batch, tokens, [1] * len(batch))
+        self._extend(batch, tokens, [1] * len(batch), extra)
 
     @public
-    def extend(self, seqs: Any, tokens: Any, counts: Any) -> None:
-        self._extend(self._batch(seqs), tokens, _ints("counts", counts))
+    def extend(self, seqs: Any, tokens: Any, counts: Any, *, extra: Sequence[Extra] | None = None) -> None:
+        self._extend(self._batch(seqs), tokens, _ints("counts", counts), extra)
 
     @public
     def set_tokens(self, seqs: Any, tokens: Any, counts: Any = None) -> None:
@@ -476,12 +500,15 @@ class ModelManager:
         self.counts["preemptions"] += 1
 
     @public
-    def resume(self, seq: int, *, reserve: int | None = None) -> int:
+    def resume(self, seq: int, *, reserve: int | None = None, max_hit: int | None = None) -> int:
         sequence = self._sequence(seq)
-        room = _reserve(reserve)
+        room, longest = _optional("reserve", reserve), _optional("max_hit", max_hit)
         if not sequence.preempted:
             raise ValueError("the sequence is not preempted")
-        hit, target = self._find_room(sequence, room, watermark=0)
+        length = len(sequence.tokens)
+        if room is None and length and self.blocks_needed(length) > self.num_blocks:
+            room = 1 if self.blocks_needed(length, reserve=1) <= self.num_blocks else None
+        hit, target = self._find_room(sequence, room, longest, watermark=0)
         sequence.preempted = False
         sequence.may_publish = True
         self._occupy(sequence, hit, target)
@@ -623,9 +650,10 @@ class ModelManager:
             for node in path[self._first_row(g, len(path) * self.block_size) :]
         )
 
-    def _hit(self, tokens: list[int], salt: bytes, extra: dict[int, bytes]) -> list[Node]:
-        """As `_find`, leaving at least one token to compute."""
-        return self._find(tokens, salt, extra, max(0, len(tokens) - 1) // self.block_size)
+    def _hit(self, tokens: list[int], salt: bytes, extra: dict[int, bytes], max_hit: int | None) -> list[Node]:
+        """As `_find`, of at most `max_hit` tokens and leaving at least one to compute."""
+        longest = max(0, len(tokens) - 1) if max_hit is None else min(max_hit, max(0, len(tokens) - 1))
+        return self._find(tokens, salt, extra, longest // self.block_size)
 
     def _needed(self, path: list[Node]) -> list[list[int]]:
         """The rows of a table that begins with this hit."""
@@ -718,9 +746,16 @@ class ModelManager:
 
     # Sequences
 
-    def _find_room(self, sequence: Seq, reserve: int | None, watermark: int) -> tuple[list[Node], int]:
+    def _find_room(
+        self, sequence: Seq, reserve: int | None, max_hit: int | None, watermark: int
+    ) -> tuple[list[Node], int]:
         """The hit of an admission and how many tokens get slots; NoFreeBlocks if fewer than `watermark` stay free."""
-        hit = self._hit(sequence.tokens, sequence.salt, sequence.extra)
+        hit = self._hit(sequence.tokens, sequence.salt, sequence.extra, max_hit)
+        if any(reach is not None for reach in self.groups):
+            while hit and self._most_held(len(hit) * self.block_size, len(sequence.tokens), reserve) > self.num_blocks:
+                hit.pop()
+                while not self._serves(hit):
+                    hit.pop()
         target = len(sequence.tokens)
         if reserve is not None:
             target = min(target, len(hit) * self.block_size + reserve)
@@ -770,10 +805,15 @@ class ModelManager:
             may_publish=parent.may_publish,
         )
 
-    def _extend(self, batch: list[Seq], tokens: Any, counts: list[int]) -> None:
+    def _extend(self, batch: list[Seq], tokens: Any, counts: list[int], extra: Sequence[Extra] | None) -> None:
         ids = [UNKNOWN] * sum(counts) if tokens is None else _token_ids(tokens)
         _check_ragged(len(batch), counts, len(ids))
-        for sequence, count in zip(batch, counts, strict=True):
+        marks = [()] * len(batch) if extra is None else list(extra)
+        if len(marks) != len(batch):
+            raise ValueError(f"{len(batch)} sequences but extras for {len(marks)}")
+        checked = [_checked_extra(pairs, count) for pairs, count in zip(marks, counts, strict=True)]
+        for sequence, count, pairs in zip(batch, counts, checked, strict=True):
+            sequence.extra |= {len(sequence.tokens) + position: data for position, data in pairs.items()}
             sequence.tokens += ids[:count]
             ids = ids[count:]
 
@@ -851,16 +891,7 @@ class ModelManager:
             raise ValueError("a sequence needs a token")
         if not isinstance(salt, bytes):
             raise TypeError("salt is bytes")
-        marks: dict[int, bytes] = {}
-        last = -1
-        for position, data in extra:
-            if not isinstance(data, bytes):
-                raise TypeError("extra is made of (position, bytes)")
-            if not last < _int("position", position) < len(ids):
-                raise ValueError(f"extra position {position} is outside {last + 1}..{len(ids) - 1}")
-            marks[position] = data
-            last = position
-        return ids, marks
+        return ids, _checked_extra(extra, len(ids))
 
     # Rows of a step
 
@@ -1026,10 +1057,23 @@ def _int(name: str, value: Any) -> int:
     return int(value)
 
 
-def _reserve(reserve: Any) -> int | None:
-    if reserve is not None and _int("reserve", reserve) < 0:
-        raise ValueError(f"reserve={reserve}; it is 0 or more")
-    return None if reserve is None else int(reserve)
+def _optional(name: str, value: Any) -> int | None:
+    if value is not None and _int(name, value) < 0:
+        raise ValueError(f"{name}={value}; it is 0 or more")
+    return None if value is None else int(value)
+
+
+def _checked_extra(extra: Extra, num_tokens: int) -> dict[int, bytes]:
+    marks: dict[int, bytes] = {}
+    last = -1
+    for position, data in extra:
+        if not isinstance(data, bytes):
+            raise TypeError("extra is made of (position, bytes)")
+        if not last < _int("position", position) < num_tokens:
+            raise ValueError(f"extra position {position} is outside {last + 1}..{num_tokens - 1}")
+        marks[position] = data
+        last = position
+    return marks
 
 
 def _ints(name: str, values: Any) -> list[int]:

@@ -130,8 +130,11 @@ class Served:
         return max(hit for hit in range(0, len(tokens), size) if serves(hit))
 
     def serve(self, tokens: list[int], chunks: list[int]) -> int:
+        found = self.manager.match(tokens)
+        assert found == self.expected_hit(tokens)
         seq, cached = self.manager.admit(tokens, reserve=0)
-        assert cached == self.expected_hit(tokens)
+        rows = -(-len(tokens) // self.block_size) * len(self.groups)
+        assert cached == found or (cached < found and rows > self.manager.num_blocks)  # what follows would not fit
         names = self.names(tokens)
         while cached < len(tokens):
             chunk = min(len(tokens) - cached, chunks.pop() if chunks else len(tokens))
