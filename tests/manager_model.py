@@ -127,6 +127,7 @@ class Row:
     reserved_before: int
     rows_before: int
     copies: list[tuple[int, int] | None]  # for each group (source, target) of a copy-on-write
+    lent: list[bool]  # for each group: the source is written in place by another row, and this row gave it up
     slots: list[list[int]]  # of each group
 
     @property
@@ -404,6 +405,8 @@ class ModelManager:
                 raise ValueError(f"{num_blocks} blocks, a row of the step has room for {step.max_blocks_per_seq}")
             needed += (num_blocks - len(sequence.table)) * len(self.groups)
             needed += sum(self._must_copy(sequence, g) for g in range(len(self.groups)))
+        in_place = self._in_place(batch)
+        needed -= len(in_place)
         if sum(lens) > step.max_tokens:
             raise ValueError(f"{sum(lens)} tokens, the step has room for {step.max_tokens}")
         if needed > self.num_free_blocks:
@@ -412,7 +415,7 @@ class ModelManager:
             raise MovesPending("blocks were not copied", self.moves_noted)
 
         self.last_step_id += 1
-        rows = [self._prepare_row(sequence, query_len) for sequence, query_len in zip(batch, lens, strict=True)]
+        rows = [self._prepare_row(sequence, n, in_place) for sequence, n in zip(batch, lens, strict=True)]
         opened = OpenStep(self.last_step_id, rows)
         self.steps.append(opened)
         self._fill(step, rows)
@@ -445,8 +448,8 @@ class ModelManager:
         self.steps.pop(0)  # from here on "open steps" leaves this one out
         for row, count in zip(step.rows, counts, strict=True):
             sequence = row.sequence
-            for copy in reversed(row.copies):
-                if copy is not None:
+            for copy, lent in reversed(list(zip(row.copies, row.lent, strict=True))):
+                if copy is not None and not lent:
                     self._drop(copy[0])
             sequence.num_computed = row.start + count
             if count < row.query_len:
@@ -473,6 +476,7 @@ class ModelManager:
                     source, target = copy
                     self._drop(target)
                     sequence.table[row.start // self.block_size][g] = source
+                    self.refs[source] += row.lent[g]
             sequence.reserved = row.reserved_before
             sequence.num_prepared = row.start
         for block in step.waiting:
@@ -903,22 +907,43 @@ class ModelManager:
         block = sequence.table[index][g]
         return self.refs[block] > 1 or block in self.node_of
 
-    def _prepare_row(self, sequence: Seq, query_len: int) -> Row:
+    def _in_place(self, batch: list[Seq]) -> dict[int, Seq]:
+        """Blocks that only sequences of this batch hold, and the one of these that writes it: the others get copies.
+
+        It is one with the most tokens there. After an abort the others still have what they had.
+        """
+        found: dict[int, Seq] = {}
+        for g in range(len(self.groups)):
+            writers: dict[int, list[Seq]] = {}
+            for sequence in batch:
+                if self._must_copy(sequence, g):
+                    block = sequence.table[sequence.num_prepared // self.block_size][g]
+                    writers.setdefault(block, []).append(sequence)
+            for block, sequences in writers.items():
+                if len(sequences) == self.refs[block] and block not in self.node_of:
+                    longest = max(sequence.num_prepared for sequence in sequences)
+                    found[block] = [s for s in sequences if s.num_prepared == longest][-1]
+        return found
+
+    def _prepare_row(self, sequence: Seq, query_len: int, in_place: dict[int, Seq]) -> Row:
         start, end = sequence.num_prepared, sequence.num_prepared + query_len
         reserved_before, rows_before = sequence.reserved, len(sequence.table)
-        copies: list[tuple[int, int] | None] = []
+        copies: list[tuple[int, int] | None] = [None] * len(self.groups)
+        lent = [False] * len(self.groups)
         for g, must in enumerate([self._must_copy(sequence, g) for g in range(len(self.groups))]):
-            copies.append(None)
-            if must:  # the source keeps this sequence's reference until commit
-                row = sequence.table[start // self.block_size]
+            row = sequence.table[start // self.block_size] if must else []
+            if must and in_place.get(row[g]) is not sequence:
+                # The source keeps this sequence's reference until commit, unless another row writes it in place.
+                lent[g] = row[g] in in_place
                 source, row[g] = row[g], self._take()
                 copies[g] = source, row[g]
+                self.refs[source] -= lent[g]
                 self.counts["copies"] += 1
         sequence.reserved = max(sequence.reserved, end)
         self._grow(sequence)
         sequence.num_prepared = end
         slots = [[self._slot(sequence, g, position) for position in range(start, end)] for g in range(len(self.groups))]
-        return Row(sequence, start, query_len, reserved_before, rows_before, copies, slots)
+        return Row(sequence, start, query_len, reserved_before, rows_before, copies, lent, slots)
 
     def _slot(self, sequence: Seq, g: int, position: int) -> int:
         return sequence.table[position // self.block_size][g] * self.block_size + position % self.block_size
@@ -956,7 +981,8 @@ class ModelManager:
 
         named = [b for sequence in self._all_sequences() for row in sequence.table for b in row if b != GONE]
         named += [block for held_rows, _ in self.pins.values() for row in held_rows for block in row if block != GONE]
-        named += [copy[0] for step_row in rows for copy in step_row.copies if copy is not None]
+        copied = [pair for step_row in rows for pair in zip(step_row.copies, step_row.lent, strict=True)]
+        named += [copy[0] for copy, lent in copied if copy is not None and not lent]
         held = [block for block in range(self.num_blocks) if self.refs[block] > 0]
         for block in range(self.num_blocks):
             _require(1, self.refs[block] == named.count(block), f"the count of block {block} is wrong")

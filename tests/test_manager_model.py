@@ -558,3 +558,26 @@ def test_added_extra_bytes_that_are_wrong_change_nothing(engine: Engine) -> None
         with pytest.raises(error):
             manager.extend([a, b], [3, 4], [1, 1], extra=extra)
     assert [list(manager.tokens(seq)) for seq in (a, b)] == [[1], [2]]
+
+
+def test_children_of_a_partly_filled_block_copy_it_once_less(engine: Engine) -> None:
+    manager = engine.start(num_blocks=16, block_size=4)
+    parent = engine.serve([1, 2, 3, 4, 5, 6])
+    family = [parent, *(int(child) for child in manager.fork(parent, 3))]
+    manager.append(family, [7, 8, 9, 10])
+    outsider = manager.fork(parent)[0]
+    step_id = engine.prepare(*family[1:])
+    assert [source for source, _ in engine.view().copies] == [1, 1, 1]  # the parent and the outsider have it too
+    manager.abort(step_id)
+    manager.free([outsider])
+    step_id = engine.prepare(*family)
+    assert [source for source, _ in engine.view().copies] == [1, 1, 1]
+    assert engine.table(family[-1]) == [0, 1]
+    manager.abort(step_id)
+    assert [engine.table(seq) for seq in family] == [[0, 1]] * 4
+    manager.trim(family[-1], 5)  # it has less there than the others, which an abort would give what it wrote
+    step_id = engine.prepare(*family[:-1]), manager.append([family[-1]], [11])
+    manager.abort(step_id[0])
+    engine.prepare(*family)
+    assert engine.table(family[2]) == [0, 1]
+    manager.audit()

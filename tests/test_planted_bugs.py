@@ -235,6 +235,40 @@ class HandleIsReused(ModelManager):
         return super()._new_handle()
 
 
+class BlockOfOthersIsWrittenInPlace(ModelManager):
+    """The last row writes in place though somebody outside of the step holds the block too."""
+
+    def _in_place(self, batch: list[Seq]) -> dict[int, Seq]:
+        found: dict[int, Seq] = {}
+        for sequence in batch:
+            if self._must_copy(sequence, 0):
+                block = sequence.table[sequence.num_prepared // self.block_size][0]
+                if block not in self.node_of:
+                    found[block] = sequence
+        return found
+
+
+class ShortestWritesInPlace(ModelManager):
+    """What is written in place may be what the others have again after an abort."""
+
+    def _in_place(self, batch: list[Seq]) -> dict[int, Seq]:
+        found = super()._in_place(batch)
+        size = self.block_size
+        for sequence in batch:
+            index = sequence.num_prepared // size
+            block = sequence.table[index][0] if index < len(sequence.table) else GONE
+            if block in found and sequence.num_prepared < found[block].num_prepared:
+                found[block] = sequence
+        return found
+
+
+class EverybodyCopies(ModelManager):
+    """k + 1 copies for k children of a partly filled block."""
+
+    def _in_place(self, batch: list[Seq]) -> dict[int, Seq]:
+        return {}
+
+
 class AddedExtraIsForgotten(ModelManager):
     """Extra bytes count for the prompt, and not for tokens that come later."""
 
@@ -310,6 +344,9 @@ OTHERS: list[type[ModelManager]] = [
     AddedExtraComesTooEarly,
     LongestHitIsIgnored,
     AnswerCountsForNothing,
+    BlockOfOthersIsWrittenInPlace,
+    ShortestWritesInPlace,
+    EverybodyCopies,
 ]
 # Seen in the K/V alone, without a right manager to compare with.
 MISREAD: list[type[ModelManager]] = [
@@ -320,6 +357,7 @@ MISREAD: list[type[ModelManager]] = [
     ExtraIsIgnored,
     ExtraOutlivesItsToken,
     AddedExtraIsForgotten,
+    BlockOfOthersIsWrittenInPlace,
     BlockDoesNotWait,
     OldSequencesPublishAfterReset,
     WindowIsOneShort,
