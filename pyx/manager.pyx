@@ -10,6 +10,7 @@ from cpython.buffer cimport (
     PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.number cimport PyNumber_Index
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcmp, memcpy, memset
@@ -17,6 +18,8 @@ from libc.string cimport memcmp, memcpy, memset
 import itertools
 import os
 import struct
+import threading
+import weakref
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -35,6 +38,27 @@ include "manager/steps.pxi"
 include "manager/audit.pxi"
 
 _manager_ids = itertools.count(1)
+_managers = weakref.WeakSet()
+_fork = threading.Lock()
+_held = []  # managers whose locks the thread that forks has taken
+
+
+def _before_fork():
+    """Take every lock: a child that was copied while another thread had one would wait for ever."""
+    _fork.acquire()
+    for manager in list(_managers):
+        (<BlockManager>manager).lock.acquire()
+        _held.append(manager)
+
+
+def _after_fork():
+    while _held:
+        (<BlockManager>_held.pop()).lock.release()
+    _fork.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
 
 
 def _fail_allocation(int64_t after):
@@ -117,8 +141,11 @@ cdef class BlockManager:
     A call that raises has changed nothing. `NoFreeBlocks` carries `.needed` and `.free`; a handle that is not valid
     (any more) is `StaleSequence`.
 
-    Thread-safety: every method may be called from any thread; concurrent callers see each call as one step.
+    Thread-safety: every method may be called from any thread; concurrent callers see each call as one step. A child
+    that `os.fork` makes has a copy of its own, as it was between two calls.
     """
+
+    cdef object __weakref__
 
     cdef Core core
     cdef readonly tuple groups
@@ -185,6 +212,7 @@ cdef class BlockManager:
         node_at(t, 0).uses = 1
         cdef bytes key = os.urandom(key_bytes)
         memcpy(t.key, PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
+        _managers.add(self)
 
     def __dealloc__(self):
         cdef Core* c = &self.core
@@ -290,7 +318,12 @@ cdef class BlockManager:
             close_ints(&t)
         if seq == 0:
             raise self.error(&f)
-        return seq, num_cached
+        try:
+            return seq, num_cached
+        except MemoryError:
+            with self.lock:
+                core_take_back(&self.core, seq, True)
+            raise
 
     def match(self, tokens, *, salt=b"", extra=(), max_hit=None):
         """Tokens that `admit` would find in the prefix cache now. No effect."""
@@ -415,7 +448,13 @@ cdef class BlockManager:
             ok = core_resume(&self.core, handle, limit, longest, &f, &num_cached)
         if not ok:
             raise self.error(&f)
-        return num_cached
+        try:
+            return num_cached
+        except MemoryError:
+            with self.lock:
+                if core_preempt(&self.core, handle, &f):
+                    core_forget_resume(&self.core, handle, num_cached)
+            raise
 
     def pin(self, tokens, *, salt=b"", extra=()):
         """Keep the longest published prefix of `tokens`, in whole blocks, from eviction.
@@ -443,7 +482,12 @@ cdef class BlockManager:
             close_ints(&t)
         if handle == 0:
             raise self.error(&f)
-        return handle
+        try:
+            return handle
+        except MemoryError:
+            with self.lock:
+                core_unpin(&self.core, handle, &f)
+            raise
 
     def unpin(self, handle):
         """Let go of a pin."""
@@ -568,7 +612,13 @@ cdef class BlockManager:
                 if not closed:
                     error.add_note(f"step {step_id} stays open, as another thread has prepared a later one: abort both")
                 raise
-        return step_id
+        try:
+            return step_id
+        except MemoryError:
+            with self.lock:
+                if core_abort(&self.core, step_id, &f):
+                    self.core.counters.copies -= step.num_copies
+            raise
 
     def mark_moved(self, number):
         """Say that all moves up to `number`, a step's `needs`, are made, or ordered before whatever reads the blocks.
@@ -646,15 +696,25 @@ cdef class BlockManager:
         cdef Fault f
         cdef int64_t handle = as_int(seq, "seq"), count = bounded(n, "n", 1, MAX_INT32)
         cdef bint ok
-        cdef int64_t* children = <int64_t*>grab(<size_t>min(count, self.core.max_seqs) * sizeof(int64_t))
+        cdef int64_t i, room = min(count, self.core.max_seqs)
+        cdef int64_t* children = <int64_t*>grab(<size_t>room * sizeof(int64_t))
         if children == NULL:
             raise MemoryError(f"no memory for {count} handles")
         try:
+            handles = [None] * room
             with self.lock:
                 ok = core_fork(&self.core, handle, count, children, &f)
             if not ok:
                 raise self.error(&f)
-            return [children[i] for i in range(count)]
+            try:
+                for i in range(room):
+                    handles[i] = children[i]
+            except MemoryError:
+                with self.lock:
+                    for i in range(room - 1, -1, -1):
+                        core_take_back(&self.core, children[i], False)
+                raise
+            return handles
         finally:
             free(children)
 
@@ -700,7 +760,10 @@ cdef class BlockManager:
             raise self.error(&f)
 
     def reset_prefix_cache(self):
-        """Unpublish every block, held ones too (new weights). Sequences admitted before never publish again."""
+        """Unpublish every block, held ones too (new weights).
+
+        Sequences admitted before never publish again, and pins hold nothing any more: nobody could reach it.
+        """
         with nogil, self.lock:
             core_reset(&self.core)
             self.num_resets += 1
@@ -1037,9 +1100,9 @@ cdef tuple checked_groups(object given, Core* c):
     for g in range(c.num_groups):
         reach = groups[g]
         if isinstance(reach, Window):
-            c.reaches[g].window = reach.size
+            c.reaches[g].window = <int32_t>bounded(reach.size, f"groups[{g}].size", 1, MAX_INT32)
         elif isinstance(reach, Chunk):
-            c.reaches[g].chunk = reach.size
+            c.reaches[g].chunk = <int32_t>bounded(reach.size, f"groups[{g}].size", 1, MAX_INT32)
         elif reach is not None:
             raise TypeError(f"groups[{g}]={reach!r}; give None, a Window or a Chunk")
         c.reach_ends = c.reach_ends or reach is not None

@@ -549,13 +549,16 @@ class ModelManager:
     def reset_prefix_cache(self) -> None:
         self.roots.clear()
         self.node_of.clear()
+        for handle in sorted(self.pins, key=lambda handle: handle % (1 << GENERATION_SHIFT)):
+            for row in reversed(self.pins[handle][0]):
+                self._drop_row(row)
         self.unused += self.idle
         self.idle.clear()
         for sequence in self._all_sequences():
             sequence.may_publish = False
             sequence.num_published = 0
             sequence.tip = None
-        self.pins = {handle: (rows, self._root(b"")) for handle, (rows, _) in self.pins.items()}
+        self.pins = {handle: ([], self._root(b"")) for handle in self.pins}  # nobody could reach what they held
 
     # Blocks
 

@@ -891,6 +891,17 @@ cdef bint core_free(Core* c, const Ints* seqs, Fault* f) noexcept nogil:
     return True
 
 
+cdef void core_take_back(Core* c, int64_t handle, bint counted) noexcept nogil:
+    """Undo `core_admit` or `core_fork` of a sequence that nobody has heard of. What was evicted for it is gone."""
+    cdef Seq* seq = &c.seqs[handle & SLOT_MASK]
+    if counted:
+        c.counters.admitted -= 1
+        c.counters.prompt_tokens -= seq.text.num_tokens
+        c.counters.hit_tokens -= seq.num_cached
+    c.num_seqs -= 1
+    close_seq(c, seq)
+
+
 cdef bint core_preempt(Core* c, int64_t handle, Fault* f) noexcept nogil:
     cdef Seq* seq = find(c, handle, 0, f)
     if seq == NULL or not is_at_rest(seq, 0, f):
@@ -905,8 +916,16 @@ cdef bint core_preempt(Core* c, int64_t handle, Fault* f) noexcept nogil:
     return True
 
 
+cdef void core_forget_resume(Core* c, int64_t handle, int64_t num_cached) noexcept nogil:
+    """Let the counters say nothing of a `core_resume` that `core_preempt` has undone."""
+    c.counters.resumed -= 1
+    c.counters.preemptions -= 1
+    c.counters.prompt_tokens -= c.seqs[handle & SLOT_MASK].text.num_tokens
+    c.counters.hit_tokens -= num_cached
+
+
 cdef void core_reset(Core* c) noexcept nogil:
-    """Unpublish every block; sequences alive now publish no more."""
+    """Unpublish every block; sequences alive now publish no more, and pins hold nothing: nobody could reach it."""
     cdef Pool* p = &c.pool
     cdef int32_t i, b
     cdef int64_t j
@@ -920,6 +939,8 @@ cdef void core_reset(Core* c) noexcept nogil:
         for j in range(<int64_t>seq.num_rows * c.num_groups):
             if seq.table[j] >= 0 and p.blocks[seq.table[j]].node:
                 unpublish(p, seq.table[j])
+        if seq.kind == PIN:
+            release_rows(c, seq, 0)
     for i in range(p.num_steps):
         for j in range(pool_step(p, i).num_rows * c.num_groups):
             b = pool_step(p, i).sources[j]
