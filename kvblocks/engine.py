@@ -49,7 +49,8 @@ class CacheEngine:
         OverflowError, ValueError, TypeError: as for `PagedKVCache`.
 
     Example:
-        >>> engine = CacheEngine(CacheConfig(2, 8, 128, 64), "float16", "cpu")
+        >>> config = CacheConfig(num_layers=2, num_kv_heads=8, head_dim=128, num_gpu_blocks=64)
+        >>> engine = CacheEngine(config, "float16", "cpu")
         >>> len(engine), engine.memory_bytes
         (2, 8388608)
         >>> engine.get_cache(0) is engine[0], engine.get_cache(2)
@@ -159,7 +160,15 @@ class CacheEngine:
         place = checked_device(device)
         if place.type not in ("cpu", "cuda"):
             raise NotImplementedError(f"{place} does not say how much memory is free; use CacheConfig.for_memory")
-        one = CacheConfig(num_layers, num_kv_heads, head_dim, 1, block_size, v_head_dim, groups)
+        one = CacheConfig(
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            num_gpu_blocks=1,
+            block_size=block_size,
+            v_head_dim=v_head_dim,
+            groups=groups,
+        )
         free = free_memory(place)
         share = budget(memory, free)
         # Each tensor of a CUDA device is rounded up.
@@ -173,11 +182,11 @@ class CacheEngine:
                 0,
             )
         config = CacheConfig.for_memory(
-            num_kv_heads,
-            head_dim,
-            num_layers,
-            usable,
-            dtype,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            num_layers=num_layers,
+            memory_bytes=usable,
+            dtype=dtype,
             block_size=block_size,
             v_head_dim=v_head_dim,
             groups=one.groups,

@@ -47,7 +47,14 @@ class Model:
         # Two layers in the first group, one in the others: places that stay empty.
         ids = [(0, len(reaches)), *[(i,) for i in range(1, len(reaches))]]
         groups = [Group(reach, layers) for reach, layers in zip(reaches, ids, strict=True)]
-        config = CacheConfig(len(reaches) + 1, KV_HEADS, DIM, num_blocks, block_size, groups=groups)
+        config = CacheConfig(
+            num_layers=len(reaches) + 1,
+            num_kv_heads=KV_HEADS,
+            head_dim=DIM,
+            num_gpu_blocks=num_blocks,
+            block_size=block_size,
+            groups=groups,
+        )
         self.engine = CacheEngine(config, "float64", "cpu", layout=layout)
         self.manager = BlockManager(num_blocks, block_size, groups=reaches)
         self.step = StepBuffers(8, 64, 32, groups=len(reaches))

@@ -96,13 +96,13 @@ def one_block(model: PreTrainedModel, block_size: int) -> CacheConfig:
     paged = PagedModel(model)
     shape = paged.measure()
     return CacheConfig(
-        shape.num_layers,
-        shape.num_kv_heads,
-        shape.head_dim,
-        1,
-        block_size,
-        shape.v_head_dim,
-        layer_groups(paged.layers),
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        num_gpu_blocks=1,
+        block_size=block_size,
+        v_head_dim=shape.v_head_dim,
+        groups=layer_groups(paged.layers),
     )
 
 

@@ -391,7 +391,12 @@ class _Shape:
     def allocate(self, num_layers: int, prefault: bool) -> list[Tensor]:
         """Zeroed storage for K, V of each layer in turn, uint8 [bytes]; OutOfMemory leaves none of it behind."""
         config = CacheConfig(
-            num_layers, self.num_heads, self.head_dim, self.num_blocks, self.block_size, self.v_head_dim
+            num_layers=num_layers,
+            num_kv_heads=self.num_heads,
+            head_dim=self.head_dim,
+            num_gpu_blocks=self.num_blocks,
+            block_size=self.block_size,
+            v_head_dim=self.v_head_dim,
         )
         config.memory_bytes(self.dtype)  # past 64 bits an OverflowError
         sizes = [self.num_blocks * part for part in (self.key_bytes, self.block_bytes - self.key_bytes)] * num_layers
