@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvblocks import memory
 from kvblocks.checks import Indices, checked_device, checked_indices, checked_integer, checked_size, has_memory
-from kvblocks.config import CacheConfig, itemsize
+from kvblocks.config import CacheConfig, Chunk, Window, itemsize
 from kvblocks.errors import OutOfMemory
 from kvblocks.movement import BlockLayout, first_outside
 from kvblocks.storage.movers import Mover, Side, mover
@@ -54,6 +54,16 @@ class PagedKVCache:
     they are checked before a byte is written. Those that already lie on a device are not waited for: what is out of
     range there is dropped (zeros, in what `gather` returns). KVBLOCKS_CHECKED=1 in the environment checks them too.
 
+    Attributes:
+        group: of a cache that a `CacheEngine` made, the layer group of its layer, an index into `config.groups`; None
+            for a cache made alone.
+        num_groups: layer groups of the engine; 1 for a cache made alone.
+        reach: how far that group attends: a `Window`, a `Chunk`, or None for everything. Blocks further back belong to
+            other sequences.
+
+    HDN is the default, as it is the layout that this class was first asked for; whatever makes caches to run a model
+    chooses NHD, which attention kernels read.
+
     Raises:
         OutOfMemory: the memory is not there; nothing stays allocated.
         OverflowError: more than 2**63 - 1 bytes.
@@ -78,6 +88,9 @@ class PagedKVCache:
     dtype: torch.dtype
     device: torch.device
     layout: str
+    group: int | None = None
+    num_groups: int = 1
+    reach: Window | Chunk | None = None
 
     def __init__(
         self,
