@@ -139,7 +139,9 @@ class Batch:
             num_layers=LAYERS, num_kv_heads=HEADS, head_dim=DIM, num_gpu_blocks=size * (longest // BLOCK + 1)
         )
         self.manager = BlockManager(config.num_gpu_blocks, BLOCK, prefix_caching=False)
-        self.step = StepBuffers(size, max(size, CONTEXT), longest // BLOCK + 1, device="cuda")
+        self.step = StepBuffers.for_config(
+            config, max_seqs=size, max_tokens=max(size, CONTEXT), max_seq_len=longest + 1, device="cuda"
+        )
         # Layers share memory, as all of it would not fit; not so few that a device's caches would hold it.
         layers = min(LAYERS, -(-_FLUSH_BYTES * LAYERS // config.memory_bytes("bfloat16")))
         self.caches = PagedKVCache.layers(

@@ -135,12 +135,12 @@ class Generator:
                 max_seqs=self.max_seqs,
                 watermark=watermark,
             )
-            self.buffers = StepBuffers(
-                self.max_seqs,
-                max_batch_tokens,
-                -(-max(1, self.max_seq_len) // config.block_size),
+            self.buffers = StepBuffers.for_config(
+                config,
+                max_seqs=self.max_seqs,
+                max_tokens=max_batch_tokens,
+                max_seq_len=max(1, self.max_seq_len),
                 device=model.device,
-                groups=len(config.groups),
             )
         except BaseException:
             self.close()
