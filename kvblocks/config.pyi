@@ -62,7 +62,7 @@ class CacheConfig:
         num_kv_heads: SupportsIndex,
         head_dim: SupportsIndex,
         num_layers: SupportsIndex,
-        memory_bytes: SupportsIndex,
+        memory_bytes: SupportsIndex | str,
         dtype: _DType,
         block_size: SupportsIndex = 16,
         v_head_dim: SupportsIndex | None = None,

@@ -1,12 +1,15 @@
 """How large a paged KV cache is: its shape, and its sizes exact to the byte.
 
-No tensors, no allocation, no bookkeeping of blocks; imports the standard library only, and knows a torch dtype by name.
+No tensors, no allocation, no bookkeeping of blocks; imports `kvblocks.sizes` and the standard library, and knows a
+torch dtype by name.
 """
 
 import reprlib
 from copyreg import __newobj_ex__
 from dataclasses import dataclass
 from operator import index
+
+from kvblocks.sizes import parse_size
 
 from libc.stdint cimport INT32_MAX, INT64_MAX, int64_t
 
@@ -341,7 +344,7 @@ cdef class CacheConfig:
         groups=None,
         layer_shapes=None,
     ):
-        """A config with as many whole blocks of `dtype` as fit into `memory_bytes` bytes.
+        """A config with as many whole blocks of `dtype` as fit into `memory_bytes`: bytes, or text such as "8GiB".
 
         Its own `memory_bytes(dtype)` is never more than was given, and with one block more it would be. To keep that
         true, memory for more than 2**31-1 blocks is an error: block ids are int32, and larger blocks use all of it.
@@ -362,6 +365,11 @@ cdef class CacheConfig:
             groups=groups,
             layer_shapes=layer_shapes,
         )
+        if isinstance(memory_bytes, str):
+            try:
+                memory_bytes = parse_size(memory_bytes)
+            except ValueError as error:
+                raise ValueError(f"memory_bytes={error}") from None
         cdef int64_t given = _bounded("memory_bytes", memory_bytes, 0, INT64_MAX)
         cdef int64_t block_bytes = (<CacheConfig?>config).block_bytes(dtype)
         if block_bytes < 1:

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import enum
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -413,7 +414,7 @@ def test_memory_counts_the_empty_places_of_short_groups(
     assert config.num_gpu_blocks == 1 + spare // block_bytes
 
 
-@pytest.mark.parametrize("value", [True, 1e9, float("nan"), "1GiB", None, np.float64(1e9)], ids=repr)
+@pytest.mark.parametrize("value", [True, 1e9, float("nan"), b"1GiB", None, np.float64(1e9)], ids=repr)
 def test_memory_of_the_wrong_type_is_named(value: Any) -> None:
     with pytest.raises(TypeError, match=r"^memory_bytes=.* give an integer in 0\.\.9223372036854775807$"):
         CacheConfig.for_memory(num_kv_heads=1, head_dim=1, num_layers=1, memory_bytes=value, dtype="int8")
@@ -423,6 +424,19 @@ def test_memory_of_the_wrong_type_is_named(value: Any) -> None:
 def test_memory_out_of_bounds_is_named(value: int) -> None:
     with pytest.raises(ValueError, match=r"^memory_bytes=.* is outside 0\.\.9223372036854775807$"):
         CacheConfig.for_memory(num_kv_heads=1, head_dim=1, num_layers=1, memory_bytes=value, dtype="int8")
+
+
+def test_memory_may_be_text() -> None:
+    sizes: dict[str, Any] = {"num_kv_heads": 8, "head_dim": 128, "num_layers": 32, "dtype": "bfloat16"}
+    for text, number in (("10GiB", 10 * 2**30), ("1.5GB", 1_500_000_000), (" 64 mib ", 64 << 20), ("2097152", 2 << 20)):
+        assert CacheConfig.for_memory(memory_bytes=text, **sizes) == CacheConfig.for_memory(
+            memory_bytes=number, **sizes
+        )
+    for text in ("", "90%", "1 bag", "-1GiB", "99999999999GiB"):
+        with pytest.raises(ValueError, match=rf"^memory_bytes={re.escape(repr(text))} is (not a size|more than)"):
+            CacheConfig.for_memory(memory_bytes=text, **sizes)
+    with pytest.raises(ValueError, match="memory_bytes=1024 holds no block"):
+        CacheConfig.for_memory(memory_bytes="1KiB", **sizes)
 
 
 def test_the_sizing_that_people_do_first() -> None:

@@ -236,7 +236,7 @@ def _layer_shape(config: Any) -> tuple[int, int, int]:
 
 
 def cache_config(
-    config: PreTrainedConfig, memory_bytes: int, dtype: torch.dtype, *, block_size: int = 16
+    config: PreTrainedConfig, memory_bytes: int | str, dtype: torch.dtype, *, block_size: int = 16
 ) -> CacheConfig:
     """The largest cache for the model within `memory_bytes`, its layers in groups by how far they attend.
 

@@ -164,6 +164,7 @@ class Pool:
                 f"{config.memory_bytes(dtype)} bytes, and memory={sizes.memory}; the blocks were counted by the "
                 "config, which has another shape or dtype: give num_blocks, or dtype"
             )
+        # NHD: a token's heads lie together, as transformers makes them and attention kernels read them.
         self._engine = CacheEngine(config, dtype, device, layout="NHD")
         return self._engine
 
