@@ -38,8 +38,8 @@ class CacheEngine:
 
     Args:
         config: sizes.
-        dtype, device, layout, prefault: as for `PagedKVCache`, the default of `layout` too; give "NHD" for a model whose
-            layers attend through kernels, as flash-attn, `varlen_attn` and FlashInfer read no other.
+        dtype, device, layout, prefault: as for `PagedKVCache`, the default of `layout` too. Give "NHD" to run a model:
+            flash-attn, torch's `varlen_attn` and FlashInfer read it.
 
     With several layer groups the layers that have the same place in their groups share memory: a block of the pool
     belongs to one group at a time. Each layer has its own `PagedKVCache` all the same, which knows its group and how

@@ -146,7 +146,12 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_sdist_holds_all_sources_and_nothing_generated(sdist: Path) -> None:
     held = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
     wanted = {name for name in expected_in_package() if not name.endswith(EXT_SUFFIX)}
-    for folder, suffixes in (("pyx", {".pyx", ".pxd", ".pxi", ".h"}), ("tests", {".py"}), ("benchmarks", {".py"})):
+    for folder, suffixes in (
+        ("pyx", {".pyx", ".pxd", ".pxi", ".h"}),
+        ("tests", {".py"}),
+        ("examples", {".py"}),
+        ("benchmarks", {".py"}),
+    ):
         wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*") if path.suffix in suffixes}
     wanted |= {"setup.py", "pyproject.toml", "constraints.txt", "dev.py", ".ci/run", "README.md", "LICENSE"}
     assert wanted - held == set()
