@@ -41,7 +41,18 @@ CHECKED_TREE = ROOT / "build" / "checked"
 SANITIZED_TREE = ROOT / "build" / "sanitized"
 SANITIZE = "-fsanitize=address,undefined"
 # What the trees for these builds are copies of.
-COPIED = ["kvblocks", "pyx", "tests", "benchmarks", ".ci", "setup.py", "pyproject.toml", "constraints.txt", "dev.py"]
+COPIED = [
+    "kvblocks",
+    "pyx",
+    "tests",
+    "examples",
+    "benchmarks",
+    ".ci",
+    "setup.py",
+    "pyproject.toml",
+    "constraints.txt",
+    "dev.py",
+]
 COPIED += ["MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"]
 GENERATE = ["generate"]
 TEST = ["generate", "plan", "replay", "test", "lint"]

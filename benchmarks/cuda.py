@@ -135,9 +135,13 @@ class Batch:
     def __init__(self, size: int) -> None:
         longest = CONTEXT + 4096
         self.size = size
-        config = CacheConfig(LAYERS, HEADS, DIM, size * (longest // BLOCK + 1))
+        config = CacheConfig(
+            num_layers=LAYERS, num_kv_heads=HEADS, head_dim=DIM, num_gpu_blocks=size * (longest // BLOCK + 1)
+        )
         self.manager = BlockManager(config.num_gpu_blocks, BLOCK, prefix_caching=False)
-        self.step = StepBuffers(size, max(size, CONTEXT), longest // BLOCK + 1, device="cuda")
+        self.step = StepBuffers.for_config(
+            config, max_seqs=size, max_tokens=max(size, CONTEXT), max_seq_len=longest + 1, device="cuda"
+        )
         # Layers share memory, as all of it would not fit; not so few that a device's caches would hold it.
         layers = min(LAYERS, -(-_FLUSH_BYTES * LAYERS // config.memory_bytes("bfloat16")))
         self.caches = PagedKVCache.layers(

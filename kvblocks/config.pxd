@@ -19,6 +19,7 @@ cdef class CacheConfig:
     cdef tuple _layer_shapes
 
     cdef tuple _fields(self)
+    cdef dict _arguments(self)
     cdef int64_t _largest_group(self, int64_t size) except -1
     cpdef int64_t token_bytes(self, object dtype) except -1
     cpdef int64_t block_bytes(self, object dtype) except -1

@@ -31,6 +31,7 @@ class Group:
 class CacheConfig:
     def __new__(
         cls,
+        *,
         num_layers: SupportsIndex,
         num_kv_heads: SupportsIndex,
         head_dim: SupportsIndex,
@@ -43,12 +44,12 @@ class CacheConfig:
     @classmethod
     def for_capacity(
         cls,
+        *,
         num_kv_heads: SupportsIndex,
         head_dim: SupportsIndex,
         num_layers: SupportsIndex,
         max_seq_len: SupportsIndex,
         max_batch_size: SupportsIndex,
-        *,
         block_size: SupportsIndex = 16,
         v_head_dim: SupportsIndex | None = None,
         groups: Iterable[Group] | None = None,
@@ -57,12 +58,12 @@ class CacheConfig:
     @classmethod
     def for_memory(
         cls,
+        *,
         num_kv_heads: SupportsIndex,
         head_dim: SupportsIndex,
         num_layers: SupportsIndex,
-        memory_bytes: SupportsIndex,
+        memory_bytes: SupportsIndex | str,
         dtype: _DType,
-        *,
         block_size: SupportsIndex = 16,
         v_head_dim: SupportsIndex | None = None,
         groups: Iterable[Group] | None = None,

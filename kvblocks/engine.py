@@ -12,6 +12,7 @@ import torch
 from kvblocks.checks import Indices, checked_device, checked_integer
 from kvblocks.config import CacheConfig, Group
 from kvblocks.errors import OutOfMemory
+from kvblocks.manager import BlockManager
 from kvblocks.sizes import budget
 from kvblocks.step import StepBuffers
 from kvblocks.storage.cache import (
@@ -37,11 +38,13 @@ class CacheEngine:
 
     Args:
         config: sizes.
-        dtype, device, layout, prefault: as for `PagedKVCache`.
+        dtype, device, layout, prefault: as for `PagedKVCache`, the default of `layout` too. Give "NHD" to run a model:
+            flash-attn, torch's `varlen_attn` and FlashInfer read it.
 
     With several layer groups the layers that have the same place in their groups share memory: a block of the pool
-    belongs to one group at a time. Each layer has its own `PagedKVCache` all the same, to be used with the block table
-    and the slots of its group, `group_of(layer)`. Where layers differ in heads or dims, those of a group lie one after
+    belongs to one group at a time. Each layer has its own `PagedKVCache` all the same, which knows its group and how
+    far that attends: `paged_attention` reads the group's block table by itself, and `write` is given the group's slots,
+    `step.slot_mapping[cache.group]`. Where layers differ in heads or dims, those of a group lie one after
     the other inside each block; on CUDA such blocks are moved by torch operations, not by the kernels.
 
     Raises:
@@ -49,7 +52,8 @@ class CacheEngine:
         OverflowError, ValueError, TypeError: as for `PagedKVCache`.
 
     Example:
-        >>> engine = CacheEngine(CacheConfig(2, 8, 128, 64), "float16", "cpu")
+        >>> config = CacheConfig(num_layers=2, num_kv_heads=8, head_dim=128, num_gpu_blocks=64)
+        >>> engine = CacheEngine(config, "float16", "cpu")
         >>> len(engine), engine.memory_bytes
         (2, 8388608)
         >>> engine.get_cache(0) is engine[0], engine.get_cache(2)
@@ -70,6 +74,7 @@ class CacheEngine:
         if not isinstance(config, CacheConfig):
             raise TypeError(f"config is a {type(config).__name__}; give a CacheConfig")
         self._config = config
+        self._reaches = tuple(group.reach for group in config.groups)
         self._places = [0] * config.num_layers
         self._group_of = [0] * config.num_layers
         for g, group in enumerate(config.groups):
@@ -92,6 +97,8 @@ class CacheEngine:
         else:
             self._caches = self._alike(dtype, device, layout, prefault)
             self._mover = together(self._distinct())
+        for cache, index in zip(self._caches, self._group_of, strict=True):
+            cache.group, cache.num_groups, cache.reach = index, len(self._reaches), self._reaches[index]
         _log.info(
             "KV cache on %s: %d blocks x %d layers = %.1f MB",
             self.device,
@@ -159,7 +166,15 @@ class CacheEngine:
         place = checked_device(device)
         if place.type not in ("cpu", "cuda"):
             raise NotImplementedError(f"{place} does not say how much memory is free; use CacheConfig.for_memory")
-        one = CacheConfig(num_layers, num_kv_heads, head_dim, 1, block_size, v_head_dim, groups)
+        one = CacheConfig(
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            num_gpu_blocks=1,
+            block_size=block_size,
+            v_head_dim=v_head_dim,
+            groups=groups,
+        )
         free = free_memory(place)
         share = budget(memory, free)
         # Each tensor of a CUDA device is rounded up.
@@ -173,11 +188,11 @@ class CacheEngine:
                 0,
             )
         config = CacheConfig.for_memory(
-            num_kv_heads,
-            head_dim,
-            num_layers,
-            usable,
-            dtype,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            num_layers=num_layers,
+            memory_bytes=usable,
+            dtype=dtype,
             block_size=block_size,
             v_head_dim=v_head_dim,
             groups=one.groups,
@@ -276,13 +291,27 @@ class CacheEngine:
 
         Raises:
             TypeError: not a step that a manager has filled.
-            ValueError: its blocks are not this engine's, or lie on another device; nothing was copied or marked.
+            ValueError: the manager's blocks are not this engine's (their size, their number, or what the layer groups
+                attend to differ), or the step is on another device; nothing was copied or marked.
         """
         if not isinstance(step, StepBuffers) or step.manager is None:
             raise TypeError(f"step is a {type(step).__name__} that no manager has filled; give what prepare was given")
+        self._check_manager(step.manager)
         if step.waits:
             self.copy_blocks(step.copies)
             step.manager.mark_moved(step.needs)
+
+    def _check_manager(self, manager: BlockManager) -> None:
+        if manager.groups != self._reaches:
+            raise ValueError(
+                f"the manager's layer groups are {manager.groups} and the engine's {self._reaches}; make the manager "
+                "with groups=[group.reach for group in config.groups]"
+            )
+        if manager.block_size != self.block_size or manager.num_blocks > self.num_blocks:
+            raise ValueError(
+                f"the manager has {manager.num_blocks} blocks of {manager.block_size} tokens and the engine "
+                f"{self.num_blocks} of {self.block_size}; make both from one CacheConfig"
+            )
 
     def copy_blocks(self, pairs: Indices) -> None:
         """`PagedKVCache.copy_blocks` in every layer; the pairs are checked once, before anything is copied."""

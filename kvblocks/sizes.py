@@ -3,8 +3,10 @@
 import re
 from decimal import Decimal
 from fractions import Fraction
+from operator import index
+from typing import SupportsIndex
 
-__all__ = ["budget", "parse_size"]
+__all__ = ["budget", "checked_bytes", "parse_size"]
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGTP", 1)}
@@ -23,6 +25,27 @@ def parse_size(text: str) -> int:
     size = int(Fraction(Decimal(match[1])) * _UNITS[match[2].upper()])
     if size >= 2**63:
         raise ValueError(f"{text!r:.60} is more than 2**63 - 1 bytes")
+    return size
+
+
+def checked_bytes(name: str, value: str | SupportsIndex) -> int:
+    """Bytes that a number of bytes, or text such as "8GiB", stands for.
+
+    Raises:
+        ValueError: text that is no size, or a number outside 1..2**63 - 1.
+        TypeError: neither text nor an integer.
+    """
+    if isinstance(value, str):
+        try:
+            size = parse_size(value)
+        except ValueError as error:
+            raise ValueError(f"{name}={error}") from None
+    elif isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise TypeError(f"{name} is a {type(value).__name__}; give bytes as an int, or text like '64MiB'")
+    else:
+        size = index(value)
+    if not 0 < size < 2**63:
+        raise ValueError(f"{name}={value!r} must be 1 to 2**63 - 1 bytes")
     return size
 
 

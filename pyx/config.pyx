@@ -1,12 +1,15 @@
 """How large a paged KV cache is: its shape, and its sizes exact to the byte.
 
-No tensors, no allocation, no bookkeeping of blocks; imports the standard library only, and knows a torch dtype by name.
+No tensors, no allocation, no bookkeeping of blocks; imports `kvblocks.sizes` and the standard library, and knows a
+torch dtype by name.
 """
 
 import reprlib
-from copyreg import __newobj__
+from copyreg import __newobj_ex__
 from dataclasses import dataclass
 from operator import index
+
+from kvblocks.sizes import parse_size
 
 from libc.stdint cimport INT32_MAX, INT64_MAX, int64_t
 
@@ -26,6 +29,19 @@ cdef dict _ITEMSIZE = {
     "float32": 4,
     "float64": 8,
 }
+
+
+# What a constructor takes, in the order of `_fields`.
+cdef tuple _FIELDS = (
+    "num_layers",
+    "num_kv_heads",
+    "head_dim",
+    "num_gpu_blocks",
+    "block_size",
+    "v_head_dim",
+    "groups",
+    "layer_shapes",
+)
 
 
 cdef str _shown(object value):
@@ -210,6 +226,9 @@ cdef class CacheConfig:
     A block holds the K and V of `block_size` consecutive tokens for the layers of one group; with the default, one
     group, for every layer. Sizes are exact: what does not fit in 64 bits is an OverflowError that names the product.
 
+    All arguments are given by name: heads, dims and layers are integers alike, and in the wrong order they would make a
+    config of the same size for another model.
+
     Args:
         num_layers: layers that have a cache.
         num_kv_heads: heads of K and V in each layer (on this device, where they are split over several).
@@ -239,6 +258,7 @@ cdef class CacheConfig:
 
     def __cinit__(
         self,
+        *,
         num_layers,
         num_kv_heads,
         head_dim,
@@ -269,12 +289,12 @@ cdef class CacheConfig:
     @classmethod
     def for_capacity(
         cls,
+        *,
         num_kv_heads,
         head_dim,
         num_layers,
         max_seq_len,
         max_batch_size,
-        *,
         block_size=16,
         v_head_dim=None,
         groups=None,
@@ -289,7 +309,16 @@ cdef class CacheConfig:
             TypeError, ValueError: as the class does, and for `max_seq_len` and `max_batch_size` likewise; also when
                 more than 2**31-1 blocks would be needed.
         """
-        config = cls(num_layers, num_kv_heads, head_dim, 1, block_size, v_head_dim, groups, layer_shapes)
+        config = cls(
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            num_gpu_blocks=1,
+            block_size=block_size,
+            v_head_dim=v_head_dim,
+            groups=groups,
+            layer_shapes=layer_shapes,
+        )
         cdef int64_t seq_len = _bounded("max_seq_len", max_seq_len, 1, INT32_MAX)
         cdef int64_t batch_size = _bounded("max_batch_size", max_batch_size, 1, INT32_MAX)
         tables = 1 if (<CacheConfig?>config)._groups is None else len((<CacheConfig>config)._groups)
@@ -304,18 +333,18 @@ cdef class CacheConfig:
     @classmethod
     def for_memory(
         cls,
+        *,
         num_kv_heads,
         head_dim,
         num_layers,
         memory_bytes,
         dtype,
-        *,
         block_size=16,
         v_head_dim=None,
         groups=None,
         layer_shapes=None,
     ):
-        """A config with as many whole blocks of `dtype` as fit into `memory_bytes` bytes.
+        """A config with as many whole blocks of `dtype` as fit into `memory_bytes`: bytes, or text such as "8GiB".
 
         Its own `memory_bytes(dtype)` is never more than was given, and with one block more it would be. To keep that
         true, memory for more than 2**31-1 blocks is an error: block ids are int32, and larger blocks use all of it.
@@ -326,7 +355,21 @@ cdef class CacheConfig:
             TypeError: `dtype` cannot hold a cache, see `itemsize`.
             OverflowError: one block is more than 2**63-1 bytes.
         """
-        config = cls(num_layers, num_kv_heads, head_dim, 1, block_size, v_head_dim, groups, layer_shapes)
+        config = cls(
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            num_gpu_blocks=1,
+            block_size=block_size,
+            v_head_dim=v_head_dim,
+            groups=groups,
+            layer_shapes=layer_shapes,
+        )
+        if isinstance(memory_bytes, str):
+            try:
+                memory_bytes = parse_size(memory_bytes)
+            except ValueError as error:
+                raise ValueError(f"memory_bytes={error}") from None
         cdef int64_t given = _bounded("memory_bytes", memory_bytes, 0, INT64_MAX)
         cdef int64_t block_bytes = (<CacheConfig?>config).block_bytes(dtype)
         if block_bytes < 1:
@@ -446,17 +489,7 @@ cdef class CacheConfig:
         Raises:
             TypeError, ValueError: as the class does; an unknown field is a TypeError.
         """
-        names = (
-            "num_layers",
-            "num_kv_heads",
-            "head_dim",
-            "num_gpu_blocks",
-            "block_size",
-            "v_head_dim",
-            "groups",
-            "layer_shapes",
-        )
-        return type(self)(**(dict(zip(names, self._fields(), strict=True)) | fields))
+        return type(self)(**(self._arguments() | fields))
 
     def __replace__(self, /, **fields):
         return self.replace(**fields)
@@ -474,6 +507,10 @@ cdef class CacheConfig:
             self._groups,
             self._layer_shapes,
         )
+
+    cdef dict _arguments(self):
+        """The fields by the names under which a constructor takes them."""
+        return dict(zip(_FIELDS, self._fields(), strict=True))
 
     def __eq__(self, other):
         if type(other) is not type(self):
@@ -500,5 +537,5 @@ cdef class CacheConfig:
         return f"{type(self).__qualname__}({', '.join(shown)})"
 
     def __reduce__(self):
-        # __newobj__ goes past a subclass's __init__, and its attributes travel as state, as for any object.
-        return __newobj__, (type(self), *self._fields()), self.__getstate__()
+        # __newobj_ex__ goes past a subclass's __init__, and its attributes travel as state, as for any object.
+        return __newobj_ex__, (type(self), (), self._arguments()), self.__getstate__()

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import enum
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -96,14 +97,22 @@ def test_fields_are_kept(shape: Shape) -> None:
     config = CacheConfig(**shape)
     assert {field: getattr(config, field) for field in FIELDS} == shape
     assert all(type(getattr(config, field)) is int for field in FIELDS)
-    assert CacheConfig(*(shape[field] for field in FIELDS)) == config  # in the constructor's order
 
 
 def test_the_largest_size_is_exactly_the_last_that_64_bits_hold() -> None:
     # 2**63-1 = 7 * 7 * 73 * 127 * 337 * 92737 * 649657
-    config = CacheConfig(1, 92737, 1, 7 * 7 * 73, 127 * 337, 649657 - 1)
+    config = CacheConfig(
+        num_layers=1,
+        num_kv_heads=92737,
+        head_dim=1,
+        num_gpu_blocks=7 * 7 * 73,
+        block_size=127 * 337,
+        v_head_dim=649657 - 1,
+    )
     assert config.memory_bytes("int8") == INT64_MAX
-    one_more = CacheConfig(1, 2**20, 2**19, 2**12, 2**11, 2**19)
+    one_more = CacheConfig(
+        num_layers=1, num_kv_heads=2**20, head_dim=2**19, num_gpu_blocks=2**12, block_size=2**11, v_head_dim=2**19
+    )
     with pytest.raises(OverflowError, match=r"memory_bytes = num_gpu_blocks=4096 \* .* = 9223372036854775808 "):
         one_more.memory_bytes("int8")
 
@@ -131,14 +140,14 @@ def test_a_dtype_is_itself_or_its_name(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", OTHER_DTYPES, ids=str)
 def test_no_other_dtype_of_torch_is_taken(dtype: torch.dtype) -> None:
-    config = CacheConfig(1, 1, 1, 1)
+    config = CacheConfig(num_layers=1, num_kv_heads=1, head_dim=1, num_gpu_blocks=1)
     takers: list[Any] = [itemsize, config.token_bytes, config.block_bytes, config.memory_bytes]
     for taker in takers:
         for given_as in (dtype, str(dtype), str(dtype).removeprefix("torch.")):
             with pytest.raises(TypeError, match=str(dtype).removeprefix("torch.")):
                 taker(given_as)
     with pytest.raises(TypeError, match="dtype="):
-        CacheConfig.for_memory(1, 1, 1, 1024, dtype)
+        CacheConfig.for_memory(num_kv_heads=1, head_dim=1, num_layers=1, memory_bytes=1024, dtype=dtype)
 
 
 NO_DTYPES: list[Any] = [
@@ -218,7 +227,7 @@ def test_a_field_of_the_wrong_type_is_named(field: str, value: Any) -> None:
 @pytest.mark.parametrize("field", FIELDS)
 def test_none_stands_for_v_head_dim_only(field: str) -> None:
     if field == "v_head_dim":
-        assert CacheConfig(1, 1, 5, 1, v_head_dim=None).v_head_dim == 5
+        assert CacheConfig(num_layers=1, num_kv_heads=1, head_dim=5, num_gpu_blocks=1, v_head_dim=None).v_head_dim == 5
     else:
         with pytest.raises(TypeError, match=f"^{field}=None is of type NoneType"):
             CacheConfig(**shape_with(field, None))
@@ -253,24 +262,37 @@ def test_an_error_of_an_index_of_its_own_passes_through() -> None:
             raise RuntimeError("no name either")
 
     with pytest.raises(RuntimeError, match="no number today"):
-        CacheConfig(Broken(), 1, 1, 1)
+        CacheConfig(num_layers=Broken(), num_kv_heads=1, head_dim=1, num_gpu_blocks=1)
     with pytest.raises(TypeError, match=r"^dtype=<Broken instance at .* cannot hold a cache"):
         itemsize(Broken())  # type: ignore[arg-type]
 
 
 def test_what_is_missing_or_unknown_is_a_type_error() -> None:
     make: Any = CacheConfig
-    for arguments in ((), (1,), (1, 2, 3)):
+    four = dict(zip(FIELDS[:4], range(1, 5), strict=True))
+    for count in range(4):
+        given = dict(list(four.items())[:count])
         with pytest.raises(TypeError):
-            make(*arguments)
+            make(**given)
         with pytest.raises(TypeError):
-            make.__new__(make, *arguments)
-    with pytest.raises(TypeError):
-        make(1, 2, 3, 4, 5, 6, None, 8)
+            make.__new__(make, **given)
+    assert make(**four) == make.__new__(make, **four)
     with pytest.raises(TypeError, match="colour"):
-        make(1, 2, 3, 4, colour=1)
-    with pytest.raises(TypeError):
-        make.for_memory(1, 1, 1, 64, "int8", 16)  # block_size is given by name
+        make(**four, colour=1)
+
+
+def test_no_argument_is_given_by_its_place() -> None:
+    """Heads, dims and layers are integers alike: in the wrong order they made a config of the same size."""
+    make: Any = CacheConfig
+    for arguments in ((32, 8, 128, 1000), (8, 128, 32, 1000), (1,)):
+        with pytest.raises(TypeError, match="positional"):
+            make(*arguments)
+        with pytest.raises(TypeError, match="positional"):
+            make(*arguments, head_dim=128)
+    with pytest.raises(TypeError, match=r"for_capacity\(\) takes .* positional"):
+        make.for_capacity(8, 128, 32, 4096, 8)
+    with pytest.raises(TypeError, match=r"for_memory\(\) takes .* positional"):
+        make.for_memory(8, 128, 32, 2**30, "bfloat16")
 
 
 # --- for_capacity and for_memory
@@ -281,18 +303,50 @@ def test_capacity_holds_every_sequence_at_full_length(seq_len: int, batch_size: 
     blocks = ceil_div(seq_len, block_size) * batch_size
     if blocks > INT32_MAX:
         with pytest.raises(ValueError, match=rf"^num_gpu_blocks={blocks}, .*max_seq_len={seq_len} .* 1\.\.2147483647"):
-            CacheConfig.for_capacity(8, 128, 32, seq_len, batch_size, block_size=block_size)
+            CacheConfig.for_capacity(
+                num_kv_heads=8,
+                head_dim=128,
+                num_layers=32,
+                max_seq_len=seq_len,
+                max_batch_size=batch_size,
+                block_size=block_size,
+            )
     else:
-        config = CacheConfig.for_capacity(8, 128, 32, seq_len, batch_size, block_size=block_size)
-        assert config == CacheConfig(32, 8, 128, blocks, block_size)
+        config = CacheConfig.for_capacity(
+            num_kv_heads=8,
+            head_dim=128,
+            num_layers=32,
+            max_seq_len=seq_len,
+            max_batch_size=batch_size,
+            block_size=block_size,
+        )
+        assert config == CacheConfig(
+            num_layers=32, num_kv_heads=8, head_dim=128, num_gpu_blocks=blocks, block_size=block_size
+        )
         assert config.num_blocks_for(seq_len) * batch_size == config.num_gpu_blocks
 
 
 @given(groupings(), st.integers(1, 5000), st.integers(1, 64))
 def test_capacity_counts_a_table_for_each_group(groups: tuple[Group, ...], seq_len: int, batch_size: int) -> None:
     layers = sum(len(group.layers) for group in groups)
-    config = CacheConfig.for_capacity(2, 8, layers, seq_len, batch_size, v_head_dim=4, groups=groups)
-    assert config == CacheConfig(layers, 2, 8, ceil_div(seq_len, 16) * batch_size * len(groups), 16, 4, groups)
+    config = CacheConfig.for_capacity(
+        num_kv_heads=2,
+        head_dim=8,
+        num_layers=layers,
+        max_seq_len=seq_len,
+        max_batch_size=batch_size,
+        v_head_dim=4,
+        groups=groups,
+    )
+    assert config == CacheConfig(
+        num_layers=layers,
+        num_kv_heads=2,
+        head_dim=8,
+        num_gpu_blocks=ceil_div(seq_len, 16) * batch_size * len(groups),
+        block_size=16,
+        v_head_dim=4,
+        groups=groups,
+    )
 
 
 @pytest.mark.parametrize("field", ["num_kv_heads", "head_dim", "num_layers", "max_seq_len", "max_batch_size"])
@@ -346,27 +400,50 @@ def test_memory_counts_the_empty_places_of_short_groups(
     layers = sum(len(group.layers) for group in groups)
     longest = max(len(group.layers) for group in groups)
     block_bytes = 16 * 2 * (8 + 4) * dtype.itemsize * longest
-    config = CacheConfig.for_memory(2, 8, layers, block_bytes + spare, dtype, v_head_dim=4, groups=groups)
+    config = CacheConfig.for_memory(
+        num_kv_heads=2,
+        head_dim=8,
+        num_layers=layers,
+        memory_bytes=block_bytes + spare,
+        dtype=dtype,
+        v_head_dim=4,
+        groups=groups,
+    )
     assert config.layers_per_group == longest
     assert config.block_bytes(dtype) == block_bytes
     assert config.num_gpu_blocks == 1 + spare // block_bytes
 
 
-@pytest.mark.parametrize("value", [True, 1e9, float("nan"), "1GiB", None, np.float64(1e9)], ids=repr)
+@pytest.mark.parametrize("value", [True, 1e9, float("nan"), b"1GiB", None, np.float64(1e9)], ids=repr)
 def test_memory_of_the_wrong_type_is_named(value: Any) -> None:
     with pytest.raises(TypeError, match=r"^memory_bytes=.* give an integer in 0\.\.9223372036854775807$"):
-        CacheConfig.for_memory(1, 1, 1, value, "int8")
+        CacheConfig.for_memory(num_kv_heads=1, head_dim=1, num_layers=1, memory_bytes=value, dtype="int8")
 
 
 @pytest.mark.parametrize("value", [-1, -(10**5000), 2**63, 10**5000], ids=["-1", "-huge", "2**63", "huge"])
 def test_memory_out_of_bounds_is_named(value: int) -> None:
     with pytest.raises(ValueError, match=r"^memory_bytes=.* is outside 0\.\.9223372036854775807$"):
-        CacheConfig.for_memory(1, 1, 1, value, "int8")
+        CacheConfig.for_memory(num_kv_heads=1, head_dim=1, num_layers=1, memory_bytes=value, dtype="int8")
+
+
+def test_memory_may_be_text() -> None:
+    sizes: dict[str, Any] = {"num_kv_heads": 8, "head_dim": 128, "num_layers": 32, "dtype": "bfloat16"}
+    for text, number in (("10GiB", 10 * 2**30), ("1.5GB", 1_500_000_000), (" 64 mib ", 64 << 20), ("2097152", 2 << 20)):
+        assert CacheConfig.for_memory(memory_bytes=text, **sizes) == CacheConfig.for_memory(
+            memory_bytes=number, **sizes
+        )
+    for text in ("", "90%", "1 bag", "-1GiB", "99999999999GiB"):
+        with pytest.raises(ValueError, match=rf"^memory_bytes={re.escape(repr(text))} is (not a size|more than)"):
+            CacheConfig.for_memory(memory_bytes=text, **sizes)
+    with pytest.raises(ValueError, match="memory_bytes=1024 holds no block"):
+        CacheConfig.for_memory(memory_bytes="1KiB", **sizes)
 
 
 def test_the_sizing_that_people_do_first() -> None:
     """8B-class model, 32 layers of 8 heads of 128, bfloat16: 128 KiB a token, 2 MiB a block, 10 GiB is 5,120 blocks."""
-    config = CacheConfig.for_memory(8, 128, 32, 10 * 2**30, torch.bfloat16)
+    config = CacheConfig.for_memory(
+        num_kv_heads=8, head_dim=128, num_layers=32, memory_bytes=10 * 2**30, dtype=torch.bfloat16
+    )
     assert config.token_bytes(torch.bfloat16) == 128 * 2**10
     assert config.block_bytes(torch.bfloat16) == 2 * 2**20
     assert (config.num_gpu_blocks, config.max_tokens) == (5120, 81920)
@@ -376,7 +453,9 @@ def test_the_sizing_that_people_do_first() -> None:
 @example(INT64_MAX, 1)
 @example(INT64_MAX, INT32_MAX)
 def test_blocks_for_tokens(num_tokens: int, block_size: int) -> None:
-    assert CacheConfig(1, 1, 1, 1, block_size).num_blocks_for(num_tokens) == ceil_div(num_tokens, block_size)
+    assert CacheConfig(
+        num_layers=1, num_kv_heads=1, head_dim=1, num_gpu_blocks=1, block_size=block_size
+    ).num_blocks_for(num_tokens) == ceil_div(num_tokens, block_size)
 
 
 @pytest.mark.parametrize("value", [-1, 2**63, -(10**5000), 10**5000, True, 1.0, "3", None], ids=label)
@@ -384,7 +463,7 @@ def test_blocks_for_no_number_of_tokens(value: Any) -> None:
     with pytest.raises(
         ValueError if type(value) is int else TypeError, match=r"^num_tokens=.*0\.\.9223372036854775807$"
     ):
-        CacheConfig(1, 1, 1, 1).num_blocks_for(value)
+        CacheConfig(num_layers=1, num_kv_heads=1, head_dim=1, num_gpu_blocks=1).num_blocks_for(value)
 
 
 # --- groups
@@ -393,20 +472,26 @@ def test_blocks_for_no_number_of_tokens(value: Any) -> None:
 @given(groupings())
 def test_groups_are_kept_and_sized_by_the_longest(groups: tuple[Group, ...]) -> None:
     layers = sum(len(group.layers) for group in groups)
-    config = CacheConfig(layers, 1, 1, 1, groups=iter(groups))
+    config = CacheConfig(num_layers=layers, num_kv_heads=1, head_dim=1, num_gpu_blocks=1, groups=iter(groups))
     assert config.groups == groups
     assert config.layers_per_group == max(len(group.layers) for group in groups)
-    assert config == CacheConfig(layers, 1, 1, 1, groups=list(groups))
+    assert config == CacheConfig(num_layers=layers, num_kv_heads=1, head_dim=1, num_gpu_blocks=1, groups=list(groups))
 
 
 def test_the_default_group_is_all_layers() -> None:
-    default = CacheConfig(3, 1, 1, 1)
-    spelled_out = CacheConfig(3, 1, 1, 1, groups=[Group(None, (0, 1, 2))])
+    default = CacheConfig(num_layers=3, num_kv_heads=1, head_dim=1, num_gpu_blocks=1)
+    spelled_out = CacheConfig(
+        num_layers=3, num_kv_heads=1, head_dim=1, num_gpu_blocks=1, groups=[Group(None, (0, 1, 2))]
+    )
     assert default.groups == spelled_out.groups == (Group(None, (0, 1, 2)),)
     assert default == spelled_out
     assert hash(default) == hash(spelled_out)
-    assert default != CacheConfig(3, 1, 1, 1, groups=[Group(None, (0, 2, 1))])
-    assert default != CacheConfig(3, 1, 1, 1, groups=[Group(Window(8), (0, 1, 2))])
+    assert default != CacheConfig(
+        num_layers=3, num_kv_heads=1, head_dim=1, num_gpu_blocks=1, groups=[Group(None, (0, 2, 1))]
+    )
+    assert default != CacheConfig(
+        num_layers=3, num_kv_heads=1, head_dim=1, num_gpu_blocks=1, groups=[Group(Window(8), (0, 1, 2))]
+    )
 
 
 @given(groupings(), st.data())
@@ -415,12 +500,16 @@ def test_every_layer_has_exactly_one_place(groups: tuple[Group, ...], data: st.D
     victim = data.draw(st.sampled_from(range(layers)))
     without = [Group(g.reach, rest) for g in groups if (rest := tuple(x for x in g.layers if x != victim))]
     with pytest.raises(ValueError, match=rf"leaves out layer {victim} of num_layers={layers}"):
-        CacheConfig(layers, 1, 1, 1, groups=without)
+        CacheConfig(num_layers=layers, num_kv_heads=1, head_dim=1, num_gpu_blocks=1, groups=without)
     with pytest.raises(ValueError, match=rf"names layer {victim} twice"):
-        CacheConfig(layers, 1, 1, 1, groups=[*groups, Group(None, (victim,))])
+        CacheConfig(
+            num_layers=layers, num_kv_heads=1, head_dim=1, num_gpu_blocks=1, groups=[*groups, Group(None, (victim,))]
+        )
     beyond = data.draw(st.integers(layers, INT32_MAX - 1))
     with pytest.raises(ValueError, match=rf"names layer {beyond}; with num_layers={layers} "):
-        CacheConfig(layers, 1, 1, 1, groups=[*groups, Group(None, (beyond,))])
+        CacheConfig(
+            num_layers=layers, num_kv_heads=1, head_dim=1, num_gpu_blocks=1, groups=[*groups, Group(None, (beyond,))]
+        )
 
 
 @pytest.mark.parametrize(
@@ -428,12 +517,12 @@ def test_every_layer_has_exactly_one_place(groups: tuple[Group, ...], data: st.D
 )
 def test_what_is_no_group_is_a_type_error(groups: Any) -> None:
     with pytest.raises(TypeError, match=r"^groups"):
-        CacheConfig(1, 1, 1, 1, groups=groups)
+        CacheConfig(num_layers=1, num_kv_heads=1, head_dim=1, num_gpu_blocks=1, groups=groups)
 
 
 def test_no_groups_leave_a_layer_out() -> None:
     with pytest.raises(ValueError, match="leaves out layer 0"):
-        CacheConfig(1, 1, 1, 1, groups=[])
+        CacheConfig(num_layers=1, num_kv_heads=1, head_dim=1, num_gpu_blocks=1, groups=[])
 
 
 @pytest.mark.parametrize("reach", [Window, Chunk])
@@ -488,7 +577,15 @@ layer_shapes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)
 def shaped(groups: tuple[Group, ...], rows: Any, **fields: Any) -> CacheConfig:
     heads, head_dim, v_head_dim = (max(row[i] for row in rows) for i in range(3))
     return CacheConfig(
-        len(rows), heads, head_dim, fields.pop("num_gpu_blocks", 7), 16, v_head_dim, groups, rows, **fields
+        num_layers=len(rows),
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        num_gpu_blocks=fields.pop("num_gpu_blocks", 7),
+        block_size=16,
+        v_head_dim=v_head_dim,
+        groups=groups,
+        layer_shapes=rows,
+        **fields,
     )
 
 
@@ -506,11 +603,11 @@ def test_a_block_has_room_for_the_group_that_needs_the_most(
     for twin in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config), config.replace(), eval(repr(config))):
         assert (twin, hash(twin), repr(twin)) == (config, hash(config), repr(config))
     sized = CacheConfig.for_memory(
-        config.num_kv_heads,
-        config.head_dim,
-        layers,
-        3 * config.block_bytes(dtype),
-        dtype,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        num_layers=layers,
+        memory_bytes=3 * config.block_bytes(dtype),
+        dtype=dtype,
         v_head_dim=config.v_head_dim,
         groups=groups,
         layer_shapes=rows,
@@ -545,12 +642,18 @@ def test_layers_that_are_all_alike_have_one_shape(shape: Shape) -> None:
 )
 def test_wrong_shapes_are_named(rows: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        CacheConfig(2, 2, 4, 1, layer_shapes=rows)
+        CacheConfig(num_layers=2, num_kv_heads=2, head_dim=4, num_gpu_blocks=1, layer_shapes=rows)
 
 
 def test_shapes_past_64_bits_are_an_overflow() -> None:
     most = INT32_MAX
-    config = CacheConfig(2, most, most, 1, layer_shapes=[(most, most, most), (1, most, most)])
+    config = CacheConfig(
+        num_layers=2,
+        num_kv_heads=most,
+        head_dim=most,
+        num_gpu_blocks=1,
+        layer_shapes=[(most, most, most), (1, most, most)],
+    )
     with pytest.raises(OverflowError, match="token_bytes = numbers in a slot="):
         config.token_bytes("float32")
 
@@ -586,7 +689,15 @@ def test_copies_are_equal(given: Shape | tuple[Group, ...]) -> None:
     if isinstance(given, dict):
         config = CacheConfig(**given)
     else:
-        config = CacheConfig(sum(len(group.layers) for group in given), 2, 8, 64, 32, 4, given)
+        config = CacheConfig(
+            num_layers=sum(len(group.layers) for group in given),
+            num_kv_heads=2,
+            head_dim=8,
+            num_gpu_blocks=64,
+            block_size=32,
+            v_head_dim=4,
+            groups=given,
+        )
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         assert pickle.loads(pickle.dumps(config, protocol)) == config
     assert copy.copy(config) == config
@@ -607,8 +718,8 @@ def test_replace_changes_what_it_is_told(shape: Shape, fields: set[str], value: 
 
 
 def test_replace_is_checked_and_follows() -> None:
-    config = CacheConfig(4, 2, 64, 10)
-    assert config.replace(head_dim=128) == CacheConfig(4, 2, 128, 10)
+    config = CacheConfig(num_layers=4, num_kv_heads=2, head_dim=64, num_gpu_blocks=10)
+    assert config.replace(head_dim=128) == CacheConfig(num_layers=4, num_kv_heads=2, head_dim=128, num_gpu_blocks=10)
     assert config.replace(num_layers=7).groups == (Group(None, tuple(range(7))),)
     assert config.replace(v_head_dim=32).replace(head_dim=128).v_head_dim == 32
     assert config.replace(v_head_dim=None) == config
@@ -637,17 +748,34 @@ def test_nothing_changes_a_config(shape: Shape) -> None:
 
 
 def test_repr_shows_what_differs_from_the_default() -> None:
-    assert repr(CacheConfig(2, 3, 4, 5)) == (
+    assert repr(CacheConfig(num_layers=2, num_kv_heads=3, head_dim=4, num_gpu_blocks=5)) == (
         "CacheConfig(num_layers=2, num_kv_heads=3, head_dim=4, num_gpu_blocks=5, block_size=16)"
     )
-    assert repr(CacheConfig(1, 3, 4, 5, 6, 7, [Group(Window(8), (0,))])) == (
+    assert repr(
+        CacheConfig(
+            num_layers=1,
+            num_kv_heads=3,
+            head_dim=4,
+            num_gpu_blocks=5,
+            block_size=6,
+            v_head_dim=7,
+            groups=[Group(Window(8), (0,))],
+        )
+    ) == (
         "CacheConfig(num_layers=1, num_kv_heads=3, head_dim=4, num_gpu_blocks=5, block_size=6, v_head_dim=7, "
         "groups=(Group(reach=Window(size=8), layers=(0,)),))"
     )
 
 
 def test_the_largest_config_is_cheap() -> None:
-    config = CacheConfig(INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX)
+    config = CacheConfig(
+        num_layers=INT32_MAX,
+        num_kv_heads=INT32_MAX,
+        head_dim=INT32_MAX,
+        num_gpu_blocks=INT32_MAX,
+        block_size=INT32_MAX,
+        v_head_dim=INT32_MAX,
+    )
     assert config == pickle.loads(pickle.dumps(config))
     assert hash(config) == hash(copy.copy(config))
     assert config.max_tokens == INT32_MAX**2
@@ -684,47 +812,48 @@ class Weightless(CacheConfig):
 
 
 def test_a_subclass_makes_its_own_kind() -> None:
-    config = Plain(1, 2, 3, 4)
+    config = Plain(num_layers=1, num_kv_heads=2, head_dim=3, num_gpu_blocks=4)
     made: list[CacheConfig] = [
         config.replace(block_size=8),
         copy.copy(config),
         pickle.loads(pickle.dumps(config)),
-        Plain.for_capacity(2, 3, 1, 64, 1),
-        Plain.for_memory(2, 3, 1, 1000, "int8"),
+        Plain.for_capacity(num_kv_heads=2, head_dim=3, num_layers=1, max_seq_len=64, max_batch_size=1),
+        Plain.for_memory(num_kv_heads=2, head_dim=3, num_layers=1, memory_bytes=1000, dtype="int8"),
     ]
     assert all(type(one) is Plain for one in made)
     assert repr(config).startswith("Plain(num_layers=1, ")
     assert made[1] == made[2] == made[3] == config
-    same_fields: object = CacheConfig(1, 2, 3, 4)
+    same_fields: object = CacheConfig(num_layers=1, num_kv_heads=2, head_dim=3, num_gpu_blocks=4)
     assert config != same_fields
     assert same_fields != config
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_a_subclass_keeps_its_attributes_in_copies(protocol: int) -> None:
-    config = Named(1, 2, 3, 4, name="draft")
+    config = Named(num_layers=1, num_kv_heads=2, head_dim=3, num_gpu_blocks=4, name="draft")
     for twin in (pickle.loads(pickle.dumps(config, protocol)), copy.copy(config), copy.deepcopy(config)):
         assert (type(twin), twin, twin.name) == (Named, config, "draft")
 
 
 @given(st.integers(1, 10**9))
 def test_a_subclass_may_count_more_in_a_block(memory: int) -> None:
-    one = Scaled(4, 2, 64, 1).memory_bytes("int8")
-    assert one == CacheConfig(4, 2, 64, 1).memory_bytes("int8") + 64
+    one = Scaled(num_layers=4, num_kv_heads=2, head_dim=64, num_gpu_blocks=1).memory_bytes("int8")
+    assert one == CacheConfig(num_layers=4, num_kv_heads=2, head_dim=64, num_gpu_blocks=1).memory_bytes("int8") + 64
     assume(memory >= one)
-    config = Scaled.for_memory(2, 64, 4, memory, "int8")
+    config = Scaled.for_memory(num_kv_heads=2, head_dim=64, num_layers=4, memory_bytes=memory, dtype="int8")
     assert config.memory_bytes("int8") <= memory < config.memory_bytes("int8") + one
 
 
 def test_a_subclass_without_bytes_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"Weightless\.block_bytes.* at least one byte"):
-        Weightless.for_memory(1, 1, 1, 64, "int8")
+        Weightless.for_memory(num_kv_heads=1, head_dim=1, num_layers=1, memory_bytes=64, dtype="int8")
 
 
 def test_the_compiled_module_imports_neither_torch_nor_numpy() -> None:
     code = (
         "import sys, kvblocks.config as c; "
-        "c.CacheConfig.for_memory(8, 128, 32, 1 << 30, 'torch.bfloat16').memory_bytes('float8_e5m2'); "
+        "sizes = dict(num_kv_heads=8, head_dim=128, num_layers=32, memory_bytes=1 << 30, dtype='torch.bfloat16'); "
+        "c.CacheConfig.for_memory(**sizes).memory_bytes('float8_e5m2'); "
         "print({'torch', 'numpy'} & set(sys.modules), '.so' in c.__file__ or '.pyd' in c.__file__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -61,7 +61,7 @@ class Model:
 def test_a_decode_step_captured_once_replays_over_changing_batches(dtype: torch.dtype) -> None:
     rng = random.Random(0)
     size = 12
-    config = CacheConfig(2, KV_HEADS, DIM, 400)
+    config = CacheConfig(num_layers=2, num_kv_heads=KV_HEADS, head_dim=DIM, num_gpu_blocks=400)
     model = Model(CacheEngine(config, dtype, "cuda", layout="NHD"))
     manager = BlockManager(config.num_gpu_blocks, config.block_size)
     step = StepBuffers(size, 2048, 64, device="cuda")

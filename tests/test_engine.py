@@ -32,7 +32,7 @@ configs = st.builds(
     v_head_dim=st.none() | st.integers(1, 20),
 )
 dtypes = st.sampled_from(["int8", "float8_e4m3fn", torch.bfloat16, "torch.float32", torch.float64])
-SMALL = CacheConfig(3, 2, 8, 5, 4)
+SMALL = CacheConfig(num_layers=3, num_kv_heads=2, head_dim=8, num_gpu_blocks=5, block_size=4)
 
 
 def tensors(engine: CacheEngine) -> list[Tensor]:
@@ -130,7 +130,7 @@ def test_a_bad_copy_changes_no_layer(pairs: Any) -> None:
 
 def test_one_line_says_how_much_was_allocated(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="kvblocks"):
-        CacheEngine(CacheConfig(4, 8, 128, 10), "bfloat16", "cpu")
+        CacheEngine(CacheConfig(num_layers=4, num_kv_heads=8, head_dim=128, num_gpu_blocks=10), "bfloat16", "cpu")
     assert [record.getMessage() for record in caplog.records] == ["KV cache on cpu: 10 blocks x 4 layers = 2.6 MB"]
 
 
@@ -138,7 +138,7 @@ def test_one_line_says_how_much_was_allocated(caplog: pytest.LogCaptureFixture) 
 def test_layers_of_groups_share_memory_by_their_place(order: list[int], parts: list[int], layout: str) -> None:
     members = [[layer for layer, part in zip(order, parts, strict=True) if part == g] for g in range(3)]
     groups = tuple(Group(None, tuple(layers)) for layers in members if layers)
-    config = CacheConfig(5, 2, 16, 6, 4, groups=groups)
+    config = CacheConfig(num_layers=5, num_kv_heads=2, head_dim=16, num_gpu_blocks=6, block_size=4, groups=groups)
     engine = CacheEngine(config, "bfloat16", "cpu", layout=layout)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors(engine)}
     assert engine.memory_bytes == config.memory_bytes("bfloat16") == sum(storages.values())
@@ -171,7 +171,16 @@ def test_layers_of_unlike_shape_share_blocks(
     largest = [max(row[i] for row in rows) for i in range(3)]
     block_size = data.draw(st.integers(1, 5))
     heads, head_dim, v_head_dim = largest
-    config = CacheConfig(len(rows), heads, head_dim, 4, block_size, v_head_dim, groups, rows)
+    config = CacheConfig(
+        num_layers=len(rows),
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        num_gpu_blocks=4,
+        block_size=block_size,
+        v_head_dim=v_head_dim,
+        groups=groups,
+        layer_shapes=rows,
+    )
     engine = CacheEngine(config, dtype, "cpu", layout=layout)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors(engine)}
     assert engine.memory_bytes == config.memory_bytes(dtype) == sum(storages.values())
@@ -208,7 +217,7 @@ def test_what_is_wrong_is_said() -> None:
 
 
 def test_what_does_not_fit_is_out_of_memory() -> None:
-    config = CacheConfig(32, 8, 128, 2**31 - 1)
+    config = CacheConfig(num_layers=32, num_kv_heads=8, head_dim=128, num_gpu_blocks=2**31 - 1)
     with pytest.raises(OutOfMemory) as caught:
         CacheEngine(config, "bfloat16", "cpu")
     assert caught.value.requested == config.memory_bytes("bfloat16")
@@ -221,7 +230,7 @@ def test_what_does_not_fit_is_out_of_memory() -> None:
 
 @pytest.mark.parametrize("failing", range(6))
 def test_a_failure_in_the_middle_leaves_nothing_allocated(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = CacheConfig(3, 8, 128, 4096)  # 128 MiB for each tensor
+    config = CacheConfig(num_layers=3, num_kv_heads=8, head_dim=128, num_gpu_blocks=4096)  # 128 MiB for each tensor
     zeroed, calls = memory.zeroed, iter(range(6))
 
     def sometimes(nbytes: int, *, prefault: bool) -> Tensor:
@@ -242,7 +251,9 @@ def test_a_failure_in_the_middle_leaves_nothing_allocated(failing: int, monkeypa
 def test_a_cache_outlives_its_engine_and_the_rest_goes() -> None:
     gc.collect()
     before = mapped()
-    engine = CacheEngine(CacheConfig(4, 8, 128, 8192), "bfloat16", "cpu")  # 512 MiB a layer
+    engine = CacheEngine(
+        CacheConfig(num_layers=4, num_kv_heads=8, head_dim=128, num_gpu_blocks=8192), "bfloat16", "cpu"
+    )  # 512 MiB a layer
     cache = engine[2]
     del engine
     gc.collect()
@@ -255,12 +266,14 @@ def test_prefault_touches_everything() -> None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
     before = resident()
-    engine = CacheEngine(CacheConfig(4, 8, 128, 1024), "bfloat16", "cpu", prefault=True)
+    engine = CacheEngine(
+        CacheConfig(num_layers=4, num_kv_heads=8, head_dim=128, num_gpu_blocks=1024), "bfloat16", "cpu", prefault=True
+    )
     assert resident() - before >= engine.memory_bytes - (8 << 20)
 
 
 def test_many_threads_get_the_same_caches() -> None:
-    engine = CacheEngine(CacheConfig(8, 2, 16, 64), "float32", "cpu")
+    engine = CacheEngine(CacheConfig(num_layers=8, num_kv_heads=2, head_dim=16, num_gpu_blocks=64), "float32", "cpu")
     start = threading.Barrier(8)
 
     def work(thread: int) -> list[int]:
@@ -301,7 +314,9 @@ def test_for_device_takes_a_share_of_what_is_free(
 ) -> None:
     with caplog.at_level(logging.INFO, logger="kvblocks"):
         engine = CacheEngine.for_device(2, 64, 4, "bfloat16", "cpu", memory=given, layout="NHD", v_head_dim=32)
-    block = CacheConfig(4, 2, 64, 1, v_head_dim=32).block_bytes("bfloat16")
+    block = CacheConfig(num_layers=4, num_kv_heads=2, head_dim=64, num_gpu_blocks=1, v_head_dim=32).block_bytes(
+        "bfloat16"
+    )
     assert engine.num_blocks == int((512 << 20) * share) // block
     assert (engine.layout, engine[0].v_head_dim, engine.block_size) == ("NHD", 32, 16)
     reserve = ((512 << 20) - engine.memory_bytes) / 1e6

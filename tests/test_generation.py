@@ -67,7 +67,13 @@ def expected(model: PreTrainedModel, request: Request) -> list[int]:
 
 def sizes(model: PreTrainedModel, num_blocks: int, block_size: int) -> CacheConfig:
     shape = kv_shape(model.config)
-    return CacheConfig(shape.num_layers, shape.num_kv_heads, shape.head_dim, num_blocks, block_size)
+    return CacheConfig(
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        num_gpu_blocks=num_blocks,
+        block_size=block_size,
+    )
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:

@@ -5,9 +5,11 @@ hit found can come out right.
 """
 
 import math
+import re
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +21,7 @@ from kvblocks.engine import CacheEngine
 from kvblocks.errors import NoFreeBlocks
 from kvblocks.manager import BlockManager
 from kvblocks.step.buffers import StepBuffers
+from kvblocks.storage import PagedKVCache
 
 torch.set_num_threads(1)  # these tensors are tiny, and threads would only wait for each other
 
@@ -47,10 +50,17 @@ class Model:
         # Two layers in the first group, one in the others: places that stay empty.
         ids = [(0, len(reaches)), *[(i,) for i in range(1, len(reaches))]]
         groups = [Group(reach, layers) for reach, layers in zip(reaches, ids, strict=True)]
-        config = CacheConfig(len(reaches) + 1, KV_HEADS, DIM, num_blocks, block_size, groups=groups)
+        config = CacheConfig(
+            num_layers=len(reaches) + 1,
+            num_kv_heads=KV_HEADS,
+            head_dim=DIM,
+            num_gpu_blocks=num_blocks,
+            block_size=block_size,
+            groups=groups,
+        )
         self.engine = CacheEngine(config, "float64", "cpu", layout=layout)
         self.manager = BlockManager(num_blocks, block_size, groups=reaches)
-        self.step = StepBuffers(8, 64, 32, groups=len(reaches))
+        self.step = StepBuffers.for_config(config, max_seqs=8, max_tokens=64, max_seq_len=32 * block_size)
         for layer in self.engine:
             layer.key_cache.fill_(math.nan)
             layer.value_cache.fill_(math.nan)
@@ -86,15 +96,8 @@ class Model:
             slots = step.slot_mapping[group][: step.num_tokens]
             self.poison(blocks, slots)
             blocks.write(rows[:, :KV_HEADS], rows[:, KV_HEADS : 2 * KV_HEADS], slots)
-            reach = self.reaches[group]
-            out = paged_attention(
-                rows[:, 2 * KV_HEADS :].contiguous(),
-                blocks,
-                step,
-                group=group,
-                window=reach.size if isinstance(reach, Window) else None,
-                chunk=reach.size if isinstance(reach, Chunk) else None,
-            )
+            # Neither group nor reach is named: the cache knows both.
+            out = paged_attention(rows[:, 2 * KV_HEADS :].contiguous(), blocks, step)
             right = torch.cat([self.expected(layer, tokens[i][: ends[i]], ends[i] - lens[i]) for i in range(len(seqs))])
             torch.testing.assert_close(out, right)
         self.manager.commit(step_id)
@@ -155,3 +158,101 @@ def test_attention_reads_what_it_should(reaches: tuple[Any, ...], block_size: in
         except NoFreeBlocks:
             manager.free(live)
             live = []
+
+
+def prepared(reaches: tuple[Any, ...]) -> tuple[Model, Tensor]:
+    """A model with a step of one sequence that has slid out of its windows, and a query for it."""
+    model = Model(reaches, 40, 2, "NHD")
+    seq, _ = model.manager.admit(list(range(20)), reserve=0)
+    for _ in range(19):
+        model.run([seq], [1])
+    model.manager.prepare([seq], [1], model.step)
+    model.engine.move(model.step)
+    nothing = torch.zeros(1, KV_HEADS, DIM, dtype=torch.float64)
+    for blocks in model.engine:
+        assert blocks.group is not None
+        blocks.write(nothing, nothing, model.step.slot_mapping[blocks.group][:1])
+    return model, torch.zeros(1, HEADS, DIM, dtype=torch.float64)
+
+
+def test_a_cache_knows_its_group_and_how_far_it_attends() -> None:
+    model = Model((None, Window(5), Chunk(6)), 12, 4, "NHD")
+    assert [(cache.group, cache.num_groups, cache.reach) for cache in model.engine] == [
+        (0, 3, None),
+        (1, 3, Window(5)),
+        (2, 3, Chunk(6)),
+        (0, 3, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reach", "options"),
+    [
+        (Window(5), {"window": 6}),
+        (Window(5), {"chunk": 6}),
+        (Chunk(6), {"window": 6}),
+        (Chunk(6), {"window": 2}),
+        (Chunk(6), {"chunk": 4}),
+        (Chunk(6), {"chunk": 12}),
+    ],
+)
+def test_attending_further_than_the_group_keeps_is_an_error(reach: Any, options: dict[str, Any]) -> None:
+    """Out there the table is padded with block 0, which is another sequence's."""
+    model, query = prepared((None, reach))
+    with pytest.raises(ValueError, match=rf"reach further than {re.escape(str(reach))}, for which .* keeps blocks"):
+        paged_attention(query, model.engine[1], model.step, **options)
+
+
+@pytest.mark.parametrize(
+    ("reach", "options"),
+    [
+        (Window(5), {"window": 5}),
+        (Window(5), {"window": 3}),
+        (Window(5), {"chunk": 4}),
+        (Chunk(6), {"chunk": 6}),
+        (Chunk(6), {"chunk": 3}),
+        (Chunk(6), {"window": 1}),
+        (Chunk(6), {"chunk": 6, "window": 9}),
+        (None, {"window": 3}),
+        (None, {"chunk": 4}),
+    ],
+)
+def test_attending_less_far_is_allowed(reach: Any, options: dict[str, Any]) -> None:
+    model, query = prepared((reach, None))
+    assert paged_attention(query, model.engine[0], model.step, **options).isfinite().all()
+
+
+def test_a_wrong_group_is_an_error() -> None:
+    model, query = prepared((None, Window(5)))
+    for group in (0, 2, -1, True):
+        with pytest.raises(ValueError, match=f"group={group} is not this cache's, 1"):
+            paged_attention(query, model.engine[1], model.step, group=group)
+    right = paged_attention(query, model.engine[1], model.step, group=1)
+    assert torch.equal(right, paged_attention(query, model.engine[1], model.step))
+    alone = PagedKVCache(4, KV_HEADS, DIM, 2, "float64", "cpu")
+    with pytest.raises(ValueError, match="2 layer groups, and a cache that was made alone is of none; give group="):
+        paged_attention(query, alone, model.step)
+    step, manager = StepBuffers(1, 4, 2), BlockManager(4, 2)
+    manager.prepare([manager.admit([1])[0]], [1], step)
+    with pytest.raises(ValueError, match="the step has 1 layer groups, and the engine of this cache 2"):
+        paged_attention(query, model.engine[0], step)
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "block_size", "groups", "message"),
+    [
+        (12, 4, (None, Window(4)), "layer groups are .*size=4.* and the engine's .*size=5"),
+        (12, 2, (None, Window(5)), "12 blocks of 2 tokens and the engine 12 of 4"),
+        (13, 4, (None, Window(5)), "13 blocks of 4 tokens and the engine 12 of 4"),
+    ],
+)
+def test_a_manager_of_other_blocks_is_an_error(
+    num_blocks: int, block_size: int, groups: tuple[Any, ...], message: str
+) -> None:
+    """A narrower window in the manager than in the engine gives blocks back that are still read."""
+    model = Model((None, Window(5)), 12, 4, "NHD")
+    manager = BlockManager(num_blocks, block_size, groups=groups)
+    seq, _ = manager.admit([1, 2, 3])
+    manager.prepare([seq], [3], model.step)
+    with pytest.raises(ValueError, match=message):
+        model.engine.move(model.step)

@@ -207,7 +207,7 @@ def test_tokens_that_may_go_together_do_so_only_where_it_is_right(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_blocks_of_all_layers_move_in_one_launch(layout: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = CacheConfig(3, 2, 16, 5, 4, v_head_dim=24)
+    config = CacheConfig(num_layers=3, num_kv_heads=2, head_dim=16, num_gpu_blocks=5, block_size=4, v_head_dim=24)
     ours = engine_moved_by(WithTriton, config, "float16", device, layout=layout)
     theirs = engine_moved_by(WithTorch, config, "float16", device, layout=layout)
     for seed, (a, b) in enumerate(zip(ours, theirs, strict=True)):
@@ -294,7 +294,13 @@ def test_gradients_are_neither_needed_nor_kept(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_copy_of_an_engine_moves_its_own_blocks(device: str) -> None:
-    engine = engine_moved_by(WithTriton, CacheConfig(2, 1, 8, 4, 4), "float32", device, layout="NHD")
+    engine = engine_moved_by(
+        WithTriton,
+        CacheConfig(num_layers=2, num_kv_heads=1, head_dim=8, num_gpu_blocks=4, block_size=4),
+        "float32",
+        device,
+        layout="NHD",
+    )
     for cache in engine:
         cache.key_cache[1] = 1
     other = copy.deepcopy(engine)

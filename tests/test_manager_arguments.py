@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvblocks.config import Window
+from kvblocks.config import CacheConfig, Group, Window
 from kvblocks.errors import OutOfMemory
 from kvblocks.manager import BlockManager, StepArrays
 from kvblocks.step.buffers import StepBuffers
@@ -68,6 +68,35 @@ def test_step_buffers_name_what_is_wrong() -> None:
         StepBuffers(2**31 - 1, 1, 2**31 - 1)
     with torch.device("meta"):  # a default device is for models, not for the host's side of a step
         assert StepBuffers(1, 1, 1).input_ids.is_cpu
+
+
+def test_step_buffers_for_a_config() -> None:
+    groups = [Group(None, (0, 1)), Group(Window(8), (2,))]
+    config = CacheConfig(
+        num_layers=3, num_kv_heads=2, head_dim=4, num_gpu_blocks=9, block_size=4, v_head_dim=2, groups=groups
+    )
+    for max_seq_len, columns in ((1, 1), (4, 1), (5, 2), (33, 9)):
+        step = StepBuffers.for_config(config, max_seqs=3, max_tokens=7, max_seq_len=max_seq_len)
+        assert (step.max_seqs, step.max_tokens, step.max_blocks_per_seq, step.num_groups) == (3, 7, columns, 2)
+        assert (step.block_table.shape, step.kv_indptr) == ((2, 3, columns), None)
+    step = StepBuffers.for_config(
+        config.replace(groups=None), max_seqs=1, max_tokens=1, max_seq_len=np.int64(5), kv_indices=True
+    )
+    assert (step.block_table.shape, step.kv_indptr is None) == ((1, 2), False)
+
+
+def test_step_buffers_for_no_config_are_an_error() -> None:
+    config: Any = CacheConfig(num_layers=1, num_kv_heads=1, head_dim=1, num_gpu_blocks=1)
+    sizes: dict[str, Any] = {"max_seqs": 1, "max_tokens": 1, "max_seq_len": 1}
+    with pytest.raises(TypeError, match="config is a BlockManager; give a CacheConfig"):
+        StepBuffers.for_config(BlockManager(1, 16), **sizes)  # type: ignore[arg-type]
+    for size in sizes:
+        with pytest.raises(ValueError, match=f"{size}=0"):
+            StepBuffers.for_config(config, **{**sizes, size: 0})
+        with pytest.raises(TypeError, match=size):
+            StepBuffers.for_config(config, **{**sizes, size: 2.0})
+    with pytest.raises(TypeError, match="positional"):
+        StepBuffers.for_config(config, 1, 1, 1)  # type: ignore[call-arg]
 
 
 def test_the_largest_block_is_a_block() -> None:

@@ -146,7 +146,12 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_sdist_holds_all_sources_and_nothing_generated(sdist: Path) -> None:
     held = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
     wanted = {name for name in expected_in_package() if not name.endswith(EXT_SUFFIX)}
-    for folder, suffixes in (("pyx", {".pyx", ".pxd", ".pxi", ".h"}), ("tests", {".py"}), ("benchmarks", {".py"})):
+    for folder, suffixes in (
+        ("pyx", {".pyx", ".pxd", ".pxi", ".h"}),
+        ("tests", {".py"}),
+        ("examples", {".py"}),
+        ("benchmarks", {".py"}),
+    ):
         wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*") if path.suffix in suffixes}
     wanted |= {"setup.py", "pyproject.toml", "constraints.txt", "dev.py", ".ci/run", "README.md", "LICENSE"}
     assert wanted - held == set()
@@ -172,7 +177,9 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_works(site: Path, tmp_path: Path) -> None:
     code = """
         import kvblocks
-        config = kvblocks.CacheConfig.for_memory(8, 128, 32, 10 * 2**30, "bfloat16")
+        config = kvblocks.CacheConfig.for_memory(
+            num_kv_heads=8, head_dim=128, num_layers=32, memory_bytes=10 * 2**30, dtype="bfloat16"
+        )
         seq, cached = kvblocks.BlockManager(config.num_gpu_blocks, config.block_size).admit(list(range(100)))
         print(kvblocks.__file__, config.num_gpu_blocks, cached)
     """
@@ -204,10 +211,12 @@ def test_downstream_cython_code_can_cimport_the_wheel(site: Path, tmp_path: Path
     use = f"""
         import sys; sys.path.append({str(tmp_path)!r})
         import downstream, kvblocks
-        config = kvblocks.CacheConfig(32, 8, 128, 1000, v_head_dim=64)
+        config = kvblocks.CacheConfig(num_layers=32, num_kv_heads=8, head_dim=128, num_gpu_blocks=1000, v_head_dim=64)
         print(*downstream.sizes(config, "bfloat16"))
         try:
-            downstream.sizes(kvblocks.CacheConfig(2**31 - 1, 2**31 - 1, 1, 1), "float32")
+            most = 2**31 - 1
+            large = kvblocks.CacheConfig(num_layers=most, num_kv_heads=most, head_dim=1, num_gpu_blocks=1)
+            downstream.sizes(large, "float32")
         except OverflowError as error:
             print(error)
     """

@@ -785,10 +785,20 @@ def test_arguments(options: dict[str, Any], message: str) -> None:
 
 
 def test_a_pool_must_fit_the_model() -> None:
-    engine = CacheEngine(CacheConfig(3, 2, 8, 4, 16), torch.float32, "cpu", layout="NHD")
+    engine = CacheEngine(
+        CacheConfig(num_layers=3, num_kv_heads=2, head_dim=8, num_gpu_blocks=4, block_size=16),
+        torch.float32,
+        "cpu",
+        layout="NHD",
+    )
     with pytest.raises(ValueError, match="engine has 3 layers, and 2 of the model's cache K and V"):
         PagedCache(llama_config(), manager=BlockManager(4, 16), engine=engine)
-    engine = CacheEngine(CacheConfig(2, 2, 8, 4, 16), torch.float32, "cpu", layout="NHD")
+    engine = CacheEngine(
+        CacheConfig(num_layers=2, num_kv_heads=2, head_dim=8, num_gpu_blocks=4, block_size=16),
+        torch.float32,
+        "cpu",
+        layout="NHD",
+    )
     with pytest.raises(ValueError, match="5 blocks of 16 tokens and the engine 4"):
         PagedCache(llama_config(), manager=BlockManager(5, 16), engine=engine)
     with pytest.raises(ValueError, match="give no others"):

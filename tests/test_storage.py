@@ -440,7 +440,14 @@ def test_more_than_there_is_is_out_of_memory() -> None:
 
 @given(shapes(), st.integers(0, 1 << 20))
 def test_available_memory_is_asked_first(shape: Shape, free: int) -> None:
-    config = CacheConfig(1, shape.num_heads, shape.head_dim, shape.num_blocks, shape.block_size, shape.v_head_dim)
+    config = CacheConfig(
+        num_layers=1,
+        num_kv_heads=shape.num_heads,
+        head_dim=shape.head_dim,
+        num_gpu_blocks=shape.num_blocks,
+        block_size=shape.block_size,
+        v_head_dim=shape.v_head_dim,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "available_memory", lambda: free)
         if config.memory_bytes(shape.dtype) <= free:

@@ -118,7 +118,14 @@ def build(name: str, **fields: Any) -> PreTrainedModel:
 def generate(model: PreTrainedModel, requests: list[Request], num_blocks: int = 12) -> tuple[list[list[int]], int]:
     """The new tokens, and how often a sequence was preempted."""
     shape = kv_shape(model.config)
-    config = CacheConfig(shape.num_layers, shape.num_kv_heads, shape.head_dim, num_blocks, 5, shape.v_head_dim)
+    config = CacheConfig(
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        num_gpu_blocks=num_blocks,
+        block_size=5,
+        v_head_dim=shape.v_head_dim,
+    )
     tokens: list[list[int]] = [[] for _ in requests]
     with Generator(model, config, max_batch_tokens=24, max_seqs=4) as generator:
         for request in requests:
@@ -266,7 +273,7 @@ def test_a_layer_must_not_reach_past_what_its_group_keeps() -> None:
     """A cache for another model's windows would give back blocks that this one still reads."""
     model = build("gemma2", head_dim=16, sliding_window=9, layer_types=BY_TURNS)
     groups = (Group(Window(8), (0, 2)), Group(None, (1, 3)))
-    config = CacheConfig(4, 2, 16, 24, 4, groups=groups)
+    config = CacheConfig(num_layers=4, num_kv_heads=2, head_dim=16, num_gpu_blocks=24, block_size=4, groups=groups)
     with Generator(model, config) as generator:
         generator.add(Request((3, 4, 5), 2))
         with pytest.raises(UnsupportedModel, match=r"window=9 and chunk=None, and its group keeps Window\(size=8\)"):

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvblocks.attention.backends import way
 from kvblocks.attention.request import Request, StepLike
 from kvblocks.checks import checked_size, has_memory
+from kvblocks.config import Chunk, Window
 from kvblocks.cpu_attention import attend
 from kvblocks.errors import MovesPending
 from kvblocks.storage import cache as storage
@@ -38,7 +39,7 @@ def paged_attention(
     cache: PagedKVCache,
     step: StepLike,
     *,
-    group: int = 0,
+    group: int | None = None,
     scale: float | None = None,
     window: SupportsIndex | None = None,
     chunk: SupportsIndex | None = None,
@@ -53,12 +54,15 @@ def paged_attention(
     Args:
         query: [tokens, heads, head_dim] of the cache's dtype, on its device. `heads` is a multiple of the cache's:
             query head h reads K/V head `h // (heads / cache.num_heads)`. Rows past `step.num_tokens` are padding.
-        cache: one layer.
+        cache: one layer. Of a cache that a `CacheEngine` made the layer group and its reach are known, and `group`,
+            `window` and `chunk` can be left out.
         step: block tables and lengths of the pass.
-        group: layer group that the layer is in, whose block table is read.
+        group: layer group that the layer is in, whose block table is read. Needed only for a cache that was made alone,
+            with a step of several groups.
         scale: factor of the scores; `1 / sqrt(head_dim)` by default.
-        window: a token attends to the last `window` tokens, itself counted.
-        chunk: a token attends within its own chunk of `chunk` positions.
+        window: a token attends to the last `window` tokens, itself counted. By default as far as the cache's group
+            reaches; less far is allowed, further is an error, as the blocks there belong to others.
+        chunk: a token attends within its own chunk of `chunk` positions; likewise.
         softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2).
         sinks: [heads]: one more score per head that takes part in the softmax and brings no value (gpt-oss).
 
@@ -68,7 +72,8 @@ def paged_attention(
     Raises:
         TypeError: the cache's dtype is not one of float16, bfloat16, float32, float64 (8-bit caches would need scales),
             or the query's differs from it.
-        ValueError: a shape, device, length or option is not as above; nothing has been computed.
+        ValueError: a shape, device, length or option is not as above, or the group is not the cache's or the reach
+            further than its group's; nothing has been computed.
         MovesPending: blocks that the step has to copy first were not copied; see `CacheEngine.move`.
 
     For inference: no gradient flows through it. On a CUDA device the work is done by torch's `varlen_attn` where a
@@ -80,14 +85,14 @@ def paged_attention(
     """
     if getattr(step, "waits", False):
         raise MovesPending("the step has blocks to copy before its pass: call engine.move(step) first", 0)
-    table = _table(step, group)
+    table = _table(cache, step, group)
     _check(query, cache, step, sinks)
     if softcap is not None and not 0 < _number("softcap", softcap) < math.inf:
         raise ValueError(f"softcap={softcap} must be above 0 and finite, or None")
     scale = 1 / math.sqrt(cache.head_dim) if scale is None else _number("scale", scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale} must be finite")
-    reach = _Reach.checked(window, chunk)
+    reach = _Reach.checked(window, chunk, cache.reach)
     if query.is_cuda and step.num_tokens:
         cap = None if softcap is None else float(softcap)
         request = Request(query, cache, step, table, scale, reach.window, reach.chunk, cap, sinks)
@@ -250,11 +255,28 @@ class _Reach:
     chunk: int | None
 
     @classmethod
-    def checked(cls, window: SupportsIndex | None, chunk: SupportsIndex | None) -> Self:
-        return cls(
+    def checked(cls, window: SupportsIndex | None, chunk: SupportsIndex | None, kept: Window | Chunk | None) -> Self:
+        """The reach that was asked for, by default `kept`, which is what the cache's group keeps blocks for."""
+        asked = cls(
             None if window is None else checked_size("window", window),
             None if chunk is None else checked_size("chunk", chunk),
         )
+        if kept is None:
+            return asked
+        if asked.window is None and asked.chunk is None:
+            return cls(kept.size, None) if isinstance(kept, Window) else cls(None, kept.size)
+        if not asked.within(kept):
+            raise ValueError(
+                f"window={asked.window} and chunk={asked.chunk} reach further than {kept}, for which the cache's layer "
+                "group keeps blocks; leave both out, or attend less far"
+            )
+        return asked
+
+    def within(self, kept: Window | Chunk) -> bool:
+        """Whether no token attends further than `kept` does."""
+        if isinstance(kept, Window):
+            return min(size for size in (self.window, self.chunk) if size is not None) <= kept.size
+        return self.window == 1 or (self.chunk is not None and kept.size % self.chunk == 0)
 
     def start(self, position: int) -> int:
         """The first position that a token at `position` attends to."""
@@ -293,9 +315,26 @@ def _number(name: str, value: float) -> float:
     return float(value)
 
 
-def _table(step: StepLike, group: int) -> Tensor:
+def _table(cache: PagedKVCache, step: StepLike, group: int | None) -> Tensor:
+    """The block table of the cache's layer group."""
     tables = step.block_table
     groups = tables.shape[0] if tables.ndim == 3 else 1
+    if cache.group is not None:
+        if groups != cache.num_groups:
+            raise ValueError(
+                f"the step has {groups} layer groups, and the engine of this cache {cache.num_groups}; make both from "
+                "one CacheConfig"
+            )
+        if group is not None and (isinstance(group, bool) or group != cache.group):
+            raise ValueError(f"group={group!r} is not this cache's, {cache.group}; leave it out")
+        group = cache.group
+    elif group is None:
+        if groups > 1:
+            raise ValueError(
+                f"the step has {groups} layer groups, and a cache that was made alone is of none; give group=, "
+                "or take the cache of a CacheEngine"
+            )
+        group = 0
     if isinstance(group, bool) or not isinstance(group, int) or not 0 <= group < groups:
         raise ValueError(f"group={group!r} must be 0 to {groups - 1}: the step has {groups} layer groups")
     return tables[group] if tables.ndim == 3 else tables

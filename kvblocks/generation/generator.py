@@ -87,7 +87,7 @@ class Generator:
     Args:
         model: a decoder-only transformers model; the cache gets its dtype and device.
         config: sizes of the cache, as `kvblocks.integrations.transformers.cache_config` gives them.
-        layout: of the cache.
+        layout: of the cache; NHD, as it is what attention kernels read.
         max_batch_tokens: tokens of one forward pass. A prompt longer than what is left of them goes in chunks.
         max_seqs: sequences that run at once; never more than `max_batch_tokens`, as each takes one to decode.
         watermark: share of the pool that an admission leaves free, for those who run to grow into.
@@ -135,12 +135,12 @@ class Generator:
                 max_seqs=self.max_seqs,
                 watermark=watermark,
             )
-            self.buffers = StepBuffers(
-                self.max_seqs,
-                max_batch_tokens,
-                -(-max(1, self.max_seq_len) // config.block_size),
+            self.buffers = StepBuffers.for_config(
+                config,
+                max_seqs=self.max_seqs,
+                max_tokens=max_batch_tokens,
+                max_seq_len=max(1, self.max_seq_len),
                 device=model.device,
-                groups=len(config.groups),
             )
         except BaseException:
             self.close()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from kvblocks.config import CacheConfig
 from kvblocks.generation.generator import Generator, Request, blocks_needed
 from kvblocks.integrations.transformers import PagedModel, layer_groups
-from kvblocks.sizes import parse_size
+from kvblocks.sizes import checked_bytes
 
 __all__ = ["Generation", "Stream", "generate"]
 
@@ -74,8 +74,7 @@ def generate(
         raise ValueError(f"memory={memory!r} and num_blocks={num_blocks} both say how large the cache is; give one")
     config = one_block(model, block_size)
     if memory is not None:
-        num_bytes = parse_size(memory) if isinstance(memory, str) else memory
-        num_blocks = num_bytes // config.block_bytes(model.dtype)
+        num_blocks = checked_bytes("memory", memory) // config.block_bytes(model.dtype)
         if num_blocks < 1:
             raise ValueError(f"memory={memory!r} holds no block; one is {config.block_bytes(model.dtype)} bytes")
     elif num_blocks is None:
@@ -96,13 +95,13 @@ def one_block(model: PreTrainedModel, block_size: int) -> CacheConfig:
     paged = PagedModel(model)
     shape = paged.measure()
     return CacheConfig(
-        shape.num_layers,
-        shape.num_kv_heads,
-        shape.head_dim,
-        1,
-        block_size,
-        shape.v_head_dim,
-        layer_groups(paged.layers),
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        num_gpu_blocks=1,
+        block_size=block_size,
+        v_head_dim=shape.v_head_dim,
+        groups=layer_groups(paged.layers),
     )
 
 

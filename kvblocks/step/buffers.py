@@ -23,11 +23,12 @@ CUDA graph is captured after a `prepare`, never around one; its replay works on 
 """
 
 import math
-from typing import SupportsIndex
+from typing import Self, SupportsIndex
 
 import torch
 
 from kvblocks.checks import checked_device, checked_size
+from kvblocks.config import CacheConfig
 from kvblocks.errors import OutOfMemory
 from kvblocks.manager import StepArrays
 from kvblocks.memory import available_memory
@@ -41,8 +42,9 @@ _ALIGNMENT = 256  # bytes; what CUDA allocations have, so that every tensor of a
 class StepBuffers(StepArrays):
     """What attention kernels and `PagedKVCache.write` need to know of one forward pass.
 
-    `BlockManager.prepare` fills it. The tensors stay where they are for good, so that a CUDA graph can be captured over
-    them; only the first `num_tokens`, `num_seqs` elements say something, the rest is padding.
+    `BlockManager.prepare` fills it, and `for_config` sizes it for a cache. The tensors stay where they are for good, so
+    that a CUDA graph can be captured over them; only the first `num_tokens`, `num_seqs` elements say something, the
+    rest is padding.
 
     Args:
         max_seqs: rows.
@@ -136,6 +138,44 @@ class StepBuffers(StepArrays):
         self.kv_indices = tensors.get("kv_indices")
         self.kv_last_page_len = tensors.get("kv_last_page_len")
         self._copies_image = tensors["copies"]
+
+    @classmethod
+    def for_config(
+        cls,
+        config: CacheConfig,
+        *,
+        max_seqs: SupportsIndex,
+        max_tokens: SupportsIndex,
+        max_seq_len: SupportsIndex,
+        device: str | torch.device = "cpu",
+        kv_indices: bool = False,
+    ) -> Self:
+        """Buffers whose block table and groups are those of a cache of `config`.
+
+        Args:
+            config: of the cache that the passes read.
+            max_seqs, max_tokens, device, kv_indices: as for the class.
+            max_seq_len: tokens that one sequence has at most, which sizes the block table.
+
+        Raises:
+            TypeError: `config` is not a `CacheConfig`, or a size not an integer.
+            ValueError, OutOfMemory: as for the class, and for `max_seq_len` likewise.
+
+        Example:
+            >>> config = CacheConfig(num_layers=2, num_kv_heads=8, head_dim=128, num_gpu_blocks=64)
+            >>> StepBuffers.for_config(config, max_seqs=4, max_tokens=256, max_seq_len=100).max_blocks_per_seq
+            7
+        """
+        if not isinstance(config, CacheConfig):
+            raise TypeError(f"config is a {type(config).__name__}; give a CacheConfig")
+        return cls(
+            max_seqs,
+            max_tokens,
+            config.num_blocks_for(checked_size("max_seq_len", max_seq_len)),
+            device=device,
+            groups=len(config.groups),
+            kv_indices=kv_indices,
+        )
 
     @property
     def copies(self) -> torch.Tensor:

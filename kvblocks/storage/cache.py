@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvblocks import memory
 from kvblocks.checks import Indices, checked_device, checked_indices, checked_integer, checked_size, has_memory
-from kvblocks.config import CacheConfig, itemsize
+from kvblocks.config import CacheConfig, Chunk, Window, itemsize
 from kvblocks.errors import OutOfMemory
 from kvblocks.movement import BlockLayout, first_outside
 from kvblocks.storage.movers import Mover, Side, mover
@@ -54,6 +54,16 @@ class PagedKVCache:
     they are checked before a byte is written. Those that already lie on a device are not waited for: what is out of
     range there is dropped (zeros, in what `gather` returns). KVBLOCKS_CHECKED=1 in the environment checks them too.
 
+    Attributes:
+        group: of a cache that a `CacheEngine` made, the layer group of its layer, an index into `config.groups`; None
+            for a cache made alone.
+        num_groups: layer groups of the engine; 1 for a cache made alone.
+        reach: how far that group attends: a `Window`, a `Chunk`, or None for everything. Blocks further back belong to
+            other sequences.
+
+    HDN is the default, as it is the layout that this class was first asked for; whatever makes caches to run a model
+    chooses NHD, which attention kernels read.
+
     Raises:
         OutOfMemory: the memory is not there; nothing stays allocated.
         OverflowError: more than 2**63 - 1 bytes.
@@ -78,6 +88,9 @@ class PagedKVCache:
     dtype: torch.dtype
     device: torch.device
     layout: str
+    group: int | None = None
+    num_groups: int = 1
+    reach: Window | Chunk | None = None
 
     def __init__(
         self,
@@ -391,7 +404,12 @@ class _Shape:
     def allocate(self, num_layers: int, prefault: bool) -> list[Tensor]:
         """Zeroed storage for K, V of each layer in turn, uint8 [bytes]; OutOfMemory leaves none of it behind."""
         config = CacheConfig(
-            num_layers, self.num_heads, self.head_dim, self.num_blocks, self.block_size, self.v_head_dim
+            num_layers=num_layers,
+            num_kv_heads=self.num_heads,
+            head_dim=self.head_dim,
+            num_gpu_blocks=self.num_blocks,
+            block_size=self.block_size,
+            v_head_dim=self.v_head_dim,
         )
         config.memory_bytes(self.dtype)  # past 64 bits an OverflowError
         sizes = [self.num_blocks * part for part in (self.key_bytes, self.block_bytes - self.key_bytes)] * num_layers

@@ -246,7 +246,7 @@ def _attention(
         slots = run.step.slot_mapping if run.step.num_groups == 1 else run.step.slot_mapping[group]
         cache.write(keys, values, slots[: len(keys)])
     output = paged_attention(
-        queries, cache, run.step, group=group, scale=scaling, window=window, chunk=chunk, softcap=softcap, sinks=s_aux
+        queries, cache, run.step, scale=scaling, window=window, chunk=chunk, softcap=softcap, sinks=s_aux
     )
     return output[None, :, :heads, :value_dim], None
 

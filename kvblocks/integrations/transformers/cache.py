@@ -31,7 +31,7 @@ from kvblocks.integrations.transformers.layers import (
 )
 from kvblocks.integrations.transformers.rows import Pass, Pool, Prompt, Rows, Sizes
 from kvblocks.manager import BlockManager
-from kvblocks.sizes import parse_size
+from kvblocks.sizes import checked_bytes
 from kvblocks.storage.cache import PagedKVCache
 
 __all__ = ["PagedCache"]
@@ -340,7 +340,7 @@ def _sizes(
         raise ValueError(f"memory={memory!r} and num_blocks={num_blocks} both say how large the pool is; give one")
     num_bytes = None
     if num_blocks is None:
-        num_bytes = _bytes("64MiB" if memory is None else memory)
+        num_bytes = checked_bytes("memory", "64MiB" if memory is None else memory)
     text = text_config(config)
     likely = getattr(text, "dtype", None) or getattr(config, "dtype", None)
     if dtype is not None:
@@ -358,16 +358,6 @@ def _sizes(
         likely if isinstance(likely, torch.dtype) else torch.get_default_dtype(),
         groups,
     )
-
-
-def _bytes(memory: Any) -> int:
-    if isinstance(memory, str):
-        return parse_size(memory)
-    if isinstance(memory, bool) or not isinstance(memory, int):
-        raise TypeError(f"memory is a {type(memory).__name__}; give bytes as an int, or a str like '64MiB'")
-    if not 0 < memory < 2**63:
-        raise ValueError(f"memory={memory} must be 1 to 2**63 - 1 bytes")
-    return memory
 
 
 def _matrix(name: str, given: Any) -> np.ndarray[Any, np.dtype[np.int64]]:

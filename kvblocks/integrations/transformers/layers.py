@@ -236,7 +236,7 @@ def _layer_shape(config: Any) -> tuple[int, int, int]:
 
 
 def cache_config(
-    config: PreTrainedConfig, memory_bytes: int, dtype: torch.dtype, *, block_size: int = 16
+    config: PreTrainedConfig, memory_bytes: int | str, dtype: torch.dtype, *, block_size: int = 16
 ) -> CacheConfig:
     """The largest cache for the model within `memory_bytes`, its layers in groups by how far they attend.
 
@@ -246,11 +246,11 @@ def cache_config(
     """
     shape = kv_shape(config)
     return CacheConfig.for_memory(
-        shape.num_kv_heads,
-        shape.head_dim,
-        shape.num_layers,
-        memory_bytes,
-        dtype,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        num_layers=shape.num_layers,
+        memory_bytes=memory_bytes,
+        dtype=dtype,
         block_size=block_size,
         v_head_dim=shape.v_head_dim,
         groups=layer_groups(model_layers(config)),

@@ -149,13 +149,22 @@ class Pool:
         if sizes.num_blocks is None:
             self._size(*shape, dtype)
         assert sizes.num_blocks is not None
-        config = CacheConfig(sizes.num_layers, *shape[:2], sizes.num_blocks, sizes.block_size, shape[2], sizes.groups)
+        config = CacheConfig(
+            num_layers=sizes.num_layers,
+            num_kv_heads=shape[0],
+            head_dim=shape[1],
+            num_gpu_blocks=sizes.num_blocks,
+            block_size=sizes.block_size,
+            v_head_dim=shape[2],
+            groups=sizes.groups,
+        )
         if sizes.memory is not None and config.memory_bytes(dtype) > sizes.memory:
             raise ValueError(
                 f"{sizes.num_blocks} blocks of {shape[0]} heads of {dtype} K [{shape[1]}] and V [{shape[2]}] are "
                 f"{config.memory_bytes(dtype)} bytes, and memory={sizes.memory}; the blocks were counted by the "
                 "config, which has another shape or dtype: give num_blocks, or dtype"
             )
+        # NHD: a token's heads lie together, as transformers makes them and attention kernels read them.
         self._engine = CacheEngine(config, dtype, device, layout="NHD")
         return self._engine
 
@@ -187,11 +196,11 @@ class Pool:
         assert sizes is not None
         assert sizes.memory is not None
         config = CacheConfig.for_memory(
-            heads,
-            head_dim,
-            sizes.num_layers,
-            sizes.memory,
-            dtype,
+            num_kv_heads=heads,
+            head_dim=head_dim,
+            num_layers=sizes.num_layers,
+            memory_bytes=sizes.memory,
+            dtype=dtype,
             block_size=sizes.block_size,
             v_head_dim=v_head_dim,
             groups=sizes.groups,
