@@ -48,3 +48,15 @@ def test_published_parameter_counts(name: str) -> None:
     """A number of one byte each, so that bytes count them; published to two digits after the point."""
     counted = plan(config(name), dtype="bfloat16", weights="auto", weights_dtype="int8").weights_bytes
     assert round(counted / 1e9, 2) == COUNTS[name]
+
+
+def test_the_half_that_sees_is_counted_and_what_predicts_ahead_is_named() -> None:
+    """Qwen 3.5's types are registered as text alone and as text with images; the checkpoint holds both halves."""
+    whole = json.loads(config("qwen3.5-35b-a3b").read_text())
+    counted = plan(whole, weights="auto", weights_dtype="int8")
+    text = plan(whole["text_config"], dtype="bfloat16", weights="auto", weights_dtype="int8")
+    sees = whole["vision_config"]
+    layers = sees["depth"] * (4 * sees["hidden_size"] ** 2 + 2 * sees["hidden_size"] * sees["intermediate_size"])
+    assert counted.weights_bytes - text.weights_bytes == pytest.approx(layers, rel=0.1)
+    assert "weights are counted without 1 layer for multi-token prediction" in counted.explain()
+    assert "multi-token prediction" not in plan(whole, weights="70GB").explain()

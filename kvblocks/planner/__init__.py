@@ -18,6 +18,7 @@ from kvblocks.planner.advice import Change, smallest_changes
 from kvblocks.planner.figures import LONGEST, Settings
 from kvblocks.planner.parallel import stage_layers
 from kvblocks.planner.plans import Plan
+from kvblocks.planner.text import count
 from kvblocks.sizes import parse_size
 
 __all__ = [
@@ -126,6 +127,9 @@ def plan(
     if dtype is None and shape.dtype is None:
         assumed = "no dtype is named: K and V are taken to be bfloat16; give dtype where they are not"
         shape, other = (replace(one, dtype="bfloat16", notes=(*one.notes, assumed)) for one in (shape, other))
+    weights_bytes, weights_note = _weights(weights, weights_dtype, source, shape)
+    if weights_note is not None:
+        shape, other = (replace(one, notes=(*one.notes, weights_note)) for one in (shape, other))
     kept_in = format_of(shape.dtype if dtype is None else dtype, group_size, scale_dtype, zero_point)
     stages = stage_layers(shape, pp)
     if block_size is None:
@@ -150,7 +154,7 @@ def plan(
             stages=stages,
             mla=mla,
             stored=stored,
-            weights=_weights(weights, weights_dtype, source, shape),
+            weights=weights_bytes,
             activations=_size("activations", activations) or 0,
             seq_len=seq_len,
             concurrency=concurrency,
@@ -220,13 +224,14 @@ def _size(name: str, value: Any) -> int | None:
     return int(value)
 
 
-def _weights(weights: int | str | None, dtype: Any, source: Source, shape: ModelCache) -> int:
+def _weights(weights: int | str | None, dtype: Any, source: Source, shape: ModelCache) -> tuple[int, str | None]:
+    """Bytes of all weights, and what a reader should know about them."""
     if weights != "auto":
         if dtype is not None:
             raise ValueError(
                 f"weights_dtype={dtype!r} is for weights='auto'; weights={weights!r} says the bytes itself"
             )
-        return _size("weights", weights) or 0
+        return _size("weights", weights) or 0, None
     if source.config is None:
         raise ValueError("weights='auto' needs a config; plain numbers do not say what a model's weights are")
     if dtype is None:
@@ -238,9 +243,13 @@ def _weights(weights: int | str | None, dtype: Any, source: Source, shape: Model
             )
         if shape.dtype is None:
             raise ValueError(f"weights='auto': the config of {shape.name} names no dtype; give weights_dtype")
-    from kvblocks.planner.weights import weight_bytes
+    from kvblocks.planner.weights import prediction_layers, weight_bytes
 
-    return weight_bytes(source.config, format_of(shape.dtype if dtype is None else dtype))
+    counted = weight_bytes(source.config, format_of(shape.dtype if dtype is None else dtype))
+    ahead = prediction_layers(source.config)
+    if not ahead:
+        return counted, None
+    return counted, f"weights are counted without {count(ahead, 'layer')} for multi-token prediction"
 
 
 def _integer(name: str, value: Any, high: int, low: int = 1) -> None:
