@@ -45,6 +45,18 @@ def test_what_does_not_fit_ends_with_1(config: str, capsys: pytest.CaptureFixtur
     assert "  2. 10 sequences at once instead of 16" in shown
 
 
+def test_sizes_lengths_and_shares_as_people_write_them(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--memory", "80G", "--utilization", "90%", "--seq-len", "32k", "--dtype", "fp8_e5m2"]
+    assert main(["plan", config, *asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["memory"], found["seq_len"], found["dtype"]) == (72 * 2**30, 32768, "float8_e5m2")
+    assert main(["plan", config, *asked]) == 0
+    shown = capsys.readouterr().out
+    assert "2.00 GiB (the model was made for 8,192 tokens)" in shown
+    assert main(["plan", config, "--memory", "1G", "--utilization", "50%", "--seq-len", "8k"]) == 1
+    assert "536,870,912 B with --utilization 0.5, which leaves 512.00 MiB unused;" in capsys.readouterr().out
+
+
 def test_json_says_it_all(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--memory", "1GiB", "--tp", "4", "--pp", "20,12", "--dtype", "int4", "--group-size", "32", "--json"]
     assert main(["plan", config, *arguments, "--zero-point", "--scale-dtype", "float32", "--sequences", "3"]) == 0
@@ -101,17 +113,22 @@ def _words(text: str) -> list[str]:
         (["--layers", "3"], "give MODEL, or all of"),
         (["CONFIG", "--layers", "3"], "not both"),
         (["no-such.json"], "no-such.json is neither a folder"),
-        (["CONFIG", "--memory", "much"], "memory='much' is not a size"),
-        (["CONFIG", "--dtype", "int3"], "cannot hold a cache"),
-        (["CONFIG", "--tp", "5"], "num_attention_heads=32 does not divide by tp=5; use 1, 2, 4, 8, 16 or 32"),
+        (["CONFIG", "--memory", "much"], "--memory much is not a size"),
+        (["CONFIG", "--dtype", "int3"], "--dtype int3 cannot hold a cache"),
+        (["CONFIG", "--tp", "5"], "num_attention_heads=32 does not divide by --tp 5; use 1, 2, 4, 8, 16 or 32"),
         (["CONFIG", "--pp", "x"], "--pp x is neither a number of stages"),
-        (["CONFIG", "--pp", "33"], r"pp=33 is outside 1..32"),
+        (["CONFIG", "--pp", "33"], "--pp 33 is outside 1..32"),
         (["CONFIG", "--plot", "x.png"], "--plot draws what fits: give --memory"),
         (["CONFIG", "--memory", "1GiB", "--plot", "x.txt"], "--plot x.txt: the name must end in .png"),
         (["CONFIG", "--memory", "1GiB", "--plot", "/no/such/x.png"], "there is no folder"),
-        (["CONFIG", "--utilization", "2"], "utilization=2.0 is outside"),
-        (["CONFIG", "--encoder-tokens", "-1"], "encoder_tokens=-1 is outside"),
-        (["CONFIG", "--weights-dtype", "fp8"], "weights_dtype='fp8' is for weights='auto'"),
+        (["CONFIG", "--utilization", "2"], "--utilization 2.0 is outside"),
+        (["CONFIG", "--utilization", "900%"], "--utilization 900% is outside 0% (not included) to 100%"),
+        (["CONFIG", "--memory", "80"], "--memory 80 has no unit; give 80GiB where these are GiB"),
+        (["CONFIG", "--seq-len", "long"], "--seq-len long is not a number of tokens; give one like 8192, 32k or 1M"),
+        (["CONFIG", "--seq-len", "0"], "--seq-len 0 is outside 1..2147483647"),
+        (["CONFIG", "--dtype", "q8_0", "--group-size", "16"], "--group-size 16: q8_0 has a scale for each 32 numbers"),
+        (["CONFIG", "--encoder-tokens", "-1"], "--encoder-tokens -1 is outside"),
+        (["CONFIG", "--weights-dtype", "fp8"], "--weights-dtype fp8 is for --weights auto"),
     ],
 )
 def test_errors_in_one_sentence(

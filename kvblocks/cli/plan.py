@@ -5,6 +5,7 @@ The figures are `kvblocks.planner`'s. Imports rich and matplotlib only when it n
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,12 @@ __all__ = ["add_plan_parser", "run"]
 
 _PLOT_DTYPES = ("bfloat16", "fp8", "int4")
 _PLOT_POINTS = 200
+_ARGUMENTS = "memory utilization seq_len concurrency weights weights_dtype activations sequences encoder_tokens dtype "
+_ARGUMENTS += "group_size scale_dtype zero_point block_size tp mla stored"
+_NAMES = tuple(_ARGUMENTS.split())
+_EITHER = "|".join([*_NAMES, "pp"])
+_ARGUMENT = re.compile(rf"\b({_EITHER})=('[^']*'|\[[^\]]*\]|[^\s,;:)]+)")
+_GIVE = re.compile(rf"\b(give|or|set) ({_EITHER})\b")
 
 
 def add_plan_parser(
@@ -36,9 +43,9 @@ def add_plan_parser(
     numbers.add_argument("--v-head-dim", type=count, metavar="N", help="where V's differs from K's")
     asked = parser.add_argument_group("what is asked")
     add = asked.add_argument
-    add("--memory", metavar="SIZE", help="of one device, like 80GiB; or cuda, cuda:1, cpu: what is free there")
-    add("--utilization", type=float, default=1.0, metavar="SHARE", help="of the memory (default: %(default)s)")
-    add("--seq-len", type=count, metavar="N", help="tokens of a sequence")
+    add("--memory", metavar="SIZE", help="of one device, like 80GiB or 80G; or cuda, cuda:1, cpu: what is free there")
+    add("--utilization", type=_share, default=1.0, metavar="SHARE", help="of the memory: 0.9 or 90%% (default: all)")
+    add("--seq-len", metavar="N", help="tokens of a sequence: 32768 or 32k")
     add("--concurrency", type=count, metavar="N", help="sequences at once")
     add("--weights", metavar="SIZE", help="of all weights; auto counts them from the config")
     add("--weights-dtype", metavar="DTYPE", help="for --weights auto (default: the config's)")
@@ -47,7 +54,7 @@ def add_plan_parser(
     add("--encoder-tokens", type=int, default=0, metavar="N", help="that cross-attention keeps K and V for")
     stored = parser.add_argument_group("how it is stored")
     add = stored.add_argument
-    add("--dtype", metavar="DTYPE", help="of K and V: bfloat16, fp8, int8, int4, ... (default: the config's)")
+    add("--dtype", metavar="DTYPE", help="of K and V: bfloat16, fp8, q8_0, int4, ... or auto (default: the config's)")
     add("--group-size", type=count, metavar="N", help="numbers of one head that share a scale")
     add("--scale-dtype", default="float16", metavar="DTYPE", help="(default: %(default)s)")
     add("--zero-point", action="store_true", help="each group keeps one besides its scale")
@@ -117,9 +124,7 @@ def _model(args: argparse.Namespace) -> Any:
 
 def _arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What `plan` takes."""
-    names = "memory utilization seq_len concurrency weights weights_dtype activations sequences encoder_tokens dtype "
-    names += "group_size scale_dtype zero_point block_size tp mla stored"
-    return {name: getattr(args, name) for name in names.split()} | {"pp": _stages(args.pp)}
+    return {name: getattr(args, name) for name in _NAMES} | {"pp": _stages(args.pp)}
 
 
 def _stages(text: str) -> int | list[int]:
@@ -130,8 +135,21 @@ def _stages(text: str) -> int | list[int]:
     return layers[0] if len(layers) == 1 else layers
 
 
+def _share(text: str) -> float | str:
+    try:
+        return text if text.endswith("%") else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share; give one like 0.9 or 90%") from None
+
+
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return _in_flags(" ".join(str(error).split()))
+
+
+def _in_flags(text: str) -> str:
+    """What `plan` says of its arguments, in this command's words: `--seq-len 5` for `seq_len=5`."""
+    given = _ARGUMENT.sub(lambda match: f"--{match[1].replace('_', '-')} {match[2].strip(chr(39))}", text)
+    return _GIVE.sub(lambda match: f"{match[1]} --{match[2].replace('_', '-')}", given)
 
 
 def _print_table(plan: "Plan") -> None:
@@ -157,7 +175,7 @@ def _print_table(plan: "Plan") -> None:
         table.add_row(line.name, line.value, line.arithmetic)
     console.print(table, highlight=False, markup=False)
     for text in [*notes(plan), *verdict(plan)]:
-        say(text)
+        say(_in_flags(text))
 
 
 # --- the chart
@@ -165,7 +183,7 @@ def _print_table(plan: "Plan") -> None:
 
 def _curves(args: argparse.Namespace, made: "Plan") -> dict[str, list[tuple[int, int]]]:
     """Sequences at once over the lengths at which any fit, for the plan's own dtype and the usual ones, if they fit."""
-    longest = max(args.seq_len or 0, made.model.max_seq_len or 0, 1024)
+    longest = max(made.settings.seq_len or 0, made.model.max_seq_len or 0, 1024)
     lengths = sorted({max(1, round(longest ** (i / _PLOT_POINTS))) for i in range(_PLOT_POINTS // 3, _PLOT_POINTS + 1)})
     curves = {}
     for plan in [made, *(made.with_dtype(dtype) for dtype in _PLOT_DTYPES)]:

@@ -17,7 +17,7 @@ from kvblocks.models.architectures import MODEL_TYPES, TRANSLATED, read_fields
 from kvblocks.models.fields import MOST_LAYERS, Fields
 from kvblocks.models.shapes import Layer, ModelCache, Reach, attention
 
-__all__ = ["Source", "read", "uniform"]
+__all__ = ["Source", "cache_dtype", "read", "uniform"]
 
 _NUMBERS = ("num_layers", "num_kv_heads", "head_dim", "v_head_dim", "num_attention_heads", "reaches", "dtype")
 _DEEPEST = 8  # text_configs inside each other
@@ -236,6 +236,25 @@ def _inner(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The config that a model that sees or hears holds for its text half."""
     halves = (config.get(name) for name in ("text_config", "llm_config", "language_config", "thinker_config"))
     return next((half for half in halves if isinstance(half, Mapping)), None)
+
+
+def cache_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype that a quantized checkpoint asks for K and V in; None where it asks for none that is known.
+
+    compressed-tensors and ModelOpt write `kv_cache_scheme`, ModelOpt also `kv_cache_quant_algo`.
+    """
+    for _ in range(_DEEPEST):
+        given = config.get("quantization_config") or config.get("compression_config")
+        if isinstance(given, Mapping):
+            scheme = given.get("kv_cache_scheme")
+            if isinstance(scheme, Mapping) and scheme.get("num_bits") == 8:
+                return {"float": "float8_e4m3fn", "int": "int8"}.get(str(scheme.get("type")))
+            return "float8_e4m3fn" if given.get("kv_cache_quant_algo") == "FP8" else None
+        inner = _inner(config)
+        if inner is None:
+            return None
+        config = inner
+    return None
 
 
 def _read_text(text: Mapping[str, Any], name: str | None, mla: str) -> ModelCache:

@@ -200,7 +200,11 @@ def _answers(plan: Figures) -> list[Line]:
         blocks = plan.blocks_for(length)
         state = f" + {stage.state_bytes:,} B state" if stage.state_bytes else ""
         found.append(
-            Line(f"sequence of {length:,}", f"{count(blocks, 'block')} × {stage.block_bytes:,} B{state}", amount(each))
+            Line(
+                f"sequence of {length:,}",
+                f"{count(blocks, 'block')} × {stage.block_bytes:,} B{state}",
+                f"{amount(each)}{_past(plan, length)}",
+            )
         )
         if sequences is not None:
             needed = plan.memory_for(sequences, length)
@@ -212,16 +216,24 @@ def _answers(plan: Figures) -> list[Line]:
             found.append(Line("memory needed", terms, amount(needed)))
     if settings.memory is None:
         return found
-    found.append(Line("longest sequence", "alone in the cache", _length_text(plan.max_seq_len(1))))
+    found.append(Line("longest sequence", "alone in the cache", _length_text(plan, plan.max_seq_len(1))))
     if length is not None:
         found.append(Line(f"sequences of {length:,} at once", "", f"{plan.max_concurrency(length):,}"))
     if sequences is not None and sequences > 1:
-        found.append(Line(f"longest of {sequences:,} sequences", "", _length_text(plan.max_seq_len(sequences))))
+        found.append(Line(f"longest of {sequences:,} sequences", "", _length_text(plan, plan.max_seq_len(sequences))))
     return found
 
 
-def _length_text(length: int) -> str:
-    return "no bound: the cache stops growing" if length == LONGEST else count(length, "token")
+def _length_text(plan: Figures, length: int) -> str:
+    return "no bound: the cache stops growing" if length == LONGEST else count(length, "token") + _past(plan, length)
+
+
+def _past(plan: Figures, length: int) -> str:
+    """A remark beside a figure at a length that the model was not made for."""
+    longest = plan.model.max_seq_len
+    if longest is None or length <= longest:
+        return ""
+    return f" (the model was made for {count(longest, 'token')})"
 
 
 def reach_text(reach: Reach) -> str:
@@ -272,9 +284,6 @@ def notes(plan: Figures) -> list[str]:
         )
     if stage.state_bytes and settings.memory is not None and not settings.reserved:
         found.append("note: no state is set aside before blocks are counted; give sequences to do so")
-    longest = settings.model.max_seq_len
-    if settings.seq_len is not None and longest is not None and settings.seq_len > longest:
-        found.append(f"note: the model was made for sequences of {longest:,} tokens")
     return found
 
 
@@ -285,7 +294,7 @@ def verdict(plan: Figures) -> list[str]:
     sequences, length = plan.target
     found = [
         f"does not fit: {count(sequences, 'sequence')} of {count(length, 'token')} need "
-        f"{plan.memory_for(sequences, length):,} B, there are {plan.memory or 0:,} B; "
+        f"{plan.memory_for(sequences, length):,} B, there are {plan.memory or 0:,} B{_share_text(plan)}; "
         f"{plan.missing_bytes:,} B ({amount(plan.missing_bytes)}) are missing"
     ]
     if plan.settings.sequences is not None and sequences > plan.settings.sequences:
@@ -295,6 +304,15 @@ def verdict(plan: Figures) -> list[str]:
         found.append("it would fit with one of these:")
         found += [f"  {i}. {change.what}" for i, change in enumerate(changes, 1)]
     return found
+
+
+def _share_text(plan: Figures) -> str:
+    used = plan.settings.utilization
+    if used == 1:
+        return ""
+    return (
+        f" with utilization={float(used):g}, which leaves {amount(int((plan.memory or 0) * (1 - used) / used))} unused"
+    )
 
 
 def to_dict(plan: Figures) -> dict[str, Any]:
