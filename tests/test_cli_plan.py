@@ -118,7 +118,7 @@ def _words(text: str) -> list[str]:
         (["CONFIG", "--tp", "5"], "num_attention_heads=32 does not divide by --tp 5; use 1, 2, 4, 8, 16 or 32"),
         (["CONFIG", "--pp", "x"], "--pp x is neither a number of stages"),
         (["CONFIG", "--pp", "33"], "--pp 33 is outside 1..32"),
-        (["CONFIG", "--plot", "x.png"], "--plot draws what fits: give --memory"),
+        (["CONFIG", "--plot", "x.png"], "--plot draws what fits: give --memory or --gpu"),
         (["CONFIG", "--memory", "1GiB", "--plot", "x.txt"], "--plot x.txt: the name must end in .png"),
         (["CONFIG", "--memory", "1GiB", "--plot", "/no/such/x.png"], "there is no folder"),
         (["CONFIG", "--utilization", "2"], "--utilization 2.0 is outside"),

@@ -19,7 +19,9 @@ __all__ = ["add_plan_parser", "run"]
 
 _PLOT_DTYPES = ("bfloat16", "fp8", "int4")
 _PLOT_POINTS = 200
-_ARGUMENTS = "memory utilization seq_len concurrency weights weights_dtype activations sequences encoder_tokens dtype "
+_ARGUMENTS = (
+    "memory gpu utilization seq_len concurrency weights weights_dtype activations sequences encoder_tokens dtype "
+)
 _ARGUMENTS += "group_size scale_dtype zero_point block_size tp mla stored"
 _NAMES = tuple(_ARGUMENTS.split())
 _EITHER = "|".join([*_NAMES, "pp"])
@@ -44,6 +46,7 @@ def add_plan_parser(
     asked = parser.add_argument_group("what is asked")
     add = asked.add_argument
     add("--memory", metavar="SIZE", help="of one device, like 80GiB or 80G; or cuda, cuda:1, cpu: what is free there")
+    add("--gpu", metavar="CARD[:N]", help="instead of --memory: h100:8, or h100 for as many as are needed")
     add("--utilization", type=_share, default=1.0, metavar="SHARE", help="of the memory: 0.9 or 90%% (default: all)")
     add("--seq-len", metavar="N", help="tokens of a sequence: 32768 or 32k")
     add("--concurrency", type=count, metavar="N", help="sequences at once")
@@ -59,7 +62,7 @@ def add_plan_parser(
     add("--scale-dtype", default="float16", metavar="DTYPE", help="(default: %(default)s)")
     add("--zero-point", action="store_true", help="each group keeps one besides its scale")
     add("--block-size", type=count, metavar="N", help="tokens in a block (default: 16, or what the model needs)")
-    add("--tp", type=count, default=1, metavar="N", help="devices over which heads are split (default: %(default)s)")
+    add("--tp", type=count, metavar="N", help="devices over which heads are split (default: 1; the best with --gpu)")
     add(
         "--pp", default="1", metavar="N", help="pipeline stages, or the layers of each: 20,21,20 (default: %(default)s)"
     )
@@ -84,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
     from kvblocks.planner import plan
 
     if args.plot:
-        if args.memory is None:
-            raise UsageError("--plot draws what fits: give --memory")
+        if args.memory is None and args.gpu is None:
+            raise UsageError("--plot draws what fits: give --memory or --gpu")
         check_plot("plan", args.plot)
     if not args.json:
         need("plan", "rich", "its table; --json needs nothing")

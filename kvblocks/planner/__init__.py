@@ -15,21 +15,26 @@ from kvblocks.models.architectures import MODEL_TYPES
 from kvblocks.models.read import Source, cache_dtype, read, uniform
 from kvblocks.models.shapes import ModelCache, Stored
 from kvblocks.planner.advice import Change, smallest_changes
+from kvblocks.planner.cards import CARDS, card_memory, parse_gpu
 from kvblocks.planner.figures import LONGEST, Settings
 from kvblocks.planner.parallel import stage_layers
 from kvblocks.planner.plans import Plan
+from kvblocks.planner.splits import Split, best_split, fewest_devices, splits
 from kvblocks.planner.text import count
 from kvblocks.sizes import parse_length, parse_share, parse_size
 
 __all__ = [
+    "CARDS",
     "MODEL_TYPES",
     "Change",
     "MissingField",
     "ModelCache",
     "Plan",
+    "Split",
     "UnknownModel",
     "plan",
     "smallest_changes",
+    "splits",
     "uniform",
 ]
 
@@ -41,8 +46,9 @@ def plan(
     *,
     dtype: Any = None,
     memory: Any = None,
+    gpu: str | None = None,
     block_size: int | None = None,
-    tp: int = 1,
+    tp: int | None = None,
     pp: int | Sequence[int] = 1,
     mla: Literal["latent", "expanded"] = "latent",
     stored: Stored = "exact",
@@ -70,9 +76,13 @@ def plan(
             none; "auto" for the one that a quantized checkpoint asks for (`kv_cache_scheme`), else as None.
         memory: bytes of one device, a size like "80GiB" ("80G" is the same, "80GB" is 80 * 1000**3), or a device whose
             free memory counts ("cuda:1", "cpu", or a `torch.device`).
+        gpu: instead of memory: a card and how many there are, "h100:8"; see `CARDS`. Without a number, as many as hold
+            what is asked for.
         block_size: tokens in a block; None for 16, or the fewest more that the model's layers allow.
         tp: devices over which heads are split, each with equally many heads of queries, in order, and the K and V heads
-            that these share; where heads do not divide some are kept several times, and the plan says so.
+            that these share; where heads do not divide some are kept several times, and the plan says so. None for
+            1, and with `gpu` for the size with which the cards hold the most sequences, in as many copies as there are
+            cards for.
         pp: pipeline stages, or the layers of each.
         mla: what layers with latent attention keep: the latent and the rotated key, or K and V of all heads.
         stored: "exact", or "transformers" for what the caches of the installed kind keep (it changes `cache_bytes`).
@@ -108,7 +118,13 @@ def plan(
     source = read(model)
     if block_size is not None:
         _integer("block_size", block_size, LONGEST)
-    _integer("tp", tp, LONGEST)
+    if tp is not None:
+        _integer("tp", tp, LONGEST)
+    card, cards = (None, None) if gpu is None else parse_gpu(gpu)
+    if card is not None:
+        if memory is not None:
+            raise ValueError(f"memory={memory!r:.60} and gpu={gpu!r}: the card says its memory; give one of them")
+        memory = card_memory(card)
     _integer("max_groups", max_groups, LONGEST)
     _integer("step_tokens", step_tokens, LONGEST)
     _integer("encoder_tokens", encoder_tokens, LONGEST, 0)
@@ -150,7 +166,10 @@ def plan(
                     f"block_size={block_size} is no multiple of {kept.every}, the tokens that share an entry of the "
                     f"{kept.name} of {shape.name}"
                 )
-    return Plan(
+    devices = (tp or 1) * len(stages)
+    if cards is not None and devices > cards:
+        raise ValueError(f"tp={tp or 1} and pp={len(stages)} need {devices} cards; gpu={gpu!r} has {cards}")
+    made = Plan(
         Settings(
             model=shape,
             format=kept_in,
@@ -159,7 +178,10 @@ def plan(
             memory=_memory(memory, used),
             utilization=used,
             block_size=block_size,
-            tp=tp,
+            gpu=card,
+            gpus=cards,
+            copies=1 if cards is None else cards // devices,
+            tp=tp or 1,
             stages=stages,
             mla=mla,
             stored=stored,
@@ -173,6 +195,13 @@ def plan(
             step_tokens=step_tokens,
         )
     )
+    if card is None or tp is not None:
+        return made
+    if cards is not None:
+        best = best_split(splits(made))
+        return made.replaced(tp=best.tp, copies=best.copies)
+    fewest = fewest_devices(made) if len(stages) == 1 else None
+    return made if fewest is None else made.replaced(tp=fewest.settings.tp, stages=fewest.settings.stages)
 
 
 def _state_dtype(shape: ModelCache, asked: str | None) -> str | None:
