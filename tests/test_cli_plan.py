@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,46 @@ def test_sizes_lengths_and_shares_as_people_write_them(config: str, capsys: pyte
     assert "2.00 GiB (the model was made for 8,192 tokens)" in shown
     assert main(["plan", config, "--memory", "1G", "--utilization", "50%", "--seq-len", "8k"]) == 1
     assert "536,870,912 B with --utilization 0.5, which leaves 512.00 MiB unused;" in capsys.readouterr().out
+
+
+def test_several_lengths_and_models_side_by_side(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--memory", "24GiB", "--seq-len", "8k,64k,1M"]
+    assert main(["plan", config, *asked]) == 1
+    shown = capsys.readouterr().out.splitlines()
+    assert " ".join(shown[1].split()) == "model K and V in per token tokens a sequence blocks at once longest fits"
+    rows = [line.split() for line in shown if line.strip().startswith("llama ")]
+    assert [row[4:7] for row in rows] == [
+        ["8,192", "1.00", "GiB"],
+        ["65,536", "8.00", "GiB"],
+        ["1,048,576", "128.00", "GiB"],
+    ]
+    assert [row[8] for row in rows] == ["24", "3", "0"]
+    assert [row[10:] for row in rows] == [["yes"], ["yes"], ["104.00", "GiB", "missing"]]
+    assert main(["plan", config, config, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["model"] for one in found] == ["llama", "llama"]
+    assert main(["plan", config, *asked, "--plot", "x.png"]) == 2
+    assert "--plot draws one model at one --seq-len" in capsys.readouterr().err
+
+
+def test_markdown(config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert main(["plan", config, "--markdown", "--memory", "1GiB", "--seq-len", "64k"]) == 1
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == r"**llama: 32 layers, K and V in bfloat16, blocks of 16**"
+    assert shown[2:5] == [
+        "| figure |  | arithmetic |",
+        "| --- | ---: | ---: |",
+        "| per token | 131,072 B | 32 layers × 8 heads × (128 + 128) × 2 B |",
+    ]
+    assert any(line.startswith("- does not fit: 1 sequence of 65,536 tokens need") for line in shown)
+    assert main(["plan", config, "--markdown", "--seq-len", "1k,2k"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "| model | K and V in | per token | tokens | a sequence |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| llama | bfloat16 | 131,072 B | 1,024 | 128.00 MiB |",
+        "| llama | bfloat16 | 131,072 B | 2,048 | 256.00 MiB |",
+    ]
 
 
 def test_json_says_it_all(config: str, capsys: pytest.CaptureFixture[str]) -> None:
