@@ -4,7 +4,7 @@ Imports neither torch nor transformers where the numbers suffice.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any, Literal
@@ -16,11 +16,13 @@ from kvblocks.models.read import Source, cache_dtype, read, uniform
 from kvblocks.models.shapes import ModelCache, Stored
 from kvblocks.planner.advice import Change, smallest_changes
 from kvblocks.planner.cards import CARDS, card_memory, parse_gpu
+from kvblocks.planner.checkpoint import Checkpoint, checkpoint_of
 from kvblocks.planner.figures import LONGEST, Settings
 from kvblocks.planner.parallel import stage_layers
 from kvblocks.planner.plans import Plan
 from kvblocks.planner.splits import Split, best_split, fewest_devices, splits
-from kvblocks.planner.text import count
+from kvblocks.planner.text import amount, count
+from kvblocks.planner.weights import prediction_layers, weight_bytes
 from kvblocks.sizes import parse_length, parse_share, parse_size
 
 __all__ = [
@@ -87,9 +89,10 @@ def plan(
         mla: what layers with latent attention keep: the latent and the rotated key, or K and V of all heads.
         stored: "exact", or "transformers" for what the caches of the installed kind keep (it changes `cache_bytes`).
         seq_len, concurrency: what is asked for: so many sequences of so many tokens (32768, or "32k").
-        weights: bytes or a size of all weights; "auto" builds the model without memory to count them (needs torch and
+        weights: bytes or a size of all weights; "auto" reads the safetensors headers or their index beside the config,
+            on the hub too, and where there are none builds the model without memory to count them (needs torch and
             transformers). None counts none.
-        weights_dtype: of the weights; None for the config's.
+        weights_dtype: count the weights as the config describes them, in this dtype; None for the checkpoint's own.
         activations: bytes or a size set aside on each device.
         utilization: the share of the memory that is used, above 0 and at most 1 (0.9, or "90%").
         sequences: for how many the fixed state is set aside before blocks are counted; None for `concurrency`.
@@ -305,21 +308,30 @@ def _weights(weights: int | str | None, dtype: Any, source: Source, shape: Model
     if source.config is None:
         raise ValueError("weights='auto' needs a config; plain numbers do not say what a model's weights are")
     if dtype is None:
+        stored = None if source.origin is None else checkpoint_of(source.origin, len(shape.layers))
+        if stored is not None:
+            return stored.total, _checkpoint_note(stored, source.config)
         quantized = source.config.get("quantization_config")
         if quantized:
             raise ValueError(
-                "weights='auto': the config has a quantization_config, which mixes dtypes; "
-                "give the bytes, or weights_dtype"
+                "weights='auto': the config has a quantization_config, which mixes dtypes, and no safetensors lie "
+                "beside it; give the bytes, or weights_dtype"
             )
         if shape.dtype is None:
             raise ValueError(f"weights='auto': the config of {shape.name} names no dtype; give weights_dtype")
-    from kvblocks.planner.weights import prediction_layers, weight_bytes
-
     counted = weight_bytes(source.config, format_of(shape.dtype if dtype is None else dtype))
     ahead = prediction_layers(source.config)
     if not ahead:
         return counted, None
     return counted, f"weights are counted without {count(ahead, 'layer')} for multi-token prediction"
+
+
+def _checkpoint_note(stored: Checkpoint, config: Mapping[str, Any]) -> str:
+    note = f"weights are those of the checkpoint, by {stored.source}"
+    if stored.ahead:
+        return f"{note}; {amount(stored.ahead)} of them are of layers for multi-token prediction"
+    ahead = prediction_layers(config) if stored.ahead is None else 0
+    return f"{note}; with {count(ahead, 'layer')} for multi-token prediction, where it holds them" if ahead else note
 
 
 def _integer(name: str, value: Any, high: int, low: int = 1) -> None:
