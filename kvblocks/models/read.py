@@ -197,12 +197,34 @@ def _config(config: dict[str, Any], name: str | None, *, whole: bool = False) ->
             raise MissingField(text["model_type"], "transformers_version of 5 or more")
         read_fields(Fields(text["model_type"], text), name)
     except UnknownModel as problem:
+        if not isinstance(problem, MissingField) and _is_unknown(config):
+            return _measured(config, name)
         # transformers fills in what is missing, and translates fields by which configs of before say the same.
         if whole or not (isinstance(problem, MissingField) or TRANSLATED.intersection(_model_types(config))):
             raise
         config = _completed(config, problem, name)
         text = _text_half(config)
+    if text["model_type"] not in MODEL_TYPES:
+        return _measured(config, name)
     return Source(config, partial(_read_text, text, name))
+
+
+def _is_unknown(config: Mapping[str, Any]) -> bool:
+    return _text_half(config)["model_type"] not in MODEL_TYPES
+
+
+def _measured(config: dict[str, Any], name: str | None) -> Source:
+    """A model that no reader knows; both ways to keep latent attention are what transformers keeps."""
+    from kvblocks.models.measure import measure
+
+    inside = [half for half in config.values() if isinstance(half, Mapping)]
+    if _SIZES.isdisjoint({field for half in (config, *inside) for field in half}):
+        raise UnknownModel(
+            f"model_type={config['model_type']!r} is not an architecture that the planner knows, and its config gives "
+            f"no size, like num_hidden_layers or hidden_size, by which it could be measured; give the whole config"
+        )
+    shape = measure(config, name)
+    return Source(config, lambda _: shape)
 
 
 def _model_type(config: Mapping[str, Any], name: str | None) -> str:
