@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from kvblocks.config import CacheConfig
 from kvblocks.engine import CacheEngine
 from kvblocks.errors import NoFreeBlocks
-from kvblocks.integrations.transformers import PagedModel, longest_sequence
+from kvblocks.integrations.transformers import PagedModel, longest_sequence, placeholder_tokens
 from kvblocks.manager import BlockManager
 from kvblocks.step.buffers import StepBuffers
 
@@ -37,11 +37,15 @@ class Request:
         prompt: token ids, at least one.
         max_new_tokens: at least 1.
         stop_tokens: ids that end the request; the one that does is its last token.
+        salt: what decides the K and V beside the ids: an adapter, a tenant. Requests of another salt share nothing.
+        extra: the (position in the prompt, bytes) of what the ids do not say, in order.
     """
 
     prompt: tuple[int, ...]
     max_new_tokens: int
     stop_tokens: frozenset[int] = frozenset()
+    salt: bytes = b""
+    extra: tuple[tuple[int, bytes], ...] = ()
 
 
 class Token(NamedTuple):
@@ -123,6 +127,7 @@ class Generator:
         self.max_seq_len = fits if limit is None else min(limit, fits)
         self.max_seqs = min(max_seqs, max_batch_tokens)
         self._choose = choose
+        self._placeholders = placeholder_tokens(model.config)
         self._paged = PagedModel(model)
         self._paged.attach()
         self._finalizer = weakref.finalize(self, self._paged.detach)
@@ -165,6 +170,7 @@ class Generator:
         for stop in request.stop_tokens:
             if type(stop) is not int:
                 raise TypeError(f"stop_tokens holds {stop!r} of type {type(stop).__name__}; give token ids, as int")
+        _check_keys(request)
         if not request.prompt or request.max_new_tokens < 1:
             raise ValueError(
                 f"a request of {len(request.prompt)} prompt tokens and max_new_tokens={request.max_new_tokens}; "
@@ -182,6 +188,11 @@ class Generator:
         for token in request.prompt:
             if not 0 <= token < known:
                 raise ValueError(f"token {token} is in the prompt; the model knows 0 to {known - 1}")
+            if token in self._placeholders:
+                raise ValueError(
+                    f"token {token} is in the prompt, the config's {self._placeholders[token]}; pixels and sounds are "
+                    "not taken here: use model.generate with kvblocks.integrations.transformers.PagedCache"
+                )
         self._waiting.append(_Sequence(self._num_added, request, np.array(request.prompt)))
         self._num_added += 1
         return self._waiting[-1].request_id
@@ -241,6 +252,18 @@ class Generator:
         self.manager.commit(step_id)
         return self._append([row.sequence for row in rows if row.samples], tokens)
 
+    def reset_prefix_cache(self) -> None:
+        """For new weights: compute everything anew from here on, of the requests that run too.
+
+        The tokens that these have got stay as they are.
+        """
+        self._check_open()
+        for sequence in reversed(self._running):
+            self.manager.preempt(sequence.handle)
+            self._waiting.appendleft(sequence)
+        self._running = []
+        self.manager.reset_prefix_cache()
+
     def rest(self) -> None:
         """Give the model its own attention back until the next step."""
         self._paged.detach()
@@ -269,24 +292,30 @@ class Generator:
         reserve = self.max_batch_tokens if windows else None
         while self._waiting and len(self._running) < self.max_seqs:
             sequence = self._waiting[0]
-            if not sequence.handle and self._awaits(sequence.prompt):
+            if not sequence.handle and self._awaits(sequence):
                 return
             try:
                 if sequence.handle:
                     self.manager.resume(sequence.handle, reserve=reserve)
                 else:
-                    sequence.handle, _ = self.manager.admit(sequence.prompt, reserve=reserve)
+                    request = sequence.request
+                    sequence.handle, _ = self.manager.admit(
+                        sequence.prompt, salt=request.salt, extra=request.extra, reserve=reserve
+                    )
             except NoFreeBlocks:
                 if not self._running:
                     raise
                 return
             self._running.append(self._waiting.popleft())
 
-    def _awaits(self, prompt: npt.NDArray[np.int64]) -> bool:
-        """Whether a sequence that runs is about to compute much that this prompt begins with."""
-        alike = max((_common(prompt, sequence.prompt) for sequence in self._running if not sequence.num_new), default=0)
-        useful = min(alike, len(prompt) - 1) // self.manager.block_size * self.manager.block_size
-        return useful >= _WORTH_WAITING and useful - self.manager.match(prompt) >= _WORTH_WAITING
+    def _awaits(self, waiting: _Sequence) -> bool:
+        """Whether a sequence that runs is about to compute much that this one's prompt begins with."""
+        alike = max((_common(waiting, sequence) for sequence in self._running if not sequence.num_new), default=0)
+        useful = min(alike, len(waiting.prompt) - 1) // self.manager.block_size * self.manager.block_size
+        if useful < _WORTH_WAITING:
+            return False
+        there = self.manager.match(waiting.prompt, salt=waiting.request.salt, extra=waiting.request.extra)
+        return useful - there >= _WORTH_WAITING
 
     def _schedule(self) -> list[_Row]:
         """Share the tokens of a pass out: one to each who decodes, what is left to prompts, the oldest first."""
@@ -385,8 +414,27 @@ def most_tokens(config: CacheConfig, max_batch_tokens: int) -> int:
     return low
 
 
-def _common(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> int:
-    """How many tokens two prompts have in common from the start."""
-    size = min(len(first), len(second))
-    differ = first[:size] != second[:size]
+def _check_keys(request: Request) -> None:
+    """Stop what the manager would refuse only once the request is admitted."""
+    if not isinstance(request.salt, bytes):
+        raise TypeError(f"salt is a {type(request.salt).__name__}; give bytes")
+    before = -1
+    for pair in request.extra:
+        if not isinstance(pair, tuple) or len(pair) != 2 or type(pair[0]) is not int or not isinstance(pair[1], bytes):
+            raise TypeError(f"extra holds {pair!r}; give (position, bytes) pairs")
+        if not before < pair[0] < len(request.prompt):
+            raise ValueError(
+                f"extra names position {pair[0]}; the next must be above {before} and below {len(request.prompt)}"
+            )
+        before = pair[0]
+
+
+def _common(first: _Sequence, second: _Sequence) -> int:
+    """How many tokens two prompts have in common from the start, with all that decides their K and V."""
+    if first.request.salt != second.request.salt:
+        return 0
+    size = min(len(first.prompt), len(second.prompt))
+    if first.request.extra != second.request.extra:
+        size = min(size, *(position for position, _ in {*first.request.extra} ^ {*second.request.extra}))
+    differ = first.prompt[:size] != second.prompt[:size]
     return int(differ.argmax()) if differ.any() else size

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Self, SupportsIndex, TypeAlias
 
+import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,12 +35,15 @@ def generate(
     max_batch_tokens: int = 512,
     max_seqs: int = 64,
     choose: Callable[[Tensor], Tensor] | None = None,
+    attention_mask: Any = None,
+    salt: bytes = b"",
 ) -> "Generation":
     """Continue prompts with continuous batching over a paged cache, whose prefixes are computed once.
 
     Args:
         model: a decoder-only transformers model, in evaluation mode; the cache gets its dtype and device.
-        prompts: token ids of each, or a `Request` with limits of its own. More may be added while it runs.
+        prompts: token ids of each, or a `Request` with limits of its own. More may be added while it runs. A tensor or
+            array [prompts, columns] needs `attention_mask`.
         max_new_tokens: of each prompt that is no `Request`.
         stop_tokens: ids that end an answer; the one that does is its last token. None: the end-of-sequence ids of the
             model's generation config. An empty list: none.
@@ -47,6 +51,8 @@ def generate(
         num_blocks: blocks in the pool, instead of `memory`.
         block_size, layout: of the cache.
         max_batch_tokens, max_seqs, choose: as for `Generator`.
+        attention_mask: [prompts, columns], 0 where there is padding, on either side, which is left out.
+        salt: what decides K and V beside the ids, of each prompt that is no `Request`: an adapter, a tenant.
 
     Returns:
         The streams of the prompts, in order. Nothing has run yet: asking a stream for tokens runs all of them.
@@ -68,8 +74,8 @@ def generate(
 
     Thread-safety: one thread drives a generation.
     """
-    default = Request((), max_new_tokens, _stop_tokens(model, stop_tokens))
-    requests = [_request(prompt, default) for prompt in prompts]
+    default = Request((), max_new_tokens, _stop_tokens(model, stop_tokens), salt)
+    requests = [_request(prompt, default) for prompt in _unpadded(prompts, attention_mask)]
     if memory is not None and num_blocks is not None:
         raise ValueError(f"memory={memory!r} and num_blocks={num_blocks} both say how large the cache is; give one")
     config = one_block(model, block_size)
@@ -173,9 +179,15 @@ class Generation:
             self._start(request)
 
     def add(
-        self, prompt: Prompt, *, max_new_tokens: int | None = None, stop_tokens: Iterable[int] | int | None = None
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        stop_tokens: Iterable[int] | int | None = None,
+        salt: bytes | None = None,
+        extra: Iterable[tuple[int, bytes]] | None = None,
     ) -> Stream:
-        """A request that arrives now; limits that are not given are those of `generate`.
+        """A request that arrives now; what is not given is as `generate` was told.
 
         Raises:
             ValueError, TypeError: as for `Generator.add`.
@@ -186,7 +198,15 @@ class Generation:
             request = replace(request, max_new_tokens=max_new_tokens)
         if stop_tokens is not None:
             request = replace(request, stop_tokens=_stop_tokens(None, stop_tokens))
+        if salt is not None:
+            request = replace(request, salt=salt)
+        if extra is not None:
+            request = replace(request, extra=tuple(extra))
         return self._start(request)
+
+    def reset_prefix_cache(self) -> None:
+        """For new weights: compute everything anew from here on, of the streams that have not ended too."""
+        self.generator.reset_prefix_cache()
 
     @property
     def num_unfinished(self) -> int:
@@ -244,6 +264,33 @@ class Generation:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _unpadded(prompts: Any, attention_mask: Any) -> Iterable[Any]:
+    """The prompts, each without what its mask leaves out."""
+    shape = tuple(getattr(prompts, "shape", ()))
+    if attention_mask is None:
+        if len(shape) == 2:
+            raise ValueError(
+                f"prompts is a {type(prompts).__name__} of shape {list(shape)}, which may hold padding; give "
+                "attention_mask, of ones where it does not, or a list of prompts"
+            )
+        if len(shape) == 1:
+            raise ValueError(f"prompts is a {type(prompts).__name__} of shape {list(shape)}; give a list of prompts")
+        given: Iterable[Any] = prompts
+        return given
+    mask = np.asarray(attention_mask.tolist() if hasattr(attention_mask, "tolist") else attention_mask)
+    ids = np.asarray(prompts.tolist() if hasattr(prompts, "tolist") else prompts)
+    if ids.ndim != 2 or mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {list(mask.shape)} and prompts {list(ids.shape)}; give both [prompts, columns]"
+        )
+    held = mask != 0
+    for number, line in enumerate(held):
+        inside = line[line.argmax() : len(line) - line[::-1].argmax()]
+        if line.any() and not inside.all():
+            raise ValueError(f"row {number} of attention_mask has a 0 between two 1; pad on the left or on the right")
+    return [row[line].tolist() for row, line in zip(ids, held, strict=True)]
 
 
 def _request(prompt: Any, default: Request) -> Request:

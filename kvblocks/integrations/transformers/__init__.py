@@ -13,6 +13,7 @@ from kvblocks.integrations.transformers.layers import (
     kv_shape,
     layer_groups,
     longest_sequence,
+    placeholder_tokens,
 )
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "kv_shape",
     "layer_groups",
     "longest_sequence",
+    "placeholder_tokens",
 ]

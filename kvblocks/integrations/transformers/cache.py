@@ -26,6 +26,7 @@ from kvblocks.integrations.transformers.layers import (
     kv_shape,
     layer_groups,
     model_layers,
+    placeholder_tokens,
     text_config,
     unscaled_length,
 )
@@ -167,8 +168,13 @@ class PagedCache(Cache):
         Positions must count from 0 at each row's first token, as `generate` numbers them. A model that takes none, and
         may count padding, reuses only what had as much of it.
 
+        The next pass must be over these prompts. It hands the cache K and V, never ids: other prompts of as many rows
+        and columns are not noticed, and what `begin` found is taken for theirs. `tell` compares the ids.
+
         Raises:
-            ValueError, TypeError: ids, mask or extra that do not fit; the cache is as before.
+            UnsupportedModel: the model's K and V depend on more than the prompt, or its positions on what ran before.
+            ValueError, TypeError: ids, mask or extra that do not fit; a row with placeholders of images and no extra
+                that says which; the cache is as before.
             NoFreeBlocks: the pool cannot hold the prompts; the cache is empty then.
         """
         rows = self._state.rows
@@ -215,8 +221,14 @@ class PagedCache(Cache):
         more = [()] * len(ids) if extra is None else list(extra)
         if len(more) != len(ids):
             raise ValueError(f"extra is for {len(more)} rows, input_ids has {len(ids)}")
+        placeholders = placeholder_tokens(self._state.config)
         for number, (left, pairs) in enumerate(zip(pads, more, strict=True)):
             _check_extra(number, pairs, left, ids.shape[1])
+            if not pairs and (found := placeholders.keys() & set(ids[number, left:].tolist())):
+                raise ValueError(
+                    f"row {number} of input_ids holds {min(found)}, the config's {placeholders[min(found)]}, which is "
+                    "the same for every image; give extra with the hash of this one"
+                )
         return [
             Prompt(
                 line[left:],
@@ -239,6 +251,11 @@ class PagedCache(Cache):
         for layer in self.layers:
             if isinstance(layer, _Layer):
                 layer.record_past = True
+
+    def reset_prefix_cache(self) -> None:
+        """For new weights: hold nothing, and let no cache of the pool find what was computed so far."""
+        self.manager.reset_prefix_cache()
+        self._state.rows.clear()
 
     def reset(self) -> None:
         """Hold nothing."""
