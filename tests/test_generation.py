@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
+import kvblocks
 from kvblocks import demo
 from kvblocks.config import CacheConfig
 from kvblocks.errors import NoFreeBlocks
@@ -315,3 +316,41 @@ def test_errors() -> None:
         pytest.raises(ValueError, match="the cache and the model have 128"),
     ):
         generator.add(Request(prompt(100), 30))
+
+
+def windowed(window: int) -> PreTrainedModel:
+    """A tiny Mistral, every layer of which attends to a window."""
+    config = MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=window,
+        max_position_embeddings=4096,
+    )
+    torch.manual_seed(1)
+    model = MistralForCausalLM(config)
+    model.train(False)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 1.5 * weight.shape[1] ** -0.5)
+    return model
+
+
+def test_where_all_layers_have_windows_a_sequence_may_be_longer_than_the_pool() -> None:
+    model = windowed(16)
+    request = Request(prompt(300), 60)
+    with kvblocks.generate(model, [request]) as run:
+        assert run.generator.manager.num_blocks * 16 < 300 + 300
+        assert run.run() == [expected(model, request)]
+    # The smallest pool that a manager can run it in: a window that begins inside a block.
+    todo = [request, Request(prompt(200, 1), 30), Request(prompt(9), 70)]
+    for num_blocks in (5, 6, 9):
+        with kvblocks.generate(model, todo, num_blocks=num_blocks, block_size=4) as run:
+            assert run.run() == [expected(model, request) for request in todo]
+            check_all_given_back(run.generator)
+    with pytest.raises(ValueError, match="need 359 slots; the cache and the model have 16 for one sequence"):
+        kvblocks.generate(model, [request], num_blocks=4, block_size=4)

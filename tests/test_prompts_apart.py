@@ -113,11 +113,11 @@ def test_a_tensor_that_may_hold_padding_is_refused() -> None:
 
 def test_an_image_that_nobody_gave_is_refused() -> None:
     model = with_images("llava", text_type="llama")
-    with pytest.raises(ValueError, match="token 5 is in the prompt, the config's image_token_i.*; pixels and sounds"):
+    with pytest.raises(ValueError, match=r"token 5 is in the prompt, the config's image_token_i.*; pixels and sounds"):
         kvblocks.generate(model, [[1, IMAGE, 2]])
     held = PagedCache(model.config, num_blocks=16)
     ids = torch.tensor([[1, 2, 3], [1, IMAGE, 2]])
-    with pytest.raises(ValueError, match="row 1 of input_ids holds 5, the config's image_token_i.*give extra with"):
+    with pytest.raises(ValueError, match=r"row 1 of input_ids holds 5, the config's image_token_i.*give extra with"):
         held.begin(ids)
     assert held.begin(ids, extra=[[], [(1, b"cat")]]) == 0
 

@@ -26,6 +26,7 @@ from kvblocks.step.buffers import StepBuffers
 
 __all__ = ["Generator", "Request", "Token", "blocks_needed", "most_tokens"]
 
+LONGEST = 2**31 - 1  # tokens of a sequence, as far as the arrays of a step can say
 _WORTH_WAITING = 64  # tokens: a prompt waits a pass or more for as many that another is about to compute
 
 
@@ -123,10 +124,11 @@ class Generator:
         self.model = model
         limit = longest_sequence(model.config)
         self.max_batch_tokens = max_batch_tokens
-        fits = most_tokens(config, max_batch_tokens)
+        fits = most_tokens(config)
         self.max_seq_len = fits if limit is None else min(limit, fits)
         self.max_seqs = min(max_seqs, max_batch_tokens)
         self._choose = choose
+        self._has_windows = any(group.reach is not None for group in config.groups)
         self._placeholders = placeholder_tokens(model.config)
         self._paged = PagedModel(model)
         self._paged.attach()
@@ -140,13 +142,7 @@ class Generator:
                 max_seqs=self.max_seqs,
                 watermark=watermark,
             )
-            self.buffers = StepBuffers(
-                self.max_seqs,
-                max_batch_tokens,
-                -(-max(1, self.max_seq_len) // config.block_size),
-                device=model.device,
-                groups=len(config.groups),
-            )
+            self.buffers = self._buffers_for(1)
         except BaseException:
             self.close()
             raise
@@ -193,6 +189,8 @@ class Generator:
                     f"token {token} is in the prompt, the config's {self._placeholders[token]}; pixels and sounds are "
                     "not taken here: use model.generate with kvblocks.integrations.transformers.PagedCache"
                 )
+        if longest > self.buffers.max_blocks_per_seq * self.manager.block_size:
+            self.buffers = self._buffers_for(longest)
         self._waiting.append(_Sequence(self._num_added, request, np.array(request.prompt)))
         self._num_added += 1
         return self._waiting[-1].request_id
@@ -272,6 +270,18 @@ class Generator:
         """Give the model its own attention back. The cache goes with the generator."""
         self._finalizer()
 
+    def _buffers_for(self, num_tokens: int) -> StepBuffers:
+        """Step buffers for sequences of so many tokens: twice as wide, so that they seldom have to be made anew."""
+        config = self.engine.config
+        widest = -(-max(1, self.max_seq_len) // config.block_size)
+        return StepBuffers(
+            self.max_seqs,
+            self.max_batch_tokens,
+            min(widest, max(16, -(-2 * num_tokens // config.block_size))),
+            device=self.model.device,
+            groups=len(config.groups),
+        )
+
     def _check_open(self) -> None:
         if not self._finalizer.alive:
             raise RuntimeError("the generator is closed: the model has its own attention back; make a new one")
@@ -288,25 +298,27 @@ class Generator:
         Reserving a part with `admit(reserve=...)` would let more in and preempt more. Where layers have windows it is
         done, as there the whole of a prompt is never held.
         """
-        windows = any(group.reach is not None for group in self.engine.config.groups)
-        reserve = self.max_batch_tokens if windows else None
+        reserve = self.max_batch_tokens if self._has_windows else None
         while self._waiting and len(self._running) < self.max_seqs:
             sequence = self._waiting[0]
             if not sequence.handle and self._awaits(sequence):
                 return
             try:
-                if sequence.handle:
-                    self.manager.resume(sequence.handle, reserve=reserve)
-                else:
-                    request = sequence.request
-                    sequence.handle, _ = self.manager.admit(
-                        sequence.prompt, salt=request.salt, extra=request.extra, reserve=reserve
-                    )
+                self._let_in(sequence, reserve)
             except NoFreeBlocks:
-                if not self._running:
+                if self._running:
+                    return
+                if not self._has_windows:
                     raise
-                return
+                self._let_in(sequence, 1)  # a pool that holds little more than the windows; it goes in small chunks
             self._running.append(self._waiting.popleft())
+
+    def _let_in(self, sequence: _Sequence, reserve: int | None) -> None:
+        if sequence.handle:
+            self.manager.resume(sequence.handle, reserve=reserve)
+        else:
+            salt, extra = sequence.request.salt, sequence.request.extra
+            sequence.handle, _ = self.manager.admit(sequence.prompt, salt=salt, extra=extra, reserve=reserve)
 
     def _awaits(self, waiting: _Sequence) -> bool:
         """Whether a sequence that runs is about to compute much that this one's prompt begins with."""
@@ -333,14 +345,21 @@ class Generator:
         return rows
 
     def _prepare(self, rows: list[_Row]) -> tuple[list[_Row], int]:
-        """Get slots for the rows, from the newest sequences if need be. `prepare` that fails has changed nothing."""
+        """Get slots for the rows, from the newest sequences if need be, and the last one in smaller chunks.
+
+        `prepare` that fails has changed nothing.
+        """
         while True:
             try:
                 handles = [row.sequence.handle for row in rows]
                 return rows, self.manager.prepare(handles, [row.query_len for row in rows], self.buffers)
             except NoFreeBlocks:
                 if len(self._running) == 1:
-                    raise
+                    [row] = rows
+                    if not self._has_windows or row.query_len == 1:
+                        raise
+                    rows = [_Row(row.sequence, row.query_len // 2, samples=False)]
+                    continue
                 newest = self._running.pop()
                 self.manager.preempt(newest.handle)
                 self._waiting.appendleft(newest)
@@ -402,12 +421,15 @@ def blocks_needed(config: CacheConfig, num_tokens: int, max_batch_tokens: int) -
     return needed
 
 
-def most_tokens(config: CacheConfig, max_batch_tokens: int) -> int:
-    """Tokens of the longest sequence that the cache can hold."""
-    low, high = 0, config.num_gpu_blocks * config.block_size
+def most_tokens(config: CacheConfig) -> int:
+    """Tokens of the longest sequence that can be run, in passes as small as need be.
+
+    Where every layer has a window or a chunk, that may be far more than the pool holds at once.
+    """
+    low, high = 0, LONGEST
     while low < high:
         middle = (low + high + 1) // 2
-        if blocks_needed(config, middle, max_batch_tokens) <= config.num_gpu_blocks:
+        if blocks_needed(config, middle, 1) <= config.num_gpu_blocks:
             low = middle
         else:
             high = middle - 1
