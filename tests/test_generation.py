@@ -270,19 +270,28 @@ def test_nothing_to_do() -> None:
 def test_the_model_gets_its_attention_back() -> None:
     model = tiny_llama()
     before = model.config._attn_implementation
-    with Generator(model, sizes(model, 4, 8)):
-        assert model.config._attn_implementation == "kvblocks"
-    assert model.config._attn_implementation == before
+    seen = []
+    hook = model.register_forward_pre_hook(lambda *_: seen.append(model.config._attn_implementation))
+    with Generator(model, sizes(model, 4, 8)) as generator:
+        generator.add(Request(prompt(5), 3))
+        generator.step()
+        assert model.config._attn_implementation == before
+    hook.remove()
+    assert seen == ["kvblocks"]
     with pytest.raises(ValueError, match="layout"):
         Generator(model, sizes(model, 4, 8), layout="DNH")
     assert model.config._attn_implementation == before
 
 
-def test_one_generator_drives_a_model_and_none_after_close() -> None:
+def test_two_generators_take_turns_with_a_model_and_none_runs_after_close() -> None:
     model = tiny_llama()
+    todo = [Request(prompt(3), 6), Request(prompt(9), 6)]
+    generators = [Generator(model, sizes(model, 4, 8)) for _ in todo]
+    for generator, request in zip(generators, todo, strict=True):
+        generator.add(request)
+    steps = [[generator.step()[0].token for generator in generators] for _ in range(6)]
+    assert [list(tokens) for tokens in zip(*steps, strict=True)] == [expected(model, request) for request in todo]
     with Generator(model, sizes(model, 4, 8)) as generator:
-        with pytest.raises(ValueError, match="another generator drives this LlamaForCausalLM"):
-            Generator(model, sizes(model, 4, 8))
         generator.add(Request(prompt(3), 2))
         assert len(generator.step()) == 1
     with pytest.raises(RuntimeError, match="the generator is closed"):

@@ -1,4 +1,4 @@
-"""What must not be mixed up: adapters, images, padding, weights, and positions that a model keeps in itself."""
+"""What must not be mixed up: adapters, images, padding, weights, and what a model keeps in itself."""
 
 from typing import Any
 
@@ -120,6 +120,15 @@ def test_an_image_that_nobody_gave_is_refused() -> None:
     with pytest.raises(ValueError, match=r"row 1 of input_ids holds 5, the config's image_token_i.*give extra with"):
         held.begin(ids)
     assert held.begin(ids, extra=[[], [(1, b"cat")]]) == 0
+
+
+def test_each_part_of_a_model_gets_back_the_attention_that_it_had() -> None:
+    model = with_images("llava", text_type="llama")
+    model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
+    kvblocks.generate(model, [[1, 2, 3]], max_new_tokens=2, stop_tokens=[]).run()
+    parts: Any = model.config
+    assert parts.text_config._attn_implementation == "eager"
+    assert parts.vision_config._attn_implementation == "sdpa"
 
 
 def test_positions_that_a_model_keeps_in_itself() -> None:

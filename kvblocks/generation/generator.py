@@ -4,7 +4,6 @@ Read it to write your own. Policy lives here: who runs, who waits, who gives way
 and V the cache's, and `kvblocks.integrations.transformers` brings them to the model's layers.
 """
 
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -102,8 +101,8 @@ class Generator:
         ValueError: a model that cannot be served, or a number out of range.
         OutOfMemory: the cache does not fit.
 
-    The model's layers attend through kvblocks until `close`, the end of the `with` block, or until the generator is
-    collected.
+    The model's layers attend through kvblocks for the length of a pass. Between passes the model may be used for
+    anything, by other generators too.
 
     Thread-safety: one thread drives a generator.
     """
@@ -131,21 +130,16 @@ class Generator:
         self._has_windows = any(group.reach is not None for group in config.groups)
         self._placeholders = placeholder_tokens(model.config)
         self._paged = PagedModel(model)
-        self._paged.attach()
-        self._finalizer = weakref.finalize(self, self._paged.detach)
-        try:
-            self.engine = CacheEngine(config, model.dtype, model.device, layout=layout)
-            self.manager = BlockManager(
-                config.num_gpu_blocks,
-                config.block_size,
-                groups=[group.reach for group in config.groups],
-                max_seqs=self.max_seqs,
-                watermark=watermark,
-            )
-            self.buffers = self._buffers_for(1)
-        except BaseException:
-            self.close()
-            raise
+        self._closed = False
+        self.engine = CacheEngine(config, model.dtype, model.device, layout=layout)
+        self.manager = BlockManager(
+            config.num_gpu_blocks,
+            config.block_size,
+            groups=[group.reach for group in config.groups],
+            max_seqs=self.max_seqs,
+            watermark=watermark,
+        )
+        self.buffers = self._buffers_for(1)
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
         self._num_added = 0
@@ -231,7 +225,6 @@ class Generator:
             RuntimeError: the generator is closed.
         """
         self._check_open()
-        self._paged.attach()
         self._admit()
         if not self._running:
             return []
@@ -262,13 +255,9 @@ class Generator:
         self._running = []
         self.manager.reset_prefix_cache()
 
-    def rest(self) -> None:
-        """Give the model its own attention back until the next step."""
-        self._paged.detach()
-
     def close(self) -> None:
-        """Give the model its own attention back. The cache goes with the generator."""
-        self._finalizer()
+        """Take no more requests and run none. The cache goes with the generator."""
+        self._closed = True
 
     def _buffers_for(self, num_tokens: int) -> StepBuffers:
         """Step buffers for sequences of so many tokens: twice as wide, so that they seldom have to be made anew."""
@@ -283,8 +272,8 @@ class Generator:
         )
 
     def _check_open(self) -> None:
-        if not self._finalizer.alive:
-            raise RuntimeError("the generator is closed: the model has its own attention back; make a new one")
+        if self._closed:
+            raise RuntimeError("the generator is closed; make a new one")
 
     def __enter__(self) -> Self:
         return self

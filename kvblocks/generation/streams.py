@@ -90,11 +90,7 @@ def generate(
     generator = Generator(
         model, config, layout=layout, max_batch_tokens=max_batch_tokens, max_seqs=max_seqs, choose=choose
     )
-    try:
-        return Generation(generator, requests, default)
-    except BaseException:
-        generator.close()
-        raise
+    return Generation(generator, requests, default)
 
 
 def one_block(model: PreTrainedModel, block_size: int) -> CacheConfig:
@@ -162,8 +158,8 @@ class Stream:
 class Generation:
     """Requests under way, and a stream for each; made by `generate`.
 
-    The model attends through kvblocks while any has not ended, and by itself before and after. `close`, or a `with`
-    block, ends those that are left.
+    The model attends through kvblocks inside `step` only, and may be used for anything between two. `close`, or a
+    `with` block, ends the streams that are left.
 
     Attributes:
         generator: with its manager and cache, for statistics.
@@ -174,7 +170,6 @@ class Generation:
         self._default = default
         self._streams: list[Stream] = []
         self._unfinished: dict[int, Stream] = {}
-        generator.rest()
         for request in requests:
             self._start(request)
 
@@ -222,8 +217,6 @@ class Generation:
             if token.finish is not None:
                 stream.finish = token.finish
                 del self._unfinished[token.request_id]
-        if not self._unfinished:
-            self.generator.rest()
         return streams
 
     def cancel(self, stream: Stream) -> None:
@@ -231,15 +224,13 @@ class Generation:
         if self._unfinished.pop(stream.request_id, None) is not None:
             self.generator.cancel(stream.request_id)
             stream.finish = "cancelled"
-            if not self._unfinished:
-                self.generator.rest()
 
     def run(self) -> list[list[int]]:
         """The tokens of every request, once all have ended."""
         return [stream.read() for stream in self._streams]
 
     def close(self) -> None:
-        """Cancel what has not ended, and give the model its own attention back."""
+        """Cancel what has not ended, and take no more."""
         for stream in list(self._unfinished.values()):
             self.cancel(stream)
         self.generator.close()

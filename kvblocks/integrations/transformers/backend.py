@@ -3,17 +3,20 @@
 Importing this module registers the attention and its mask with transformers. Scheduling is not here.
 """
 
+import contextlib
 import inspect
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from kvblocks.attention.call import paged_attention
 from kvblocks.config import Chunk, Window
@@ -51,48 +54,30 @@ def check_model(model: PreTrainedModel) -> tuple[ModelLayer, ...]:
 
 
 class PagedModel:
-    """A model whose layers attend through kvblocks, from `attach` to `detach`.
+    """A model whose layers attend through kvblocks for the length of a pass, and by themselves between passes.
 
     Raises:
         UnsupportedModel: see `check_model`.
+
+    Thread-safety: passes over one model wait for each other, also those of other `PagedModel`s. Who runs the model by
+    itself in another thread meanwhile gets an `UnsupportedModel` that says so.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.layers = check_model(model)
-        self._before: str | None = None
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-
-    def attach(self) -> None:
-        """Let the model's layers attend through kvblocks, if they do not by this already.
-
-        Raises:
-            UnsupportedModel: they do by another `PagedModel`.
-        """
-        if self._before is not None:
-            return
-        before: str = self.model.config._attn_implementation
-        if before == NAME:
-            raise UnsupportedModel(f"another generator drives this {type(self.model).__name__}; close that one first")
-        self.model.set_attn_implementation(NAME)
-        self._before = before
 
     @torch.inference_mode()
     def measure(self) -> KVShape:
         """What the layers hand to attention: one token is run through the model, attending to nothing.
 
         Raises:
-            UnsupportedModel: a layer does what the cache cannot serve; or as for `attach`.
+            UnsupportedModel: a layer does what the cache cannot serve.
         """
         run = _Run(self.layers, None, None)
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
-        attached_before = self._before is not None
-        self.attach()
-        try:
-            self._run(run, input_ids=token, position_ids=token)
-        finally:
-            if not attached_before:
-                self.detach()
+        self._run(run, input_ids=token, position_ids=token)
         writing = [run.shapes[layer.index] for layer in self.layers if layer.writes]
         return KVShape(len(writing), *(max(sizes) for sizes in zip(*writing, strict=True)))
 
@@ -122,7 +107,8 @@ class PagedModel:
     def _run(self, run: "_Run", **inputs: Any) -> Any:
         entered = _running.set(run)
         try:
-            output = self.model(use_cache=False, **inputs)
+            with _attached(self.model):
+                output = self.model(use_cache=False, **inputs)
         finally:
             _running.reset(entered)
         expected = [layer.index for layer in self.layers if layer.storage is not None]
@@ -133,11 +119,40 @@ class PagedModel:
             )
         return output
 
-    def detach(self) -> None:
-        """Give the model its own attention back."""
-        before, self._before = self._before, None
-        if before is not None:
-            self.model.set_attn_implementation(before)
+
+_locks: "WeakKeyDictionary[PreTrainedModel, threading.RLock]" = WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _attached(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model's layers attend through kvblocks, and give each part its own attention back, whatever happens."""
+    with _locks_lock:
+        lock = _locks.setdefault(model, threading.RLock())
+    with lock:
+        before = [(config, config._attn_implementation) for config in _configs(model)]
+        try:
+            model.set_attn_implementation(NAME)
+            yield
+        finally:
+            for config, attention in before:
+                config._attn_implementation = attention
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Every config that says how a part of the model attends, parents before their children."""
+    found: dict[int, PreTrainedConfig] = {}
+
+    def walk(config: PreTrainedConfig) -> None:
+        found.setdefault(id(config), config)
+        for name in config.sub_configs:
+            if isinstance(child := getattr(config, name, None), PreTrainedConfig):
+                walk(child)
+
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            walk(part.config)
+    return list(found.values())
 
 
 @dataclass
@@ -206,8 +221,8 @@ def _attention(
     run = _running.get()
     if run is None:
         raise UnsupportedModel(
-            f'attention "{NAME}" was called without a step: the model was not run through {__name__}.PagedModel '
-            "(for other uses, model.set_attn_implementation brings another attention back)"
+            f'attention "{NAME}" was called without a step: the model was not run through {__name__}.PagedModel. If '
+            "another thread runs a pass of it, wait for that; else model.set_attn_implementation brings another back"
         )
     index: int | None = getattr(module, "layer_idx", None)
     if index is None or not 0 <= index < len(run.layers):
