@@ -6,7 +6,7 @@ What runs when is decided in `kvblocks.generation.generator`. Imports torch and 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Self, SupportsIndex, TypeAlias
+from typing import Any, Self, SupportsIndex, TypeAlias, Unpack
 
 import numpy as np
 from torch import Tensor
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from kvblocks.config import CacheConfig
 from kvblocks.generation.generator import Generator, Request, blocks_needed
+from kvblocks.generation.request import Settings
 from kvblocks.integrations.transformers import PagedModel, layer_groups
 from kvblocks.sizes import parse_size
 
@@ -26,7 +27,7 @@ def generate(
     model: PreTrainedModel,
     prompts: Iterable[Prompt],
     *,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     stop_tokens: Iterable[int] | int | None = None,
     memory: int | str | None = None,
     num_blocks: int | None = None,
@@ -35,8 +36,9 @@ def generate(
     max_batch_tokens: int = 512,
     max_seqs: int = 64,
     choose: Callable[[Tensor], Tensor] | None = None,
+    tokenizer: Any = None,
     attention_mask: Any = None,
-    salt: bytes = b"",
+    **settings: Unpack[Settings],
 ) -> "Generation":
     """Continue prompts with continuous batching over a paged cache, whose prefixes are computed once.
 
@@ -44,7 +46,7 @@ def generate(
         model: a decoder-only transformers model, in evaluation mode; the cache gets its dtype and device.
         prompts: token ids of each, or a `Request` with limits of its own. More may be added while it runs. A tensor or
             array [prompts, columns] needs `attention_mask`.
-        max_new_tokens: of each prompt that is no `Request`.
+        max_new_tokens: of each prompt that is no `Request`; by default as the generation config says, else 64.
         stop_tokens: ids that end an answer; the one that does is its last token. None: the end-of-sequence ids of the
             model's generation config. An empty list: none.
         memory: for K and V, in bytes or like "64MiB"; by default what the prompts need at once, at most `max_seqs`.
@@ -52,7 +54,13 @@ def generate(
         block_size, layout: of the cache.
         max_batch_tokens, max_seqs, choose: as for `Generator`.
         attention_mask: [prompts, columns], 0 where there is padding, on either side, which is left out.
-        salt: what decides K and V beside the ids, of each prompt that is no `Request`: an adapter, a tenant.
+        tokenizer: transformers' of the model, where stop strings are asked for.
+        settings: of each prompt that is no `Request`, named as there: `salt`, `temperature`, `top_k`, `top_p`, `min_p`,
+            `seed`, `logits_processors`, `logprobs`, `stop_strings`, `priority`, `n`. A prompt of `n` answers has as
+            many streams, one after the other.
+
+    What is not given here is as the model's generation config has it, sampling and penalties too; `temperature=0` takes
+    the best tokens whatever it says. What it asks for and is not served (beams, guidance) is refused.
 
     Returns:
         The streams of the prompts, in order. Nothing has run yet: asking a stream for tokens runs all of them.
@@ -74,8 +82,9 @@ def generate(
 
     Thread-safety: one thread drives a generation.
     """
-    default = Request((), max_new_tokens, _stop_tokens(model, stop_tokens), salt)
-    requests = [_request(prompt, default) for prompt in _unpadded(prompts, attention_mask)]
+    limit, longest = _limits(model, max_new_tokens)
+    default = _with(Request((), limit, _stop_tokens(model, stop_tokens)), settings)
+    requests = [_request(prompt, default, longest) for prompt in _unpadded(prompts, attention_mask)]
     if memory is not None and num_blocks is not None:
         raise ValueError(f"memory={memory!r} and num_blocks={num_blocks} both say how large the cache is; give one")
     config = one_block(model, block_size)
@@ -88,9 +97,15 @@ def generate(
         num_blocks = _needed(config, requests, max_seqs, max_batch_tokens)
     config = config.replace(num_gpu_blocks=num_blocks)
     generator = Generator(
-        model, config, layout=layout, max_batch_tokens=max_batch_tokens, max_seqs=max_seqs, choose=choose
+        model,
+        config,
+        layout=layout,
+        max_batch_tokens=max_batch_tokens,
+        max_seqs=max_seqs,
+        choose=choose,
+        tokenizer=tokenizer,
     )
-    return Generation(generator, requests, default)
+    return Generation(generator, requests, default, longest)
 
 
 def one_block(model: PreTrainedModel, block_size: int) -> CacheConfig:
@@ -119,6 +134,9 @@ class Stream:
         request: what was asked.
         tokens: the new ones so far.
         finish: why it ended: "stop", "length", "cancelled"; None until then.
+        logprobs, top: of each token its log-probability, and the (token, log-probability) of the best ones, if the
+            request asks for them.
+        answers: the streams of all n answers to its prompt, itself among them.
     """
 
     def __init__(self, generation: "Generation", request_id: int, request: Request) -> None:
@@ -126,6 +144,9 @@ class Stream:
         self.request = request
         self.tokens: list[int] = []
         self.finish: str | None = None
+        self.logprobs: list[float] = []
+        self.top: list[tuple[tuple[int, float], ...]] = []
+        self.answers: tuple[Stream, ...] = (self,)
         self._generation = generation
         self._given = 0
 
@@ -165,9 +186,12 @@ class Generation:
         generator: with its manager and cache, for statistics.
     """
 
-    def __init__(self, generator: Generator, requests: Iterable[Request], default: Request) -> None:
+    def __init__(
+        self, generator: Generator, requests: Iterable[Request], default: Request, longest: int | None = None
+    ) -> None:
         self.generator = generator
         self._default = default
+        self._longest = longest
         self._streams: list[Stream] = []
         self._unfinished: dict[int, Stream] = {}
         for request in requests:
@@ -179,22 +203,21 @@ class Generation:
         *,
         max_new_tokens: int | None = None,
         stop_tokens: Iterable[int] | int | None = None,
-        salt: bytes | None = None,
         extra: Iterable[tuple[int, bytes]] | None = None,
+        **settings: Unpack[Settings],
     ) -> Stream:
-        """A request that arrives now; what is not given is as `generate` was told.
+        """A request that arrives now; what is not given is as `generate` was told. The first stream, of n answers.
 
         Raises:
             ValueError, TypeError: as for `Generator.add`.
             RuntimeError: the generation is closed.
         """
-        request = _request(prompt, self._default)
+        request = _request(prompt, self._default, None if max_new_tokens is not None else self._longest)
+        request = _with(request, settings)
         if max_new_tokens is not None:
             request = replace(request, max_new_tokens=max_new_tokens)
         if stop_tokens is not None:
             request = replace(request, stop_tokens=_stop_tokens(None, stop_tokens))
-        if salt is not None:
-            request = replace(request, salt=salt)
         if extra is not None:
             request = replace(request, extra=tuple(extra))
         return self._start(request)
@@ -214,6 +237,9 @@ class Generation:
         streams = [self._unfinished[token.request_id] for token in new]
         for stream, token in zip(streams, new, strict=True):
             stream.tokens.append(token.token)
+            if token.logprob is not None:
+                stream.logprobs.append(token.logprob)
+                stream.top.append(token.top)
             if token.finish is not None:
                 stream.finish = token.finish
                 del self._unfinished[token.request_id]
@@ -236,10 +262,13 @@ class Generation:
         self.generator.close()
 
     def _start(self, request: Request) -> Stream:
-        stream = Stream(self, self.generator.add(request), request)
-        self._streams.append(stream)
-        self._unfinished[stream.request_id] = stream
-        return stream
+        first = self.generator.add(request)
+        answers = tuple(Stream(self, first + number, request) for number in range(request.n))
+        for stream in answers:
+            stream.answers = answers
+            self._streams.append(stream)
+            self._unfinished[stream.request_id] = stream
+        return answers[0]
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -284,7 +313,28 @@ def _unpadded(prompts: Any, attention_mask: Any) -> Iterable[Any]:
     return [row[line].tolist() for row, line in zip(ids, held, strict=True)]
 
 
-def _request(prompt: Any, default: Request) -> Request:
+def _with(request: Request, settings: Settings) -> Request:
+    """The request with settings, each of which it has."""
+    given: dict[str, Any] = dict(settings)
+    known = Settings.__annotations__
+    for name in given.keys() - known.keys():
+        raise TypeError(f"{name}={given[name]!r} is no setting of a request; there are {', '.join(sorted(known))}")
+    for name in given.keys() & {"stop_strings", "logits_processors"}:
+        value = given[name]
+        given[name] = (value,) if isinstance(value, str) or callable(value) else tuple(value)
+    return replace(request, **given)
+
+
+def _limits(model: PreTrainedModel, max_new_tokens: int | None) -> tuple[int, int | None]:
+    """The new tokens of a prompt, and the length of prompt and answer together where that is what limits it."""
+    if max_new_tokens is not None:
+        return max_new_tokens, None
+    config: Any = getattr(model, "generation_config", None)
+    new, whole = getattr(config, "max_new_tokens", None), getattr(config, "max_length", None)
+    return new or 64, None if new else whole
+
+
+def _request(prompt: Any, default: Request, longest: int | None) -> Request:
     if isinstance(prompt, Request):
         return prompt
     if isinstance(prompt, str):
@@ -295,7 +345,15 @@ def _request(prompt: Any, default: Request) -> Request:
             raise TypeError(
                 f"a prompt holds {token!r} of type {type(token).__name__}; give token ids, one list a prompt"
             )
-    return replace(default, prompt=tuple(map(int, ids)))
+    request = replace(default, prompt=tuple(map(int, ids)))
+    if longest is None:
+        return request
+    if len(ids) >= longest:
+        raise ValueError(
+            f"a prompt of {len(ids)} tokens, and the model's generation_config has max_length={longest}, which counts "
+            "the prompt too; give max_new_tokens"
+        )
+    return replace(request, max_new_tokens=longest - len(ids))
 
 
 def _stop_tokens(model: PreTrainedModel | None, given: Iterable[int] | int | None) -> frozenset[int]:
@@ -314,6 +372,7 @@ def _needed(config: CacheConfig, requests: Sequence[Request], max_seqs: int, max
     blocks = sorted(
         blocks_needed(config, max(1, len(request.prompt) + request.max_new_tokens - 1), max_batch_tokens)
         for request in requests
+        for _ in range(request.n)
     )
     needed = sum(blocks[-max(1, max_seqs) :])
     return needed + needed // 64 + 1
