@@ -4,6 +4,7 @@ Read it to write your own. Policy lives here: who runs, who waits, who gives way
 and V the cache's, and `kvblocks.integrations.transformers` brings them to the model's layers.
 """
 
+import weakref
 from bisect import insort
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from kvblocks.engine import CacheEngine
 from kvblocks.errors import NoFreeBlocks
 from kvblocks.generation.request import Request, Token, check_request
 from kvblocks.generation.sampling import Choice, Chooser, Choosers
-from kvblocks.integrations.transformers import PagedModel, longest_sequence, placeholder_tokens
+from kvblocks.integrations.transformers import PagedModel, Pool, longest_sequence, placeholder_tokens
 from kvblocks.manager import BlockManager
 from kvblocks.step.buffers import StepBuffers
 
@@ -80,6 +81,7 @@ class Generator:
         choose: the next tokens [n], int64, from their logits [n, vocabulary], in place of the requests' settings and of
             the model's generation config.
         tokenizer: transformers' of the model, where stop strings are asked for.
+        pool: whose engine and manager to use; `config` is its `config` then, and `layout` and `watermark` are its own.
 
     Raises:
         ValueError: a model that cannot be served, or a number out of range.
@@ -102,6 +104,7 @@ class Generator:
         watermark: float = 0.01,
         choose: Callable[[Tensor], Tensor] | None = None,
         tokenizer: Any = None,
+        pool: Pool | None = None,
     ) -> None:
         if max_seqs < 1 or max_batch_tokens < 1:
             raise ValueError(f"max_seqs={max_seqs} and max_batch_tokens={max_batch_tokens} must be at least 1")
@@ -117,18 +120,23 @@ class Generator:
         self._placeholders = placeholder_tokens(model.config)
         self._paged = PagedModel(model)
         self._closed = False
-        self.engine = CacheEngine(config, model.dtype, model.device, layout=layout)
-        self.manager = BlockManager(
-            config.num_gpu_blocks,
-            config.block_size,
-            groups=[group.reach for group in config.groups],
-            max_seqs=_MOST_HELD,
-            watermark=watermark,
-        )
+        if pool is not None:
+            pool.check(model)
+            self.engine, self.manager = pool.engine, pool.manager
+        else:
+            self.engine = CacheEngine(config, model.dtype, model.device, layout=layout)
+            self.manager = BlockManager(
+                config.num_gpu_blocks,
+                config.block_size,
+                groups=[group.reach for group in config.groups],
+                max_seqs=_MOST_HELD,
+                watermark=watermark,
+            )
         self.buffers = self._buffers_for(1)
         self._waiting: list[tuple[tuple[int, int], _Sequence]] = []  # a heap; who was cancelled is skipped
         self._running: list[_Sequence] = []  # in the same order
         self._unfinished: dict[int, _Sequence] = {}
+        self._finalizer = weakref.finalize(self, _give_back, self.manager, self._unfinished)
         self.num_held = 0  # sequences that have a handle in the manager, and those that will be forked from them
         self._num_following = 0  # behind those that run
         self._num_added = 0
@@ -265,8 +273,9 @@ class Generator:
         self.manager.reset_prefix_cache()
 
     def close(self) -> None:
-        """Take no more requests and run none. The cache goes with the generator."""
+        """Take no more requests and run none; what has not ended gives its blocks back."""
         self._closed = True
+        self._finalizer()
 
     def _buffers_for(self, num_tokens: int) -> StepBuffers:
         """Step buffers for sequences of so many tokens: twice as wide, so that they seldom have to be made anew."""
@@ -527,6 +536,14 @@ def most_tokens(config: CacheConfig) -> int:
         else:
             high = middle - 1
     return low
+
+
+def _give_back(manager: BlockManager, unfinished: dict[int, _Sequence]) -> None:
+    """Free what sequences hold, when their generator is closed or gone."""
+    handles = [sequence.handle for sequence in unfinished.values() if sequence.handle]
+    unfinished.clear()
+    if handles:
+        manager.free(handles)
 
 
 def _beginning(sequence: _Sequence) -> tuple[bytes, bytes]:

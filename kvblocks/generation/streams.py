@@ -4,9 +4,12 @@ What runs when is decided in `kvblocks.generation.generator`. Imports torch and 
 """
 
 import operator
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Self, SupportsIndex, TypeAlias, Unpack
+from weakref import WeakValueDictionary
 
 import numpy as np
 from torch import Tensor
@@ -15,7 +18,7 @@ from transformers import PreTrainedModel
 from kvblocks.config import CacheConfig
 from kvblocks.generation.generator import Generator, Request, blocks_needed
 from kvblocks.generation.request import Settings
-from kvblocks.integrations.transformers import PagedModel, layer_groups
+from kvblocks.integrations.transformers import PagedModel, Pool, layer_groups
 from kvblocks.sizes import parse_size
 
 __all__ = ["Generation", "Stream", "generate"]
@@ -37,6 +40,7 @@ def generate(
     max_seqs: int = 64,
     choose: Callable[[Tensor], Tensor] | None = None,
     tokenizer: Any = None,
+    pool: Pool | None = None,
     attention_mask: Any = None,
     **settings: Unpack[Settings],
 ) -> "Generation":
@@ -53,6 +57,8 @@ def generate(
         num_blocks: blocks in the pool, instead of `memory`.
         block_size, layout: of the cache.
         max_batch_tokens, max_seqs, choose: as for `Generator`.
+        pool: the model's `Pool`, whose blocks outlive this call, instead of `memory`, `num_blocks`, `block_size` and
+            `layout`. Without one the cache is made for this call and goes with it.
         attention_mask: [prompts, columns], 0 where there is padding, on either side, which is left out.
         tokenizer: transformers' of the model, where stop strings are asked for.
         settings: of each prompt that is no `Request`, named as there: `salt`, `temperature`, `top_k`, `top_p`, `min_p`,
@@ -87,8 +93,15 @@ def generate(
     requests = [_request(prompt, default, longest) for prompt in _unpadded(prompts, attention_mask)]
     if memory is not None and num_blocks is not None:
         raise ValueError(f"memory={memory!r} and num_blocks={num_blocks} both say how large the cache is; give one")
-    config = one_block(model, block_size)
-    if memory is not None:
+    if pool is not None:
+        if (memory, num_blocks, block_size, layout) != (None, None, 16, "NHD"):
+            raise ValueError("memory, num_blocks, block_size and layout are those of the pool; give no others")
+        config = pool.config
+    else:
+        config = one_block(model, block_size)
+    if pool is not None:
+        num_blocks = config.num_gpu_blocks
+    elif memory is not None:
         num_bytes = parse_size(memory) if isinstance(memory, str) else memory
         num_blocks = num_bytes // config.block_bytes(model.dtype)
         if num_blocks < 1:
@@ -104,6 +117,7 @@ def generate(
         max_seqs=max_seqs,
         choose=choose,
         tokenizer=tokenizer,
+        pool=pool,
     )
     return Generation(generator, requests, default, longest)
 
@@ -136,19 +150,23 @@ class Stream:
         finish: why it ended: "stop", "length", "cancelled"; None until then.
         logprobs, top: of each token its log-probability, and the (token, log-probability) of the best ones, if the
             request asks for them.
-        answers: the streams of all n answers to its prompt, itself among them.
     """
 
-    def __init__(self, generation: "Generation", request_id: int, request: Request) -> None:
+    def __init__(self, run: "_Run", request_id: int, request: Request) -> None:
         self.request_id = request_id
         self.request = request
         self.tokens: list[int] = []
         self.finish: str | None = None
         self.logprobs: list[float] = []
         self.top: list[tuple[tuple[int, float], ...]] = []
-        self.answers: tuple[Stream, ...] = (self,)
-        self._generation = generation
+        self._answers: tuple[Stream, ...] = ()
+        self._run = run
         self._given = 0
+
+    @property
+    def answers(self) -> tuple["Stream", ...]:
+        """The streams of all n answers to its prompt, itself among them."""
+        return self._answers or (self,)
 
     def __iter__(self) -> Self:
         return self
@@ -157,30 +175,87 @@ class Stream:
         while self._given == len(self.tokens):
             if self.finish is not None:
                 raise StopIteration
-            self._generation.step()
+            self._run.step()
         self._given += 1
         return self.tokens[self._given - 1]
 
     def read(self) -> list[int]:
         """All tokens, once it has ended."""
         while self.finish is None:
-            self._generation.step()
+            self._run.step()
         return self.tokens
 
     def cancel(self) -> None:
         """End it now, and give its blocks back. One that has ended stays as it is."""
         if self.finish is None:
-            self._generation.cancel(self)
+            self._run.cancel(self)
 
     def __repr__(self) -> str:
         return f"Stream(request_id={self.request_id}, new_tokens={len(self.tokens)}, finish={self.finish!r})"
+
+
+class _Run:
+    """What the streams of a generation have in common. It holds none of them: those that nobody holds are cancelled."""
+
+    def __init__(self, generator: Generator) -> None:
+        self.generator = generator
+        self.owner: weakref.ref[Generation] | None = None
+        self._streams: WeakValueDictionary[int, Stream] = WeakValueDictionary()
+        self._dropped: deque[int] = deque()
+
+    def start(self, request: Request) -> tuple[Stream, ...]:
+        first = self.generator.add(request)
+        answers = tuple(Stream(self, first + number, request) for number in range(request.n))
+        for stream in answers:
+            if request.n > 1:  # one alone must not refer to itself, so that it goes when nobody holds it
+                stream._answers = answers
+            self._streams[stream.request_id] = stream
+            finalizer = weakref.finalize(stream, self._dropped.append, stream.request_id)
+            finalizer.atexit = False
+        return answers
+
+    def step(self) -> list[Stream]:
+        while self._dropped:
+            self.generator.cancel(self._dropped.popleft())
+        new = []
+        for token in self.generator.step():
+            stream = self._streams.get(token.request_id)
+            if stream is None:
+                continue  # dropped while the pass ran
+            new.append(stream)
+            stream.tokens.append(token.token)
+            if token.logprob is not None:
+                stream.logprobs.append(token.logprob)
+                stream.top.append(token.top)
+            if token.finish is not None:
+                self._end(stream, token.finish)
+        return new
+
+    def cancel(self, stream: Stream) -> None:
+        if stream.finish is None:
+            self.generator.cancel(stream.request_id)
+            self._end(stream, "cancelled")
+
+    def close(self) -> None:
+        for stream in list(self._streams.values()):
+            self.cancel(stream)
+        self.generator.close()
+
+    def _end(self, stream: Stream, finish: str) -> None:
+        stream.finish = finish
+        self._streams.pop(stream.request_id, None)
+        generation = None if self.owner is None else self.owner()
+        if generation is not None:
+            generation._unfinished.pop(stream.request_id, None)
 
 
 class Generation:
     """Requests under way, and a stream for each; made by `generate`.
 
     The model attends through kvblocks inside `step` only, and may be used for anything between two. `close`, or a
-    `with` block, ends the streams that are left.
+    `with` block, ends the streams that are left, and those that nobody holds any more are ended with the generation. As
+    a sequence it holds the streams of the prompts that it was made with. Those that `add` made later belong to who
+    called it, and are let go when they have ended.
 
     Attributes:
         generator: with its manager and cache, for statistics.
@@ -192,10 +267,10 @@ class Generation:
         self.generator = generator
         self._default = default
         self._longest = longest
-        self._streams: list[Stream] = []
         self._unfinished: dict[int, Stream] = {}
-        for request in requests:
-            self._start(request)
+        self._run = _Run(generator)
+        self._run.owner = weakref.ref(self)
+        self._streams = [stream for request in requests for stream in self._start(request)]
 
     def add(
         self,
@@ -220,7 +295,7 @@ class Generation:
             request = replace(request, stop_tokens=_stop_tokens(None, stop_tokens))
         if extra is not None:
             request = replace(request, extra=tuple(extra))
-        return self._start(request)
+        return self._start(request)[0]
 
     def reset_prefix_cache(self) -> None:
         """For new weights: compute everything anew from here on, of the streams that have not ended too."""
@@ -233,23 +308,11 @@ class Generation:
 
     def step(self) -> list[Stream]:
         """One forward pass; returns the streams that got a token: none while only prompts are computed."""
-        new = self.generator.step()
-        streams = [self._unfinished[token.request_id] for token in new]
-        for stream, token in zip(streams, new, strict=True):
-            stream.tokens.append(token.token)
-            if token.logprob is not None:
-                stream.logprobs.append(token.logprob)
-                stream.top.append(token.top)
-            if token.finish is not None:
-                stream.finish = token.finish
-                del self._unfinished[token.request_id]
-        return streams
+        return self._run.step()
 
     def cancel(self, stream: Stream) -> None:
         """End a stream now, if it has not ended, and give its blocks back."""
-        if self._unfinished.pop(stream.request_id, None) is not None:
-            self.generator.cancel(stream.request_id)
-            stream.finish = "cancelled"
+        self._run.cancel(stream)
 
     def run(self) -> list[list[int]]:
         """The tokens of every request, once all have ended."""
@@ -257,18 +320,12 @@ class Generation:
 
     def close(self) -> None:
         """Cancel what has not ended, and take no more."""
-        for stream in list(self._unfinished.values()):
-            self.cancel(stream)
-        self.generator.close()
+        self._run.close()
 
-    def _start(self, request: Request) -> Stream:
-        first = self.generator.add(request)
-        answers = tuple(Stream(self, first + number, request) for number in range(request.n))
-        for stream in answers:
-            stream.answers = answers
-            self._streams.append(stream)
-            self._unfinished[stream.request_id] = stream
-        return answers[0]
+    def _start(self, request: Request) -> tuple[Stream, ...]:
+        answers = self._run.start(request)
+        self._unfinished.update((stream.request_id, stream) for stream in answers)
+        return answers
 
     def __len__(self) -> int:
         return len(self._streams)

@@ -15,11 +15,13 @@ from kvblocks.integrations.transformers.layers import (
     longest_sequence,
     placeholder_tokens,
 )
+from kvblocks.integrations.transformers.pool import Pool
 
 __all__ = [
     "KVShape",
     "PagedCache",
     "PagedModel",
+    "Pool",
     "UnsupportedModel",
     "cache_config",
     "check_model",

@@ -70,16 +70,20 @@ class PagedModel:
 
     @torch.inference_mode()
     def measure(self) -> KVShape:
-        """What the layers hand to attention: one token is run through the model, attending to nothing.
+        """What the layers hand to attention: one token is run through the model, attending to nothing, the first time.
 
         Raises:
             UnsupportedModel: a layer does what the cache cannot serve.
         """
+        if self.model in _measured:
+            return _measured[self.model]
         run = _Run(self.layers, None, None)
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
         self._run(run, input_ids=token, position_ids=token)
         writing = [run.shapes[layer.index] for layer in self.layers if layer.writes]
-        return KVShape(len(writing), *(max(sizes) for sizes in zip(*writing, strict=True)))
+        shape = KVShape(len(writing), *(max(sizes) for sizes in zip(*writing, strict=True)))
+        _measured[self.model] = shape
+        return shape
 
     def forward(self, engine: CacheEngine, step: StepBuffers, wanted: Tensor) -> Tensor:
         """One forward pass over the tokens of a prepared step; their K and V are written into the cache on the way.
@@ -120,6 +124,7 @@ class PagedModel:
         return output
 
 
+_measured: "WeakKeyDictionary[PreTrainedModel, KVShape]" = WeakKeyDictionary()
 _locks: "WeakKeyDictionary[PreTrainedModel, threading.RLock]" = WeakKeyDictionary()
 _locks_lock = threading.Lock()
 
@@ -268,7 +273,8 @@ def _attention(
 
 def _check_reach(where: str, kept: Window | Chunk | None, window: int | None, chunk: int | None) -> None:
     """Stop a layer that would read blocks which its group has given back."""
-    if (isinstance(kept, Window) and (window is None or window > kept.size)) or (
+    attended = window if chunk is None else chunk  # a chunk never reaches further back than a window of its size
+    if (isinstance(kept, Window) and (attended is None or attended > kept.size)) or (
         isinstance(kept, Chunk) and chunk != kept.size
     ):
         raise UnsupportedModel(f"{where} attends with window={window} and chunk={chunk}, and its group keeps {kept}")

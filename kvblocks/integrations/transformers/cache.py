@@ -30,7 +30,8 @@ from kvblocks.integrations.transformers.layers import (
     text_config,
     unscaled_length,
 )
-from kvblocks.integrations.transformers.rows import Pass, Pool, Prompt, Rows, Sizes
+from kvblocks.integrations.transformers.pool import Pool
+from kvblocks.integrations.transformers.rows import Blocks, Pass, Prompt, Rows, Sizes
 from kvblocks.manager import BlockManager
 from kvblocks.sizes import parse_size
 from kvblocks.storage.cache import PagedKVCache
@@ -38,6 +39,7 @@ from kvblocks.storage.cache import PagedKVCache
 __all__ = ["PagedCache"]
 
 _TAKES_VIEWS = {"gpt_neox_japanese"}  # model types that call `view` on K, which must be without gaps then
+_OF_CACHES = b"PagedCache:"  # keeps apart what models hand to caches and to attention, where both use a pool
 _LARGEST_TOKEN = (1 << 30) - 1  # ids above stand for tokens whose own are not known
 
 
@@ -54,6 +56,7 @@ class PagedCache(Cache):
         block_size: tokens in a block.
         dtype, device: of K and V; by default those of the first K and V that come.
         manager, engine: those of another cache of the same model, to share its blocks; the sizes are theirs then.
+        pool: a `Pool` of the model, instead of all these.
 
     Raises:
         UnsupportedModel: the model keeps more than K and V, or is an encoder-decoder.
@@ -85,9 +88,15 @@ class PagedCache(Cache):
         device: torch.device | str | None = None,
         manager: BlockManager | None = None,
         engine: CacheEngine | None = None,
+        pool: Pool | None = None,
     ) -> None:
         described = model_layers(config)
         writing = sum(layer.writes for layer in described)
+        if pool is not None:
+            if manager is not None or engine is not None:
+                raise ValueError("pool has a manager and an engine of its own; give no others")
+            pool.check(config)
+            manager, engine = pool.manager, pool.engine
         if (manager is None) != (engine is None):
             raise ValueError("manager and engine belong together: give both of another cache, or neither")
         if manager is not None and engine is not None:
@@ -96,11 +105,12 @@ class PagedCache(Cache):
             if len(engine) != writing:
                 raise ValueError(f"engine has {len(engine)} layers, and {writing} of the model's cache K and V")
             _check_groups(described, engine)
-            pool = Pool.of(manager, engine)
+            blocks = Blocks.of(manager, engine)
         else:
             groups = layer_groups(described, chunks=False)
-            pool = Pool(_sizes(config, writing, groups, memory, num_blocks, block_size, dtype, device))
-        self._fill(config, described, Rows(pool))
+            blocks = Blocks(_sizes(config, writing, groups, memory, num_blocks, block_size, dtype, device))
+        self._fill(config, described, Rows(blocks))
+        self._state.salt = b"" if pool is None else _OF_CACHES
 
     def _fill(self, config: PreTrainedConfig, described: Sequence[ModelLayer], rows: Rows) -> None:
         state = _State(config, rows, sum(layer.writes for layer in described))
@@ -205,6 +215,7 @@ class PagedCache(Cache):
         ids = _matrix("input_ids", input_ids)
         if not isinstance(salt, bytes):
             raise TypeError(f"salt is a {type(salt).__name__}; give bytes")
+        salt = self._state.salt + salt
         mask = np.ones_like(ids) if attention_mask is None else _matrix("attention_mask", attention_mask)
         if mask.shape != ids.shape:
             raise ValueError(f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}")
@@ -307,6 +318,7 @@ class PagedCache(Cache):
         """Another cache that holds the same and shares every block; the two go on apart."""
         made = PagedCache.__new__(PagedCache)
         made._fill(self._state.config, model_layers(self._state.config), self._state.settled("fork").fork())
+        made._state.salt = self._state.salt
         return made
 
     def __copy__(self) -> "PagedCache":
@@ -419,6 +431,7 @@ class _State:
 
     def __init__(self, config: PreTrainedConfig, rows: Rows, num_layers: int) -> None:
         self.config = config
+        self.salt = b""
         self.rows = rows
         self.num_layers = num_layers
 
