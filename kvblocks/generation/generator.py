@@ -7,7 +7,7 @@ and V the cache's, and `kvblocks.integrations.transformers` brings them to the m
 import weakref
 from bisect import insort
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import accumulate
 from typing import Any, Self
@@ -24,6 +24,7 @@ from kvblocks.errors import NoFreeBlocks
 from kvblocks.generation.request import Request, Token, check_request
 from kvblocks.generation.sampling import Choice, Chooser, Choosers
 from kvblocks.integrations.transformers import PagedModel, Pool, longest_sequence, placeholder_tokens
+from kvblocks.integrations.transformers.backend import adapters
 from kvblocks.manager import BlockManager
 from kvblocks.step.buffers import StepBuffers
 
@@ -72,7 +73,8 @@ class Generator:
     begins as one does that is being computed waits until it can take over what they share.
 
     Args:
-        model: a decoder-only transformers model; the cache gets its dtype and device.
+        model: a decoder-only transformers model, or what torch.compile or PEFT made of one; the cache gets its dtype
+            and device. Requests share K and V only under the same adapters, which must not change while they run.
         config: sizes of the cache, as `kvblocks.integrations.transformers.cache_config` gives them.
         layout: of the cache.
         max_batch_tokens: tokens of one forward pass. A prompt longer than what is left of them goes in chunks.
@@ -108,17 +110,18 @@ class Generator:
     ) -> None:
         if max_seqs < 1 or max_batch_tokens < 1:
             raise ValueError(f"max_seqs={max_seqs} and max_batch_tokens={max_batch_tokens} must be at least 1")
-        self.model = model
+        self._paged = PagedModel(model)
+        self.model = model = self._paged.model
         limit = longest_sequence(model.config)
         self.max_batch_tokens = max_batch_tokens
         fits = most_tokens(config)
         self.max_seq_len = fits if limit is None else min(limit, fits)
         self.max_seqs = min(max_seqs, max_batch_tokens)
+        self._adapted = bool(adapters(model))
         self._choose = choose
         self._choosers = None if choose is not None else Choosers(model, tokenizer)
         self._has_windows = any(group.reach is not None for group in config.groups)
         self._placeholders = placeholder_tokens(model.config)
-        self._paged = PagedModel(model)
         self._closed = False
         if pool is not None:
             pool.check(model)
@@ -177,6 +180,8 @@ class Generator:
             choosers = [None] * request.n
         if longest > self.buffers.max_blocks_per_seq * self.manager.block_size:
             self.buffers = self._buffers_for(longest)
+        if self._adapted:
+            request = replace(request, salt=adapters(self.model) + request.salt)
         prompt = np.array(request.prompt)
         first, *others = [
             _Sequence(self._num_added + number, request, prompt, chooser) for number, chooser in enumerate(choosers)

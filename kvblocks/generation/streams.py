@@ -19,6 +19,7 @@ from kvblocks.config import CacheConfig
 from kvblocks.generation.generator import Generator, Request, blocks_needed
 from kvblocks.generation.request import Settings
 from kvblocks.integrations.transformers import PagedModel, Pool, layer_groups
+from kvblocks.integrations.transformers.backend import unwrapped
 from kvblocks.sizes import parse_size
 
 __all__ = ["Generation", "Stream", "generate"]
@@ -47,7 +48,8 @@ def generate(
     """Continue prompts with continuous batching over a paged cache, whose prefixes are computed once.
 
     Args:
-        model: a decoder-only transformers model, in evaluation mode; the cache gets its dtype and device.
+        model: a decoder-only transformers model in evaluation mode, or what torch.compile or PEFT made of one. The
+            cache gets its dtype and device, under autocast too. Attention is not compiled.
         prompts: token ids of each, or a `Request` with limits of its own. More may be added while it runs. A tensor or
             array [prompts, columns] needs `attention_mask`.
         max_new_tokens: of each prompt that is no `Request`; by default as the generation config says, else 64.
@@ -88,8 +90,9 @@ def generate(
 
     Thread-safety: one thread drives a generation.
     """
-    limit, longest = _limits(model, max_new_tokens)
-    default = _with(Request((), limit, _stop_tokens(model, stop_tokens)), settings)
+    inner = unwrapped(model)
+    limit, longest = _limits(inner, max_new_tokens)
+    default = _with(Request((), limit, _stop_tokens(inner, stop_tokens)), settings)
     requests = [_request(prompt, default, longest) for prompt in _unpadded(prompts, attention_mask)]
     if memory is not None and num_blocks is not None:
         raise ValueError(f"memory={memory!r} and num_blocks={num_blocks} both say how large the cache is; give one")
@@ -103,9 +106,9 @@ def generate(
         num_blocks = config.num_gpu_blocks
     elif memory is not None:
         num_bytes = parse_size(memory) if isinstance(memory, str) else memory
-        num_blocks = num_bytes // config.block_bytes(model.dtype)
+        num_blocks = num_bytes // config.block_bytes(inner.dtype)
         if num_blocks < 1:
-            raise ValueError(f"memory={memory!r} holds no block; one is {config.block_bytes(model.dtype)} bytes")
+            raise ValueError(f"memory={memory!r} holds no block; one is {config.block_bytes(inner.dtype)} bytes")
     elif num_blocks is None:
         num_blocks = _needed(config, requests, max_seqs, max_batch_tokens)
     config = config.replace(num_gpu_blocks=num_blocks)

@@ -31,6 +31,44 @@ __all__ = ["PagedModel", "check_model"]
 NAME = "kvblocks"
 
 
+def unwrapped(model: Any) -> PreTrainedModel:
+    """The transformers model inside what `torch.compile` or PEFT made of it.
+
+    Raises:
+        UnsupportedModel: there is none, or PEFT puts K and V of its own before every prompt.
+    """
+    inner = model
+    while not isinstance(inner, PreTrainedModel):
+        if getattr(inner, "_orig_mod", None) is not None:
+            inner = inner._orig_mod
+        elif hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+            if getattr(inner.active_peft_config, "is_prompt_learning", False):
+                raise UnsupportedModel(
+                    f"{type(model).__name__} learns a prompt ({inner.active_peft_config.peft_type}), whose K and V "
+                    "belong to no token; served are adapters that change weights, as LoRA does"
+                )
+            inner = inner.get_base_model()
+        else:
+            raise UnsupportedModel(
+                f"a {type(inner).__name__} is no transformers model, nor one that torch.compile or PEFT has wrapped"
+            )
+    return inner
+
+
+def adapters(model: PreTrainedModel) -> bytes:
+    """Which adapters change the model's K and V now, for the salt of a prompt; empty where none is there.
+
+    Adapters are told apart by name: one that is trained on is new weights.
+    """
+    parts: Iterator[Any] = model.modules()
+    states = {
+        (tuple(part.active_adapters), bool(part.disable_adapters))
+        for part in parts
+        if hasattr(part, "active_adapters") and hasattr(part, "disable_adapters") and hasattr(part, "base_layer")
+    }
+    return repr(sorted(states)).encode() if states else b""
+
+
 def check_model(model: PreTrainedModel) -> tuple[ModelLayer, ...]:
     """The model's layers; raises `UnsupportedModel` for a model that is known not to work before it has run.
 
@@ -56,6 +94,13 @@ def check_model(model: PreTrainedModel) -> tuple[ModelLayer, ...]:
 class PagedModel:
     """A model whose layers attend through kvblocks for the length of a pass, and by themselves between passes.
 
+    Args:
+        model: a transformers model, or what torch.compile or PEFT made of one; attention itself is not compiled.
+
+    Attributes:
+        model: the transformers model.
+        layers: of it.
+
     Raises:
         UnsupportedModel: see `check_model`.
 
@@ -63,10 +108,11 @@ class PagedModel:
     itself in another thread meanwhile gets an `UnsupportedModel` that says so.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.layers = check_model(model)
-        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    def __init__(self, model: Any) -> None:
+        self.model = unwrapped(model)
+        self.layers = check_model(self.model)
+        self._call = model
+        self._keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     @torch.inference_mode()
     def measure(self) -> KVShape:
@@ -112,7 +158,7 @@ class PagedModel:
         entered = _running.set(run)
         try:
             with _attached(self.model):
-                output = self.model(use_cache=False, **inputs)
+                output = self._call(use_cache=False, **inputs)
         finally:
             _running.reset(entered)
         expected = [layer.index for layer in self.layers if layer.storage is not None]
@@ -206,6 +252,7 @@ def _mask(
     return None if local_size is None else _LocalMask(local_size)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator] # it knows tensors by address, and a trace has none
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -254,6 +301,10 @@ def _attention(
     if run.engine is None or run.step is None:
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     cache, group = run.engine[layer.storage], run.engine.group_of(layer.storage)
+    made = None
+    if torch.is_autocast_enabled(key.device.type):
+        made = torch.get_autocast_dtype(key.device.type)  # what torch's own attention would see and give
+        key, value, query = (states.to(made).to(cache.dtype) for states in (key, value, query))
     _check_reach(where, run.engine.config.groups[group].reach, window, chunk)
     keys, values, queries = (states[0].transpose(0, 1) for states in (key, value, query))
     heads, value_dim = queries.shape[1], values.shape[2]
@@ -268,7 +319,8 @@ def _attention(
     output = paged_attention(
         queries, cache, run.step, group=group, scale=scaling, window=window, chunk=chunk, softcap=softcap, sinks=s_aux
     )
-    return output[None, :, :heads, :value_dim], None
+    output = output[None, :, :heads, :value_dim]
+    return output if made is None else output.to(made), None
 
 
 def _check_reach(where: str, kept: Window | Chunk | None, window: int | None, chunk: int | None) -> None:

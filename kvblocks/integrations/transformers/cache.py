@@ -472,11 +472,18 @@ class _State:
             if run.factor > 1 and not run.written:
                 _check_copies(keys, run.factor, len(rows.rows))
             shape = (keys.shape[1], keys.shape[3], values.shape[3])
-            engine, storage = rows.pool.engine(shape, keys.dtype, keys.device), layer.storage or 0
+            dtypes = keys.dtype, values.dtype
+            mixed = torch.is_autocast_enabled(keys.device.type)
+            kept = rows.pool.dtype_of(torch.promote_types(*dtypes)) if mixed else keys.dtype
+            engine, storage = rows.pool.engine(shape, kept, keys.device), layer.storage or 0
             cache, group = engine[storage], engine.group_of(storage)
+            if mixed:
+                keys, values = keys.to(kept), values.to(kept)
             _check_fit(layer, keys, shape, cache)
             _write(cache, run, group, keys, values)
             read = _read(cache, run, group, layer.window, shape)
+            if mixed:
+                read = read[0].to(dtypes[0]), read[1].to(dtypes[1])
             if text_config(self.config).model_type in _TAKES_VIEWS:
                 read = read[0].contiguous(), read[1].contiguous()
         except BaseException:
@@ -533,6 +540,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def record_past(self, value: bool) -> None:
         self._state.rows.recording = value
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # it knows tensors by address, and a trace has none
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return self._state.update(self._layer, key_states, value_states)
 

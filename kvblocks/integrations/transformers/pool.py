@@ -65,9 +65,9 @@ class Pool:
     ) -> None:
         if memory is not None and num_blocks is not None:
             raise ValueError(f"memory={memory!r} and num_blocks={num_blocks} both say how large the pool is; give one")
-        self._of: weakref.ref[Any] = weakref.ref(model)
-        if isinstance(model, PreTrainedModel):
+        if not isinstance(model, PreTrainedConfig):
             paged = PagedModel(model)
+            model = paged.model
             shape, layers = paged.measure(), paged.layers
             dtype, device = dtype or model.dtype, device or model.device
         else:
@@ -75,6 +75,7 @@ class Pool:
             likely = getattr(text_config(model), "dtype", None) or getattr(model, "dtype", None)
             dtype = dtype or (likely if isinstance(likely, torch.dtype) else torch.get_default_dtype())
             device = device or "cpu"
+        self._of: weakref.ref[Any] = weakref.ref(model)
         heads, dim, v_dim = shape.num_kv_heads, shape.head_dim, shape.v_head_dim
         # Chunked layers keep windows: `PagedCache` does not know where a padded row's chunks begin.
         one = CacheConfig(shape.num_layers, heads, dim, 1, block_size, v_dim, layer_groups(layers, chunks=False))

@@ -159,6 +159,12 @@ class Blocks:
         self._engine = CacheEngine(config, dtype, device, layout="NHD")
         return self._engine
 
+    def dtype_of(self, made: torch.dtype) -> torch.dtype:
+        """Of K and V as they are kept, where autocast makes others: what was asked for or is there, else `made`."""
+        if self._engine is not None:
+            return self._engine.dtype
+        return made if self._sizes is None or self._sizes.dtype is None else self._sizes.dtype
+
     def allocated(self) -> CacheEngine:
         """The storage, as far as it is known what it will be asked for."""
         sizes = self._sizes
