@@ -17,6 +17,8 @@ cdef class StepArrays:
     cdef int32_t* _kv_indptr
     cdef int32_t* _kv_indices
     cdef int32_t* _kv_last_page_len
+    cdef bint _begun
+    cdef int32_t[64] _num_pages     # of each group in `_kv_indices`
     cdef TableRow* _rows
     # What the image on the device holds, and room for a list of patches to it; none where there is no such image.
     cdef TableRow* _sent

@@ -10,6 +10,7 @@ from cpython.buffer cimport (
     PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.number cimport PyNumber_Index
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcmp, memcpy, memset
@@ -17,6 +18,8 @@ from libc.string cimport memcmp, memcpy, memset
 import itertools
 import os
 import struct
+import threading
+import weakref
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -35,6 +38,27 @@ include "manager/steps.pxi"
 include "manager/audit.pxi"
 
 _manager_ids = itertools.count(1)
+_managers = weakref.WeakSet()
+_fork = threading.Lock()
+_held = []  # managers whose locks the thread that forks has taken
+
+
+def _before_fork():
+    """Take every lock: a child that was copied while another thread had one would wait for ever."""
+    _fork.acquire()
+    for manager in list(_managers):
+        (<BlockManager>manager).lock.acquire()
+        _held.append(manager)
+
+
+def _after_fork():
+    while _held:
+        (<BlockManager>_held.pop()).lock.release()
+    _fork.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
 
 
 def _fail_allocation(int64_t after):
@@ -117,8 +141,11 @@ cdef class BlockManager:
     A call that raises has changed nothing. `NoFreeBlocks` carries `.needed` and `.free`; a handle that is not valid
     (any more) is `StaleSequence`.
 
-    Thread-safety: every method may be called from any thread; concurrent callers see each call as one step.
+    Thread-safety: every method may be called from any thread; concurrent callers see each call as one step. A child
+    that `os.fork` makes has a copy of its own, as it was between two calls.
     """
+
+    cdef object __weakref__
 
     cdef Core core
     cdef readonly tuple groups
@@ -185,6 +212,7 @@ cdef class BlockManager:
         node_at(t, 0).uses = 1
         cdef bytes key = os.urandom(key_bytes)
         memcpy(t.key, PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
+        _managers.add(self)
 
     def __dealloc__(self):
         cdef Core* c = &self.core
@@ -253,7 +281,7 @@ cdef class BlockManager:
 
     # Admission
 
-    def admit(self, tokens, *, salt=b"", extra=(), reserve=None):
+    def admit(self, tokens, *, salt=b"", extra=(), reserve=None, max_hit=None):
         """Start a sequence: hold the longest prefix hit and reserve slots for the tokens after it.
 
         Args:
@@ -261,6 +289,8 @@ cdef class BlockManager:
             salt: only sequences of the same salt share blocks (a tenant, an adapter).
             extra: (position, bytes) pairs, positions rising: what a token stands for beyond its id (an image's hash).
             reserve: tokens after the hit to reserve slots for now; by default all.
+            max_hit: tokens that the hit may have at most; by default all but the last. For whoever needs the logits or
+                the hidden states of the prompt's last tokens again.
 
         Returns:
             (seq, num_cached): the handle, and the tokens whose K and V are there already: a multiple of `block_size`,
@@ -269,12 +299,12 @@ cdef class BlockManager:
         Raises:
             NoFreeBlocks: `.needed` new blocks, `.free` to be had.
             TooManySequences: `max_seqs` are there.
-            ValueError, TypeError: `tokens`, `extra` or `reserve` is not as above.
+            ValueError, TypeError: `tokens`, `extra`, `reserve` or `max_hit` is not as above.
         """
         cdef Text text
         cdef Ints t
         cdef Fault f
-        cdef int64_t seq, num_cached = 0, limit = reserve_limit(reserve)
+        cdef int64_t seq, num_cached = 0, limit = optional(reserve, "reserve"), longest = optional(max_hit, "max_hit")
         t.owned = NULL
         t.viewed = False
         memset(&text, 0, sizeof(Text))
@@ -282,16 +312,22 @@ cdef class BlockManager:
             open_ints(tokens, "tokens", &t)
             self.open_text(&t, salt, extra, &text, False)
             with nogil, self.lock:
-                seq = core_admit(&self.core, &text, limit, &f, &num_cached)
+                seq = core_admit(&self.core, &text, limit, longest, &f, &num_cached)
         finally:
             self.close_text(&text)
             close_ints(&t)
         if seq == 0:
             raise self.error(&f)
-        return seq, num_cached
+        try:
+            return seq, num_cached
+        except MemoryError:
+            with self.lock:
+                core_take_back(&self.core, seq, True)
+            raise
 
-    def match(self, tokens, *, salt=b"", extra=()):
+    def match(self, tokens, *, salt=b"", extra=(), max_hit=None):
         """Tokens that `admit` would find in the prefix cache now. No effect."""
+        cdef int64_t longest = optional(max_hit, "max_hit")
         cdef Text text
         cdef Ints t
         cdef int32_t hit = 0
@@ -306,7 +342,7 @@ cdef class BlockManager:
             if path == NULL:
                 raise MemoryError(f"no memory to match {text.num_tokens} tokens")
             with nogil, self.lock:
-                hit = tree_walk(&self.core.pool.tree, &text, hit_limit(&self.core, &text), path)
+                hit = tree_walk(&self.core.pool.tree, &text, hit_limit(&self.core, &text, longest), path)
                 hit = longest_hit(&self.core, path, hit)
         finally:
             free(path)
@@ -314,13 +350,41 @@ cdef class BlockManager:
             close_ints(&t)
         return hit * self.core.block_size
 
-    def can_admit(self, tokens, *, salt=b"", extra=(), reserve=None):
-        """Whether `admit` would succeed NOW, LATER, or NEVER: the pool is too small for `tokens`, whatever becomes free
-        or is cached."""
+    def blocks_needed(self, num_tokens, *, reserve=None, max_new_tokens=1):
+        """Blocks that a prompt needs to be computed and answered, alone and with nothing cached.
+
+        The prompt is computed in steps of `reserve` tokens (None: in one), then new tokens one by one. The K and V of
+        the last new token are never computed: they count for nothing. Blocks out of every group's reach are given back
+        on the way, so with windows and chunks this is less than all tokens take.
+
+        Args:
+            num_tokens: length of the prompt, 1 to 2**31 - 1.
+            reserve: as of `admit`, and the most tokens in a step. 0 counts as 1.
+            max_new_tokens: tokens that the answer may have, at least 1.
+
+        Raises:
+            ValueError: a number is out of range, or prompt and answer pass 2**31 - 1 tokens.
+        """
+        cdef int64_t n = bounded(num_tokens, "num_tokens", 1, MAX_INT32), limit = optional(reserve, "reserve"), needed
+        cdef int64_t new = bounded(max_new_tokens, "max_new_tokens", 1, MAX_INT32)
+        if n + new - 1 > MAX_INT32:
+            raise ValueError(f"{n} tokens and max_new_tokens={new} pass {MAX_INT32} tokens in one sequence")
+        with nogil:
+            needed = most_ever(&self.core, n, new, limit)
+        return needed
+
+    def can_admit(self, tokens, *, salt=b"", extra=(), reserve=None, max_hit=None, max_new_tokens=1):
+        """Whether a prompt can be served NOW, LATER or NEVER.
+
+        NEVER: `blocks_needed` of it is more than the pool has, so that even alone it could not be computed and answered
+        with `max_new_tokens` tokens in steps of at most `reserve`. NOW: `admit` with the same arguments succeeds now.
+        LATER: once blocks or sequences are freed.
+        """
         cdef Text text
         cdef Ints t
         cdef Fault f
-        cdef int64_t limit = reserve_limit(reserve), needed = 0
+        cdef int64_t limit = optional(reserve, "reserve"), longest = optional(max_hit, "max_hit"), needed
+        cdef int64_t new = bounded(max_new_tokens, "max_new_tokens", 1, MAX_INT32)
         cdef int32_t hit, target
         cdef int32_t* path = NULL
         cdef bint now = False
@@ -330,21 +394,22 @@ cdef class BlockManager:
         try:
             open_ints(tokens, "tokens", &t)
             self.open_text(&t, salt, extra, &text, True)
+            with nogil:
+                needed = most_ever(&self.core, text.num_tokens, new, limit)
+            if needed > self.core.pool.num_blocks or text.num_tokens + new - 1 > MAX_INT32:
+                return Admission.NEVER
             path = <int32_t*>grab(<size_t>blocks_for(text.num_tokens, self.core.block_size) * sizeof(int32_t))
             if path == NULL:
                 raise MemoryError(f"no memory to match {text.num_tokens} tokens")
-            needed = least_blocks(&self.core, text.num_tokens, limit)
             with nogil, self.lock:
                 now = has_room(&self.core, 1, &f) and plan_admission(
-                    &self.core, &text, limit, path, &hit, &target, &f, True
+                    &self.core, &text, limit, longest, path, &hit, &target, &f, True
                 )
         finally:
             free(path)
             self.close_text(&text)
             close_ints(&t)
-        if now:
-            return Admission.NOW
-        return Admission.NEVER if needed > self.core.pool.num_blocks else Admission.LATER
+        return Admission.NOW if now else Admission.LATER
 
     def preempt(self, seq):
         """Give back all blocks of a sequence in no open step; its tokens stay, for `resume`.
@@ -360,8 +425,13 @@ cdef class BlockManager:
         if not ok:
             raise self.error(&f)
 
-    def resume(self, seq, *, reserve=None):
+    def resume(self, seq, *, reserve=None, max_hit=None):
         """Admit a preempted sequence again with the tokens it has; the watermark does not apply.
+
+        Args:
+            reserve: as of `admit`. By default all tokens, and where groups with windows or chunks let a sequence be
+                longer than the pool, the first one after the hit.
+            max_hit: as of `admit`.
 
         Returns:
             num_cached: tokens whose K and V are still there.
@@ -371,13 +441,20 @@ cdef class BlockManager:
             ValueError: it is not preempted.
         """
         cdef Fault f
-        cdef int64_t handle = as_int(seq, "seq"), limit = reserve_limit(reserve), num_cached = 0
+        cdef int64_t handle = as_int(seq, "seq"), limit = optional(reserve, "reserve"), num_cached = 0
+        cdef int64_t longest = optional(max_hit, "max_hit")
         cdef bint ok
         with nogil, self.lock:
-            ok = core_resume(&self.core, handle, limit, &f, &num_cached)
+            ok = core_resume(&self.core, handle, limit, longest, &f, &num_cached)
         if not ok:
             raise self.error(&f)
-        return num_cached
+        try:
+            return num_cached
+        except MemoryError:
+            with self.lock:
+                if core_preempt(&self.core, handle, &f):
+                    core_forget_resume(&self.core, handle, num_cached)
+            raise
 
     def pin(self, tokens, *, salt=b"", extra=()):
         """Keep the longest published prefix of `tokens`, in whole blocks, from eviction.
@@ -405,7 +482,12 @@ cdef class BlockManager:
             close_ints(&t)
         if handle == 0:
             raise self.error(&f)
-        return handle
+        try:
+            return handle
+        except MemoryError:
+            with self.lock:
+                core_unpin(&self.core, handle, &f)
+            raise
 
     def unpin(self, handle):
         """Let go of a pin."""
@@ -419,15 +501,27 @@ cdef class BlockManager:
 
     # Tokens
 
-    def append(self, seqs, tokens=None):
-        """Add one token to each sequence; without `tokens`, a placeholder whose id `set_tokens` gives later."""
-        self.add_tokens(seqs, tokens, None)
+    def append(self, seqs, tokens=None, *, extra=None):
+        """Add one token to each sequence; without `tokens`, a placeholder whose id `set_tokens` gives later.
 
-    def extend(self, seqs, tokens, counts):
-        """Add `counts[i]` tokens to sequence i, taken from `tokens` [sum(counts)] in order; None: placeholders."""
+        Args:
+            extra: as of `extend`; the only position is 0.
+        """
+        self.add_tokens(seqs, tokens, None, extra)
+
+    def extend(self, seqs, tokens, counts, *, extra=None):
+        """Add `counts[i]` tokens to sequence i, taken from `tokens` [sum(counts)] in order; None: placeholders.
+
+        Args:
+            extra: what added tokens stand for beyond their ids, as of `admit`: for each sequence a list of (position,
+                bytes) pairs, positions rising, counted from its first added token.
+
+        Raises:
+            ValueError: the numbers do not agree, a token or a position is out of range, or a sequence comes twice.
+        """
         if counts is None:
             raise TypeError("counts must be integers, not None")
-        self.add_tokens(seqs, tokens, counts)
+        self.add_tokens(seqs, tokens, counts, extra)
 
     def set_tokens(self, seqs, tokens, counts=None):
         """Give the first `counts[i]` placeholders of sequence i (by default one) their ids, from left to right.
@@ -518,7 +612,13 @@ cdef class BlockManager:
                 if not closed:
                     error.add_note(f"step {step_id} stays open, as another thread has prepared a later one: abort both")
                 raise
-        return step_id
+        try:
+            return step_id
+        except MemoryError:
+            with self.lock:
+                if core_abort(&self.core, step_id, &f):
+                    self.core.counters.copies -= step.num_copies
+            raise
 
     def mark_moved(self, number):
         """Say that all moves up to `number`, a step's `needs`, are made, or ordered before whatever reads the blocks.
@@ -596,15 +696,25 @@ cdef class BlockManager:
         cdef Fault f
         cdef int64_t handle = as_int(seq, "seq"), count = bounded(n, "n", 1, MAX_INT32)
         cdef bint ok
-        cdef int64_t* children = <int64_t*>grab(<size_t>min(count, self.core.max_seqs) * sizeof(int64_t))
+        cdef int64_t i, room = min(count, self.core.max_seqs)
+        cdef int64_t* children = <int64_t*>grab(<size_t>room * sizeof(int64_t))
         if children == NULL:
             raise MemoryError(f"no memory for {count} handles")
         try:
+            handles = [None] * room
             with self.lock:
                 ok = core_fork(&self.core, handle, count, children, &f)
             if not ok:
                 raise self.error(&f)
-            return [children[i] for i in range(count)]
+            try:
+                for i in range(room):
+                    handles[i] = children[i]
+            except MemoryError:
+                with self.lock:
+                    for i in range(room - 1, -1, -1):
+                        core_take_back(&self.core, children[i], False)
+                raise
+            return handles
         finally:
             free(children)
 
@@ -650,7 +760,10 @@ cdef class BlockManager:
             raise self.error(&f)
 
     def reset_prefix_cache(self):
-        """Unpublish every block, held ones too (new weights). Sequences admitted before never publish again."""
+        """Unpublish every block, held ones too (new weights).
+
+        Sequences admitted before never publish again, and pins hold nothing any more: nobody could reach it.
+        """
         with nogil, self.lock:
             core_reset(&self.core)
             self.num_resets += 1
@@ -794,27 +907,37 @@ cdef class BlockManager:
 
     # Edge
 
-    cdef int add_tokens(self, seqs, tokens, counts) except -1:
+    cdef int add_tokens(self, seqs, tokens, counts, extra) except -1:
         cdef Ints s, t, n
+        cdef Marks m
         cdef Fault f
-        cdef bint ok, given = tokens is not None, counted = counts is not None
+        cdef bint ok, given = tokens is not None, counted = counts is not None, marked = extra is not None
+        cdef list kept = []
         s.owned = t.owned = n.owned = NULL
         s.viewed = t.viewed = n.viewed = False
+        memset(&m, 0, sizeof(Marks))
         try:
             open_ints(seqs, "seqs", &s)
             if given:
                 open_ints(tokens, "tokens", &t)
             if counted:
                 open_counts(counts, s.size, &n)
+            if marked:
+                open_marks(extra, &n if counted else NULL, s.size, kept, &m)
             with self.lock:
-                if counted:
-                    ok = core_extend(&self.core, &s, &t if given else NULL, &n, &f)
+                if counted or marked:
+                    ok = core_extend(
+                        &self.core, &s, &t if given else NULL, &n if counted else NULL, &m if marked else NULL, &f
+                    )
                 else:
                     ok = core_append(&self.core, &s, &t if given else NULL, &f)
         finally:
             close_ints(&s)
             close_ints(&t)
             close_ints(&n)
+            free(m.marks)
+            free(m.counts)
+            free(m.made)
         if not ok:
             raise self.error(&f)
         return 0
@@ -866,30 +989,17 @@ cdef class BlockManager:
         return 0
 
     cdef int open_extras(self, bytes salt, extra, Text* out) except -1:
-        """One blob for each block with extra bytes: (offset, length, bytes) of each, the salt first in block 0."""
+        """One blob for each block with extra bytes: an entry for each, the salt first in block 0."""
         cdef dict parts = {}
-        cdef int64_t position, previous = -1
         cdef bytes data
         cdef Blob* blob
         cdef Extra* item
         if salt:
-            parts[0] = [struct.pack("=qq", -1, len(salt)), salt]
-        for pair in extra:
-            try:
-                place, value = pair
-            except (TypeError, ValueError):
-                raise TypeError(f"extra must be (position, bytes) pairs, not {pair!r}") from None
-            position = as_int(place, "extra position")
-            if not isinstance(value, bytes):
-                raise TypeError(f"extra at position {position} must be bytes, not {type(value).__name__}")
-            if position <= previous or position >= out.num_tokens:
-                raise ValueError(
-                    f"extra position {position} must be above the one before it ({previous}) and below the number of "
-                    f"tokens ({out.num_tokens})"
-                )
-            previous = position
-            header = struct.pack("=qq", position % self.core.block_size, len(value))
-            parts.setdefault(position // self.core.block_size, []).extend((header, value))
+            size = struct.pack("=q", len(salt))
+            parts[0] = [struct.pack("=q", -1), size, salt, size]
+        for position, value in checked_extra(extra, out.num_tokens):
+            offset, size = struct.pack("=q", position % self.core.block_size), struct.pack("=q", len(value))
+            parts.setdefault(position // self.core.block_size, []).extend((offset, size, value, size))
         if not parts:
             return 0
         out.extras = <Extra*>grab(len(parts) * sizeof(Extra))
@@ -899,9 +1009,10 @@ cdef class BlockManager:
             data = b"".join(parts[index])
             if len(data) > MAX_INT32:
                 raise ValueError(f"{len(data)} extra bytes in block {index} are more than {MAX_INT32}")
-            blob = blob_new(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+            blob = blob_new(PyBytes_GET_SIZE(data))
             if blob == NULL:
                 raise MemoryError(f"no memory for {len(data)} extra bytes")
+            memcpy(blob.bytes, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
             item = &out.extras[out.num_extras]
             item.index, item.size, item.blob = index, <int32_t>len(data), blob
             hash_extra(&self.core.pool.tree, item)
@@ -952,6 +1063,7 @@ cdef class BlockManager:
             IS_PREEMPTED: f"sequence {v} (at {i}) is preempted; resume it first",
             NOT_PREEMPTED: f"sequence {v} is not preempted",
             IN_STEP: f"sequence {v} (at {i}) is in open step {b}; commit or abort it first",
+            EXTRA_SIZE: f"{v} extra bytes in one block of sequence at {i} are more than {b}",
             BAD_TOKEN: f"tokens[{i}]={v} must be 0 to {MAX_INT32}",
             BAD_COUNT: f"counts[{i}]={v} must not be negative",
             TOO_LONG: f"{v} more tokens than {b} would pass {MAX_INT32} in one sequence (at {i})",
@@ -988,32 +1100,64 @@ cdef tuple checked_groups(object given, Core* c):
     for g in range(c.num_groups):
         reach = groups[g]
         if isinstance(reach, Window):
-            c.reaches[g].window = reach.size
+            c.reaches[g].window = <int32_t>bounded(reach.size, f"groups[{g}].size", 1, MAX_INT32)
         elif isinstance(reach, Chunk):
-            c.reaches[g].chunk = reach.size
+            c.reaches[g].chunk = <int32_t>bounded(reach.size, f"groups[{g}].size", 1, MAX_INT32)
         elif reach is not None:
             raise TypeError(f"groups[{g}]={reach!r}; give None, a Window or a Chunk")
         c.reach_ends = c.reach_ends or reach is not None
     return groups
 
 
-cdef int64_t least_blocks(const Core* c, int32_t num_tokens, int64_t reserve) noexcept nogil:
-    """Blocks without which so many tokens are never admitted and computed: what `admit` asks for after no hit or after
-    the longest that there could be, whichever is less, and what is in reach of the last token."""
-    cdef int32_t g, rows = blocks_for(num_tokens, c.block_size), hit = (num_tokens - 1) // c.block_size
-    cdef int64_t target = num_tokens, after_hit = 0, at_end = 0
-    if reserve >= 0:
-        target = min(target, <int64_t>hit * c.block_size + reserve)
-    for g in range(c.num_groups):
-        after_hit += blocks_for(target, c.block_size) - first_row(c, g, hit * c.block_size)
-        at_end += rows - first_row(c, g, num_tokens - 1)
-    target = min(<int64_t>num_tokens, reserve) if reserve >= 0 else num_tokens
-    target = <int64_t>blocks_for(target, c.block_size) * c.num_groups
-    return max(at_end, min(target, after_hit) if c.caching else target)
+cdef int64_t optional(object value, str name) except? -1:
+    """A number of tokens, -1 for None."""
+    return -1 if value is None else bounded(value, name, 0, MAX_INT32)
 
 
-cdef int64_t reserve_limit(object reserve) except? -1:
-    return -1 if reserve is None else bounded(reserve, "reserve", 0, MAX_INT32)
+cdef list checked_extra(object extra, int64_t num_tokens):
+    """The (position, bytes) pairs of `num_tokens` tokens, positions rising."""
+    cdef int64_t position, previous = -1
+    cdef list pairs = []
+    for pair in extra:
+        try:
+            place, value = pair
+        except (TypeError, ValueError):
+            raise TypeError(f"extra must be (position, bytes) pairs, not {pair!r}") from None
+        position = as_int(place, "extra position")
+        if not isinstance(value, bytes):
+            raise TypeError(f"extra at position {position} must be bytes, not {type(value).__name__}")
+        if position <= previous or position >= num_tokens:
+            raise ValueError(
+                f"extra position {position} must be above the one before it ({previous}) and below the number of "
+                f"tokens ({num_tokens})"
+            )
+        previous = position
+        pairs.append((position, value))
+    return pairs
+
+
+cdef int open_marks(object extra, const Ints* counts, Py_ssize_t num_seqs, list kept, Marks* out) except -1:
+    """Read one list of pairs for each sequence. `kept` gets what must live as long as `out` is read."""
+    cdef Py_ssize_t i, n = 0
+    lists = list(extra)
+    if len(lists) != num_seqs:
+        raise ValueError(f"extra has {len(lists)} lists of (position, bytes) for {num_seqs} seqs")
+    for i in range(num_seqs):
+        kept.append(checked_extra(lists[i], 1 if counts == NULL else at(counts, i)))
+        n += len(kept[i])
+    out.marks = <Mark*>grab_zeroed(n or 1, sizeof(Mark))
+    out.counts = <int32_t*>grab_zeroed(num_seqs or 1, sizeof(int32_t))
+    out.made = <Text*>grab_zeroed(num_seqs or 1, sizeof(Text))
+    if out.marks == NULL or out.counts == NULL or out.made == NULL:
+        raise MemoryError(f"no memory for {n} extras")
+    n = 0
+    for i in range(num_seqs):
+        out.counts[i] = <int32_t>len(kept[i])
+        for position, value in kept[i]:
+            out.marks[n].position, out.marks[n].size = position, PyBytes_GET_SIZE(value)
+            out.marks[n].bytes = PyBytes_AS_STRING(value)
+            n += 1
+    return 0
 
 
 cdef int open_counts(object counts, Py_ssize_t size, Ints* out) except -1:

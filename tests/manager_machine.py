@@ -329,6 +329,15 @@ class ManagerMachine(RuleBasedStateMachine):
     def a_reserve(self) -> int | None:
         return self.rng.choice([None, None, 0, 1, 2, 5, 10**6])
 
+    def bounds(self) -> dict[str, Any]:
+        """How much of a sequence is reserved and may be hit when it comes."""
+        return {"reserve": self.a_reserve(), "max_hit": self.rng.choice([None, None, None, 0, 3, 8])}
+
+    def some_extra(self, count: int) -> list[tuple[int, bytes]]:
+        """Extra bytes for some of `count` tokens that are added."""
+        places = [place for place in range(count) if self.rng.randint(0, 3) == 0]
+        return [(place, self.rng.choice(MARKS)) for place in places]
+
     def as_input(self, values: list[int], dtypes: tuple[type, ...] = (np.int64,)) -> Any:
         """The same ints as a list, an array, or a view with a stride."""
         kind = self.rng.choice(["list", "array", "strided"])
@@ -348,9 +357,10 @@ class ManagerMachine(RuleBasedStateMachine):
     def admit(self) -> None:
         tokens, identity = self.a_prompt()
         given = self.token_input(tokens)
-        reserve = self.a_reserve()
-        can = self.both("can_admit", given, **identity, reserve=reserve)
-        result = self.both_admit(given, identity, reserve)
+        bounds = self.bounds()
+        new = self.rng.choice([1, 1, 2, self.block_size, 4 * self.block_size])
+        can = self.both("can_admit", given, **identity, **bounds, max_new_tokens=new)
+        result = self.both_admit(given, identity, bounds)
         assert can == Admission.NEVER or (can == Admission.NOW) == (not isinstance(result, Raised))
 
     @action(6, when=lambda self: self.model.free_slots)
@@ -359,7 +369,7 @@ class ManagerMachine(RuleBasedStateMachine):
         tokens, identity = self.a_prompt()
         batch: list[int] = []
         for _ in range(self.rng.choice([1, 1, 2])):
-            admitted = self.both_admit(self.token_input(tokens), identity, self.a_reserve())
+            admitted = self.both_admit(self.token_input(tokens), identity, self.bounds())
             if not isinstance(admitted, Raised):
                 batch.append(admitted[0])
         ahead = self.rng.choice([0, 0, 1, 2])
@@ -397,10 +407,10 @@ class ManagerMachine(RuleBasedStateMachine):
         if not isinstance(self.run(handle, len(sequence.tokens) - sequence.num_prepared), Raised):
             self.close("commit", 0)
 
-    def both_admit(self, tokens: Any, identity: dict[str, Any], reserve: int | None) -> Any:
-        expected = outcome(self.model.admit, tokens, **identity, reserve=reserve)
-        got = outcome(self.subject.admit, tokens, **identity, reserve=reserve)
-        self.same(f"admit({tokens}, {identity}, {reserve})", expected, got, (TooManySequences, NoFreeBlocks))
+    def both_admit(self, tokens: Any, identity: dict[str, Any], bounds: dict[str, Any]) -> Any:
+        expected = outcome(self.model.admit, tokens, **identity, **bounds)
+        got = outcome(self.subject.admit, tokens, **identity, **bounds)
+        self.same(f"admit({tokens}, {identity}, {bounds})", expected, got, (TooManySequences, NoFreeBlocks))
         ids: list[int] = plain(np.asarray(tokens))
         self.prompts = [*self.prompts[-5:], (ids, identity["salt"], identity["extra"])]
         if not isinstance(expected, Raised):
@@ -414,8 +424,9 @@ class ManagerMachine(RuleBasedStateMachine):
     @action(1, when=lambda self: self.model.node_of)
     def match(self) -> None:
         tokens, identity = self.a_prompt()
-        self.both("match", self.token_input(tokens), **identity)
-        self.both("can_admit", tokens, **identity, reserve=self.a_reserve())
+        bounds = self.bounds()
+        self.both("match", self.token_input(tokens), **identity, max_hit=bounds["max_hit"])
+        self.both("can_admit", tokens, **identity, **bounds)
 
     @action(3, when=lambda self: len(self.handles) > 1)
     def free(self) -> None:
@@ -439,11 +450,11 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @action(3, when=lambda self: self.preempted)
     def resume(self) -> None:
-        self.both_resume(self.rng.choice(self.preempted), self.a_reserve())
+        self.both_resume(self.rng.choice(self.preempted), self.bounds())
 
-    def both_resume(self, handle: int, reserve: int | None) -> bool:
+    def both_resume(self, handle: int, bounds: dict[str, Any]) -> bool:
         self.truths[handle].weights = self.weights
-        cached = self.both("resume", handle, reserve=reserve)
+        cached = self.both("resume", handle, **bounds)
         if isinstance(cached, Raised):
             return False
         self.truths[handle].written = cached
@@ -486,23 +497,35 @@ class ManagerMachine(RuleBasedStateMachine):
     def append_to(self, batch: list[int]) -> None:
         """One more token for each, in a third of the cases a placeholder."""
         tokens = self.some_tokens(len(batch))
+        extra = self.extra_for(batch, [1] * len(batch))
         for handle, token in zip(batch, tokens, strict=True):
             self.truths[handle].tokens.append(token)
         unknown = self.rng.randint(0, 2) == 0
-        self.both("append", self.as_input(batch), None if unknown else self.token_input(tokens))
+        self.both("append", self.as_input(batch), None if unknown else self.token_input(tokens), extra=extra)
+
+    def extra_for(self, batch: list[int], counts: list[int]) -> list[list[tuple[int, bytes]]] | None:
+        """Extra bytes for tokens that are about to be added to each of a batch; most often None."""
+        if self.rng.randint(0, 2):
+            return None
+        extra = [self.some_extra(count) for count in counts]
+        for handle, pairs in zip(batch, extra, strict=True):
+            truth = self.truths[handle]
+            truth.extra |= {len(truth.tokens) + place: data for place, data in pairs}
+        return extra
 
     @action(2, when=lambda self: self.handles)
     def extend(self) -> None:
         batch = self.some(self.handles)
         counts = [self.rng.randint(0, self.block_size + 1) for _ in batch]
         tokens = self.some_tokens(sum(counts))
+        extra = self.extra_for(batch, counts)
         taken = 0
         for handle, count in zip(batch, counts, strict=True):
             self.truths[handle].tokens += tokens[taken : taken + count]
             taken += count
         unknown = self.rng.randint(0, 2) == 0
         given = None if unknown else self.token_input(tokens)
-        self.both("extend", self.as_input(batch), given, self.as_input(counts))
+        self.both("extend", self.as_input(batch), given, self.as_input(counts), extra=extra)
 
     @action(3, when=lambda self: self.unknown)
     def set_tokens(self) -> None:
@@ -538,7 +561,7 @@ class ManagerMachine(RuleBasedStateMachine):
         assert self.both_trim(handle, target)
         if target == 0:
             return False
-        return self.both_resume(handle, None)
+        return self.both_resume(handle, {})
 
     def both_trim(self, handle: int, target: int) -> bool:
         expected = outcome(self.model.trim, handle, target)
@@ -570,7 +593,7 @@ class ManagerMachine(RuleBasedStateMachine):
         left = len(sequence.tokens) - sequence.num_prepared
         if left > 0 and not isinstance(self.run([handle], [left]), Raised) and self.coin():
             self.close("commit", 0)
-        self.both_admit(old, identity, 0)
+        self.both_admit(old, identity, {"reserve": 0})
 
     # Steps
 

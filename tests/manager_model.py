@@ -127,6 +127,7 @@ class Row:
     reserved_before: int
     rows_before: int
     copies: list[tuple[int, int] | None]  # for each group (source, target) of a copy-on-write
+    lent: list[bool]  # for each group: the source is written in place by another row, and this row gave it up
     slots: list[list[int]]  # of each group
 
     @property
@@ -247,14 +248,20 @@ class ModelManager:
 
     @public
     def admit(
-        self, tokens: Any, *, salt: bytes = b"", extra: Extra = (), reserve: int | None = None
+        self,
+        tokens: Any,
+        *,
+        salt: bytes = b"",
+        extra: Extra = (),
+        reserve: int | None = None,
+        max_hit: int | None = None,
     ) -> tuple[int, int]:
         ids, marks = self._prompt(tokens, salt, extra)
-        room = _reserve(reserve)
+        room, longest = _optional("reserve", reserve), _optional("max_hit", max_hit)
         if not self.free_slots:
             raise TooManySequences("every slot is taken", self.max_seqs)
         sequence = Seq(0, ids, salt, marks)
-        hit, target = self._find_room(sequence, room, self.watermark_blocks)
+        hit, target = self._find_room(sequence, room, longest, self.watermark_blocks)
         sequence.handle = self._new_handle()
         self.sequences[sequence.handle] = sequence
         self._occupy(sequence, hit, target)
@@ -262,29 +269,47 @@ class ModelManager:
         return sequence.handle, sequence.num_cached
 
     @public
-    def match(self, tokens: Any, *, salt: bytes = b"", extra: Extra = ()) -> int:
+    def match(self, tokens: Any, *, salt: bytes = b"", extra: Extra = (), max_hit: int | None = None) -> int:
         ids, marks = self._prompt(tokens, salt, extra)
-        return len(self._hit(ids, salt, marks)) * self.block_size
+        return len(self._hit(ids, salt, marks, _optional("max_hit", max_hit))) * self.block_size
+
+    def blocks_needed(self, num_tokens: int, *, reserve: int | None = None, max_new_tokens: int = 1) -> int:
+        step = _optional("reserve", reserve)
+        if _int("num_tokens", num_tokens) < 1 or _int("max_new_tokens", max_new_tokens) < 1:
+            raise ValueError("a prompt and its answer have a token or more each")
+        prompt = self._most_held(0, num_tokens, step)
+        return max(prompt, self._most_held(num_tokens, num_tokens + max_new_tokens - 1, 1))
+
+    def _most_held(self, start: int, stop: int, reserve: int | None) -> int:
+        """The most blocks that a sequence alone holds while tokens are computed in steps of `reserve`, or in one."""
+        held = [0]
+        while start < stop:
+            end = stop if reserve is None else min(start + max(1, reserve), stop)
+            held.append(sum(self._blocks_for(end) - self._first_row(g, start) for g in range(len(self.groups))))
+            start = end
+        return max(held)
 
     @public
-    def can_admit(self, tokens: Any, *, salt: bytes = b"", extra: Extra = (), reserve: int | None = None) -> Admission:
+    def can_admit(
+        self,
+        tokens: Any,
+        *,
+        salt: bytes = b"",
+        extra: Extra = (),
+        reserve: int | None = None,
+        max_hit: int | None = None,
+        max_new_tokens: int = 1,
+    ) -> Admission:
         ids, marks = self._prompt(tokens, salt, extra)
-        room = _reserve(reserve)
-        # What it holds when its last token is computed, and what its admission asks for after the best of all hits.
-        each, size = range(len(self.groups)), self.block_size
-        last = sum(self._blocks_for(len(ids)) - self._first_row(g, len(ids) - 1) for g in each)
-        first = []
-        for hit in range(0, len(ids) if self.prefix_caching else 1, size):
-            target = len(ids) if room is None else min(len(ids), hit + room)
-            first.append(sum(max(self._blocks_for(target), hit // size) - self._first_row(g, hit) for g in each))
-        least = max(last, min(first))
-        no = Admission.NEVER if least > self.num_blocks else Admission.LATER
+        room, longest = _optional("reserve", reserve), _optional("max_hit", max_hit)
+        if self.blocks_needed(len(ids), reserve=room, max_new_tokens=max_new_tokens) > self.num_blocks:
+            return Admission.NEVER
         if not self.free_slots:
-            return no
+            return Admission.LATER
         try:
-            self._find_room(Seq(0, ids, salt, marks), room, self.watermark_blocks)
+            self._find_room(Seq(0, ids, salt, marks), room, longest, self.watermark_blocks)
         except NoFreeBlocks:
-            return no
+            return Admission.LATER
         return Admission.NOW
 
     @public
@@ -319,13 +344,13 @@ class ModelManager:
     # Tokens come and go
 
     @public
-    def append(self, seqs: Any, tokens: Any = None) -> None:
+    def append(self, seqs: Any, tokens: Any = None, *, extra: Sequence[Extra] | None = None) -> None:
         batch = self._batch(seqs)
-        self._extend(batch, tokens, [1] * len(batch))
+        self._extend(batch, tokens, [1] * len(batch), extra)
 
     @public
-    def extend(self, seqs: Any, tokens: Any, counts: Any) -> None:
-        self._extend(self._batch(seqs), tokens, _ints("counts", counts))
+    def extend(self, seqs: Any, tokens: Any, counts: Any, *, extra: Sequence[Extra] | None = None) -> None:
+        self._extend(self._batch(seqs), tokens, _ints("counts", counts), extra)
 
     @public
     def set_tokens(self, seqs: Any, tokens: Any, counts: Any = None) -> None:
@@ -380,6 +405,8 @@ class ModelManager:
                 raise ValueError(f"{num_blocks} blocks, a row of the step has room for {step.max_blocks_per_seq}")
             needed += (num_blocks - len(sequence.table)) * len(self.groups)
             needed += sum(self._must_copy(sequence, g) for g in range(len(self.groups)))
+        in_place = self._in_place(batch)
+        needed -= len(in_place)
         if sum(lens) > step.max_tokens:
             raise ValueError(f"{sum(lens)} tokens, the step has room for {step.max_tokens}")
         if needed > self.num_free_blocks:
@@ -388,7 +415,7 @@ class ModelManager:
             raise MovesPending("blocks were not copied", self.moves_noted)
 
         self.last_step_id += 1
-        rows = [self._prepare_row(sequence, query_len) for sequence, query_len in zip(batch, lens, strict=True)]
+        rows = [self._prepare_row(sequence, n, in_place) for sequence, n in zip(batch, lens, strict=True)]
         opened = OpenStep(self.last_step_id, rows)
         self.steps.append(opened)
         self._fill(step, rows)
@@ -421,8 +448,8 @@ class ModelManager:
         self.steps.pop(0)  # from here on "open steps" leaves this one out
         for row, count in zip(step.rows, counts, strict=True):
             sequence = row.sequence
-            for copy in reversed(row.copies):
-                if copy is not None:
+            for copy, lent in reversed(list(zip(row.copies, row.lent, strict=True))):
+                if copy is not None and not lent:
                     self._drop(copy[0])
             sequence.num_computed = row.start + count
             if count < row.query_len:
@@ -449,6 +476,7 @@ class ModelManager:
                     source, target = copy
                     self._drop(target)
                     sequence.table[row.start // self.block_size][g] = source
+                    self.refs[source] += row.lent[g]
             sequence.reserved = row.reserved_before
             sequence.num_prepared = row.start
         for block in step.waiting:
@@ -476,12 +504,15 @@ class ModelManager:
         self.counts["preemptions"] += 1
 
     @public
-    def resume(self, seq: int, *, reserve: int | None = None) -> int:
+    def resume(self, seq: int, *, reserve: int | None = None, max_hit: int | None = None) -> int:
         sequence = self._sequence(seq)
-        room = _reserve(reserve)
+        room, longest = _optional("reserve", reserve), _optional("max_hit", max_hit)
         if not sequence.preempted:
             raise ValueError("the sequence is not preempted")
-        hit, target = self._find_room(sequence, room, watermark=0)
+        length = len(sequence.tokens)
+        if room is None and length and self.blocks_needed(length) > self.num_blocks:
+            room = 1 if self.blocks_needed(length, reserve=1) <= self.num_blocks else None
+        hit, target = self._find_room(sequence, room, longest, watermark=0)
         sequence.preempted = False
         sequence.may_publish = True
         self._occupy(sequence, hit, target)
@@ -518,13 +549,16 @@ class ModelManager:
     def reset_prefix_cache(self) -> None:
         self.roots.clear()
         self.node_of.clear()
+        for handle in sorted(self.pins, key=lambda handle: handle % (1 << GENERATION_SHIFT)):
+            for row in reversed(self.pins[handle][0]):
+                self._drop_row(row)
         self.unused += self.idle
         self.idle.clear()
         for sequence in self._all_sequences():
             sequence.may_publish = False
             sequence.num_published = 0
             sequence.tip = None
-        self.pins = {handle: (rows, self._root(b"")) for handle, (rows, _) in self.pins.items()}
+        self.pins = {handle: ([], self._root(b"")) for handle in self.pins}  # nobody could reach what they held
 
     # Blocks
 
@@ -623,9 +657,10 @@ class ModelManager:
             for node in path[self._first_row(g, len(path) * self.block_size) :]
         )
 
-    def _hit(self, tokens: list[int], salt: bytes, extra: dict[int, bytes]) -> list[Node]:
-        """As `_find`, leaving at least one token to compute."""
-        return self._find(tokens, salt, extra, max(0, len(tokens) - 1) // self.block_size)
+    def _hit(self, tokens: list[int], salt: bytes, extra: dict[int, bytes], max_hit: int | None) -> list[Node]:
+        """As `_find`, of at most `max_hit` tokens and leaving at least one to compute."""
+        longest = max(0, len(tokens) - 1) if max_hit is None else min(max_hit, max(0, len(tokens) - 1))
+        return self._find(tokens, salt, extra, longest // self.block_size)
 
     def _needed(self, path: list[Node]) -> list[list[int]]:
         """The rows of a table that begins with this hit."""
@@ -718,9 +753,16 @@ class ModelManager:
 
     # Sequences
 
-    def _find_room(self, sequence: Seq, reserve: int | None, watermark: int) -> tuple[list[Node], int]:
+    def _find_room(
+        self, sequence: Seq, reserve: int | None, max_hit: int | None, watermark: int
+    ) -> tuple[list[Node], int]:
         """The hit of an admission and how many tokens get slots; NoFreeBlocks if fewer than `watermark` stay free."""
-        hit = self._hit(sequence.tokens, sequence.salt, sequence.extra)
+        hit = self._hit(sequence.tokens, sequence.salt, sequence.extra, max_hit)
+        if any(reach is not None for reach in self.groups):
+            while hit and self._most_held(len(hit) * self.block_size, len(sequence.tokens), reserve) > self.num_blocks:
+                hit.pop()
+                while not self._serves(hit):
+                    hit.pop()
         target = len(sequence.tokens)
         if reserve is not None:
             target = min(target, len(hit) * self.block_size + reserve)
@@ -770,10 +812,15 @@ class ModelManager:
             may_publish=parent.may_publish,
         )
 
-    def _extend(self, batch: list[Seq], tokens: Any, counts: list[int]) -> None:
+    def _extend(self, batch: list[Seq], tokens: Any, counts: list[int], extra: Sequence[Extra] | None) -> None:
         ids = [UNKNOWN] * sum(counts) if tokens is None else _token_ids(tokens)
         _check_ragged(len(batch), counts, len(ids))
-        for sequence, count in zip(batch, counts, strict=True):
+        marks = [()] * len(batch) if extra is None else list(extra)
+        if len(marks) != len(batch):
+            raise ValueError(f"{len(batch)} sequences but extras for {len(marks)}")
+        checked = [_checked_extra(pairs, count) for pairs, count in zip(marks, counts, strict=True)]
+        for sequence, count, pairs in zip(batch, counts, checked, strict=True):
+            sequence.extra |= {len(sequence.tokens) + position: data for position, data in pairs.items()}
             sequence.tokens += ids[:count]
             ids = ids[count:]
 
@@ -851,16 +898,7 @@ class ModelManager:
             raise ValueError("a sequence needs a token")
         if not isinstance(salt, bytes):
             raise TypeError("salt is bytes")
-        marks: dict[int, bytes] = {}
-        last = -1
-        for position, data in extra:
-            if not isinstance(data, bytes):
-                raise TypeError("extra is made of (position, bytes)")
-            if not last < _int("position", position) < len(ids):
-                raise ValueError(f"extra position {position} is outside {last + 1}..{len(ids) - 1}")
-            marks[position] = data
-            last = position
-        return ids, marks
+        return ids, _checked_extra(extra, len(ids))
 
     # Rows of a step
 
@@ -872,22 +910,43 @@ class ModelManager:
         block = sequence.table[index][g]
         return self.refs[block] > 1 or block in self.node_of
 
-    def _prepare_row(self, sequence: Seq, query_len: int) -> Row:
+    def _in_place(self, batch: list[Seq]) -> dict[int, Seq]:
+        """Blocks that only sequences of this batch hold, and the one of these that writes it: the others get copies.
+
+        It is one with the most tokens there. After an abort the others still have what they had.
+        """
+        found: dict[int, Seq] = {}
+        for g in range(len(self.groups)):
+            writers: dict[int, list[Seq]] = {}
+            for sequence in batch:
+                if self._must_copy(sequence, g):
+                    block = sequence.table[sequence.num_prepared // self.block_size][g]
+                    writers.setdefault(block, []).append(sequence)
+            for block, sequences in writers.items():
+                if len(sequences) == self.refs[block] and block not in self.node_of:
+                    longest = max(sequence.num_prepared for sequence in sequences)
+                    found[block] = [s for s in sequences if s.num_prepared == longest][-1]
+        return found
+
+    def _prepare_row(self, sequence: Seq, query_len: int, in_place: dict[int, Seq]) -> Row:
         start, end = sequence.num_prepared, sequence.num_prepared + query_len
         reserved_before, rows_before = sequence.reserved, len(sequence.table)
-        copies: list[tuple[int, int] | None] = []
+        copies: list[tuple[int, int] | None] = [None] * len(self.groups)
+        lent = [False] * len(self.groups)
         for g, must in enumerate([self._must_copy(sequence, g) for g in range(len(self.groups))]):
-            copies.append(None)
-            if must:  # the source keeps this sequence's reference until commit
-                row = sequence.table[start // self.block_size]
+            row = sequence.table[start // self.block_size] if must else []
+            if must and in_place.get(row[g]) is not sequence:
+                # The source keeps this sequence's reference until commit, unless another row writes it in place.
+                lent[g] = row[g] in in_place
                 source, row[g] = row[g], self._take()
                 copies[g] = source, row[g]
+                self.refs[source] -= lent[g]
                 self.counts["copies"] += 1
         sequence.reserved = max(sequence.reserved, end)
         self._grow(sequence)
         sequence.num_prepared = end
         slots = [[self._slot(sequence, g, position) for position in range(start, end)] for g in range(len(self.groups))]
-        return Row(sequence, start, query_len, reserved_before, rows_before, copies, slots)
+        return Row(sequence, start, query_len, reserved_before, rows_before, copies, lent, slots)
 
     def _slot(self, sequence: Seq, g: int, position: int) -> int:
         return sequence.table[position // self.block_size][g] * self.block_size + position % self.block_size
@@ -925,7 +984,8 @@ class ModelManager:
 
         named = [b for sequence in self._all_sequences() for row in sequence.table for b in row if b != GONE]
         named += [block for held_rows, _ in self.pins.values() for row in held_rows for block in row if block != GONE]
-        named += [copy[0] for step_row in rows for copy in step_row.copies if copy is not None]
+        copied = [pair for step_row in rows for pair in zip(step_row.copies, step_row.lent, strict=True)]
+        named += [copy[0] for copy, lent in copied if copy is not None and not lent]
         held = [block for block in range(self.num_blocks) if self.refs[block] > 0]
         for block in range(self.num_blocks):
             _require(1, self.refs[block] == named.count(block), f"the count of block {block} is wrong")
@@ -1026,10 +1086,23 @@ def _int(name: str, value: Any) -> int:
     return int(value)
 
 
-def _reserve(reserve: Any) -> int | None:
-    if reserve is not None and _int("reserve", reserve) < 0:
-        raise ValueError(f"reserve={reserve}; it is 0 or more")
-    return None if reserve is None else int(reserve)
+def _optional(name: str, value: Any) -> int | None:
+    if value is not None and _int(name, value) < 0:
+        raise ValueError(f"{name}={value}; it is 0 or more")
+    return None if value is None else int(value)
+
+
+def _checked_extra(extra: Extra, num_tokens: int) -> dict[int, bytes]:
+    marks: dict[int, bytes] = {}
+    last = -1
+    for position, data in extra:
+        if not isinstance(data, bytes):
+            raise TypeError("extra is made of (position, bytes)")
+        if not last < _int("position", position) < num_tokens:
+            raise ValueError(f"extra position {position} is outside {last + 1}..{num_tokens - 1}")
+        marks[position] = data
+        last = position
+    return marks
 
 
 def _ints(name: str, values: Any) -> list[int]:

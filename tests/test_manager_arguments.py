@@ -102,3 +102,55 @@ def test_step_buffers_for_no_config_are_an_error() -> None:
 def test_the_largest_block_is_a_block() -> None:
     manager = BlockManager(1, 2**31 - 1, prefix_caching=False)
     assert manager.can_admit(TOKENS).name == "NOW"
+
+
+class Rounds:
+    """An integer for `int`, and none for `__index__`."""
+
+    def __int__(self) -> int:
+        return 3
+
+
+class Counts:
+    def __index__(self) -> int:
+        return 3
+
+
+def test_integers_are_what_has_an_index() -> None:
+    manager = BlockManager(8, 4)
+    for wrong in (torch.tensor(3.7), torch.tensor(True), torch.tensor([1, 2]), np.float64(3), np.bool_(True), Rounds()):
+        with pytest.raises(TypeError, match=r"tokens\[1\]"):
+            manager.admit([1, wrong])
+        with pytest.raises(TypeError, match="reserve"):
+            manager.admit([1, 2], reserve=wrong)  # type: ignore[arg-type]
+    assert manager.num_sequences == 0
+    seq, _ = manager.admit([Counts(), torch.tensor(4), np.int8(5)], reserve=Counts())
+    assert manager.tokens(seq).tolist() == [3, 4, 5]
+
+
+class Odd(Window):
+    """A window that says another size each time it is asked."""
+
+    size = -7
+
+
+def test_a_window_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"groups\[0\].size=-7"):
+        BlockManager(8, 4, groups=(object.__new__(Odd),))
+
+
+def test_lengths_in_memory_of_the_user_decide_nothing() -> None:
+    """Two of the arrays lie over each other: what they say is torn, and nothing is read past its end."""
+    lens = np.zeros(5, np.int32)
+    arrays: list[Any] = [np.zeros(8, np.int64) for _ in range(3)] + [np.zeros((4, 8), np.int32), lens[:4], lens]
+    arrays += [np.zeros((4, 2), np.int64), np.zeros(5, np.int32), np.zeros(32, np.int32), np.zeros(4, np.int32)]
+    step = StepArrays(*arrays)
+    manager = BlockManager(16, 2, groups=(Window(3),))
+    seq, _ = manager.admit([1] * 4)
+    manager.commit(manager.prepare([seq], 4, step))
+    manager.append([seq], [1])
+    manager.commit(manager.prepare([seq], 1, step))
+    manager.audit()
+    assert step.num_seqs == 1
+    with pytest.raises(RuntimeError, match="once"):
+        step.__init__(*arrays)  # type: ignore[misc]

@@ -106,6 +106,9 @@ CALLS: dict[str, Callable[[BlockManager, dict[str, int], StepBuffers], Any]] = {
     "match": lambda m, h, step: m.match(list(range(12)), salt=b"s"),
     "can_admit": lambda m, h, step: m.can_admit(tuple(range(12)), extra=[(0, b"")]),
     "extend": lambda m, h, step: m.extend([h["first"], h["child"]], long_prompt, [12, 8]),
+    "extend with extra": lambda m, h, step: m.extend(
+        [h["first"], h["child"]], long_prompt, [12, 8], extra=[[(0, b"x"), (9, b"y")], [(7, b"z")]]
+    ),
     "append": lambda m, h, step: m.append([h["first"], h["other"]]),
     "prepare": lambda m, h, step: m.prepare([h["child"]], [41], step),
     "fork": lambda m, h, step: m.fork(h["child"], 3),
@@ -157,6 +160,43 @@ def test_every_allocation_may_fail(name: str, allocations: Callable[[int], int])
         assert left >= 0, "the call made an allocation that was not counted"
         break
     assert failures >= {"append": 0, "free": 1, "fork": 2, "reorder": 5, "admit": 5, "prepare": 2}.get(name, 1)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_allocation_of_python_may_fail(name: str) -> None:
+    """As above for the objects that a call makes, its result among them."""
+    testcapi = pytest.importorskip("_testcapi")
+    failures = 0
+    while True:
+        manager, handles = busy_manager()
+        step = StepBuffers(4, 64, 16)
+        handles["second"], _ = manager.admit(np.arange(60, 69))
+        manager.append([handles["child"]], [3])
+        if name == "resume":
+            manager.preempt(handles["second"])
+        if name == "set_tokens":
+            manager.append([handles["first"]])
+        if name == "prepare":
+            manager.extend([handles["child"]], np.arange(40), [40])
+        call = CALLS[name]
+        before = observe(manager, handles)
+        failed = False
+        testcapi.set_nomemory(failures, 0)
+        try:
+            call(manager, handles, step)
+        except MemoryError:
+            failed = True
+        finally:
+            testcapi.remove_mem_hooks()
+        manager.audit()
+        if not failed:
+            break
+        now = observe(manager, handles)  # the peak was reached, if for no longer than the call
+        assert (*now[:2], now[2]._replace(peak_used_blocks=before[2].peak_used_blocks), *now[3:]) == before
+        failures += 1
+        call(manager, handles, step)
+        manager.audit()
+    assert failures or name in ("append", "commit", "free", "resume")  # these make no object
 
 
 def test_every_allocation_of_a_new_manager_may_fail(allocations: Callable[[int], int]) -> None:

@@ -477,17 +477,24 @@ def test_the_watermark_is_for_sequences_that_run(engine: Engine) -> None:
         manager.admit([2] * 20)
 
 
-def test_can_admit_says_never_only_where_nothing_helps(engine: Engine) -> None:
-    """What a hit and a window save counts: blocks that others hold now are not needed for ever."""
+def test_can_admit_says_never_where_an_empty_pool_does_not_do(engine: Engine) -> None:
+    """What a window saves on the way counts, and what is cached now does not: it may be gone tomorrow."""
     manager = engine.start(14, 1, groups=(None, Window(1)))
     manager.free(engine.serve([1, 2, 3, 4, 5, 6]))
     other = engine.serve([7])
-    assert manager.can_admit(range(1, 11)) == 1
-    assert not manager.can_admit(range(1, 11))
+    assert manager.can_admit(range(1, 11)) == 2  # 20 blocks at once, but for the hit
+    assert manager.can_admit(range(1, 11), reserve=4) == 1  # after the hit of 6 tokens 14 blocks in all
     manager.free(other)
-    assert manager.can_admit(range(1, 11)) == 0
+    assert manager.can_admit(range(1, 11), reserve=4) == 0
+    assert manager.can_admit([9] * 10, reserve=8) == 2
+    assert manager.can_admit([9] * 10, reserve=4) == 0
+    held = engine.serve([8, 8, 8, 8, 8, 8, 8])
+    assert manager.can_admit([9] * 10, reserve=4) == 1
+    assert not manager.can_admit([9] * 10, reserve=4)
+    manager.free(held)
+    assert manager.can_admit([9] * 10, reserve=4) == 0
     bare = engine.start(12, 1, groups=(None, Window(1)), prefix_caching=False)
-    assert bare.can_admit(range(10), reserve=10) == 2  # 20 blocks, and never 20 are there
+    assert bare.can_admit(range(10), reserve=10) == 2
     assert bare.can_admit(range(10), reserve=1) == 0
 
 
@@ -517,4 +524,59 @@ def test_a_child_keeps_the_way_that_only_its_parent_knew(engine: Engine) -> None
     manager.append([child], [3])
     manager.commit(engine.prepare(child))
     assert manager.match([1, 2, 3, 4]) == 3
+    manager.audit()
+
+
+def test_two_chats_with_equal_ids_and_other_images_share_only_what_came_before(engine: Engine) -> None:
+    manager = engine.start(num_blocks=16)
+
+    def chat(image: bytes) -> list[int]:
+        seq = engine.serve([5, 5, 5])
+        manager.extend([seq], [9, 9, 9, 2], [4], extra=[[(1, image)]])
+        engine.compute(seq)
+        return engine.table(seq)
+
+    cat, dog, cat_again = chat(b"cat"), chat(b"dog"), chat(b"cat")
+    assert cat[:2] == dog[:2] == cat_again[:2]  # up to the image, which is the sixth token
+    assert not set(cat[2:]) & set(dog[2:])
+    assert cat[2] == cat_again[2]
+
+
+def test_added_extra_bytes_that_are_wrong_change_nothing(engine: Engine) -> None:
+    manager = engine.start()
+    a, b = manager.admit([1])[0], manager.admit([2])[0]
+    for extra, error in [
+        ([[(0, b"x")]], ValueError),  # one list for two sequences
+        ([[(0, b"x")], [(1, b"y")]], ValueError),  # past its token
+        ([[(-1, b"x")], []], ValueError),
+        ([[(0, b"x"), (0, b"y")], []], ValueError),
+        ([[(0, "x")], []], TypeError),
+        ([[0], []], TypeError),
+    ]:
+        with pytest.raises(error):
+            manager.append([a, b], [3, 4], extra=extra)
+        with pytest.raises(error):
+            manager.extend([a, b], [3, 4], [1, 1], extra=extra)
+    assert [list(manager.tokens(seq)) for seq in (a, b)] == [[1], [2]]
+
+
+def test_children_of_a_partly_filled_block_copy_it_once_less(engine: Engine) -> None:
+    manager = engine.start(num_blocks=16, block_size=4)
+    parent = engine.serve([1, 2, 3, 4, 5, 6])
+    family = [parent, *(int(child) for child in manager.fork(parent, 3))]
+    manager.append(family, [7, 8, 9, 10])
+    outsider = manager.fork(parent)[0]
+    step_id = engine.prepare(*family[1:])
+    assert [source for source, _ in engine.view().copies] == [1, 1, 1]  # the parent and the outsider have it too
+    manager.abort(step_id)
+    manager.free([outsider])
+    step_id = engine.prepare(*family)
+    assert [source for source, _ in engine.view().copies] == [1, 1, 1]
+    assert engine.table(family[-1]) == [0, 1]
+    manager.abort(step_id)
+    assert [engine.table(seq) for seq in family] == [[0, 1]] * 4
+    manager.trim(family[-1], 5)  # it has less there than the others, which an abort would give what it wrote
+    manager.append([family[-1]], [11])
+    engine.prepare(*family)
+    assert engine.table(family[2]) == [0, 1]
     manager.audit()

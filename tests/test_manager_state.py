@@ -1,8 +1,11 @@
 """The compiled block manager against its plain-Python model: the state machine, hits, wrong handles, threads."""
 
+import os
+import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from random import Random
@@ -130,8 +133,11 @@ class Served:
         return max(hit for hit in range(0, len(tokens), size) if serves(hit))
 
     def serve(self, tokens: list[int], chunks: list[int]) -> int:
+        found = self.manager.match(tokens)
+        assert found == self.expected_hit(tokens)
         seq, cached = self.manager.admit(tokens, reserve=0)
-        assert cached == self.expected_hit(tokens)
+        rows = -(-len(tokens) // self.block_size) * len(self.groups)
+        assert cached == found or (cached < found and rows > self.manager.num_blocks)  # what follows would not fit
         names = self.names(tokens)
         while cached < len(tokens):
             chunk = min(len(tokens) - cached, chunks.pop() if chunks else len(tokens))
@@ -427,3 +433,35 @@ def test_threads_lose_nothing_and_never_read_each_other(groups: tuple[Window | N
     assert stats.hit_tokens == sum(worker.hit_tokens for worker in workers) > 0
     assert stats.preemptions == sum(worker.preempted for worker in workers) > 0
     assert stats.copies > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_child_process_is_not_kept_waiting_by_a_thread_that_it_does_not_have() -> None:
+    manager = COMPILED.manager(1024, 16)
+    seqs = [manager.admit(range(2000))[0] for _ in range(4)]
+    done = threading.Event()
+
+    def busy() -> None:
+        while not done.is_set():
+            manager.tokens(seqs[0])
+            manager.match(range(2000))
+
+    workers = [threading.Thread(target=busy) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of any fork beside threads
+            children = []
+            for _ in range(30):
+                child = os.fork()
+                if child == 0:
+                    signal.alarm(20)  # a child that hangs ends with an error
+                    os._exit(0 if manager.num_sequences == 4 and len(manager.tokens(seqs[1])) == 2000 else 1)
+                children.append(child)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * 30
+    finally:
+        done.set()
+        for worker in workers:
+            worker.join()
+    manager.audit()

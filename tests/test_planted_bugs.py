@@ -99,20 +99,22 @@ class LastSlotTwice(ModelManager):
 
 
 class FailedAdmissionCounts(ModelManager):
-    def _find_room(self, sequence: Seq, reserve: int | None, watermark: int) -> tuple[list[Node], int]:
+    def _find_room(
+        self, sequence: Seq, reserve: int | None, max_hit: int | None, watermark: int
+    ) -> tuple[list[Node], int]:
         self.counts["prompt_tokens"] += 1
-        found = super()._find_room(sequence, reserve, watermark)
+        found = super()._find_room(sequence, reserve, max_hit, watermark)
         self.counts["prompt_tokens"] -= 1
         return found
 
 
 class FailedExtendKeepsSome(ModelManager):
-    def _extend(self, batch: list[Seq], tokens: Any, counts: list[int]) -> None:
+    def _extend(self, batch: list[Seq], tokens: Any, counts: list[int], extra: Any) -> None:
         first = batch[0] if batch else None
         place = len(first.tokens) if first else 0
         if first:
             first.tokens.append(0)
-        super()._extend(batch, tokens, counts)
+        super()._extend(batch, tokens, counts, extra)
         if first:
             del first.tokens[place]
 
@@ -139,7 +141,7 @@ class ExtraOutlivesItsToken(ModelManager):
 
 
 class WholePromptIsHit(ModelManager):
-    def _hit(self, tokens: list[int], salt: bytes, extra: dict[int, bytes]) -> list[Node]:
+    def _hit(self, tokens: list[int], salt: bytes, extra: dict[int, bytes], max_hit: int | None) -> list[Node]:
         return self._find(tokens, salt, extra, len(tokens) // self.block_size)
 
 
@@ -233,6 +235,71 @@ class HandleIsReused(ModelManager):
         return super()._new_handle()
 
 
+class BlockOfOthersIsWrittenInPlace(ModelManager):
+    """The last row writes in place though somebody outside of the step holds the block too."""
+
+    def _in_place(self, batch: list[Seq]) -> dict[int, Seq]:
+        found: dict[int, Seq] = {}
+        for sequence in batch:
+            if self._must_copy(sequence, 0):
+                block = sequence.table[sequence.num_prepared // self.block_size][0]
+                if block not in self.node_of:
+                    found[block] = sequence
+        return found
+
+
+class ShortestWritesInPlace(ModelManager):
+    """What is written in place may be what the others have again after an abort."""
+
+    def _in_place(self, batch: list[Seq]) -> dict[int, Seq]:
+        found = super()._in_place(batch)
+        size = self.block_size
+        for sequence in batch:
+            index = sequence.num_prepared // size
+            block = sequence.table[index][0] if index < len(sequence.table) else GONE
+            if block in found and sequence.num_prepared < found[block].num_prepared:
+                found[block] = sequence
+        return found
+
+
+class EverybodyCopies(ModelManager):
+    """k + 1 copies for k children of a partly filled block."""
+
+    def _in_place(self, batch: list[Seq]) -> dict[int, Seq]:
+        return {}
+
+
+class AddedExtraIsForgotten(ModelManager):
+    """Extra bytes count for the prompt, and not for tokens that come later."""
+
+    def _extend(self, batch: list[Seq], tokens: Any, counts: list[int], extra: Any) -> None:
+        super()._extend(batch, tokens, counts, None)
+
+
+class AddedExtraComesTooEarly(ModelManager):
+    """Positions of added extra bytes count from the start of the last block."""
+
+    def _extend(self, batch: list[Seq], tokens: Any, counts: list[int], extra: Any) -> None:
+        super()._extend(batch, tokens, counts, None)
+        for sequence, count, pairs in zip(batch, counts, extra or [()] * len(batch), strict=True):
+            start = (len(sequence.tokens) - count) // self.block_size * self.block_size
+            sequence.extra |= {start + place: data for place, data in pairs}
+
+
+class LongestHitIsIgnored(ModelManager):
+    """A hit is as long as it can be, whatever `max_hit` says."""
+
+    def _hit(self, tokens: list[int], salt: bytes, extra: dict[int, bytes], max_hit: int | None) -> list[Node]:
+        return super()._hit(tokens, salt, extra, None)
+
+
+class AnswerCountsForNothing(ModelManager):
+    """A prompt that fits is never called too long, however long its answer."""
+
+    def blocks_needed(self, num_tokens: int, *, reserve: int | None = None, max_new_tokens: int = 1) -> int:
+        return super().blocks_needed(num_tokens, reserve=reserve)
+
+
 class ForgottenCopiesAreCommitted(ModelManager):
     """A pass whose copies were never made counts as computed."""
 
@@ -273,6 +340,13 @@ OTHERS: list[type[ModelManager]] = [
     GroupsShareABlockOfTheirNode,
     TrimForgetsTheWindow,
     ForgottenCopiesAreCommitted,
+    AddedExtraIsForgotten,
+    AddedExtraComesTooEarly,
+    LongestHitIsIgnored,
+    AnswerCountsForNothing,
+    BlockOfOthersIsWrittenInPlace,
+    ShortestWritesInPlace,
+    EverybodyCopies,
 ]
 # Seen in the K/V alone, without a right manager to compare with.
 MISREAD: list[type[ModelManager]] = [
@@ -282,6 +356,8 @@ MISREAD: list[type[ModelManager]] = [
     SaltIsIgnored,
     ExtraIsIgnored,
     ExtraOutlivesItsToken,
+    AddedExtraIsForgotten,
+    BlockOfOthersIsWrittenInPlace,
     BlockDoesNotWait,
     OldSequencesPublishAfterReset,
     WindowIsOneShort,

@@ -97,8 +97,9 @@ cdef class StepArrays:
         self, input_ids, positions, slot_mapping, block_table, seq_lens, query_start_loc, copies,
         kv_indptr=None, kv_indices=None, kv_last_page_len=None, *, uploads=False,
     ):
-        if self._rows != NULL:
+        if self._begun:
             raise RuntimeError("StepArrays is initialised once")
+        self._begun = True  # a buffer's owner may run any code, this one too
         cdef list views = []
         table = memoryview(block_table)
         if table.ndim != 2 and table.ndim != 3:
@@ -258,8 +259,7 @@ cdef void pack_step(StepArrays a, char* image, int32_t* out, Pack* pack) noexcep
         if a._kv_indices != NULL:
             add_patch(pack, a._kv_indptr + g * (a.max_seqs + 1), a.max_seqs + 1)
             add_patch(
-                pack, a._kv_indices + g * a.max_seqs * a.max_blocks_per_seq,
-                a._kv_indptr[g * (a.max_seqs + 1) + a.max_seqs],
+                pack, a._kv_indices + g * a.max_seqs * a.max_blocks_per_seq, a._num_pages[g]
             )
     if a._kv_indices != NULL:
         add_patch(pack, a._kv_last_page_len, seqs)
@@ -341,17 +341,19 @@ cdef void fill_pages(StepArrays a, const Core* c, const Step* step) noexcept nog
     for g in range(c.num_groups):
         end = 0
         for i in range(step.num_rows):
-            n = blocks_for(a._seq_lens[i], c.block_size)
+            n = blocks_for(step.rows[i].start + step.rows[i].count, c.block_size)
             low = first_row(c, g, step.rows[i].start)
             indptr[i] = end
             memcpy(indices + end, cells_at(a, g, i) + low, (n - low) * sizeof(int32_t))
             end += n - low
         for i in range(step.num_rows, a.max_seqs + 1):
             indptr[i] = end
+        a._num_pages[g] = end
         indptr += a.max_seqs + 1
         indices += a.max_seqs * a.max_blocks_per_seq
     for i in range(step.num_rows):
-        a._kv_last_page_len[i] = a._seq_lens[i] - (blocks_for(a._seq_lens[i], c.block_size) - 1) * c.block_size
+        n = step.rows[i].start + step.rows[i].count
+        a._kv_last_page_len[i] = n - (blocks_for(n, c.block_size) - 1) * c.block_size
     for i in range(step.num_rows, a.max_seqs):
         a._kv_last_page_len[i] = 0
 

@@ -20,12 +20,22 @@ cdef inline int64_t at(const Ints* a, Py_ssize_t i) noexcept nogil:
 
 cdef int64_t as_int(object value, str name) except? -1:
     """`value` as a C integer; bools and floats are refused."""
-    if type(value) is not int and (isinstance(value, bool) or not hasattr(value, "__index__")):
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+    if type(value) is not int:
+        value = index_of(value, name)
     try:
         return value
     except OverflowError:
         raise ValueError(f"{name}={value!r} does not fit in 64 bits") from None
+
+
+cdef object index_of(object value, str name):
+    """The integer that an object is, by `__index__`: what only rounds to one is none, and no truth is one."""
+    if not isinstance(value, bool) and not str(getattr(value, "dtype", "")).endswith("bool"):
+        try:
+            return PyNumber_Index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be an integer, not {value!r} ({type(value).__name__})")
 
 
 cdef int open_ints(object obj, str name, Ints* out) except -1:
@@ -84,8 +94,8 @@ cdef int convert_items(object items, str name, Ints* out) except -1:
         raise MemoryError(f"no memory for {out.size} {name}")
     for i in range(out.size):
         item = fixed[i]
-        if type(item) is not int and (isinstance(item, bool) or not hasattr(item, "__index__")):
-            raise TypeError(f"{name}[{i}] must be an integer, not {type(item).__name__}")
+        if type(item) is not int:
+            item = index_of(item, f"{name}[{i}]")
         try:
             (<int64_t*>out.owned)[i] = item
         except OverflowError:

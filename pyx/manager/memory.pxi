@@ -42,6 +42,13 @@ cdef extern from *:
     #define KVB_WIDE
     #endif
     #define KVB_MAX_GENERATION ((int64_t)1 << 38)
+    /* The least common multiple of two positive numbers, or 2^62 where it is more. */
+    static inline int64_t kvb_least_multiple(int64_t a, int64_t b) {
+        int64_t x = a, y = b, r, product;
+        while (y) r = x % y, x = y, y = r;
+        if (__builtin_mul_overflow(a / x, b, &product) || product > (int64_t)1 << 62) return (int64_t)1 << 62;
+        return product;
+    }
     """
     int64_t kvb_fail_in
     void* grab "kvb_grab"(size_t n) noexcept nogil
@@ -49,6 +56,7 @@ cdef extern from *:
     void* regrow "kvb_regrow"(void* p, size_t n) noexcept nogil
     void* map_zeroed "kvb_map"(size_t n, size_t width) noexcept nogil
     void unmap "kvb_unmap"(void* p, size_t n, size_t width) noexcept nogil
+    int64_t least_multiple "kvb_least_multiple"(int64_t a, int64_t b) noexcept nogil
     const int64_t MAX_GENERATION "KVB_MAX_GENERATION"
 
 cdef enum:

@@ -8,6 +8,7 @@
 
 cdef enum:
     AHEAD = 16          # how many blocks ahead of its use a cache line is fetched
+    LENT = -2
 
 
 cdef struct Block:      # 12 bytes
@@ -32,7 +33,7 @@ cdef struct Step:
     int64_t id
     int64_t needs       # the newest move that its pass waits for, 0: none
     Row* rows
-    int32_t* sources    # [rows, groups]: blocks to copy from, -1: none
+    int32_t* sources    # [rows, groups]: b to copy from, -1: none; LENT - b: a row of the step writes b in place
     Py_ssize_t num_rows
     Py_ssize_t capacity
     int32_t wait_head   # blocks that wait for it, -1: none

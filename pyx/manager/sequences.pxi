@@ -16,10 +16,16 @@ cdef enum Kind:
     UNUSED, LIVE, PREEMPTED, PIN, LEAVING       # LEAVING: freed while in an open step
 
 cdef enum Problem:
-    STALE, IS_PIN, IS_SEQUENCE, TWICE, IS_PREEMPTED, NOT_PREEMPTED, IN_STEP, BAD_TOKEN, BAD_COUNT, TOO_LONG
+    STALE, IS_PIN, IS_SEQUENCE, TWICE, IS_PREEMPTED, NOT_PREEMPTED, IN_STEP, EXTRA_SIZE, BAD_TOKEN, BAD_COUNT, TOO_LONG
     SIZE_TOKENS, BAD_QUERY, NOT_ENOUGH_TOKENS, STEP_SEQS, STEP_TOKENS, STEP_BLOCKS, STEP_LIMIT
     COMPUTED_UNKNOWN, UNMOVED, NO_STEP, NOT_OLDEST, NOT_NEWEST, SIZE_ACCEPTED, BAD_ACCEPTED, LATER_STEP, NOT_UNKNOWN
     BAD_TRIM, OUT_OF_REACH, STEP_GROUPS, NOTHING_TO_PIN, NO_BLOCKS, WATERMARK, NO_SLOTS, NO_MEMORY
+
+
+cdef struct Marks:      # the extra bytes of the tokens that are added to a batch
+    Mark* marks         # of all sequences, one sequence after the other
+    int32_t* counts     # [sequences]
+    Text* made          # [sequences]: their extras as they will be
 
 
 cdef struct Fault:
@@ -326,9 +332,58 @@ cdef void cut(Core* c, Seq* seq, int32_t num_tokens) noexcept nogil:
         touch(c, seq)
 
 
-cdef inline int32_t hit_limit(Core* c, const Text* x) noexcept nogil:
-    """Blocks that a hit may have: whole, known, and one token is left to compute."""
-    return min(x.num_tokens - 1, x.known) // c.block_size if c.caching and x.num_tokens else 0
+cdef inline int64_t held_by(const Core* c, int64_t position, int64_t end) noexcept nogil:
+    """Blocks that a sequence alone holds while its tokens [position, end) are computed."""
+    cdef int64_t held = 0, rows = (end + c.block_size - 1) // c.block_size
+    cdef int32_t g
+    for g in range(c.num_groups):
+        held += rows - first_row(c, g, <int32_t>position)
+    return held
+
+
+cdef int64_t repeats_after(const Core* c, int64_t step) noexcept nogil:
+    """After so many tokens, computed `step` at a time, what groups with an end to their reach hold repeats."""
+    cdef int64_t period = least_multiple(step, c.block_size)
+    cdef int32_t g
+    for g in range(c.num_groups):
+        if c.reaches[g].chunk:
+            period = least_multiple(period, c.reaches[g].chunk)
+    return period
+
+
+cdef int64_t most_held(const Core* c, int64_t position, int64_t end, int64_t step) noexcept nogil:
+    """The most blocks that a sequence alone holds while it computes its tokens [position, end), `step` at a time.
+
+    What full groups hold only grows and what the others hold repeats, so the most is held within the last period. Of
+    steps of one token those at the start of a block hold the most.
+    """
+    cdef int64_t most = 0, last = end - position
+    if last <= 0:
+        return 0
+    last -= last % step + repeats_after(c, step) + step
+    if last > 0:
+        position += last - last % step
+    while position < end:
+        most = max(most, held_by(c, position, min(position + step, end)))
+        position += step if step > 1 else c.block_size - position % c.block_size
+    return most
+
+
+cdef int64_t most_ever(const Core* c, int64_t num_tokens, int64_t num_new, int64_t reserve) noexcept nogil:
+    """Blocks with which a prompt alone, after no hit, gets its last token: the prompt in steps of `reserve` tokens, or
+    in one, and all new tokens but the last one by one."""
+    cdef int64_t step = num_tokens if reserve < 0 else max(<int64_t>1, reserve)
+    return max(
+        most_held(c, 0, num_tokens, min(step, num_tokens)), most_held(c, num_tokens, num_tokens + num_new - 1, 1)
+    )
+
+
+cdef inline int32_t hit_limit(Core* c, const Text* x, int64_t max_hit) noexcept nogil:
+    """Blocks that a hit may have: whole, known, at most `max_hit` tokens, and one token is left to compute."""
+    cdef int64_t limit = min(x.num_tokens - 1, x.known)
+    if max_hit >= 0:
+        limit = min(limit, max_hit)
+    return <int32_t>(limit // c.block_size) if c.caching and x.num_tokens else 0
 
 
 cdef int32_t longest_hit(const Core* c, const int32_t* nodes, int32_t n) noexcept nogil:
@@ -350,14 +405,31 @@ cdef int32_t longest_hit(const Core* c, const int32_t* nodes, int32_t n) noexcep
     return best
 
 
+cdef int32_t hit_that_fits(
+    const Core* c, const Text* x, int64_t reserve, const int32_t* nodes, int32_t hit
+) noexcept nogil:
+    """The longest hit after which the pool has the blocks for the rest of a sequence, were it alone. Steps that begin
+    elsewhere than without a hit can hold more at once."""
+    cdef int64_t start, step
+    while hit:
+        start = <int64_t>hit * c.block_size
+        step = x.num_tokens - start if reserve < 0 else max(<int64_t>1, reserve)
+        if most_held(c, start, x.num_tokens, step) <= c.pool.num_blocks:
+            break
+        hit = longest_hit(c, nodes, hit - 1)
+    return hit
+
+
 cdef bint plan_admission(
-    Core* c, const Text* x, int64_t reserve, int32_t* found, int32_t* num_found, int32_t* target, Fault* f,
-    bint watermark,
+    Core* c, const Text* x, int64_t reserve, int64_t max_hit, int32_t* found, int32_t* num_found, int32_t* target,
+    Fault* f, bint watermark,
 ) noexcept nogil:
     """Find the hit and check that the blocks for the rest are there. `found` gets the hit's nodes. No effect."""
     cdef int32_t i, g, b, hit, idle = 0, available
     cdef int64_t new
-    hit = longest_hit(c, found, tree_walk(&c.pool.tree, x, hit_limit(c, x), found))
+    hit = longest_hit(c, found, tree_walk(&c.pool.tree, x, hit_limit(c, x, max_hit), found))
+    if c.reach_ends and <int64_t>blocks_for(x.num_tokens, c.block_size) * c.num_groups > c.pool.num_blocks:
+        hit = hit_that_fits(c, x, reserve, found, hit)
     for g in range(c.num_groups):
         for i in range(first_row(c, g, hit * c.block_size), hit):
             kvb_prefetch(&c.pool.blocks[node_at(&c.pool.tree, found[i]).blocks[g]])
@@ -418,7 +490,9 @@ cdef void occupy(Core* c, Seq* seq, const int32_t* nodes, int32_t hit, int32_t t
     note_peak(c)
 
 
-cdef int64_t core_admit(Core* c, Text* x, int64_t reserve, Fault* f, int64_t* num_cached) noexcept nogil:
+cdef int64_t core_admit(
+    Core* c, Text* x, int64_t reserve, int64_t max_hit, Fault* f, int64_t* num_cached
+) noexcept nogil:
     """A sequence that takes over `x`; 0 after a fault."""
     cdef int32_t hit, target
     cdef Seq* seq
@@ -432,7 +506,7 @@ cdef int64_t core_admit(Core* c, Text* x, int64_t reserve, Fault* f, int64_t* nu
         fail(f, NO_MEMORY, 0, capacity, 0)
         return 0
     path = path_of(c, table, capacity)
-    if not plan_admission(c, x, reserve, path, &hit, &target, f, True):
+    if not plan_admission(c, x, reserve, max_hit, path, &hit, &target, f, True):
         free(table)
         return 0
     seq = open_seq(c, LIVE)
@@ -446,7 +520,9 @@ cdef int64_t core_admit(Core* c, Text* x, int64_t reserve, Fault* f, int64_t* nu
     return seq.handle
 
 
-cdef bint core_resume(Core* c, int64_t handle, int64_t reserve, Fault* f, int64_t* num_cached) noexcept nogil:
+cdef bint core_resume(
+    Core* c, int64_t handle, int64_t reserve, int64_t max_hit, Fault* f, int64_t* num_cached
+) noexcept nogil:
     cdef Seq* seq = find(c, handle, 0, f)
     cdef int32_t hit, target
     cdef int32_t* path
@@ -456,8 +532,11 @@ cdef bint core_resume(Core* c, int64_t handle, int64_t reserve, Fault* f, int64_
         return fail(f, NOT_PREEMPTED, 0, handle, 0)
     if not grow_table(seq, blocks_for(seq.text.num_tokens, c.block_size), c.num_groups):
         return fail(f, NO_MEMORY, 0, 0, 0)
+    if reserve < 0 and c.reach_ends and most_ever(c, seq.text.num_tokens, 1, -1) > c.pool.num_blocks:
+        if most_ever(c, seq.text.num_tokens, 1, 1) <= c.pool.num_blocks:
+            reserve = 1     # the whole never fits, and need not: blocks out of reach are given back on the way
     path = path_of(c, seq.table, seq.table_capacity)
-    if not plan_admission(c, &seq.text, reserve, path, &hit, &target, f, False):
+    if not plan_admission(c, &seq.text, reserve, max_hit, path, &hit, &target, f, False):
         return False
     occupy(c, seq, path, hit, target)
     touch(c, seq)
@@ -540,8 +619,32 @@ cdef bint core_append(Core* c, const Ints* seqs, const Ints* tokens, Fault* f) n
     return True
 
 
-cdef bint core_extend(Core* c, const Ints* seqs, const Ints* tokens, const Ints* counts, Fault* f) noexcept nogil:
-    """Add counts[i] tokens to each (one without counts), or placeholders without tokens."""
+cdef inline int32_t next_block(const Core* c, const Text* x, const Mark* m) noexcept nogil:
+    return <int32_t>((x.num_tokens + m.position) // c.block_size)
+
+
+cdef bint plan_marks(Core* c, const Ints* seqs, const Marks* m, Fault* f) noexcept nogil:
+    """Make the extras of each sequence as they will be, in m.made."""
+    cdef Py_ssize_t i, k = 0
+    cdef int64_t size
+    for i in range(seqs.size):
+        if m.counts[i]:
+            size = add_extras(&c.pool.tree, &of(c, seqs, i).text, m.marks + k, m.counts[i], &m.made[i])
+            if size:
+                while i:
+                    i -= 1
+                    k -= m.counts[i]
+                    if m.counts[i]:
+                        drop_extras(&m.made[i], next_block(c, &of(c, seqs, i).text, m.marks + k))
+                return fail(f, NO_MEMORY, 0, 0, 0) if size < 0 else fail(f, EXTRA_SIZE, i, size, MAX_INT32)
+        k += m.counts[i]
+    return True
+
+
+cdef bint core_extend(
+    Core* c, const Ints* seqs, const Ints* tokens, const Ints* counts, const Marks* m, Fault* f
+) noexcept nogil:
+    """Add counts[i] tokens to each (one without counts), or placeholders without tokens; the extra bytes are in `m`."""
     cdef Py_ssize_t i, j, k = 0
     cdef int64_t n, token
     cdef Seq* seq
@@ -567,10 +670,16 @@ cdef bint core_extend(Core* c, const Ints* seqs, const Ints* tokens, const Ints*
             return fail(f, NO_MEMORY, i, 0, 0)
     if tokens != NULL and k != tokens.size:
         return fail(f, SIZE_TOKENS, -1, k, tokens.size)
-    k = 0
+    if m != NULL and not plan_marks(c, seqs, m, f):
+        return False
+    k = j = 0
     for i in range(seqs.size):
+        seq = of(c, seqs, i)
         n = 1 if counts == NULL else at(counts, i)
-        extend_text(&of(c, seqs, i).text, tokens, k, <int32_t>n)
+        if m != NULL and m.counts[i]:
+            take_extras(&seq.text, &m.made[i], next_block(c, &seq.text, m.marks + j))
+            j += m.counts[i]
+        extend_text(&seq.text, tokens, k, <int32_t>n)
         k += n
     return True
 
@@ -782,6 +891,17 @@ cdef bint core_free(Core* c, const Ints* seqs, Fault* f) noexcept nogil:
     return True
 
 
+cdef void core_take_back(Core* c, int64_t handle, bint counted) noexcept nogil:
+    """Undo `core_admit` or `core_fork` of a sequence that nobody has heard of. What was evicted for it is gone."""
+    cdef Seq* seq = &c.seqs[handle & SLOT_MASK]
+    if counted:
+        c.counters.admitted -= 1
+        c.counters.prompt_tokens -= seq.text.num_tokens
+        c.counters.hit_tokens -= seq.num_cached
+    c.num_seqs -= 1
+    close_seq(c, seq)
+
+
 cdef bint core_preempt(Core* c, int64_t handle, Fault* f) noexcept nogil:
     cdef Seq* seq = find(c, handle, 0, f)
     if seq == NULL or not is_at_rest(seq, 0, f):
@@ -796,8 +916,16 @@ cdef bint core_preempt(Core* c, int64_t handle, Fault* f) noexcept nogil:
     return True
 
 
+cdef void core_forget_resume(Core* c, int64_t handle, int64_t num_cached) noexcept nogil:
+    """Let the counters say nothing of a `core_resume` that `core_preempt` has undone."""
+    c.counters.resumed -= 1
+    c.counters.preemptions -= 1
+    c.counters.prompt_tokens -= c.seqs[handle & SLOT_MASK].text.num_tokens
+    c.counters.hit_tokens -= num_cached
+
+
 cdef void core_reset(Core* c) noexcept nogil:
-    """Unpublish every block; sequences alive now publish no more."""
+    """Unpublish every block; sequences alive now publish no more, and pins hold nothing: nobody could reach it."""
     cdef Pool* p = &c.pool
     cdef int32_t i, b
     cdef int64_t j
@@ -811,6 +939,8 @@ cdef void core_reset(Core* c) noexcept nogil:
         for j in range(<int64_t>seq.num_rows * c.num_groups):
             if seq.table[j] >= 0 and p.blocks[seq.table[j]].node:
                 unpublish(p, seq.table[j])
+        if seq.kind == PIN:
+            release_rows(c, seq, 0)
     for i in range(p.num_steps):
         for j in range(pool_step(p, i).num_rows * c.num_groups):
             b = pool_step(p, i).sources[j]

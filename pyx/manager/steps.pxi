@@ -18,6 +18,42 @@ cdef inline int32_t plan_copies(const Core* c, const Seq* seq, int32_t* sources)
     return n
 
 
+cdef int32_t plan_in_place(Core* c, Step* step) noexcept nogil:
+    """Let one row write in place a block that no one but rows of this step holds; how many copies that saves.
+
+    It is the last row of those that have the most tokens in the block: whatever it writes lies past what the others
+    still have there when the step is aborted. Copies are made before the pass, so the others read it before the write.
+    """
+    cdef Py_ssize_t i, num = step.num_rows * c.num_groups
+    cdef int32_t saved = 0
+    cdef Block* block
+    for i in range(num):
+        if step.sources[i] >= 0:
+            block = &c.pool.blocks[step.sources[i]]
+            block.refs -= 1         # 0 once all who hold it are known to be rows of this step
+            block.place = 0         # of held blocks it is free to be used
+    for i in range(num):
+        if step.sources[i] >= 0:
+            block = &c.pool.blocks[step.sources[i]]
+            block.place = max(block.place, step.rows[i // c.num_groups].start)
+    for i in range(num - 1, -1, -1):
+        if step.sources[i] >= 0:
+            block = &c.pool.blocks[step.sources[i]]
+            if block.refs == 0 and block.node == 0 and block.place == step.rows[i // c.num_groups].start:
+                block.refs = 1
+                block.place = -1
+                step.sources[i] = -1
+                step.rows[i // c.num_groups].num_copies -= 1
+                saved += 1
+    for i in range(num):
+        if step.sources[i] >= 0:
+            block = &c.pool.blocks[step.sources[i]]
+            block.refs += 1
+            if block.place < 0:
+                step.sources[i] = LENT - step.sources[i]
+    return saved
+
+
 cdef bint grow_step(Step* step, Py_ssize_t capacity, int32_t num_groups) noexcept nogil:
     cdef Row* rows = <Row*>regrow(step.rows, capacity * sizeof(Row))
     cdef int32_t* sources
@@ -37,7 +73,7 @@ cdef bint plan_step(
 ) noexcept nogil:
     """Check a batch, find the memory for it, and note in step.rows what is to be done. No effect."""
     cdef Py_ssize_t i, n = seqs.size
-    cdef int64_t q, end, needed = 0, num_tokens = 0, available = pool_free(&c.pool)
+    cdef int64_t q, end, needed = 0, num_tokens = 0, num_copies = 0, available = pool_free(&c.pool)
     cdef int32_t num_rows
     cdef Seq* seq
     cdef Row* row
@@ -77,14 +113,17 @@ cdef bint plan_step(
         row.old_rows = seq.num_rows
         row.old_last_step = seq.last_step
         row.num_copies = plan_copies(c, seq, step.sources + i * c.num_groups)
-        needed += row.num_copies
+        num_copies += row.num_copies
     if num_tokens > a.max_tokens:
         return fail(f, STEP_TOKENS, 0, num_tokens, a.max_tokens)
+    step.num_rows = n
+    if num_copies > 1:
+        num_copies -= plan_in_place(c, step)
+    needed += num_copies
     if needed > available:
         return fail(f, NO_BLOCKS, 0, needed, available)
     if c.moves_noted > c.moves_marked:
         return fail(f, UNMOVED, 0, c.moves_noted, c.moves_marked)
-    step.num_rows = n
     step.wait_head = step.wait_tail = -1
     return True
 
@@ -94,9 +133,11 @@ cdef int32_t put_copies(Core* c, Seq* seq, int32_t index, int32_t* sources, int6
     cdef int32_t g, n = 0
     cdef int32_t* blocks = row_at(c, seq, index)
     for g in range(c.num_groups):
-        if sources[g] >= 0:
-            blocks[g] = take(&c.pool)
-            pairs[2 * n], pairs[2 * n + 1] = sources[g], blocks[g]
+        if sources[g] != -1:
+            if sources[g] <= LENT:
+                c.pool.blocks[blocks[g]].refs -= 1
+            pairs[2 * n] = blocks[g]
+            pairs[2 * n + 1] = blocks[g] = take(&c.pool)
             n += 1
     touch(c, seq)
     return n
@@ -348,9 +389,10 @@ cdef bint core_abort(Core* c, int64_t step_id, Fault* f) noexcept nogil:
         if row.num_copies:
             blocks, sources = row_at(c, seq, block_of(c, row.start)), step.sources + i * c.num_groups
             for g in range(c.num_groups - 1, -1, -1):
-                if sources[g] >= 0:
+                if sources[g] != -1:
                     release(p, blocks[g], 0)
-                    blocks[g] = sources[g]
+                    blocks[g] = sources[g] if sources[g] >= 0 else LENT - sources[g]
+                    p.blocks[blocks[g]].refs += sources[g] <= LENT
         seq.reserved = row.old_reserved
         seq.num_prepared = row.start
         seq.open_steps -= 1

@@ -109,11 +109,21 @@ cdef extern from *:
     ) noexcept nogil
 
 
-cdef struct Extra:      # the extra bytes of block `index` of a text: `size` bytes of (offset, length, bytes) entries
-    uint64_t hash
+cdef struct Extra:      # the extra bytes of block `index` of a text: `size` bytes of entries, see ENTRY
+    uint64_t hash       # 0: to be computed
     Blob* blob
     int32_t size
     int32_t index
+
+
+cdef enum:
+    ENTRY = 24          # bytes of an entry besides those it is made for: offset and length before them, length after
+
+
+cdef struct Mark:       # the extra bytes of a token that is to be added
+    int64_t position    # from the first added token of its sequence
+    const char* bytes
+    int64_t size
 
 
 cdef struct Text:       # what a sequence says
@@ -160,12 +170,11 @@ cdef inline uint8_t tag_of(uint64_t h) noexcept nogil:
     return <uint8_t>(h | ((h & 0xFF) == 0))
 
 
-cdef Blob* blob_new(const char* data, size_t size) noexcept nogil:
+cdef Blob* blob_new(size_t size) noexcept nogil:
     cdef Blob* blob = <Blob*>grab(sizeof(Blob) + size)
     if blob != NULL:
         blob.refs = 1
         blob.bytes = <char*>blob + sizeof(Blob)
-        memcpy(blob.bytes, data, size)
     return blob
 
 
@@ -186,6 +195,77 @@ cdef void hash_extra(const Tree* t, Extra* extra) noexcept nogil:
     extra.hash = h
 
 
+cdef inline int64_t put_entry(char* target, int64_t offset, const char* data, int64_t size) noexcept nogil:
+    """Write the extra bytes of the token at `offset` of a block; how many bytes that took."""
+    memcpy(target, &offset, 8)
+    memcpy(target + 8, &size, 8)
+    memcpy(target + 16, data, size)
+    memcpy(target + 16 + size, &size, 8)
+    return ENTRY + size
+
+
+cdef void drop_extras(Text* made, int32_t index) noexcept nogil:
+    """Take back `add_extras`: what was made are the extras from block `index` on."""
+    while made.num_extras and made.extras[made.num_extras - 1].index >= index:
+        made.num_extras -= 1
+        blob_drop(made.extras[made.num_extras].blob)
+    free(made.extras)
+    made.extras = NULL
+
+
+cdef int64_t add_extras(
+    const Tree* t, const Text* x, const Mark* marks, int32_t count, Text* made
+) noexcept nogil:
+    """Make in `made` the extras of a text with those of tokens that are to be added; `x` stays as it is.
+
+    0, -1 when memory is out, or the number of bytes that is too large for one block.
+    """
+    cdef int32_t i = 0, j, index, first = <int32_t>((x.num_tokens + marks[0].position) // t.block_size)
+    cdef int64_t kept, size, start
+    cdef Extra* last
+    cdef Blob* blob
+    made.extras = <Extra*>grab((<size_t>x.num_extras + count) * sizeof(Extra))
+    if made.extras == NULL:
+        return -1
+    made.num_extras = x.num_extras
+    memcpy(made.extras, x.extras, x.num_extras * sizeof(Extra))
+    kept = 0
+    if x.num_extras and x.extras[x.num_extras - 1].index == first:   # that block is made anew, longer
+        made.num_extras -= 1
+        kept = x.extras[x.num_extras - 1].size
+    while i < count:
+        index, size = <int32_t>((x.num_tokens + marks[i].position) // t.block_size), kept
+        start = <int64_t>index * t.block_size - x.num_tokens
+        j = i
+        while j < count and marks[j].position < start + t.block_size:
+            size += ENTRY + marks[j].size
+            j += 1
+        blob = blob_new(size) if size <= MAX_INT32 else NULL
+        if blob == NULL:
+            drop_extras(made, first)
+            return -1 if size <= MAX_INT32 else size
+        if kept:
+            memcpy(blob.bytes, x.extras[x.num_extras - 1].blob.bytes, kept)
+        size = kept
+        while i < j:
+            size += put_entry(blob.bytes + size, marks[i].position - start, marks[i].bytes, marks[i].size)
+            i += 1
+        last = &made.extras[made.num_extras]
+        last.index, last.size, last.blob, last.hash = index, <int32_t>size, blob, 0
+        made.num_extras += 1
+        kept = 0
+    return 0
+
+
+cdef void take_extras(Text* x, Text* made, int32_t index) noexcept nogil:
+    """Put the extras that `add_extras` made from block `index` on in place of a text's own."""
+    if x.num_extras and x.extras[x.num_extras - 1].index == index:
+        blob_drop(x.extras[x.num_extras - 1].blob)
+    free(x.extras)
+    x.extras, x.num_extras = made.extras, made.num_extras
+    made.extras = NULL
+
+
 cdef inline bint same_extra(const Node* node, const Extra* extra) noexcept nogil:
     if extra == NULL:
         return node.size == 0
@@ -194,7 +274,7 @@ cdef inline bint same_extra(const Node* node, const Extra* extra) noexcept nogil
     )
 
 
-cdef inline const Extra* extra_of(const Text* x, int32_t index) noexcept nogil:
+cdef inline Extra* extra_of(const Text* x, int32_t index) noexcept nogil:
     """The extra bytes of block `index`, or NULL; extras are in order of their index."""
     cdef int32_t low = 0, high = x.num_extras, middle
     if high == 0:
@@ -211,35 +291,31 @@ cdef inline const Extra* extra_of(const Text* x, int32_t index) noexcept nogil:
 cdef void cut_extras(const Tree* t, Text* x, int32_t num_tokens) noexcept nogil:
     """Forget the extra bytes of tokens from `num_tokens` on: other tokens may come there. The salt, at -1, stays."""
     cdef Extra* extra
-    cdef int64_t[2] entry
-    cdef int32_t size
+    cdef int64_t offset, size
     while x.num_extras:
         extra = &x.extras[x.num_extras - 1]
-        size = 0
-        while size < extra.size:
-            memcpy(entry, extra.blob.bytes + size, sizeof(entry))
-            if entry[0] >= num_tokens - <int64_t>extra.index * t.block_size:
-                break
-            size += <int32_t>(sizeof(entry) + entry[1])
-        if size == extra.size:
-            return
-        if size:
-            extra.size = size
-            hash_extra(t, extra)
-            return
+        while extra.size:
+            memcpy(&size, extra.blob.bytes + extra.size - 8, 8)
+            memcpy(&offset, extra.blob.bytes + extra.size - ENTRY - size, 8)
+            if offset + <int64_t>extra.index * t.block_size < num_tokens:
+                return
+            extra.size -= <int32_t>(ENTRY + size)
+            extra.hash = 0
         blob_drop(extra.blob)
         x.num_extras -= 1
 
 
-cdef inline uint64_t chain(const Tree* t, uint64_t parent, uint64_t h, const Extra* extra) noexcept nogil:
+cdef inline uint64_t chain(const Tree* t, uint64_t parent, uint64_t h, Extra* extra) noexcept nogil:
     """The hash of a node, from its parent's and that of its tokens."""
     if extra != NULL:
+        if extra.hash == 0:
+            hash_extra(t, extra)
         h += extra.hash
     return kvb_fold(parent ^ t.twist, h ^ t.seal) & t.spread  # parent ^ seal would be 0 below the root
 
 
 cdef inline uint64_t tree_hash(
-    const Tree* t, uint64_t parent, const int32_t* tokens, const Extra* extra
+    const Tree* t, uint64_t parent, const int32_t* tokens, Extra* extra
 ) noexcept nogil:
     cdef uint64_t h
     kvb_nh(tokens, t.key, t.block_size, 1, &h)
