@@ -41,19 +41,8 @@ CHECKED_TREE = ROOT / "build" / "checked"
 SANITIZED_TREE = ROOT / "build" / "sanitized"
 SANITIZE = "-fsanitize=address,undefined"
 # What the trees for these builds are copies of.
-COPIED = [
-    "kvblocks",
-    "pyx",
-    "tests",
-    "examples",
-    "benchmarks",
-    ".ci",
-    "setup.py",
-    "pyproject.toml",
-    "constraints.txt",
-    "dev.py",
-]
-COPIED += ["MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"]
+COPIED = ["kvblocks", "pyx", "tests", "examples", "benchmarks", ".ci", "setup.py", "pyproject.toml", "constraints.txt"]
+COPIED += ["dev.py", "MANIFEST.in", "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"]
 GENERATE = ["generate"]
 TEST = ["generate", "plan", "replay", "test", "lint"]
 

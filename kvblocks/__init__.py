@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kvblocks.step import StepBuffers
     from kvblocks.storage import PagedKVCache
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Admission": "manager",

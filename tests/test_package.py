@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -98,6 +99,11 @@ def test_the_version_is_one() -> None:
     assert project["version"] == kvblocks.__version__
 
 
+def test_the_newest_entry_of_the_changelog_is_this_version() -> None:
+    [first, *_] = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert re.fullmatch(rf"{re.escape(kvblocks.__version__)} \(\d{{4}}-\d\d-\d\d\)", first)
+
+
 @pytest.mark.parametrize("name", ["__version__", "CacheConfig", "BlockManager", "NoFreeBlocks"])
 def test_sizes_and_bookkeeping_import_no_torch(name: str, tmp_path: Path) -> None:
     code = f"import sys, kvblocks; kvblocks.{name}; print(sorted(m for m in sys.modules if m.split('.')[0] == 'torch'))"
@@ -146,14 +152,11 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_sdist_holds_all_sources_and_nothing_generated(sdist: Path) -> None:
     held = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
     wanted = {name for name in expected_in_package() if not name.endswith(EXT_SUFFIX)}
-    for folder, suffixes in (
-        ("pyx", {".pyx", ".pxd", ".pxi", ".h"}),
-        ("tests", {".py"}),
-        ("examples", {".py"}),
-        ("benchmarks", {".py"}),
-    ):
+    of_python = [(folder, {".py"}) for folder in ("tests", "examples", "benchmarks")]
+    for folder, suffixes in [("pyx", {".pyx", ".pxd", ".pxi", ".h"}), *of_python]:
         wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*") if path.suffix in suffixes}
-    wanted |= {"setup.py", "pyproject.toml", "constraints.txt", "dev.py", ".ci/run", "README.md", "LICENSE"}
+    wanted |= {"setup.py", "pyproject.toml", "constraints.txt", "dev.py", ".ci/run", "LICENSE"}
+    wanted |= {"README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"}
     assert wanted - held == set()
     assert [name for name in held if name.endswith((".c", ".so", ".pyc", ".html"))] == []
 
