@@ -17,7 +17,7 @@ def main() -> None:
     model = TinyModel()
     config = CacheConfig(num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=DIM, num_gpu_blocks=64, block_size=4)
     engine = CacheEngine(config, torch.float32, "cpu", layout="NHD")
-    manager = BlockManager(config.num_gpu_blocks, config.block_size)
+    manager = BlockManager.for_config(config)
     # Two, as one may still be read by the device while the other is filled.
     buffers = [StepBuffers.for_config(config, max_seqs=2, max_tokens=64, max_seq_len=100) for _ in range(2)]
 

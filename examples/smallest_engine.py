@@ -35,7 +35,7 @@ class Engine:
         )
         self.model, self.max_tokens, self.max_seqs = model, max_tokens, max_seqs
         self.caches = CacheEngine(config, torch.float32, "cpu", layout="NHD")
-        self.manager = BlockManager(config.num_gpu_blocks, config.block_size)
+        self.manager = BlockManager.for_config(config)
         self.step = StepBuffers.for_config(
             config, max_seqs=max_seqs, max_tokens=max_tokens, max_seq_len=config.max_tokens
         )

@@ -25,7 +25,7 @@ def main() -> None:
     model = TinyModel(seed=5)
     config = CacheConfig(num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=DIM, num_gpu_blocks=64, block_size=4)
     engine = CacheEngine(config, torch.float32, "cpu", layout="NHD")
-    manager = BlockManager(config.num_gpu_blocks, config.block_size)
+    manager = BlockManager.for_config(config)
     step = StepBuffers.for_config(config, max_seqs=1, max_tokens=64, max_seq_len=200)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

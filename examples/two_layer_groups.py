@@ -24,7 +24,7 @@ def main() -> None:
         groups=[Group(None, (0, 2)), Group(Window(WINDOW), (1, 3))],
     )
     engine = CacheEngine(config, torch.float32, "cpu", layout="NHD")
-    manager = BlockManager(config.num_gpu_blocks, config.block_size, groups=[group.reach for group in config.groups])
+    manager = BlockManager.for_config(config)
     step = StepBuffers.for_config(config, max_seqs=1, max_tokens=32, max_seq_len=128)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

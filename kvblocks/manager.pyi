@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import disjoint_base
 
-from kvblocks.config import Chunk, Window
+from kvblocks.config import CacheConfig, Chunk, Window
 
 # A numpy array, a CPU tensor (both taken without a copy), anything else with an integer buffer, a list, or one int.
 _Ints: TypeAlias = Any
@@ -82,6 +82,17 @@ class BlockManager:
         block_size: int,
         *,
         groups: Sequence[Window | Chunk | None] = (None,),
+        max_seqs: int = 65536,
+        max_nodes: int | None = None,
+        max_open_steps: int = 8,
+        prefix_caching: bool = True,
+        watermark: float = 0.0,
+    ) -> Self: ...
+    @classmethod
+    def for_config(
+        cls,
+        config: CacheConfig,
+        *,
         max_seqs: int = 65536,
         max_nodes: int | None = None,
         max_open_steps: int = 8,

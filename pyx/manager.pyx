@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvblocks.config import Chunk, Window
+from kvblocks.config import CacheConfig, Chunk, Window
 from kvblocks.errors import InvariantViolation, MovesPending, NoFreeBlocks, StaleSequence, TooManySequences
 
 include "manager/memory.pxi"
@@ -213,6 +213,19 @@ cdef class BlockManager:
         cdef bytes key = os.urandom(key_bytes)
         memcpy(t.key, PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
         _managers.add(self)
+
+    @classmethod
+    def for_config(cls, config, **options):
+        """A manager of the blocks of a cache: `num_blocks`, `block_size` and `groups` are the config's.
+
+        Args:
+            config: the `CacheConfig` of the engine.
+            options: any other argument of `BlockManager`.
+        """
+        if not isinstance(config, CacheConfig):
+            raise TypeError(f"config is a {type(config).__name__}; give the CacheConfig of the engine")
+        groups = tuple([group.reach for group in config.groups])
+        return cls(config.num_gpu_blocks, config.block_size, groups=groups, **options)
 
     def __dealloc__(self):
         cdef Core* c = &self.core

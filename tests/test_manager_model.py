@@ -580,3 +580,25 @@ def test_children_of_a_partly_filled_block_copy_it_once_less(engine: Engine) -> 
     engine.prepare(*family)
     assert engine.table(family[2]) == [0, 1]
     manager.audit()
+
+
+def test_beams_keep_what_they_have_in_common(engine: Engine) -> None:
+    """Children of other beams, with extra bytes, windows and trims in between, are what a copy of all would be."""
+    for groups in [(None,), (None, Window(5)), (Chunk(6),)]:
+        manager = engine.start(num_blocks=200, groups=groups)
+        first = engine.serve([1, 2, 3, 4, 5, 6, 7], extra=[(2, b"image")])
+        beams = [first, *(int(child) for child in manager.fork(first, 3))]
+        texts = {beam: [1, 2, 3, 4, 5, 6, 7] for beam in beams}
+        for round_ in range(9):
+            tokens = [10 * round_ + i for i in range(4)]
+            manager.append(beams, tokens, extra=[[(0, b"%d" % round_)], [], [(0, b"x")], []])
+            for beam, token in zip(beams, tokens, strict=True):
+                texts[beam] = [*texts[beam], token]
+            engine.compute(*beams)
+            parents = [beams[(i * round_ + 1) % 4] for i in range(4)]
+            manager.reorder(beams, parents)
+            texts = {beam: texts[parent] for beam, parent in zip(beams, parents, strict=True)}
+            manager.audit()
+        assert [plain(manager.tokens(beam)) for beam in beams] == [texts[beam] for beam in beams]
+        manager.free(beams)
+        assert manager.num_free_blocks == 200

@@ -128,13 +128,7 @@ class Generator:
             self.engine, self.manager = pool.engine, pool.manager
         else:
             self.engine = CacheEngine(config, model.dtype, model.device, layout=layout)
-            self.manager = BlockManager(
-                config.num_gpu_blocks,
-                config.block_size,
-                groups=[group.reach for group in config.groups],
-                max_seqs=_MOST_HELD,
-                watermark=watermark,
-            )
+            self.manager = BlockManager.for_config(config, max_seqs=_MOST_HELD, watermark=watermark)
         self.buffers = self._buffers_for(1)
         self._waiting: list[tuple[tuple[int, int], _Sequence]] = []  # a heap; who was cancelled is skipped
         self._running: list[_Sequence] = []  # in the same order

@@ -832,12 +832,109 @@ cdef inline void adopt(Seq* seq, const Seq* made) noexcept nogil:
     seq.publishing = made.publishing
 
 
+cdef int32_t common_rows(const Core* c, const Seq* a, const Seq* b) noexcept nogil:
+    """Leading rows in which two sequences have the same tokens, extra bytes and blocks, as far as that is seen at once:
+    both have published them, and in no group are they within reach of one and not of the other."""
+    cdef const Tree* t = &c.pool.tree
+    cdef int32_t n = a.tip, m = b.tip, rows = a.published, other = b.published, g
+    while rows > other:
+        n = node_at(t, n).parent
+        rows -= 1
+    while other > rows:
+        m = node_at(t, m).parent
+        other -= 1
+    while n != m:
+        n, m = node_at(t, n).parent, node_at(t, m).parent
+        rows -= 1
+    for g in range(c.num_groups):
+        if c.reaches[g].window or c.reaches[g].chunk:
+            rows = min(rows, first_row(c, g, min(a.num_computed, b.num_computed)))
+    return rows
+
+
+cdef bint copy_tail(Core* c, const Seq* source, Seq* own, int32_t rows, Seq* tail) noexcept nogil:
+    """Copy to `tail` what `source` has after its first `rows` rows, which `own` has too, and make room for it there.
+
+    `tail` also gets all of the extras as they will be. False: nothing allocated but room.
+    """
+    cdef int32_t start = rows * c.block_size, n = source.text.num_tokens - start, i, kept = 0, first = 0
+    cdef int32_t num_rows = blocks_for(source.num_computed, c.block_size) - rows
+    cdef const Text* x = &source.text
+    while kept < own.text.num_extras and own.text.extras[kept].index < rows:
+        kept += 1
+    while first < x.num_extras and x.extras[first].index < rows:
+        first += 1
+    if not grow_text(&own.text, x.num_tokens) or not grow_table(own, rows + num_rows + 1, c.num_groups):
+        return False
+    tail.text.tokens = <int32_t*>grab(<size_t>(n + 1) * sizeof(int32_t))
+    tail.table = <int32_t*>grab(<size_t>(num_rows + 1) * c.num_groups * sizeof(int32_t))
+    tail.text.extras = <Extra*>grab(<size_t>(kept + x.num_extras - first + 1) * sizeof(Extra))
+    if tail.text.tokens == NULL or tail.table == NULL or tail.text.extras == NULL:
+        free(tail.text.tokens)
+        free(tail.table)
+        free(tail.text.extras)
+        return False
+    memcpy(tail.text.tokens, x.tokens + start, n * sizeof(int32_t))
+    memcpy(tail.table, row_at(c, source, rows), <size_t>num_rows * c.num_groups * sizeof(int32_t))
+    memcpy(tail.text.extras, own.text.extras, kept * sizeof(Extra))
+    for i in range(x.num_extras - first):
+        tail.text.extras[kept + i] = x.extras[first + i]
+        x.extras[first + i].blob.refs += 1
+    tail.text.num_extras = kept + x.num_extras - first
+    tail.text.num_tokens, tail.text.known, tail.text.num_unknown = x.num_tokens, x.known, x.num_unknown
+    tail.num_rows = num_rows
+    tail.num_cached = source.num_cached
+    tail.num_computed = source.num_computed
+    tail.published = source.published
+    tail.tip = source.tip
+    tail.publishing = source.publishing
+    return True
+
+
+cdef void drop_tail(Seq* tail, int32_t rows) noexcept nogil:
+    """Take back `copy_tail`."""
+    while tail.text.num_extras and tail.text.extras[tail.text.num_extras - 1].index >= rows:
+        tail.text.num_extras -= 1
+        blob_drop(tail.text.extras[tail.text.num_extras].blob)
+    free(tail.text.tokens)
+    free(tail.text.extras)
+    free(tail.table)
+
+
+cdef void take_tail(Core* c, Seq* seq, int32_t rows, const Seq* tail) noexcept nogil:
+    """Put `tail`, whose references are counted already, in place of what a sequence has after its first `rows` rows."""
+    cdef Text* x = &seq.text
+    cdef int32_t start = rows * c.block_size
+    release_rows(c, seq, rows)
+    if seq.tip:
+        tree_drop(&c.pool.tree, seq.tip)
+    while x.num_extras and x.extras[x.num_extras - 1].index >= rows:
+        x.num_extras -= 1
+        blob_drop(x.extras[x.num_extras].blob)
+    free(x.extras)
+    x.extras, x.num_extras = tail.text.extras, tail.text.num_extras
+    memcpy(x.tokens + start, tail.text.tokens, (tail.text.num_tokens - start) * sizeof(int32_t))
+    x.num_tokens, x.known, x.num_unknown = tail.text.num_tokens, tail.text.known, tail.text.num_unknown
+    memcpy(row_at(c, seq, rows), tail.table, <size_t>tail.num_rows * c.num_groups * sizeof(int32_t))
+    seq.num_rows = rows + tail.num_rows
+    seq.num_cached = tail.num_cached
+    seq.num_computed = seq.num_prepared = seq.reserved = tail.num_computed
+    seq.published = tail.published
+    seq.tip = tail.tip
+    seq.publishing = tail.publishing
+    free(tail.text.tokens)
+    free(tail.table)
+    touch(c, seq)
+
+
 cdef bint core_reorder(Core* c, const Ints* seqs, const Ints* parents, Fault* f) noexcept nogil:
-    """Each sequence becomes a child of its parent as it was before the call, under its own handle."""
-    cdef Seq* made
+    """Each sequence becomes a child of its parent as it was before the call, under its own handle.
+
+    Beams have most of their tokens in common, in blocks that both have published: these stay as they are.
+    """
+    cdef Seq* tails
     cdef Seq* seq
     cdef Py_ssize_t i
-    cdef int32_t j
     c.serial += 1
     for i in range(seqs.size):
         seq = find(c, at(seqs, i), i, f)
@@ -846,29 +943,27 @@ cdef bint core_reorder(Core* c, const Ints* seqs, const Ints* parents, Fault* f)
     for i in range(seqs.size):
         if not is_at_rest(of(c, seqs, i), i, f) or not can_fork(of(c, parents, i), i, f):
             return False
-    made = <Seq*>grab_zeroed(seqs.size or 1, sizeof(Seq))
-    if made == NULL:
+    tails = <Seq*>grab_zeroed(seqs.size or 1, sizeof(Seq))
+    if tails == NULL:
         return fail(f, NO_MEMORY, 0, 0, 0)
-    for i in range(seqs.size):
-        if at(seqs, i) != at(parents, i) and not copy_seq(c, of(c, parents, i), &made[i]):
-            for j in range(<int32_t>i):
-                clear_text(&made[j].text)
-                free(made[j].table)
-            free(made)
-            return fail(f, NO_MEMORY, i, 0, 0)
-    for i in range(seqs.size):
-        share(c, &made[i])
     for i in range(seqs.size):
         if at(seqs, i) == at(parents, i):
             continue
         seq = of(c, seqs, i)
-        release_rows(c, seq, 0)
-        stand_on(&c.pool.tree, seq, 0)
-        clear_text(&seq.text)
-        free(seq.table)
-        adopt(seq, &made[i])
-        touch(c, seq)
-    free(made)
+        tails[i].reserved = common_rows(c, of(c, parents, i), seq)
+        if not copy_tail(c, of(c, parents, i), seq, tails[i].reserved, &tails[i]):
+            while i:
+                i -= 1
+                if at(seqs, i) != at(parents, i):
+                    drop_tail(&tails[i], tails[i].reserved)
+            free(tails)
+            return fail(f, NO_MEMORY, i, 0, 0)
+    for i in range(seqs.size):
+        share(c, &tails[i])
+    for i in range(seqs.size):
+        if at(seqs, i) != at(parents, i):
+            take_tail(c, of(c, seqs, i), tails[i].reserved, &tails[i])
+    free(tails)
     return True
 
 

@@ -94,8 +94,7 @@ class Pool:
                 raise ValueError(f"memory={given!r} holds no block; one is {one.block_bytes(dtype)} bytes")
         self.config = one.replace(num_gpu_blocks=num_blocks)
         self.engine = CacheEngine(self.config, dtype, device, layout=layout)
-        reaches = [group.reach for group in self.config.groups]
-        self.manager = BlockManager(num_blocks, block_size, groups=reaches, watermark=watermark)
+        self.manager = BlockManager.for_config(self.config, watermark=watermark)
 
     def check(self, model: PreTrainedModel | PreTrainedConfig) -> None:
         """Raise `ValueError` unless this is the pool of that model: another one's K and V would be found.
