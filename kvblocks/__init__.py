@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         TooManySequences,
     )
     from kvblocks.generation import generate
+    from kvblocks.integrations.transformers import Pool
     from kvblocks.manager import Admission, BlockManager
     from kvblocks.planner import Plan, plan
     from kvblocks.step import StepBuffers
@@ -41,6 +42,7 @@ _HOMES = {
     "OutOfMemory": "errors",
     "PagedKVCache": "storage",
     "Plan": "planner",
+    "Pool": "integrations.transformers",
     "StaleSequence": "errors",
     "StepBuffers": "step",
     "TooManySequences": "errors",
@@ -64,6 +66,7 @@ __all__ = [
     "OutOfMemory",
     "PagedKVCache",
     "Plan",
+    "Pool",
     "StaleSequence",
     "StepBuffers",
     "TooManySequences",

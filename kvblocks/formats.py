@@ -10,7 +10,14 @@ __all__ = ["Format", "dtype_name", "format_of", "itemsize_of", "narrower"]
 
 # Shorter names for what people call them, and the packed formats that are no dtype.
 _ALIASES = {"fp8": "float8_e4m3fn", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+# As serving engines call them: vLLM and SGLang, and llama.cpp.
+_ALIASES |= {"fp8_e4m3": "float8_e4m3fn", "fp8_e4m3fn": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+_ALIASES |= {"f16": "float16", "f32": "float32", "float": "float32"}
 _PACKED_BITS = {"int4": 4, "int2": 2}
+# llama.cpp's formats of K and V: bits of a number, and whether 32 of them keep a minimum besides their float16 scale.
+_BLOCKED = {"q8_0": (8, False), "q5_1": (5, True), "q5_0": (5, False), "q4_1": (4, True), "q4_0": (4, False)}
+_BLOCKED |= {"iq4_nl": (4, False)}
+_BLOCK = 32
 _SCALES = ("float16", "bfloat16", "float32", "float8_e4m3fn")
 # What a search for a smaller dtype goes through, from wide to narrow: the first is the widest that still fits.
 _NARROWER = ("float32", "bfloat16", "float8_e4m3fn", "int4")
@@ -21,7 +28,8 @@ class Format:
     """The storage of K and V: `bits` for each number, and a scale for each `group_size` numbers of one head.
 
     Args:
-        name: a dtype as `CacheConfig` names it, or "int4", "int2": two and four numbers in a byte.
+        name: a dtype as `CacheConfig` names it; "int4", "int2": two and four numbers in a byte; or llama.cpp's "q8_0",
+            "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl".
         bits: of one number.
         group_size: numbers of one head's vector that share a scale; None where scales are not kept per token.
         scale_dtype: of a scale, and of a zero point.
@@ -73,12 +81,17 @@ def format_of(
         ValueError: scales for a dtype that has none, or a group size that is not positive.
     """
     name = dtype_name(dtype)
-    bits = _PACKED_BITS.get(name)
-    if bits is None:
+    if name in _BLOCKED:
+        bits, minimum = _BLOCKED[name]
+        if group_size not in (None, _BLOCK):
+            raise ValueError(f"group_size={group_size!r:.60}: {name} has a scale for each {_BLOCK} numbers")
+        return Format(name, bits, _BLOCK, zero_point=minimum)
+    bits = _PACKED_BITS.get(name, 0)
+    if not bits:
         try:
             bits = 8 * itemsize(dtype if name == dtype else name)
         except TypeError as error:
-            raise TypeError(f"{error}; or {', '.join(_PACKED_BITS)}") from None
+            raise TypeError(f"{error}; or {', '.join([*_PACKED_BITS, *_BLOCKED])}") from None
     if not isinstance(zero_point, bool):
         raise TypeError(f"zero_point={zero_point!r} is no bool")
     if group_size is None:

@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write them, and shares of what is free. Imports nothing but the standard library."""
+"""Sizes, lengths and shares as people write them. Imports nothing but the standard library."""
 
 import re
 from decimal import Decimal
@@ -6,15 +6,15 @@ from fractions import Fraction
 from operator import index
 from typing import SupportsIndex
 
-__all__ = ["budget", "checked_bytes", "parse_size"]
+__all__ = ["budget", "checked_bytes", "parse_length", "parse_share", "parse_size"]
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGTP", 1)}
-_UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGTP", 1)}
+_UNITS |= {f"{prefix}{rest}": 1024**power for power, prefix in enumerate("KMGTP", 1) for rest in ("", "I", "IB")}
 
 
 def parse_size(text: str) -> int:
-    """Bytes in a size such as "64MiB", "1.5GB", "4096".
+    """Bytes in a size such as "64MiB", "1.5GB", "80G", "4096". K, M, G, T and P alone are powers of 1,024.
 
     Raises:
         ValueError: it is none, or more than 2**63 - 1.
@@ -47,6 +47,33 @@ def checked_bytes(name: str, value: str | SupportsIndex) -> int:
     if not 0 < size < 2**63:
         raise ValueError(f"{name}={value!r} must be 1 to 2**63 - 1 bytes")
     return size
+
+
+def parse_length(text: str) -> int:
+    """Tokens in a length such as "8192", "32k", "1M": k is 1,024 and M 1,048,576, as lengths of models are given.
+
+    Raises:
+        ValueError: it is none, or no whole number of tokens.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KM]?)\s*", text, re.ASCII | re.IGNORECASE)
+    tokens = (
+        Fraction(0) if match is None else Fraction(Decimal(match[1])) * 1024 ** " KM".index(match[2].upper() or " ")
+    )
+    if match is None or tokens.denominator != 1:
+        raise ValueError(f"{text!r:.60} is not a number of tokens; give one like 8192, 32k or 1M")
+    return int(tokens)
+
+
+def parse_share(text: str) -> Fraction:
+    """The share that a percentage such as "90%" is.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text, re.ASCII)
+    if match is None:
+        raise ValueError(f"{text!r:.60} is not a share; give one like 90%")
+    return Fraction(Decimal(match[1])) / 100
 
 
 def budget(memory: str | int, free: int) -> int:

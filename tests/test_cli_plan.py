@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,58 @@ def test_what_does_not_fit_ends_with_1(config: str, capsys: pytest.CaptureFixtur
     shown = capsys.readouterr().out
     assert "6,442,450,944 B (6.00 GiB) are missing" in shown
     assert "  2. 10 sequences at once instead of 16" in shown
+
+
+def test_sizes_lengths_and_shares_as_people_write_them(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--memory", "80G", "--utilization", "90%", "--seq-len", "32k", "--dtype", "fp8_e5m2"]
+    assert main(["plan", config, *asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["memory"], found["seq_len"], found["dtype"]) == (72 * 2**30, 32768, "float8_e5m2")
+    assert main(["plan", config, *asked]) == 0
+    shown = capsys.readouterr().out
+    assert "2.00 GiB (the model was made for 8,192 tokens)" in shown
+    assert main(["plan", config, "--memory", "1G", "--utilization", "50%", "--seq-len", "8k"]) == 1
+    assert "536,870,912 B with --utilization 0.5, which leaves 512.00 MiB unused;" in capsys.readouterr().out
+
+
+def test_several_lengths_and_models_side_by_side(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--memory", "24GiB", "--seq-len", "8k,64k,1M"]
+    assert main(["plan", config, *asked]) == 1
+    shown = capsys.readouterr().out.splitlines()
+    assert " ".join(shown[1].split()) == "model K and V in per token tokens a sequence blocks at once longest fits"
+    rows = [line.split() for line in shown if line.strip().startswith("llama ")]
+    assert [row[4:7] for row in rows] == [
+        ["8,192", "1.00", "GiB"],
+        ["65,536", "8.00", "GiB"],
+        ["1,048,576", "128.00", "GiB"],
+    ]
+    assert [row[8] for row in rows] == ["24", "3", "0"]
+    assert [row[10:] for row in rows] == [["yes"], ["yes"], ["104.00", "GiB", "missing"]]
+    assert main(["plan", config, config, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["model"] for one in found] == ["llama", "llama"]
+    assert main(["plan", config, *asked, "--plot", "x.png"]) == 2
+    assert "--plot draws one model at one --seq-len" in capsys.readouterr().err
+
+
+def test_markdown(config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert main(["plan", config, "--markdown", "--memory", "1GiB", "--seq-len", "64k"]) == 1
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == r"**llama: 32 layers, K and V in bfloat16, blocks of 16**"
+    assert shown[2:5] == [
+        "| figure |  | arithmetic |",
+        "| --- | ---: | ---: |",
+        "| per token | 131,072 B | 32 layers × 8 heads × (128 + 128) × 2 B |",
+    ]
+    assert any(line.startswith("- does not fit: 1 sequence of 65,536 tokens need") for line in shown)
+    assert main(["plan", config, "--markdown", "--seq-len", "1k,2k"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "| model | K and V in | per token | tokens | a sequence |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| llama | bfloat16 | 131,072 B | 1,024 | 128.00 MiB |",
+        "| llama | bfloat16 | 131,072 B | 2,048 | 256.00 MiB |",
+    ]
 
 
 def test_json_says_it_all(config: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,17 +154,22 @@ def _words(text: str) -> list[str]:
         (["--layers", "3"], "give MODEL, or all of"),
         (["CONFIG", "--layers", "3"], "not both"),
         (["no-such.json"], "no-such.json is neither a folder"),
-        (["CONFIG", "--memory", "much"], "memory='much' is not a size"),
-        (["CONFIG", "--dtype", "int3"], "cannot hold a cache"),
-        (["CONFIG", "--tp", "5"], "num_attention_heads=32 does not divide by tp=5; use 1, 2, 4, 8, 16 or 32"),
+        (["CONFIG", "--memory", "much"], "--memory much is not a size"),
+        (["CONFIG", "--dtype", "int3"], "--dtype int3 cannot hold a cache"),
+        (["CONFIG", "--tp", "5"], "num_attention_heads=32 does not divide by --tp 5; use 1, 2, 4, 8, 16 or 32"),
         (["CONFIG", "--pp", "x"], "--pp x is neither a number of stages"),
-        (["CONFIG", "--pp", "33"], r"pp=33 is outside 1..32"),
-        (["CONFIG", "--plot", "x.png"], "--plot draws what fits: give --memory"),
+        (["CONFIG", "--pp", "33"], "--pp 33 is outside 1..32"),
+        (["CONFIG", "--plot", "x.png"], "--plot draws what fits: give --memory or --gpu"),
         (["CONFIG", "--memory", "1GiB", "--plot", "x.txt"], "--plot x.txt: the name must end in .png"),
         (["CONFIG", "--memory", "1GiB", "--plot", "/no/such/x.png"], "there is no folder"),
-        (["CONFIG", "--utilization", "2"], "utilization=2.0 is outside"),
-        (["CONFIG", "--encoder-tokens", "-1"], "encoder_tokens=-1 is outside"),
-        (["CONFIG", "--weights-dtype", "fp8"], "weights_dtype='fp8' is for weights='auto'"),
+        (["CONFIG", "--utilization", "2"], "--utilization 2.0 is outside"),
+        (["CONFIG", "--utilization", "900%"], "--utilization 900% is outside 0% (not included) to 100%"),
+        (["CONFIG", "--memory", "80"], "--memory 80 has no unit; give 80GiB where these are GiB"),
+        (["CONFIG", "--seq-len", "long"], "--seq-len long is not a number of tokens; give one like 8192, 32k or 1M"),
+        (["CONFIG", "--seq-len", "0"], "--seq-len 0 is outside 1..2147483647"),
+        (["CONFIG", "--dtype", "q8_0", "--group-size", "16"], "--group-size 16: q8_0 has a scale for each 32 numbers"),
+        (["CONFIG", "--encoder-tokens", "-1"], "--encoder-tokens -1 is outside"),
+        (["CONFIG", "--weights-dtype", "fp8"], "--weights-dtype fp8 is for --weights auto"),
     ],
 )
 def test_errors_in_one_sentence(

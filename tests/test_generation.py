@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
+import kvblocks
 from kvblocks import demo
 from kvblocks.config import CacheConfig
 from kvblocks.errors import NoFreeBlocks
@@ -275,19 +276,28 @@ def test_nothing_to_do() -> None:
 def test_the_model_gets_its_attention_back() -> None:
     model = tiny_llama()
     before = model.config._attn_implementation
-    with Generator(model, sizes(model, 4, 8)):
-        assert model.config._attn_implementation == "kvblocks"
-    assert model.config._attn_implementation == before
+    seen = []
+    hook = model.register_forward_pre_hook(lambda *_: seen.append(model.config._attn_implementation))
+    with Generator(model, sizes(model, 4, 8)) as generator:
+        generator.add(Request(prompt(5), 3))
+        generator.step()
+        assert model.config._attn_implementation == before
+    hook.remove()
+    assert seen == ["kvblocks"]
     with pytest.raises(ValueError, match="layout"):
         Generator(model, sizes(model, 4, 8), layout="DNH")
     assert model.config._attn_implementation == before
 
 
-def test_one_generator_drives_a_model_and_none_after_close() -> None:
+def test_two_generators_take_turns_with_a_model_and_none_runs_after_close() -> None:
     model = tiny_llama()
+    todo = [Request(prompt(3), 6), Request(prompt(9), 6)]
+    generators = [Generator(model, sizes(model, 4, 8)) for _ in todo]
+    for generator, request in zip(generators, todo, strict=True):
+        generator.add(request)
+    steps = [[generator.step()[0].token for generator in generators] for _ in range(6)]
+    assert [list(tokens) for tokens in zip(*steps, strict=True)] == [expected(model, request) for request in todo]
     with Generator(model, sizes(model, 4, 8)) as generator:
-        with pytest.raises(ValueError, match="another generator drives this LlamaForCausalLM"):
-            Generator(model, sizes(model, 4, 8))
         generator.add(Request(prompt(3), 2))
         assert len(generator.step()) == 1
     with pytest.raises(RuntimeError, match="the generator is closed"):
@@ -321,3 +331,41 @@ def test_errors() -> None:
         pytest.raises(ValueError, match="the cache and the model have 128"),
     ):
         generator.add(Request(prompt(100), 30))
+
+
+def windowed(window: int) -> PreTrainedModel:
+    """A tiny Mistral, every layer of which attends to a window."""
+    config = MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=window,
+        max_position_embeddings=4096,
+    )
+    torch.manual_seed(1)
+    model = MistralForCausalLM(config)
+    model.train(False)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 1.5 * weight.shape[1] ** -0.5)
+    return model
+
+
+def test_where_all_layers_have_windows_a_sequence_may_be_longer_than_the_pool() -> None:
+    model = windowed(16)
+    request = Request(prompt(300), 60)
+    with kvblocks.generate(model, [request]) as run:
+        assert run.generator.manager.num_blocks * 16 < 300 + 300
+        assert run.run() == [expected(model, request)]
+    # The smallest pool that a manager can run it in: a window that begins inside a block.
+    todo = [request, Request(prompt(200, 1), 30), Request(prompt(9), 70)]
+    for num_blocks in (5, 6, 9):
+        with kvblocks.generate(model, todo, num_blocks=num_blocks, block_size=4) as run:
+            assert run.run() == [expected(model, request) for request in todo]
+            check_all_given_back(run.generator)
+    with pytest.raises(ValueError, match="need 359 slots; the cache and the model have 16 for one sequence"):
+        kvblocks.generate(model, [request], num_blocks=4, block_size=4)

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import re
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,7 @@ from kvblocks.models.grouping import BlockGroup, Layout, PagedLayer, best_layout
 from kvblocks.planner import UnknownModel, smallest_changes, uniform
 from kvblocks.planner.explain import lines
 from kvblocks.planner.text import amount
-from kvblocks.sizes import parse_size
+from kvblocks.sizes import parse_length, parse_share, parse_size
 
 LLAMA_3_8B = {
     "model_type": "llama",
@@ -735,6 +736,60 @@ def test_sizes_as_people_write_them() -> None:
     assert format_of("int4", 32).vector_bytes(7) == 4 + 2
     with pytest.raises(ValueError, match="more than"):
         parse_size("99999999999GiB")
+
+
+def test_sizes_lengths_and_shares_as_people_write_them() -> None:
+    assert parse_size("80G") == parse_size("80gi") == 80 * 2**30
+    assert parse_size("80GB") == 80 * 10**9
+    assert [parse_length(text) for text in ("8192", "32k", "1M", "0.5k")] == [8192, 32768, 2**20, 512]
+    assert parse_share("92.5%") == Fraction(37, 40)
+    for text in ("0.3", "32kB", "-1", ""):
+        with pytest.raises(ValueError, match="is not a number of tokens"):
+            parse_length(text)
+    with pytest.raises(ValueError, match="'90' is not a share"):
+        parse_share("90")
+    planned = plan(LLAMA_3_8B, memory="80G", utilization="90%", seq_len="8k")
+    assert (planned.memory, planned.settings.seq_len) == (72 * 2**30, 8192)
+    assert plan(LLAMA_3_8B, memory=80).memory == 80
+    with pytest.raises(ValueError, match="memory='80' has no unit; give 80GiB"):
+        plan(LLAMA_3_8B, memory="80")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_32"),
+    [
+        ("q8_0", 34),
+        ("q5_1", 24),
+        ("q5_0", 22),
+        ("q4_1", 20),
+        ("q4_0", 18),
+        ("iq4_nl", 18),
+        ("fp8_e4m3", 32),
+        ("f16", 64),
+    ],
+)
+def test_formats_by_the_names_that_engines_have_for_them(dtype: str, of_32: int) -> None:
+    """llama.cpp's block_q8_0 is 32 int8 and a float16 scale; block_q5_1 is 20 bytes and two float16."""
+    planned = plan(LLAMA_3_8B, dtype=dtype, memory="1GiB")
+    assert planned.bytes_per_token == 32 * 8 * 2 * (128 // 32) * of_32
+    assert planned.cache_config().memory_bytes(planned.storage_dtype) == (planned.num_blocks or 0) * planned.block_bytes
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "float8_e4m3fn"),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "int"}}, "int8"),
+        ({"kv_cache_quant_algo": "FP8"}, "float8_e4m3fn"),
+        ({"kv_cache_scheme": None}, "bfloat16"),
+    ],
+)
+def test_the_dtype_that_a_checkpoint_asks_for_is_said(scheme: dict[str, Any], dtype: str) -> None:
+    config = LLAMA_3_8B | {"quantization_config": scheme}
+    assert plan(config).dtype == "bfloat16"
+    assert (f"asks for K and V in {dtype}" in plan(config).explain()) == (dtype != "bfloat16")
+    assert plan(config, dtype="auto").dtype == dtype
+    assert "asks for K and V" not in plan(config, dtype="auto").explain()
 
 
 @pytest.mark.parametrize(

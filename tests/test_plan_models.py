@@ -75,8 +75,20 @@ def run(model: PreTrainedModel, tokens: torch.Tensor) -> Any:
         return [cache, states]
 
 
+def in_bfloat16(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model as it is loaded in bfloat16, which leaves some weights in float32 where a model asks for it."""
+    kind: Any = type(model)
+    if not kind._keep_in_fp32_modules and not kind._keep_in_fp32_modules_strict:
+        model.bfloat16()
+        return model
+    model.save_pretrained(folder)
+    loaded: PreTrainedModel = kind.from_pretrained(folder, dtype=torch.bfloat16)
+    loaded.train(False)
+    return loaded
+
+
 @pytest.mark.parametrize("name", [name for name in tiny_models.architectures() if name not in NOT_COMPARED])
-def test_planned_bytes_are_those_of_the_models_own_cache(name: str) -> None:
+def test_planned_bytes_are_those_of_the_models_own_cache(name: str, tmp_path: Path) -> None:
     _, model = tiny_models.build(name)
     planned = plan(model.config, dtype="float32", stored="transformers")
     assert planned.cache_bytes(0) == 0
@@ -86,7 +98,7 @@ def test_planned_bytes_are_those_of_the_models_own_cache(name: str) -> None:
         assert (length, planned.cache_bytes(length)) == (length, filled(caches))
     if name == "inkling2_text":
         return  # transformers 5.23 cannot run it in half precision
-    model.bfloat16()
+    model = in_bfloat16(model, tmp_path)
     planned = plan(model.config, dtype=torch.bfloat16, stored="transformers")
     for length in (8, 23):
         assert (length, planned.cache_bytes(length)) == (length, filled(run(model, prompt(length))))

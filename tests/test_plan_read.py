@@ -37,7 +37,7 @@ def layers(config: dict[str, Any]) -> Any:
 # --- sources
 
 
-def test_every_way_to_name_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_to_name_a_model(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     path = tmp_path / "tiny" / "config.json"
     path.write_text(json.dumps(LLAMA))
@@ -51,29 +51,6 @@ def test_every_way_to_name_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert plan(numbers, dtype="bfloat16").bytes_per_token == PER_TOKEN
     assert plan({**numbers, "v_head_dim": 8}, dtype=torch.float16).bytes_per_token == PER_TOKEN * 3 // 4
     assert plan(plan(LLAMA).model).bytes_per_token == PER_TOKEN
-
-
-def test_only_the_config_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    asked = []
-
-    def download(name: str, file: str) -> str:
-        asked.append((name, file))
-        (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-        return str(tmp_path / "config.json")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    planned = plan("some-org/some.model_1")
-    assert (planned.bytes_per_token, planned.model.name) == (PER_TOKEN, "some-org/some.model_1")
-    assert asked == [("some-org/some.model_1", "config.json")]
-
-    def refuse(name: str, file: str) -> str:
-        raise OSError("no\n  network")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    with pytest.raises(FileNotFoundError, match="not to be had from the hub: no network"):
-        plan("some-org/some-model")
 
 
 @pytest.mark.parametrize(

@@ -214,13 +214,13 @@ def test_a_layer_and_its_mask_must_agree() -> None:
 def test_a_batch_with_padding_is_an_error_not_a_wrong_answer() -> None:
     model = build("llama")
     tokens = torch.tensor([[0, 0, 5, 6], [3, 4, 5, 6]])
-    paged = PagedModel(model)
-    paged.attach()
+    before = model.config._attn_implementation
+    model.set_attn_implementation("kvblocks")
     with pytest.raises(ValueError, match="takes no padding mask: its batches are ragged"):
         model(input_ids=tokens, attention_mask=(tokens > 0).long())
     with pytest.raises(UnsupportedModel, match="called without a step"):
         model(input_ids=tokens[1:], attention_mask=torch.ones(1, 4))
-    paged.detach()
+    model.set_attn_implementation(before)
     assert bool(torch.isfinite(model(input_ids=tokens[1:]).logits).all())
 
 

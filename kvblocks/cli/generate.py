@@ -168,7 +168,7 @@ def _sizes(args: argparse.Namespace, served: _Served, answers: list[_Answer]) ->
         block = one_block(served.model, args.block_size)
     except UnsupportedModel as error:
         raise UsageError(f"--model {served.name} cannot be served: {error}") from None
-    needed = blocks_needed(block, num_tokens, _pass_tokens(args, answers))
+    needed = blocks_needed(block, num_tokens, 1)
     given = args.kv_memory // block.block_bytes(dtype)
     if given < needed:
         raise UsageError(

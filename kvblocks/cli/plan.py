@@ -5,10 +5,12 @@ The figures are `kvblocks.planner`'s. Imports rich and matplotlib only when it n
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from kvblocks.cli import plan_tables as tables
 from kvblocks.cli.extras import UsageError, check_plot, need, save_plot
 
 if TYPE_CHECKING:
@@ -18,6 +20,14 @@ __all__ = ["add_plan_parser", "run"]
 
 _PLOT_DTYPES = ("bfloat16", "fp8", "int4")
 _PLOT_POINTS = 200
+_ARGUMENTS = (
+    "memory gpu utilization seq_len concurrency weights weights_dtype activations sequences encoder_tokens dtype "
+)
+_ARGUMENTS += "group_size scale_dtype zero_point block_size tp mla stored"
+_NAMES = tuple(_ARGUMENTS.split())
+_EITHER = "|".join([*_NAMES, "pp"])
+_ARGUMENT = re.compile(rf"\b({_EITHER})=('[^']*'|\[[^\]]*\]|[^\s,;:)]+)")
+_GIVE = re.compile(rf"\b(give|or|set) ({_EITHER})\b")
 
 
 def add_plan_parser(
@@ -28,7 +38,7 @@ def add_plan_parser(
     parser = commands.add_parser("plan", help=about, description=f"{about[0].upper()}{about[1:]}.")
     parser.set_defaults(run=run)
     add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help="config.json, a folder with one, or a hub id")
+    add("models", nargs="*", metavar="MODEL", help="config.json, a folder with one, or a hub id; several side by side")
     numbers = parser.add_argument_group("instead of MODEL")
     numbers.add_argument("--layers", type=count, metavar="N")
     numbers.add_argument("--kv-heads", type=count, metavar="N")
@@ -36,9 +46,10 @@ def add_plan_parser(
     numbers.add_argument("--v-head-dim", type=count, metavar="N", help="where V's differs from K's")
     asked = parser.add_argument_group("what is asked")
     add = asked.add_argument
-    add("--memory", metavar="SIZE", help="of one device, like 80GiB; or cuda, cuda:1, cpu: what is free there")
-    add("--utilization", type=float, default=1.0, metavar="SHARE", help="of the memory (default: %(default)s)")
-    add("--seq-len", type=count, metavar="N", help="tokens of a sequence")
+    add("--memory", metavar="SIZE", help="of one device, like 80GiB or 80G; or cuda, cuda:1, cpu: what is free there")
+    add("--gpu", metavar="CARD[:N]", help="instead of --memory: h100:8, or h100 for as many as are needed")
+    add("--utilization", type=_share, default=1.0, metavar="SHARE", help="of the memory: 0.9 or 90%% (default: all)")
+    add("--seq-len", metavar="N", help="tokens of a sequence: 32768 or 32k; several as 8k,32k")
     add("--concurrency", type=count, metavar="N", help="sequences at once")
     add("--weights", metavar="SIZE", help="of all weights; auto counts them from the config")
     add("--weights-dtype", metavar="DTYPE", help="for --weights auto (default: the config's)")
@@ -47,12 +58,12 @@ def add_plan_parser(
     add("--encoder-tokens", type=int, default=0, metavar="N", help="that cross-attention keeps K and V for")
     stored = parser.add_argument_group("how it is stored")
     add = stored.add_argument
-    add("--dtype", metavar="DTYPE", help="of K and V: bfloat16, fp8, int8, int4, ... (default: the config's)")
+    add("--dtype", metavar="DTYPE", help="of K and V: bfloat16, fp8, q8_0, int4, ... or auto (default: the config's)")
     add("--group-size", type=count, metavar="N", help="numbers of one head that share a scale")
     add("--scale-dtype", default="float16", metavar="DTYPE", help="(default: %(default)s)")
     add("--zero-point", action="store_true", help="each group keeps one besides its scale")
     add("--block-size", type=count, metavar="N", help="tokens in a block (default: 16, or what the model needs)")
-    add("--tp", type=count, default=1, metavar="N", help="devices over which heads are split (default: %(default)s)")
+    add("--tp", type=count, metavar="N", help="devices over which heads are split (default: 1; the best with --gpu)")
     add(
         "--pp", default="1", metavar="N", help="pipeline stages, or the layers of each: 20,21,20 (default: %(default)s)"
     )
@@ -64,7 +75,8 @@ def add_plan_parser(
         help="whose caches a sequence's exact bytes are of (default: %(default)s)",
     )
     add = parser.add_argument
-    add("--json", action="store_true", help="print one JSON object instead of a table")
+    add("--json", action="store_true", help="print one JSON object instead of a table; a list of them for several")
+    add("--markdown", action="store_true", help="print a Markdown table")
     add("--plot", metavar="FILE.png", help="draw sequences at once over their length, a line for each dtype")
 
 
@@ -76,50 +88,58 @@ def run(args: argparse.Namespace) -> int:
     """
     from kvblocks.planner import plan
 
+    models, lengths = _models(args), _lengths(args.seq_len)
     if args.plot:
-        if args.memory is None:
-            raise UsageError("--plot draws what fits: give --memory")
+        if args.memory is None and args.gpu is None:
+            raise UsageError("--plot draws what fits: give --memory or --gpu")
+        if len(models) * len(lengths) > 1:
+            raise UsageError("--plot draws one model at one --seq-len")
         check_plot("plan", args.plot)
-    if not args.json:
-        need("plan", "rich", "its table; --json needs nothing")
+    if not args.json and not args.markdown:
+        need("plan", "rich", "its table; --json and --markdown need nothing")
     arguments = _arguments(args)
     try:
-        made = plan(_model(args), **arguments)
-        result = made.to_dict()
-        if args.plot and (curves := _curves(args, made)):
-            _plot(curves, made, args.plot)
+        plans = [plan(model, seq_len=length, **arguments) for model in models for length in lengths]
+        results = [made.to_dict() for made in plans] if args.json else []
+        if args.plot and (curves := _curves(plans[0])):
+            _plot(curves, plans[0], args.plot)
         elif args.plot:
             print(f"kvblocks: {args.plot} is not written: not one sequence fits at any length", file=sys.stderr)
     except ModuleNotFoundError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(_one_line(error)) from None
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise UsageError(_one_line(error)) from None
     if args.json:
-        print(json.dumps(result, indent=1))
+        print(json.dumps(results if len(results) > 1 else results[0], indent=1))
+    elif args.markdown:
+        tables.print_markdown(plans, _in_flags)
     else:
-        _print_table(made)
-    return 0 if made.fits else 1
+        tables.print_table(plans, _in_flags)
+    return 0 if all(made.fits for made in plans) else 1
 
 
-def _model(args: argparse.Namespace) -> Any:
+def _models(args: argparse.Namespace) -> list[Any]:
     numbers = {"num_layers": args.layers, "num_kv_heads": args.kv_heads, "head_dim": args.head_dim}
     given = {name: value for name, value in numbers.items() if value is not None}
     if args.v_head_dim is not None:
         given["v_head_dim"] = args.v_head_dim
-    if args.model is not None:
+    if args.models:
         if given:
             raise UsageError("give MODEL or --layers, --kv-heads and --head-dim, not both")
-        return args.model
+        return list(args.models)
     if len(given.keys() & numbers.keys()) < len(numbers):
         raise UsageError("give MODEL, or all of --layers, --kv-heads and --head-dim")
-    return given
+    return [given]
+
+
+def _lengths(text: str | None) -> list[str | None]:
+    """Each length by itself; `plan` reads them."""
+    return [None] if text is None else list(text.split(","))
 
 
 def _arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What `plan` takes."""
-    names = "memory utilization seq_len concurrency weights weights_dtype activations sequences encoder_tokens dtype "
-    names += "group_size scale_dtype zero_point block_size tp mla stored"
-    return {name: getattr(args, name) for name in names.split()} | {"pp": _stages(args.pp)}
+    return {name: getattr(args, name) for name in _NAMES if name != "seq_len"} | {"pp": _stages(args.pp)}
 
 
 def _stages(text: str) -> int | list[int]:
@@ -130,42 +150,29 @@ def _stages(text: str) -> int | list[int]:
     return layers[0] if len(layers) == 1 else layers
 
 
+def _share(text: str) -> float | str:
+    try:
+        return text if text.endswith("%") else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share; give one like 0.9 or 90%") from None
+
+
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return _in_flags(" ".join(str(error).split()))
 
 
-def _print_table(plan: "Plan") -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from kvblocks.planner.explain import lines, notes, title, verdict
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False)
-
-    say(title(plan))
-    table = Table(box=box.SIMPLE, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_column(overflow="fold")
-    for line in lines(plan):
-        table.add_row(line.name, line.value, line.arithmetic)
-    console.print(table, highlight=False, markup=False)
-    for text in [*notes(plan), *verdict(plan)]:
-        say(text)
+def _in_flags(text: str) -> str:
+    """What `plan` says of its arguments, in this command's words: `--seq-len 5` for `seq_len=5`."""
+    given = _ARGUMENT.sub(lambda match: f"--{match[1].replace('_', '-')} {match[2].strip(chr(39))}", text)
+    return _GIVE.sub(lambda match: f"{match[1]} --{match[2].replace('_', '-')}", given)
 
 
 # --- the chart
 
 
-def _curves(args: argparse.Namespace, made: "Plan") -> dict[str, list[tuple[int, int]]]:
+def _curves(made: "Plan") -> dict[str, list[tuple[int, int]]]:
     """Sequences at once over the lengths at which any fit, for the plan's own dtype and the usual ones, if they fit."""
-    longest = max(args.seq_len or 0, made.model.max_seq_len or 0, 1024)
+    longest = max(made.settings.seq_len or 0, made.model.max_seq_len or 0, 1024)
     lengths = sorted({max(1, round(longest ** (i / _PLOT_POINTS))) for i in range(_PLOT_POINTS // 3, _PLOT_POINTS + 1)})
     curves = {}
     for plan in [made, *(made.with_dtype(dtype) for dtype in _PLOT_DTYPES)]:

@@ -5,11 +5,12 @@ and V the cache's, and `kvblocks.integrations.transformers` brings them to the m
 """
 
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from bisect import insort
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
 from itertools import accumulate
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,36 +21,18 @@ from transformers import PreTrainedModel
 from kvblocks.config import CacheConfig
 from kvblocks.engine import CacheEngine
 from kvblocks.errors import NoFreeBlocks
-from kvblocks.integrations.transformers import PagedModel, longest_sequence
+from kvblocks.generation.request import Request, Token, check_request
+from kvblocks.generation.sampling import Choice, Chooser, Choosers
+from kvblocks.integrations.transformers import PagedModel, Pool, longest_sequence, placeholder_tokens
+from kvblocks.integrations.transformers.backend import adapters
 from kvblocks.manager import BlockManager
 from kvblocks.step.buffers import StepBuffers
 
 __all__ = ["Generator", "Request", "Token", "blocks_needed", "most_tokens"]
 
+LONGEST = 2**31 - 1  # tokens of a sequence, as far as the arrays of a step can say
+_MOST_HELD = 65536  # sequences that have begun and not ended, preempted ones included
 _WORTH_WAITING = 64  # tokens: a prompt waits a pass or more for as many that another is about to compute
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt to be continued.
-
-    Attributes:
-        prompt: token ids, at least one.
-        max_new_tokens: at least 1.
-        stop_tokens: ids that end the request; the one that does is its last token.
-    """
-
-    prompt: tuple[int, ...]
-    max_new_tokens: int
-    stop_tokens: frozenset[int] = frozenset()
-
-
-class Token(NamedTuple):
-    """One new token of a request. With the last one, `finish` says why it is: "stop" or "length"."""
-
-    request_id: int
-    token: int
-    finish: str | None
 
 
 @dataclass(eq=False)
@@ -59,8 +42,13 @@ class _Sequence:
     request_id: int
     request: Request
     prompt: npt.NDArray[np.int64]
+    chooser: Chooser | None = None
     handle: int = 0  # the manager's; 0 until the first admission, kept through preemption
     num_new: int = 0
+    running: bool = False
+    ended: bool = False
+    leader: "_Sequence | None" = None  # who computes the prompt for this one too
+    followers: "list[_Sequence]" = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -81,24 +69,28 @@ class Generator:
                    ^                           │
                    └──────────preempt──────────┘
 
-    Both queues keep the order of arrival, and who runs came before who waits. The oldest request always gets on, so all
-    of them end. A prompt that begins as one does that is being computed waits until it can take over what they share.
+    Both queues go by priority, then by arrival. The first request always gets on, so all of them end. A prompt that
+    begins as one does that is being computed waits until it can take over what they share.
 
     Args:
-        model: a decoder-only transformers model; the cache gets its dtype and device.
+        model: a decoder-only transformers model, or what torch.compile or PEFT made of one; the cache gets its dtype
+            and device. Requests share K and V only under the same adapters, which must not change while they run.
         config: sizes of the cache, as `kvblocks.integrations.transformers.cache_config` gives them.
         layout: of the cache; NHD, as it is what attention kernels read.
         max_batch_tokens: tokens of one forward pass. A prompt longer than what is left of them goes in chunks.
         max_seqs: sequences that run at once; never more than `max_batch_tokens`, as each takes one to decode.
         watermark: share of the pool that an admission leaves free, for those who run to grow into.
-        choose: the next tokens [n], int64, from their logits [n, vocabulary]; by default the best ones.
+        choose: the next tokens [n], int64, from their logits [n, vocabulary], in place of the requests' settings and of
+            the model's generation config.
+        tokenizer: transformers' of the model, where stop strings are asked for.
+        pool: whose engine and manager to use; `config` is its `config` then, and `layout` and `watermark` are its own.
 
     Raises:
         ValueError: a model that cannot be served, or a number out of range.
         OutOfMemory: the cache does not fit.
 
-    The model's layers attend through kvblocks until `close`, the end of the `with` block, or until the generator is
-    collected.
+    The model's layers attend through kvblocks for the length of a pass. Between passes the model may be used for
+    anything, by other generators too.
 
     Thread-safety: one thread drives a generator.
     """
@@ -113,44 +105,47 @@ class Generator:
         max_seqs: int = 64,
         watermark: float = 0.01,
         choose: Callable[[Tensor], Tensor] | None = None,
+        tokenizer: Any = None,
+        pool: Pool | None = None,
     ) -> None:
         if max_seqs < 1 or max_batch_tokens < 1:
             raise ValueError(f"max_seqs={max_seqs} and max_batch_tokens={max_batch_tokens} must be at least 1")
-        self.model = model
+        self._paged = PagedModel(model)
+        self.model = model = self._paged.model
         limit = longest_sequence(model.config)
         self.max_batch_tokens = max_batch_tokens
-        fits = most_tokens(config, max_batch_tokens)
+        fits = most_tokens(config)
         self.max_seq_len = fits if limit is None else min(limit, fits)
         self.max_seqs = min(max_seqs, max_batch_tokens)
+        self._adapted = bool(adapters(model))
         self._choose = choose
-        self._paged = PagedModel(model)
-        self._paged.attach()
-        self._finalizer = weakref.finalize(self, self._paged.detach)
-        try:
+        self._choosers = None if choose is not None else Choosers(model, tokenizer)
+        self._has_windows = any(group.reach is not None for group in config.groups)
+        self._placeholders = placeholder_tokens(model.config)
+        self._closed = False
+        if pool is not None:
+            pool.check(model)
+            self.engine, self.manager = pool.engine, pool.manager
+        else:
             self.engine = CacheEngine(config, model.dtype, model.device, layout=layout)
             self.manager = BlockManager(
                 config.num_gpu_blocks,
                 config.block_size,
                 groups=[group.reach for group in config.groups],
-                max_seqs=self.max_seqs,
+                max_seqs=_MOST_HELD,
                 watermark=watermark,
             )
-            self.buffers = StepBuffers.for_config(
-                config,
-                max_seqs=self.max_seqs,
-                max_tokens=max_batch_tokens,
-                max_seq_len=max(1, self.max_seq_len),
-                device=model.device,
-            )
-        except BaseException:
-            self.close()
-            raise
-        self._waiting: deque[_Sequence] = deque()
-        self._running: list[_Sequence] = []
+        self.buffers = self._buffers_for(1)
+        self._waiting: list[tuple[tuple[int, int], _Sequence]] = []  # a heap; who was cancelled is skipped
+        self._running: list[_Sequence] = []  # in the same order
+        self._unfinished: dict[int, _Sequence] = {}
+        self._finalizer = weakref.finalize(self, _give_back, self.manager, self._unfinished)
+        self.num_held = 0  # sequences that have a handle in the manager, and those that will be forked from them
+        self._num_following = 0  # behind those that run
         self._num_added = 0
 
     def add(self, request: Request) -> int:
-        """Queue a request; returns its id: 0, 1, 2, ...
+        """Queue a request; returns its id: 0, 1, 2, ... Where it asks for n answers, the ids of the others follow it.
 
         Raises:
             ValueError: the prompt is empty or has a token that the model does not know, `max_new_tokens` is below 1, or
@@ -158,18 +153,7 @@ class Generator:
             RuntimeError: the generator is closed.
         """
         self._check_open()
-        if type(request.max_new_tokens) is not int:
-            raise TypeError(f"max_new_tokens={request.max_new_tokens!r} must be an int")
-        if any(not hasattr(token, "__index__") for token in request.prompt):
-            raise TypeError("the prompt of a request is token ids, as ints")
-        for stop in request.stop_tokens:
-            if type(stop) is not int:
-                raise TypeError(f"stop_tokens holds {stop!r} of type {type(stop).__name__}; give token ids, as int")
-        if not request.prompt or request.max_new_tokens < 1:
-            raise ValueError(
-                f"a request of {len(request.prompt)} prompt tokens and max_new_tokens={request.max_new_tokens}; "
-                "both must be at least 1"
-            )
+        check_request(request)
         # The last new token is never fed back, so it needs no slot.
         longest = len(request.prompt) + request.max_new_tokens - 1
         if longest > self.max_seq_len:
@@ -182,9 +166,34 @@ class Generator:
         for token in request.prompt:
             if not 0 <= token < known:
                 raise ValueError(f"token {token} is in the prompt; the model knows 0 to {known - 1}")
-        self._waiting.append(_Sequence(self._num_added, request, np.array(request.prompt)))
-        self._num_added += 1
-        return self._waiting[-1].request_id
+            if token in self._placeholders:
+                raise ValueError(
+                    f"token {token} is in the prompt, the config's {self._placeholders[token]}; pixels and sounds are "
+                    "not taken here: use model.generate with kvblocks.integrations.transformers.PagedCache"
+                )
+        if request.n > min(self.max_seqs, _MOST_HELD):
+            raise ValueError(f"n={request.n} answers run together, and max_seqs={self.max_seqs} sequences can")
+        if self._choosers is not None:
+            choosers: Sequence[Chooser | None] = self._choosers.make(request) or [None]
+        else:
+            _check_unsampled(request)
+            choosers = [None] * request.n
+        if longest > self.buffers.max_blocks_per_seq * self.manager.block_size:
+            self.buffers = self._buffers_for(longest)
+        if self._adapted:
+            request = replace(request, salt=adapters(self.model) + request.salt)
+        prompt = np.array(request.prompt)
+        first, *others = [
+            _Sequence(self._num_added + number, request, prompt, chooser) for number, chooser in enumerate(choosers)
+        ]
+        first.followers = others
+        for sequence in others:
+            sequence.leader = first
+        for sequence in (first, *others):
+            self._unfinished[sequence.request_id] = sequence
+        self._num_added += request.n
+        self._queue(first)
+        return first.request_id
 
     def cancel(self, request_id: int) -> bool:
         """Drop a request that waits or runs, and give its blocks back; False where it does neither.
@@ -193,19 +202,30 @@ class Generator:
             RuntimeError: the generator is closed.
         """
         self._check_open()
-        for queue in (self._waiting, self._running):
-            for sequence in queue:
-                if sequence.request_id == request_id:
-                    queue.remove(sequence)
-                    if sequence.handle:
-                        self.manager.free([sequence.handle])
-                    return True
-        return False
+        sequence = self._unfinished.pop(request_id, None)
+        if sequence is None:
+            return False
+        sequence.ended = True
+        if sequence.leader is not None:
+            leader = sequence.leader
+            leader.followers.remove(sequence)
+            self.num_held -= leader.handle > 0
+            self._num_following -= leader.running
+        elif sequence.followers:
+            self.num_held -= sequence.handle > 0
+            self._num_following -= sequence.running
+            self._hand_over(sequence)
+        elif sequence.handle:
+            if sequence.running:
+                self._running.remove(sequence)
+            self.num_held -= 1
+            self.manager.free([sequence.handle])
+        return True
 
     @property
     def num_unfinished(self) -> int:
-        """Requests that wait or run."""
-        return len(self._waiting) + len(self._running)
+        """Answers that wait or run."""
+        return len(self._unfinished)
 
     def stream(self) -> Iterator[Token]:
         """The tokens of all requests, as they come, until all are finished. More may be added meanwhile."""
@@ -222,7 +242,6 @@ class Generator:
             RuntimeError: the generator is closed.
         """
         self._check_open()
-        self._paged.attach()
         self._admit()
         if not self._running:
             return []
@@ -233,25 +252,50 @@ class Generator:
             last_tokens = [end - 1 for row, end in zip(rows, ends, strict=True) if row.samples]
             wanted = torch.tensor(last_tokens, dtype=torch.int64, device=self.model.device)
             logits = self._paged.forward(self.engine, self.buffers, wanted)
-            tokens = self._chosen(logits) if last_tokens else []
+            leaders = [row.sequence for row in rows if row.samples]
+            answers = [sequence for leader in leaders for sequence in (leader, *leader.followers)]
+            if len(answers) > len(leaders):
+                counts = torch.tensor([1 + len(leader.followers) for leader in leaders], device=logits.device)
+                logits = logits.repeat_interleave(counts, 0)
+            choices = self._chosen(logits, answers) if answers else []
         except BaseException:
             self.manager.abort(step_id)
             raise
         # From here on the K and V of this pass count, and full blocks can be hit by other prompts.
         self.manager.commit(step_id)
-        return self._append([row.sequence for row in rows if row.samples], tokens)
+        for sequence in answers:
+            self._fork(sequence)
+        return self._append(answers, choices)
 
-    def rest(self) -> None:
-        """Give the model its own attention back until the next step."""
-        self._paged.detach()
+    def reset_prefix_cache(self) -> None:
+        """For new weights: compute everything anew from here on, of the requests that run too.
+
+        The tokens that these have got stay as they are.
+        """
+        self._check_open()
+        while self._running:
+            self._preempt()
+        self.manager.reset_prefix_cache()
 
     def close(self) -> None:
-        """Give the model its own attention back. The cache goes with the generator."""
+        """Take no more requests and run none; what has not ended gives its blocks back."""
+        self._closed = True
         self._finalizer()
 
+    def _buffers_for(self, num_tokens: int) -> StepBuffers:
+        """Step buffers for sequences of so many tokens: twice as wide, so that they seldom have to be made anew."""
+        config = self.engine.config
+        return StepBuffers.for_config(
+            config,
+            max_seqs=self.max_seqs,
+            max_tokens=self.max_batch_tokens,
+            max_seq_len=min(max(1, self.max_seq_len), max(16 * config.block_size, 2 * num_tokens)),
+            device=self.model.device,
+        )
+
     def _check_open(self) -> None:
-        if not self._finalizer.alive:
-            raise RuntimeError("the generator is closed: the model has its own attention back; make a new one")
+        if self._closed:
+            raise RuntimeError("the generator is closed; make a new one")
 
     def __enter__(self) -> Self:
         return self
@@ -265,28 +309,85 @@ class Generator:
         Reserving a part with `admit(reserve=...)` would let more in and preempt more. Where layers have windows it is
         done, as there the whole of a prompt is never held.
         """
-        windows = any(group.reach is not None for group in self.engine.config.groups)
-        reserve = self.max_batch_tokens if windows else None
-        while self._waiting and len(self._running) < self.max_seqs:
-            sequence = self._waiting[0]
-            if not sequence.handle and self._awaits(sequence.prompt):
-                return
+        reserve = self.max_batch_tokens if self._has_windows else None
+        if not self._waiting:
+            return
+        computing: dict[tuple[bytes, bytes], list[_Sequence]] = {}
+        for sequence in self._running:
+            if not sequence.num_new:
+                computing.setdefault(_beginning(sequence), []).append(sequence)
+        while self._waiting:
+            sequence = self._waiting[0][1]
+            if sequence.ended:
+                heappop(self._waiting)
+                continue
+            if not sequence.handle:
+                if self.num_held + 1 + len(sequence.followers) > _MOST_HELD:
+                    return
+                if self._awaits(sequence, computing):
+                    return
+            if self._num_rows() + len(sequence.followers) >= self.max_seqs:
+                if not self._gives_way(sequence):
+                    return
+                continue
             try:
-                if sequence.handle:
-                    self.manager.resume(sequence.handle, reserve=reserve)
-                else:
-                    sequence.handle, _ = self.manager.admit(sequence.prompt, reserve=reserve)
+                self._let_in(sequence, reserve)
             except NoFreeBlocks:
-                if not self._running:
+                if self._running:
+                    if not self._gives_way(sequence):
+                        return
+                    continue
+                if not self._has_windows:
                     raise
-                return
-            self._running.append(self._waiting.popleft())
+                self._let_in(sequence, 1)  # a pool that holds little more than the windows; it goes in small chunks
+            heappop(self._waiting)
+            sequence.running = True
+            self._num_following += len(sequence.followers)
+            insort(self._running, sequence, key=_order)
+            if not sequence.num_new:
+                computing.setdefault(_beginning(sequence), []).append(sequence)
 
-    def _awaits(self, prompt: npt.NDArray[np.int64]) -> bool:
-        """Whether a sequence that runs is about to compute much that this prompt begins with."""
-        alike = max((_common(prompt, sequence.prompt) for sequence in self._running if not sequence.num_new), default=0)
-        useful = min(alike, len(prompt) - 1) // self.manager.block_size * self.manager.block_size
-        return useful >= _WORTH_WAITING and useful - self.manager.match(prompt) >= _WORTH_WAITING
+    def _num_rows(self) -> int:
+        """Rows of a pass, once each running sequence has forked for those that follow it."""
+        return len(self._running) + self._num_following
+
+    def _gives_way(self, sequence: _Sequence) -> bool:
+        """Preempt the last of those who run, if it has a lower priority."""
+        if not self._running or self._running[-1].request.priority >= sequence.request.priority:
+            return False
+        self._preempt()
+        return True
+
+    def _preempt(self) -> _Sequence:
+        """Let the last of those who run wait."""
+        last = self._running.pop()
+        self.manager.preempt(last.handle)
+        last.running = False
+        self._num_following -= len(last.followers)
+        self._queue(last)
+        return last
+
+    def _queue(self, sequence: _Sequence) -> None:
+        heappush(self._waiting, (_order(sequence), sequence))
+
+    def _let_in(self, sequence: _Sequence, reserve: int | None) -> None:
+        if sequence.handle:
+            self.manager.resume(sequence.handle, reserve=reserve)
+        else:
+            salt, extra = sequence.request.salt, sequence.request.extra
+            sequence.handle, _ = self.manager.admit(sequence.prompt, salt=salt, extra=extra, reserve=reserve)
+            self.num_held += 1 + len(sequence.followers)
+
+    def _awaits(self, waiting: _Sequence, computing: Mapping[tuple[bytes, bytes], Sequence[_Sequence]]) -> bool:
+        """Whether a sequence that runs is about to compute much that this one's prompt begins with."""
+        alike = max(
+            (_common(waiting, other) for other in computing.get(_beginning(waiting), ()) if other.running), default=0
+        )
+        useful = min(alike, len(waiting.prompt) - 1) // self.manager.block_size * self.manager.block_size
+        if useful < _WORTH_WAITING:
+            return False
+        there = self.manager.match(waiting.prompt, salt=waiting.request.salt, extra=waiting.request.extra)
+        return useful - there >= _WORTH_WAITING
 
     def _schedule(self) -> list[_Row]:
         """Share the tokens of a pass out: one to each who decodes, what is left to prompts, the oldest first."""
@@ -304,24 +405,44 @@ class Generator:
         return rows
 
     def _prepare(self, rows: list[_Row]) -> tuple[list[_Row], int]:
-        """Get slots for the rows, from the newest sequences if need be. `prepare` that fails has changed nothing."""
+        """Get slots for the rows, from the newest sequences if need be, and the last one in smaller chunks.
+
+        `prepare` that fails has changed nothing.
+        """
         while True:
             try:
                 handles = [row.sequence.handle for row in rows]
                 return rows, self.manager.prepare(handles, [row.query_len for row in rows], self.buffers)
             except NoFreeBlocks:
                 if len(self._running) == 1:
-                    raise
-                newest = self._running.pop()
-                self.manager.preempt(newest.handle)
-                self._waiting.appendleft(newest)
+                    [row] = rows
+                    if not self._has_windows or row.query_len == 1:
+                        raise
+                    rows = [_Row(row.sequence, row.query_len // 2, samples=False)]
+                    continue
+                newest = self._preempt()
                 rows = [row for row in rows if row.sequence is not newest]
 
-    def _chosen(self, logits: Tensor) -> list[int]:
-        if self._choose is None:
-            best: list[int] = logits.argmax(-1).tolist()
-            return best
-        tokens: Any = self._choose(logits)
+    def _chosen(self, logits: Tensor, sequences: list[_Sequence]) -> list[Choice]:
+        """A token for each sequence, by its row of the logits [n, vocabulary]."""
+        if self._choose is not None:
+            return [Choice(token) for token in self._checked(self._choose(logits), logits)]
+        best: list[int] = logits.argmax(-1).tolist()
+        rngs = [sequence.chooser.rng for sequence in sequences if sequence.chooser and sequence.chooser.rng]
+        states = [rng.get_state() for rng in rngs]
+        try:
+            return [
+                Choice(token)
+                if sequence.chooser is None
+                else sequence.chooser.choose(self.manager.tokens(self._owner(sequence).handle), row)
+                for sequence, row, token in zip(sequences, logits, best, strict=True)
+            ]
+        except BaseException:
+            for rng, state in zip(rngs, states, strict=True):
+                rng.set_state(state)  # a pass that is repeated draws the same tokens
+            raise
+
+    def _checked(self, tokens: Any, logits: Tensor) -> list[int]:
         if not isinstance(tokens, Tensor) or tokens.shape != logits.shape[:1] or tokens.dtype != torch.int64:
             shape = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
             raise TypeError(
@@ -336,29 +457,62 @@ class Generator:
                 )
         return chosen
 
-    def _append(self, sequences: list[_Sequence], tokens: list[int]) -> list[Token]:
-        """Hand the sampled tokens to the manager; who is finished gives all blocks back."""
+    @staticmethod
+    def _owner(sequence: _Sequence) -> _Sequence:
+        """Whose handle in the manager a sequence goes by: until its prompt is computed that of its leader."""
+        return sequence if sequence.leader is None else sequence.leader
+
+    def _hand_over(self, leader: _Sequence) -> None:
+        """Let the first of those that follow lead, in the queue and in the manager."""
+        heir, *rest = leader.followers
+        heir.leader, heir.followers = None, rest
+        for sequence in rest:
+            sequence.leader = heir
+        heir.handle, heir.running = leader.handle, leader.running
+        leader.followers = []
+        if leader.running:
+            self._running[self._running.index(leader)] = heir
+        else:
+            self._queue(heir)
+
+    def _fork(self, leader: _Sequence) -> None:
+        """The prompt is computed: give each that follows a sequence of its own, which shares every block."""
+        if not leader.followers:
+            return
+        handles = self.manager.fork(leader.handle, len(leader.followers))
+        for sequence, handle in zip(leader.followers, handles, strict=True):
+            sequence.leader, sequence.handle, sequence.running = None, handle, True
+            insort(self._running, sequence, key=_order)
+        self._num_following -= len(handles)
+        leader.followers = []
+
+    def _append(self, sequences: list[_Sequence], choices: list[Choice]) -> list[Token]:
+        """Hand the chosen tokens to the manager; who is finished gives all blocks back."""
         news, ended, handles, ongoing = [], [], [], []
-        for sequence, token in zip(sequences, tokens, strict=True):
-            if sequence not in self._running:
-                continue  # `choose` cancelled it
+        for sequence, choice in zip(sequences, choices, strict=True):
+            if sequence.ended:
+                continue  # it was cancelled while tokens were chosen
             sequence.num_new += 1
             finish = None
-            if token in sequence.request.stop_tokens:
+            if choice.stops or choice.token in sequence.request.stop_tokens:
                 finish = "stop"
             elif sequence.num_new == sequence.request.max_new_tokens:
                 finish = "length"
-            news.append(Token(sequence.request_id, token, finish))
+            news.append(Token(sequence.request_id, choice.token, finish, choice.logprob, choice.top))
             if finish is None:
                 handles.append(sequence.handle)
-                ongoing.append(token)
+                ongoing.append(choice.token)
             else:
                 ended.append(sequence)
         if handles:
             self.manager.append(handles, ongoing)
         if ended:
             self.manager.free([sequence.handle for sequence in ended])
-            self._running = [sequence for sequence in self._running if sequence not in ended]
+            self.num_held -= len(ended)
+            for sequence in ended:
+                sequence.ended = True
+                del self._unfinished[sequence.request_id]
+            self._running = [sequence for sequence in self._running if not sequence.ended]
         return news
 
 
@@ -373,20 +527,55 @@ def blocks_needed(config: CacheConfig, num_tokens: int, max_batch_tokens: int) -
     return needed
 
 
-def most_tokens(config: CacheConfig, max_batch_tokens: int) -> int:
-    """Tokens of the longest sequence that the cache can hold."""
-    low, high = 0, config.num_gpu_blocks * config.block_size
+def most_tokens(config: CacheConfig) -> int:
+    """Tokens of the longest sequence that can be run, in passes as small as need be.
+
+    Where every layer has a window or a chunk, that may be far more than the pool holds at once.
+    """
+    low, high = 0, LONGEST
     while low < high:
         middle = (low + high + 1) // 2
-        if blocks_needed(config, middle, max_batch_tokens) <= config.num_gpu_blocks:
+        if blocks_needed(config, middle, 1) <= config.num_gpu_blocks:
             low = middle
         else:
             high = middle - 1
     return low
 
 
-def _common(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> int:
-    """How many tokens two prompts have in common from the start."""
-    size = min(len(first), len(second))
-    differ = first[:size] != second[:size]
+def _give_back(manager: BlockManager, unfinished: dict[int, _Sequence]) -> None:
+    """Free what sequences hold, when their generator is closed or gone."""
+    handles = [sequence.handle for sequence in unfinished.values() if sequence.handle]
+    unfinished.clear()
+    if handles:
+        manager.free(handles)
+
+
+def _beginning(sequence: _Sequence) -> tuple[bytes, bytes]:
+    """What two prompts must have in common for one to wait for the other."""
+    return sequence.request.salt, sequence.prompt[:_WORTH_WAITING].tobytes()
+
+
+def _order(sequence: _Sequence) -> tuple[int, int]:
+    """Who comes first: by priority, then by arrival."""
+    return -sequence.request.priority, sequence.request_id
+
+
+def _check_unsampled(request: Request) -> None:
+    """`choose` takes the place of all that says how tokens are chosen."""
+    for name in ("temperature", "top_k", "top_p", "min_p", "seed", "logprobs"):
+        if getattr(request, name) is not None:
+            raise ValueError(f"{name}={getattr(request, name)} has no effect with choose, which decides every token")
+    for name in ("logits_processors", "stop_strings"):
+        if getattr(request, name):
+            raise ValueError(f"{name} have no effect with choose, which decides every token")
+
+
+def _common(first: _Sequence, second: _Sequence) -> int:
+    """How many tokens two prompts have in common from the start, with all that decides their K and V."""
+    if first.request.salt != second.request.salt:
+        return 0
+    size = min(len(first.prompt), len(second.prompt))
+    if first.request.extra != second.request.extra:
+        size = min(size, *(position for position, _ in {*first.request.extra} ^ {*second.request.extra}))
+    differ = first.prompt[:size] != second.prompt[:size]
     return int(differ.argmax()) if differ.any() else size

@@ -4,16 +4,22 @@ What runs when is decided in `kvblocks.generation.generator`. Imports torch and 
 """
 
 import operator
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Self, SupportsIndex, TypeAlias
+from typing import Any, Self, SupportsIndex, TypeAlias, Unpack
+from weakref import WeakValueDictionary
 
+import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvblocks.config import CacheConfig
 from kvblocks.generation.generator import Generator, Request, blocks_needed
-from kvblocks.integrations.transformers import PagedModel, layer_groups
+from kvblocks.generation.request import Settings
+from kvblocks.integrations.transformers import PagedModel, Pool, layer_groups
+from kvblocks.integrations.transformers.backend import unwrapped
 from kvblocks.sizes import checked_bytes
 
 __all__ = ["Generation", "Stream", "generate"]
@@ -25,7 +31,7 @@ def generate(
     model: PreTrainedModel,
     prompts: Iterable[Prompt],
     *,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     stop_tokens: Iterable[int] | int | None = None,
     memory: int | str | None = None,
     num_blocks: int | None = None,
@@ -34,19 +40,35 @@ def generate(
     max_batch_tokens: int = 512,
     max_seqs: int = 64,
     choose: Callable[[Tensor], Tensor] | None = None,
+    tokenizer: Any = None,
+    pool: Pool | None = None,
+    attention_mask: Any = None,
+    **settings: Unpack[Settings],
 ) -> "Generation":
     """Continue prompts with continuous batching over a paged cache, whose prefixes are computed once.
 
     Args:
-        model: a decoder-only transformers model, in evaluation mode; the cache gets its dtype and device.
-        prompts: token ids of each, or a `Request` with limits of its own. More may be added while it runs.
-        max_new_tokens: of each prompt that is no `Request`.
+        model: a decoder-only transformers model in evaluation mode, or what torch.compile or PEFT made of one. The
+            cache gets its dtype and device, under autocast too. Attention is not compiled.
+        prompts: token ids of each, or a `Request` with limits of its own. More may be added while it runs. A tensor or
+            array [prompts, columns] needs `attention_mask`.
+        max_new_tokens: of each prompt that is no `Request`; by default as the generation config says, else 64.
         stop_tokens: ids that end an answer; the one that does is its last token. None: the end-of-sequence ids of the
             model's generation config. An empty list: none.
         memory: for K and V, in bytes or like "64MiB"; by default what the prompts need at once, at most `max_seqs`.
         num_blocks: blocks in the pool, instead of `memory`.
         block_size, layout: of the cache.
         max_batch_tokens, max_seqs, choose: as for `Generator`.
+        pool: the model's `Pool`, whose blocks outlive this call, instead of `memory`, `num_blocks`, `block_size` and
+            `layout`. Without one the cache is made for this call and goes with it.
+        attention_mask: [prompts, columns], 0 where there is padding, on either side, which is left out.
+        tokenizer: transformers' of the model, where stop strings are asked for.
+        settings: of each prompt that is no `Request`, named as there: `salt`, `temperature`, `top_k`, `top_p`, `min_p`,
+            `seed`, `logits_processors`, `logprobs`, `stop_strings`, `priority`, `n`. A prompt of `n` answers has as
+            many streams, one after the other.
+
+    What is not given here is as the model's generation config has it, sampling and penalties too; `temperature=0` takes
+    the best tokens whatever it says. What it asks for and is not served (beams, guidance) is refused.
 
     Returns:
         The streams of the prompts, in order. Nothing has run yet: asking a stream for tokens runs all of them.
@@ -68,26 +90,38 @@ def generate(
 
     Thread-safety: one thread drives a generation.
     """
-    default = Request((), max_new_tokens, _stop_tokens(model, stop_tokens))
-    requests = [_request(prompt, default) for prompt in prompts]
+    inner = unwrapped(model)
+    limit, longest = _limits(inner, max_new_tokens)
+    default = _with(Request((), limit, _stop_tokens(inner, stop_tokens)), settings)
+    requests = [_request(prompt, default, longest) for prompt in _unpadded(prompts, attention_mask)]
     if memory is not None and num_blocks is not None:
         raise ValueError(f"memory={memory!r} and num_blocks={num_blocks} both say how large the cache is; give one")
-    config = one_block(model, block_size)
-    if memory is not None:
-        num_blocks = checked_bytes("memory", memory) // config.block_bytes(model.dtype)
+    if pool is not None:
+        if (memory, num_blocks, block_size, layout) != (None, None, 16, "NHD"):
+            raise ValueError("memory, num_blocks, block_size and layout are those of the pool; give no others")
+        config = pool.config
+    else:
+        config = one_block(model, block_size)
+    if pool is not None:
+        num_blocks = config.num_gpu_blocks
+    elif memory is not None:
+        num_blocks = checked_bytes("memory", memory) // config.block_bytes(inner.dtype)
         if num_blocks < 1:
-            raise ValueError(f"memory={memory!r} holds no block; one is {config.block_bytes(model.dtype)} bytes")
+            raise ValueError(f"memory={memory!r} holds no block; one is {config.block_bytes(inner.dtype)} bytes")
     elif num_blocks is None:
         num_blocks = _needed(config, requests, max_seqs, max_batch_tokens)
     config = config.replace(num_gpu_blocks=num_blocks)
     generator = Generator(
-        model, config, layout=layout, max_batch_tokens=max_batch_tokens, max_seqs=max_seqs, choose=choose
+        model,
+        config,
+        layout=layout,
+        max_batch_tokens=max_batch_tokens,
+        max_seqs=max_seqs,
+        choose=choose,
+        tokenizer=tokenizer,
+        pool=pool,
     )
-    try:
-        return Generation(generator, requests, default)
-    except BaseException:
-        generator.close()
-        raise
+    return Generation(generator, requests, default, longest)
 
 
 def one_block(model: PreTrainedModel, block_size: int) -> CacheConfig:
@@ -116,15 +150,25 @@ class Stream:
         request: what was asked.
         tokens: the new ones so far.
         finish: why it ended: "stop", "length", "cancelled"; None until then.
+        logprobs, top: of each token its log-probability, and the (token, log-probability) of the best ones, if the
+            request asks for them.
     """
 
-    def __init__(self, generation: "Generation", request_id: int, request: Request) -> None:
+    def __init__(self, run: "_Run", request_id: int, request: Request) -> None:
         self.request_id = request_id
         self.request = request
         self.tokens: list[int] = []
         self.finish: str | None = None
-        self._generation = generation
+        self.logprobs: list[float] = []
+        self.top: list[tuple[tuple[int, float], ...]] = []
+        self._answers: tuple[Stream, ...] = ()
+        self._run = run
         self._given = 0
+
+    @property
+    def answers(self) -> tuple["Stream", ...]:
+        """The streams of all n answers to its prompt, itself among them."""
+        return self._answers or (self,)
 
     def __iter__(self) -> Self:
         return self
@@ -133,59 +177,131 @@ class Stream:
         while self._given == len(self.tokens):
             if self.finish is not None:
                 raise StopIteration
-            self._generation.step()
+            self._run.step()
         self._given += 1
         return self.tokens[self._given - 1]
 
     def read(self) -> list[int]:
         """All tokens, once it has ended."""
         while self.finish is None:
-            self._generation.step()
+            self._run.step()
         return self.tokens
 
     def cancel(self) -> None:
         """End it now, and give its blocks back. One that has ended stays as it is."""
         if self.finish is None:
-            self._generation.cancel(self)
+            self._run.cancel(self)
 
     def __repr__(self) -> str:
         return f"Stream(request_id={self.request_id}, new_tokens={len(self.tokens)}, finish={self.finish!r})"
 
 
+class _Run:
+    """What the streams of a generation have in common. It holds none of them: those that nobody holds are cancelled."""
+
+    def __init__(self, generator: Generator) -> None:
+        self.generator = generator
+        self.owner: weakref.ref[Generation] | None = None
+        self._streams: WeakValueDictionary[int, Stream] = WeakValueDictionary()
+        self._dropped: deque[int] = deque()
+
+    def start(self, request: Request) -> tuple[Stream, ...]:
+        first = self.generator.add(request)
+        answers = tuple(Stream(self, first + number, request) for number in range(request.n))
+        for stream in answers:
+            if request.n > 1:  # one alone must not refer to itself, so that it goes when nobody holds it
+                stream._answers = answers
+            self._streams[stream.request_id] = stream
+            finalizer = weakref.finalize(stream, self._dropped.append, stream.request_id)
+            finalizer.atexit = False
+        return answers
+
+    def step(self) -> list[Stream]:
+        while self._dropped:
+            self.generator.cancel(self._dropped.popleft())
+        new = []
+        for token in self.generator.step():
+            stream = self._streams.get(token.request_id)
+            if stream is None:
+                continue  # dropped while the pass ran
+            new.append(stream)
+            stream.tokens.append(token.token)
+            if token.logprob is not None:
+                stream.logprobs.append(token.logprob)
+                stream.top.append(token.top)
+            if token.finish is not None:
+                self._end(stream, token.finish)
+        return new
+
+    def cancel(self, stream: Stream) -> None:
+        if stream.finish is None:
+            self.generator.cancel(stream.request_id)
+            self._end(stream, "cancelled")
+
+    def close(self) -> None:
+        for stream in list(self._streams.values()):
+            self.cancel(stream)
+        self.generator.close()
+
+    def _end(self, stream: Stream, finish: str) -> None:
+        stream.finish = finish
+        self._streams.pop(stream.request_id, None)
+        generation = None if self.owner is None else self.owner()
+        if generation is not None:
+            generation._unfinished.pop(stream.request_id, None)
+
+
 class Generation:
     """Requests under way, and a stream for each; made by `generate`.
 
-    The model attends through kvblocks while any has not ended, and by itself before and after. `close`, or a `with`
-    block, ends those that are left.
+    The model attends through kvblocks inside `step` only, and may be used for anything between two. `close`, or a
+    `with` block, ends the streams that are left, and those that nobody holds any more are ended with the generation. As
+    a sequence it holds the streams of the prompts that it was made with. Those that `add` made later belong to who
+    called it, and are let go when they have ended.
 
     Attributes:
         generator: with its manager and cache, for statistics.
     """
 
-    def __init__(self, generator: Generator, requests: Iterable[Request], default: Request) -> None:
+    def __init__(
+        self, generator: Generator, requests: Iterable[Request], default: Request, longest: int | None = None
+    ) -> None:
         self.generator = generator
         self._default = default
-        self._streams: list[Stream] = []
+        self._longest = longest
         self._unfinished: dict[int, Stream] = {}
-        generator.rest()
-        for request in requests:
-            self._start(request)
+        self._run = _Run(generator)
+        self._run.owner = weakref.ref(self)
+        self._streams = [stream for request in requests for stream in self._start(request)]
 
     def add(
-        self, prompt: Prompt, *, max_new_tokens: int | None = None, stop_tokens: Iterable[int] | int | None = None
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        stop_tokens: Iterable[int] | int | None = None,
+        extra: Iterable[tuple[int, bytes]] | None = None,
+        **settings: Unpack[Settings],
     ) -> Stream:
-        """A request that arrives now; limits that are not given are those of `generate`.
+        """A request that arrives now; what is not given is as `generate` was told. The first stream, of n answers.
 
         Raises:
             ValueError, TypeError: as for `Generator.add`.
             RuntimeError: the generation is closed.
         """
-        request = _request(prompt, self._default)
+        request = _request(prompt, self._default, None if max_new_tokens is not None else self._longest)
+        request = _with(request, settings)
         if max_new_tokens is not None:
             request = replace(request, max_new_tokens=max_new_tokens)
         if stop_tokens is not None:
             request = replace(request, stop_tokens=_stop_tokens(None, stop_tokens))
-        return self._start(request)
+        if extra is not None:
+            request = replace(request, extra=tuple(extra))
+        return self._start(request)[0]
+
+    def reset_prefix_cache(self) -> None:
+        """For new weights: compute everything anew from here on, of the streams that have not ended too."""
+        self.generator.reset_prefix_cache()
 
     @property
     def num_unfinished(self) -> int:
@@ -194,40 +310,24 @@ class Generation:
 
     def step(self) -> list[Stream]:
         """One forward pass; returns the streams that got a token: none while only prompts are computed."""
-        new = self.generator.step()
-        streams = [self._unfinished[token.request_id] for token in new]
-        for stream, token in zip(streams, new, strict=True):
-            stream.tokens.append(token.token)
-            if token.finish is not None:
-                stream.finish = token.finish
-                del self._unfinished[token.request_id]
-        if not self._unfinished:
-            self.generator.rest()
-        return streams
+        return self._run.step()
 
     def cancel(self, stream: Stream) -> None:
         """End a stream now, if it has not ended, and give its blocks back."""
-        if self._unfinished.pop(stream.request_id, None) is not None:
-            self.generator.cancel(stream.request_id)
-            stream.finish = "cancelled"
-            if not self._unfinished:
-                self.generator.rest()
+        self._run.cancel(stream)
 
     def run(self) -> list[list[int]]:
         """The tokens of every request, once all have ended."""
         return [stream.read() for stream in self._streams]
 
     def close(self) -> None:
-        """Cancel what has not ended, and give the model its own attention back."""
-        for stream in list(self._unfinished.values()):
-            self.cancel(stream)
-        self.generator.close()
+        """Cancel what has not ended, and take no more."""
+        self._run.close()
 
-    def _start(self, request: Request) -> Stream:
-        stream = Stream(self, self.generator.add(request), request)
-        self._streams.append(stream)
-        self._unfinished[stream.request_id] = stream
-        return stream
+    def _start(self, request: Request) -> tuple[Stream, ...]:
+        answers = self._run.start(request)
+        self._unfinished.update((stream.request_id, stream) for stream in answers)
+        return answers
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -245,7 +345,55 @@ class Generation:
         self.close()
 
 
-def _request(prompt: Any, default: Request) -> Request:
+def _unpadded(prompts: Any, attention_mask: Any) -> Iterable[Any]:
+    """The prompts, each without what its mask leaves out."""
+    shape = tuple(getattr(prompts, "shape", ()))
+    if attention_mask is None:
+        if len(shape) == 2:
+            raise ValueError(
+                f"prompts is a {type(prompts).__name__} of shape {list(shape)}, which may hold padding; give "
+                "attention_mask, of ones where it does not, or a list of prompts"
+            )
+        if len(shape) == 1:
+            raise ValueError(f"prompts is a {type(prompts).__name__} of shape {list(shape)}; give a list of prompts")
+        given: Iterable[Any] = prompts
+        return given
+    mask = np.asarray(attention_mask.tolist() if hasattr(attention_mask, "tolist") else attention_mask)
+    ids = np.asarray(prompts.tolist() if hasattr(prompts, "tolist") else prompts)
+    if ids.ndim != 2 or mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {list(mask.shape)} and prompts {list(ids.shape)}; give both [prompts, columns]"
+        )
+    held = mask != 0
+    for number, line in enumerate(held):
+        inside = line[line.argmax() : len(line) - line[::-1].argmax()]
+        if line.any() and not inside.all():
+            raise ValueError(f"row {number} of attention_mask has a 0 between two 1; pad on the left or on the right")
+    return [row[line].tolist() for row, line in zip(ids, held, strict=True)]
+
+
+def _with(request: Request, settings: Settings) -> Request:
+    """The request with settings, each of which it has."""
+    given: dict[str, Any] = dict(settings)
+    known = Settings.__annotations__
+    for name in given.keys() - known.keys():
+        raise TypeError(f"{name}={given[name]!r} is no setting of a request; there are {', '.join(sorted(known))}")
+    for name in given.keys() & {"stop_strings", "logits_processors"}:
+        value = given[name]
+        given[name] = (value,) if isinstance(value, str) or callable(value) else tuple(value)
+    return replace(request, **given)
+
+
+def _limits(model: PreTrainedModel, max_new_tokens: int | None) -> tuple[int, int | None]:
+    """The new tokens of a prompt, and the length of prompt and answer together where that is what limits it."""
+    if max_new_tokens is not None:
+        return max_new_tokens, None
+    config: Any = getattr(model, "generation_config", None)
+    new, whole = getattr(config, "max_new_tokens", None), getattr(config, "max_length", None)
+    return new or 64, None if new else whole
+
+
+def _request(prompt: Any, default: Request, longest: int | None) -> Request:
     if isinstance(prompt, Request):
         return prompt
     if isinstance(prompt, str):
@@ -256,7 +404,15 @@ def _request(prompt: Any, default: Request) -> Request:
             raise TypeError(
                 f"a prompt holds {token!r} of type {type(token).__name__}; give token ids, one list a prompt"
             )
-    return replace(default, prompt=tuple(map(int, ids)))
+    request = replace(default, prompt=tuple(map(int, ids)))
+    if longest is None:
+        return request
+    if len(ids) >= longest:
+        raise ValueError(
+            f"a prompt of {len(ids)} tokens, and the model's generation_config has max_length={longest}, which counts "
+            "the prompt too; give max_new_tokens"
+        )
+    return replace(request, max_new_tokens=longest - len(ids))
 
 
 def _stop_tokens(model: PreTrainedModel | None, given: Iterable[int] | int | None) -> frozenset[int]:
@@ -275,6 +431,7 @@ def _needed(config: CacheConfig, requests: Sequence[Request], max_seqs: int, max
     blocks = sorted(
         blocks_needed(config, max(1, len(request.prompt) + request.max_new_tokens - 1), max_batch_tokens)
         for request in requests
+        for _ in range(request.n)
     )
     needed = sum(blocks[-max(1, max_seqs) :])
     return needed + needed // 64 + 1

@@ -67,8 +67,6 @@ def verify(model: PreTrainedModel, request: Request, tokens: Sequence[int]) -> V
     token that was given, so that every later token is held against its logits too.
 
     The bound does not cover expert routing: in half precision a tie between experts can change a logit by more.
-
-    The model attends as it does on its own: not inside `kvblocks.integrations.transformers.PagedModel`.
     """
     cache = DynamicCache(config=model.config)
     feed = list(request.prompt)

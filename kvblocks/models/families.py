@@ -650,7 +650,9 @@ def deepseek_v4(f: Fields) -> list[Layer]:
             )
             states = (
                 State("tokens not compressed yet", ((1, 4 * rate * both),), varies=("rest", rate)),
-                State("overlap of the last entry", ((1, 2 * rate * both),), varies=("last", rate)),
+                State("overlap of the last entry", ((1, rate * both),), varies=("last", rate)),
+                # The gates have a float32 bias added, which transformers keeps so in a model of any dtype.
+                State("gates of the last entry", ((1, rate * both),), "float32", varies=("last", rate)),
             )
         else:
             raise UnknownModel(f"deepseek_v4.layer_types: the planner does not know the kind {kind!r}")

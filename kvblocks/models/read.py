@@ -5,7 +5,6 @@ Torch and transformers are imported only where a config leaves out what transfor
 
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,9 +14,10 @@ from kvblocks.config import Chunk, Window
 from kvblocks.errors import MissingField, UnknownModel
 from kvblocks.models.architectures import MODEL_TYPES, TRANSLATED, read_fields
 from kvblocks.models.fields import MOST_LAYERS, Fields
+from kvblocks.models.hub import HubModel, hub_model
 from kvblocks.models.shapes import Layer, ModelCache, Reach, attention
 
-__all__ = ["Source", "read", "uniform"]
+__all__ = ["Source", "cache_dtype", "read", "uniform"]
 
 _NUMBERS = ("num_layers", "num_kv_heads", "head_dim", "v_head_dim", "num_attention_heads", "reaches", "dtype")
 _DEEPEST = 8  # text_configs inside each other
@@ -27,7 +27,7 @@ _SIZES |= {"hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embedding_dim"
 _SIZES |= {"num_attention_heads", "n_head", "n_heads", "num_heads"}
 _PARAMS = {"dim", "n_layers", "n_heads"}  # in every params.json of Meta's and Mistral's
 _CLASSES = {name.replace("_", "").replace("-", "").lower(): name for name in MODEL_TYPES}  # as classes are named
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_CONFIG_FILES = ("config.json", "params.json")
 
 
 class Source:
@@ -36,11 +36,18 @@ class Source:
     Args:
         config: its config as a dict, text half and all; None for plain numbers.
         read: makes the `ModelCache`, with a latent cache "latent" or "expanded".
+        origin: the folder or the model on the hub whose weights the config is of; None where there is none.
     """
 
-    def __init__(self, config: Mapping[str, Any] | None, read: Callable[[str], ModelCache]) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any] | None,
+        read: Callable[[str], ModelCache],
+        origin: Path | HubModel | None = None,
+    ) -> None:
         self.config = config
         self.read = read
+        self.origin = origin
 
 
 def read(model: Any) -> Source:
@@ -64,8 +71,9 @@ def read(model: Any) -> Source:
             f"nor num_layers (for numbers)"
         )
     if isinstance(model, str | os.PathLike):
-        path, name = _config_file(model)
-        return _config(_json(path), name)
+        path, name, origin = _config_file(model)
+        source = _config(_json(path), name)
+        return Source(source.config, source.read, origin)
     to_dict = getattr(model, "to_dict", None)
     if getattr(model, "model_type", None) is not None and callable(to_dict):
         return _config(to_dict(), None, whole=True)
@@ -143,36 +151,23 @@ def _checked_numbers(model: Mapping[str, Any]) -> dict[str, Any]:
     return dict(model)
 
 
-def _config_file(model: "str | os.PathLike[str]") -> tuple[Path, str]:
-    """The config.json of a folder, a file, or a hub id; and a name for it."""
+def _config_file(model: "str | os.PathLike[str]") -> tuple[Path, str, Path | HubModel | None]:
+    """The config.json of a folder, a file, or a hub id; a name for it; and where its weights are."""
     path = Path(model)
     if path.is_dir():
-        path = path / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{Path(model)} has no config.json")
-        return path, Path(model).resolve().name
+        file = next((path / name for name in _CONFIG_FILES if (path / name).is_file()), None)
+        if file is None:
+            raise FileNotFoundError(f"{path} has no config.json")
+        return file, path.resolve().name, path
     if path.is_file():
-        return path, path.stem if path.stem != "config" else path.resolve().parent.name
+        if path.name not in _CONFIG_FILES:
+            return path, path.stem, None
+        return path, path.resolve().parent.name, path.parent
     text = os.fspath(model)
-    if path.suffix == ".json" or not _HUB_ID.fullmatch(text) or text.startswith("."):
+    named = None if path.suffix == ".json" else hub_model(text)
+    if named is None:
         raise FileNotFoundError(f"{text} is neither a folder with a config.json nor a file")
-    return _from_hub(text), text
-
-
-def _from_hub(name: str) -> Path:
-    try:
-        from huggingface_hub import hf_hub_download
-    except ModuleNotFoundError:
-        raise FileNotFoundError(
-            f'{name} is neither a folder nor a file; to look it up on the hub: pip install "kvblocks[plan]"'
-        ) from None
-    try:
-        return Path(hf_hub_download(name, "config.json"))
-    except Exception as error:  # of many kinds, from several libraries; each says what went wrong
-        reason = " ".join(str(error).split())
-        raise FileNotFoundError(
-            f"{name} is neither a folder nor a file, and not to be had from the hub: {reason}"
-        ) from error
+    return named.file("config.json"), text, named
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -202,12 +197,34 @@ def _config(config: dict[str, Any], name: str | None, *, whole: bool = False) ->
             raise MissingField(text["model_type"], "transformers_version of 5 or more")
         read_fields(Fields(text["model_type"], text), name)
     except UnknownModel as problem:
+        if not isinstance(problem, MissingField) and _is_unknown(config):
+            return _measured(config, name)
         # transformers fills in what is missing, and translates fields by which configs of before say the same.
         if whole or not (isinstance(problem, MissingField) or TRANSLATED.intersection(_model_types(config))):
             raise
         config = _completed(config, problem, name)
         text = _text_half(config)
+    if text["model_type"] not in MODEL_TYPES:
+        return _measured(config, name)
     return Source(config, partial(_read_text, text, name))
+
+
+def _is_unknown(config: Mapping[str, Any]) -> bool:
+    return _text_half(config)["model_type"] not in MODEL_TYPES
+
+
+def _measured(config: dict[str, Any], name: str | None) -> Source:
+    """A model that no reader knows; both ways to keep latent attention are what transformers keeps."""
+    from kvblocks.models.measure import measure
+
+    inside = [half for half in config.values() if isinstance(half, Mapping)]
+    if _SIZES.isdisjoint({field for half in (config, *inside) for field in half}):
+        raise UnknownModel(
+            f"model_type={config['model_type']!r} is not an architecture that the planner knows, and its config gives "
+            f"no size, like num_hidden_layers or hidden_size, by which it could be measured; give the whole config"
+        )
+    shape = measure(config, name)
+    return Source(config, lambda _: shape)
 
 
 def _model_type(config: Mapping[str, Any], name: str | None) -> str:
@@ -236,6 +253,25 @@ def _inner(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The config that a model that sees or hears holds for its text half."""
     halves = (config.get(name) for name in ("text_config", "llm_config", "language_config", "thinker_config"))
     return next((half for half in halves if isinstance(half, Mapping)), None)
+
+
+def cache_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype that a quantized checkpoint asks for K and V in; None where it asks for none that is known.
+
+    compressed-tensors and ModelOpt write `kv_cache_scheme`, ModelOpt also `kv_cache_quant_algo`.
+    """
+    for _ in range(_DEEPEST):
+        given = config.get("quantization_config") or config.get("compression_config")
+        if isinstance(given, Mapping):
+            scheme = given.get("kv_cache_scheme")
+            if isinstance(scheme, Mapping) and scheme.get("num_bits") == 8:
+                return {"float": "float8_e4m3fn", "int": "int8"}.get(str(scheme.get("type")))
+            return "float8_e4m3fn" if given.get("kv_cache_quant_algo") == "FP8" else None
+        inner = _inner(config)
+        if inner is None:
+            return None
+        config = inner
+    return None
 
 
 def _read_text(text: Mapping[str, Any], name: str | None, mla: str) -> ModelCache:

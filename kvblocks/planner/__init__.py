@@ -4,7 +4,7 @@ Imports neither torch nor transformers where the numbers suffice.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any, Literal
@@ -12,23 +12,31 @@ from typing import Any, Literal
 from kvblocks.errors import MissingField, UnknownModel
 from kvblocks.formats import dtype_name, format_of
 from kvblocks.models.architectures import MODEL_TYPES
-from kvblocks.models.read import Source, read, uniform
+from kvblocks.models.read import Source, cache_dtype, read, uniform
 from kvblocks.models.shapes import ModelCache, Stored
 from kvblocks.planner.advice import Change, smallest_changes
+from kvblocks.planner.cards import CARDS, card_memory, parse_gpu
+from kvblocks.planner.checkpoint import Checkpoint, checkpoint_of
 from kvblocks.planner.figures import LONGEST, Settings
 from kvblocks.planner.parallel import stage_layers
 from kvblocks.planner.plans import Plan
-from kvblocks.sizes import parse_size
+from kvblocks.planner.splits import Split, best_split, fewest_devices, splits
+from kvblocks.planner.text import amount, count
+from kvblocks.planner.weights import prediction_layers, weight_bytes
+from kvblocks.sizes import parse_length, parse_share, parse_size
 
 __all__ = [
+    "CARDS",
     "MODEL_TYPES",
     "Change",
     "MissingField",
     "ModelCache",
     "Plan",
+    "Split",
     "UnknownModel",
     "plan",
     "smallest_changes",
+    "splits",
     "uniform",
 ]
 
@@ -40,17 +48,18 @@ def plan(
     *,
     dtype: Any = None,
     memory: Any = None,
+    gpu: str | None = None,
     block_size: int | None = None,
-    tp: int = 1,
+    tp: int | None = None,
     pp: int | Sequence[int] = 1,
     mla: Literal["latent", "expanded"] = "latent",
     stored: Stored = "exact",
-    seq_len: int | None = None,
+    seq_len: int | str | None = None,
     concurrency: int | None = None,
     weights: int | str | None = None,
     weights_dtype: Any = None,
     activations: int | str | None = None,
-    utilization: float = 1.0,
+    utilization: float | str = 1.0,
     sequences: int | None = None,
     encoder_tokens: int = 0,
     group_size: int | None = None,
@@ -64,22 +73,28 @@ def plan(
     Args:
         model: a transformers config, its dict, a folder with a config.json, the file, a hub id (only its config.json is
             downloaded), or numbers: `{"num_layers": 32, "num_kv_heads": 8, "head_dim": 128}`, see `uniform`.
-        dtype: of K and V: a `torch.dtype`, its name, "fp8", or the packed "int4" and "int2". None for the config's,
-            and bfloat16, with a note, where it names none.
-        memory: bytes of one device, a size like "80GiB", or a device whose free memory counts ("cuda:1", "cpu", or a
-            `torch.device`).
+        dtype: of K and V: a `torch.dtype`, its name, "fp8", the packed "int4" and "int2", or as engines call them:
+            "fp8_e4m3", "fp8_e5m2", "q8_0", "q4_0". None for the config's, and bfloat16, with a note, where it names
+            none; "auto" for the one that a quantized checkpoint asks for (`kv_cache_scheme`), else as None.
+        memory: bytes of one device, a size like "80GiB" ("80G" is the same, "80GB" is 80 * 1000**3), or a device whose
+            free memory counts ("cuda:1", "cpu", or a `torch.device`).
+        gpu: instead of memory: a card and how many there are, "h100:8"; see `CARDS`. Without a number, as many as hold
+            what is asked for.
         block_size: tokens in a block; None for 16, or the fewest more that the model's layers allow.
         tp: devices over which heads are split, each with equally many heads of queries, in order, and the K and V heads
-            that these share; where heads do not divide some are kept several times, and the plan says so.
+            that these share; where heads do not divide some are kept several times, and the plan says so. None for
+            1, and with `gpu` for the size with which the cards hold the most sequences, in as many copies as there are
+            cards for.
         pp: pipeline stages, or the layers of each.
         mla: what layers with latent attention keep: the latent and the rotated key, or K and V of all heads.
         stored: "exact", or "transformers" for what the caches of the installed kind keep (it changes `cache_bytes`).
-        seq_len, concurrency: what is asked for: so many sequences of so many tokens.
-        weights: bytes or a size of all weights; "auto" builds the model without memory to count them (needs torch and
+        seq_len, concurrency: what is asked for: so many sequences of so many tokens (32768, or "32k").
+        weights: bytes or a size of all weights; "auto" reads the safetensors headers or their index beside the config,
+            on the hub too, and where there are none builds the model without memory to count them (needs torch and
             transformers). None counts none.
-        weights_dtype: of the weights; None for the config's.
+        weights_dtype: count the weights as the config describes them, in this dtype; None for the checkpoint's own.
         activations: bytes or a size set aside on each device.
-        utilization: the share of the memory that is used, above 0 and at most 1.
+        utilization: the share of the memory that is used, above 0 and at most 1 (0.9, or "90%").
         sequences: for how many the fixed state is set aside before blocks are counted; None for `concurrency`.
         encoder_tokens: of an encoder or an image, that cross-attention keeps K and V for in every sequence.
         group_size: numbers of one head that share a scale, in 8-bit and packed dtypes; None where scales are not kept
@@ -102,14 +117,22 @@ def plan(
         >>> fits.bytes_per_token, fits.num_blocks, fits.max_tokens
         (131072, 5120, 81920)
     """
+    used = _share(utilization)
     source = read(model)
     if block_size is not None:
         _integer("block_size", block_size, LONGEST)
-    _integer("tp", tp, LONGEST)
+    if tp is not None:
+        _integer("tp", tp, LONGEST)
+    card, cards = (None, None) if gpu is None else parse_gpu(gpu)
+    if card is not None:
+        if memory is not None:
+            raise ValueError(f"memory={memory!r:.60} and gpu={gpu!r}: the card says its memory; give one of them")
+        memory = card_memory(card)
     _integer("max_groups", max_groups, LONGEST)
     _integer("step_tokens", step_tokens, LONGEST)
     _integer("encoder_tokens", encoder_tokens, LONGEST, 0)
-    for name, value in (("seq_len", seq_len), ("concurrency", concurrency), ("sequences", sequences)):
+    length = _length(seq_len)
+    for name, value in (("seq_len", length), ("concurrency", concurrency), ("sequences", sequences)):
         if value is not None:
             _integer(name, value, LONGEST)
     _one_of("mla", mla, ("latent", "expanded"))
@@ -123,9 +146,18 @@ def plan(
             f"stored='transformers' with mla='expanded': transformers' cache of {shape.name} keeps the latent and the "
             f"rotated key; give mla='latent' for its bytes, or stored='exact' for those of expanded heads"
         )
+    asks = None if source.config is None else cache_dtype(source.config)
+    if isinstance(dtype, str) and dtype == "auto":
+        dtype = asks
+    elif dtype is None and asks is not None:
+        asked = f"the checkpoint asks for K and V in {asks} (kv_cache_scheme); dtype='auto' counts them so"
+        shape, other = (replace(one, notes=(*one.notes, asked)) for one in (shape, other))
     if dtype is None and shape.dtype is None:
         assumed = "no dtype is named: K and V are taken to be bfloat16; give dtype where they are not"
         shape, other = (replace(one, dtype="bfloat16", notes=(*one.notes, assumed)) for one in (shape, other))
+    weights_bytes, weights_note = _weights(weights, weights_dtype, source, shape)
+    if weights_note is not None:
+        shape, other = (replace(one, notes=(*one.notes, weights_note)) for one in (shape, other))
     kept_in = format_of(shape.dtype if dtype is None else dtype, group_size, scale_dtype, zero_point)
     stages = stage_layers(shape, pp)
     if block_size is None:
@@ -137,22 +169,28 @@ def plan(
                     f"block_size={block_size} is no multiple of {kept.every}, the tokens that share an entry of the "
                     f"{kept.name} of {shape.name}"
                 )
-    return Plan(
+    devices = (tp or 1) * len(stages)
+    if cards is not None and devices > cards:
+        raise ValueError(f"tp={tp or 1} and pp={len(stages)} need {devices} cards; gpu={gpu!r} has {cards}")
+    made = Plan(
         Settings(
             model=shape,
             format=kept_in,
             state_dtype=_state_dtype(shape, kept_in.name if kept_in.is_float and dtype is not None else None),
             other_mla=other if other != shape else None,
-            memory=_memory(memory, utilization),
-            utilization=Fraction(repr(float(utilization))),
+            memory=_memory(memory, used),
+            utilization=used,
             block_size=block_size,
-            tp=tp,
+            gpu=card,
+            gpus=cards,
+            copies=1 if cards is None else cards // devices,
+            tp=tp or 1,
             stages=stages,
             mla=mla,
             stored=stored,
-            weights=_weights(weights, weights_dtype, source, shape),
+            weights=weights_bytes,
             activations=_size("activations", activations) or 0,
-            seq_len=seq_len,
+            seq_len=length,
             concurrency=concurrency,
             sequences=sequences,
             encoder_tokens=encoder_tokens,
@@ -160,6 +198,13 @@ def plan(
             step_tokens=step_tokens,
         )
     )
+    if card is None or tp is not None:
+        return made
+    if cards is not None:
+        best = best_split(splits(made))
+        return made.replaced(tp=best.tp, copies=best.copies)
+    fewest = fewest_devices(made) if len(stages) == 1 else None
+    return made if fewest is None else made.replaced(tp=fewest.settings.tp, stages=fewest.settings.stages)
 
 
 def _state_dtype(shape: ModelCache, asked: str | None) -> str | None:
@@ -174,16 +219,41 @@ def _state_dtype(shape: ModelCache, asked: str | None) -> str | None:
     return dtype_name(name)
 
 
-def _memory(memory: Any, utilization: float) -> int | None:
-    if isinstance(utilization, bool) or not isinstance(utilization, int | float):
-        raise TypeError(f"utilization={utilization!r} is of type {type(utilization).__name__}; give a number up to 1")
-    if not 0 < utilization <= 1:
+def _share(utilization: float | str) -> Fraction:
+    """The share as it is written: 0.9 is 9/10, not the float next to it."""
+    if isinstance(utilization, str) and "%" in utilization:
+        try:
+            share = parse_share(utilization)
+        except ValueError as error:
+            raise ValueError(f"utilization={error}") from None
+    elif isinstance(utilization, bool) or not isinstance(utilization, int | float):
+        raise TypeError(
+            f"utilization={utilization!r:.60} is of type {type(utilization).__name__}; give a number up to 1, or '90%'"
+        )
+    elif not 0 < utilization <= 1:
         raise ValueError(f"utilization={utilization} is outside 0 (not included) to 1")
+    else:
+        share = Fraction(repr(float(utilization)))
+    if not 0 < share <= 1:
+        raise ValueError(f"utilization={utilization!r} is outside 0% (not included) to 100%")
+    return share
+
+
+def _length(value: Any) -> Any:
+    """The tokens that a text like "32k" stands for; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_length(value)
+    except ValueError as error:
+        raise ValueError(f"seq_len={error}") from None
+
+
+def _memory(memory: Any, used: Fraction) -> int | None:
     if f"{type(memory).__module__}.{type(memory).__qualname__}" == "torch.device":
         memory = str(memory)
     size = _free_memory(memory) if isinstance(memory, str) and _is_device(memory) else _size("memory", memory)
-    # The share as it is written: 0.9 is 9/10, not the float next to it.
-    return None if size is None else int(size * Fraction(repr(float(utilization))))
+    return None if size is None else int(size * used)
 
 
 def _is_device(text: str) -> bool:
@@ -213,34 +283,55 @@ def _size(name: str, value: Any) -> int | None:
         return None
     if isinstance(value, str):
         try:
-            return parse_size(value)
+            size = parse_size(value)
         except ValueError as error:
             raise ValueError(f"{name}={error}") from None
+        if value.strip().isdecimal() and 0 < size < 2**20:
+            raise ValueError(
+                f"{name}={value!r} has no unit; give {value.strip()}GiB where these are GiB, or {value.strip()}B where "
+                f"they are bytes"
+            )
+        return size
     _integer(name, value, 2**63 - 1, 0)
     return int(value)
 
 
-def _weights(weights: int | str | None, dtype: Any, source: Source, shape: ModelCache) -> int:
+def _weights(weights: int | str | None, dtype: Any, source: Source, shape: ModelCache) -> tuple[int, str | None]:
+    """Bytes of all weights, and what a reader should know about them."""
     if weights != "auto":
         if dtype is not None:
             raise ValueError(
-                f"weights_dtype={dtype!r} is for weights='auto'; weights={weights!r} says the bytes itself"
+                f"weights_dtype={dtype!r:.60} is for weights='auto'"
+                + ("" if weights is None else f"; weights={weights!r:.60} says the bytes itself")
             )
-        return _size("weights", weights) or 0
+        return _size("weights", weights) or 0, None
     if source.config is None:
         raise ValueError("weights='auto' needs a config; plain numbers do not say what a model's weights are")
     if dtype is None:
+        stored = None if source.origin is None else checkpoint_of(source.origin, len(shape.layers))
+        if stored is not None:
+            return stored.total, _checkpoint_note(stored, source.config)
         quantized = source.config.get("quantization_config")
         if quantized:
             raise ValueError(
-                "weights='auto': the config has a quantization_config, which mixes dtypes; "
-                "give the bytes, or weights_dtype"
+                "weights='auto': the config has a quantization_config, which mixes dtypes, and no safetensors lie "
+                "beside it; give the bytes, or weights_dtype"
             )
         if shape.dtype is None:
             raise ValueError(f"weights='auto': the config of {shape.name} names no dtype; give weights_dtype")
-    from kvblocks.planner.weights import weight_bytes
+    counted = weight_bytes(source.config, format_of(shape.dtype if dtype is None else dtype))
+    ahead = prediction_layers(source.config)
+    if not ahead:
+        return counted, None
+    return counted, f"weights are counted without {count(ahead, 'layer')} for multi-token prediction"
 
-    return weight_bytes(source.config, format_of(shape.dtype if dtype is None else dtype))
+
+def _checkpoint_note(stored: Checkpoint, config: Mapping[str, Any]) -> str:
+    note = f"weights are those of the checkpoint, by {stored.source}"
+    if stored.ahead:
+        return f"{note}; {amount(stored.ahead)} of them are of layers for multi-token prediction"
+    ahead = prediction_layers(config) if stored.ahead is None else 0
+    return f"{note}; with {count(ahead, 'layer')} for multi-token prediction, where it holds them" if ahead else note
 
 
 def _integer(name: str, value: Any, high: int, low: int = 1) -> None:

@@ -10,6 +10,7 @@ from kvblocks.models.grouping import BlockGroup
 from kvblocks.models.shapes import Kept, Layer, Reach
 from kvblocks.planner.advice import smallest_changes
 from kvblocks.planner.figures import LONGEST, Figures, Stage
+from kvblocks.planner.splits import best_split, splits
 from kvblocks.planner.text import amount, count
 
 __all__ = ["Line", "explain", "lines", "notes", "reach_text", "title", "to_dict", "verdict"]
@@ -47,6 +48,8 @@ def title(plan: Figures) -> str:
         parts.append(f"tp={settings.tp}")
     if len(settings.stages) > 1:
         parts.append(f"pp={len(settings.stages)}")
+    if settings.gpu is not None:
+        parts.append(f"{settings.gpus or settings.tp * len(settings.stages)} × {settings.gpu}")
     return f"{plan.model.name}: {', '.join(parts)}"
 
 
@@ -88,7 +91,28 @@ def lines(plan: Figures) -> list[Line]:
         found.append(Line("state per sequence", _state_terms(stage), f"{stage.state_bytes:,} B"))
     found += _memory_lines(plan)
     found += _answers(plan)
+    if plan.settings.gpu is not None:
+        found += _split_lines(plan)
     return found
+
+
+def _split_lines(plan: Figures) -> list[Line]:
+    """Every size of tensor parallelism in a line, and which is best."""
+    settings, found = plan.settings, splits(plan)
+    best = best_split(found)
+    made = []
+    for split in found:
+        cards = count(split.tp * len(settings.stages), "card")
+        copies = f"{count(split.copies, 'copy', 'copies')} on " if settings.gpus else ""
+        blocks = split.plan.num_blocks
+        room = f"{blocks:,} blocks" if blocks else "room for no block" if split.plan.block_bytes else "state alone"
+        held = f"{split.sequences:,} sequences of {settings.reference_len:,} at once"
+        marked = f"{held}, the best" if split is best and split.plan.fits else held
+        what = (
+            f"{copies}{cards}{' each' if copies else ''}, with {amount(split.plan.weights_bytes)} of weights and {room}"
+        )
+        made.append(Line(f"tp={split.tp}", what, marked))
+    return made
 
 
 def _group_line(stage: Stage, group: BlockGroup) -> Line:
@@ -193,14 +217,18 @@ def _memory_lines(plan: Figures) -> list[Line]:
 
 def _answers(plan: Figures) -> list[Line]:
     settings, stage = plan.settings, plan.stage
-    sequences, length = settings.concurrency, settings.seq_len
+    sequences, length = settings.each, settings.seq_len
     found = []
     if length is not None:
         each = plan.sequence_bytes(length)
         blocks = plan.blocks_for(length)
         state = f" + {stage.state_bytes:,} B state" if stage.state_bytes else ""
         found.append(
-            Line(f"sequence of {length:,}", f"{count(blocks, 'block')} × {stage.block_bytes:,} B{state}", amount(each))
+            Line(
+                f"sequence of {length:,}",
+                f"{count(blocks, 'block')} × {stage.block_bytes:,} B{state}",
+                f"{amount(each)}{_past(plan, length)}",
+            )
         )
         if sequences is not None:
             needed = plan.memory_for(sequences, length)
@@ -212,16 +240,24 @@ def _answers(plan: Figures) -> list[Line]:
             found.append(Line("memory needed", terms, amount(needed)))
     if settings.memory is None:
         return found
-    found.append(Line("longest sequence", "alone in the cache", _length_text(plan.max_seq_len(1))))
+    found.append(Line("longest sequence", "alone in the cache", _length_text(plan, plan.max_seq_len(1))))
     if length is not None:
         found.append(Line(f"sequences of {length:,} at once", "", f"{plan.max_concurrency(length):,}"))
     if sequences is not None and sequences > 1:
-        found.append(Line(f"longest of {sequences:,} sequences", "", _length_text(plan.max_seq_len(sequences))))
+        found.append(Line(f"longest of {sequences:,} sequences", "", _length_text(plan, plan.max_seq_len(sequences))))
     return found
 
 
-def _length_text(length: int) -> str:
-    return "no bound: the cache stops growing" if length == LONGEST else count(length, "token")
+def _length_text(plan: Figures, length: int) -> str:
+    return "no bound: the cache stops growing" if length == LONGEST else count(length, "token") + _past(plan, length)
+
+
+def _past(plan: Figures, length: int) -> str:
+    """A remark beside a figure at a length that the model was not made for."""
+    longest = plan.model.max_seq_len
+    if longest is None or length <= longest:
+        return ""
+    return f" (the model was made for {count(longest, 'token')})"
 
 
 def reach_text(reach: Reach) -> str:
@@ -257,6 +293,7 @@ def notes(plan: Figures) -> list[str]:
         found.append(f"note: {count(len(shared), 'layer')} read what another layer keeps, and keep nothing")
     if settings.model.has_cross_attention and not settings.encoder_tokens:
         found.append("note: without what cross-attention keeps of an encoder or an image; give encoder_tokens")
+    found += _card_notes(plan)
     if settings.weights and settings.tp * len(settings.stages) > 1:
         found.append("note: weights are counted as if they split evenly over all devices")
     format = settings.format
@@ -272,9 +309,25 @@ def notes(plan: Figures) -> list[str]:
         )
     if stage.state_bytes and settings.memory is not None and not settings.reserved:
         found.append("note: no state is set aside before blocks are counted; give sequences to do so")
-    longest = settings.model.max_seq_len
-    if settings.seq_len is not None and longest is not None and settings.seq_len > longest:
-        found.append(f"note: the model was made for sequences of {longest:,} tokens")
+    return found
+
+
+def _card_notes(plan: Figures) -> list[str]:
+    settings = plan.settings
+    if settings.gpu is None:
+        return []
+    devices = settings.tp * len(settings.stages)
+    if settings.copies > 1:
+        split = f"{settings.copies} copies of the model on {count(devices, 'card')} each; figures are of one copy"
+        if settings.concurrency is not None:
+            split += f", which holds {settings.each:,} of the {settings.concurrency:,} sequences"
+        found = [f"note: {split}"]
+    elif settings.gpus is None and plan.fits:
+        found = [f"note: {count(devices, settings.gpu + ' card')} needed, the fewest that hold what is asked for"]
+    else:
+        found = []
+    if not settings.weights:
+        found.append("note: no weights are counted, which decide how many cards are needed; give weights")
     return found
 
 
@@ -285,7 +338,7 @@ def verdict(plan: Figures) -> list[str]:
     sequences, length = plan.target
     found = [
         f"does not fit: {count(sequences, 'sequence')} of {count(length, 'token')} need "
-        f"{plan.memory_for(sequences, length):,} B, there are {plan.memory or 0:,} B; "
+        f"{plan.memory_for(sequences, length):,} B, there are {plan.memory or 0:,} B{_share_text(plan)}; "
         f"{plan.missing_bytes:,} B ({amount(plan.missing_bytes)}) are missing"
     ]
     if plan.settings.sequences is not None and sequences > plan.settings.sequences:
@@ -297,11 +350,22 @@ def verdict(plan: Figures) -> list[str]:
     return found
 
 
+def _share_text(plan: Figures) -> str:
+    used = plan.settings.utilization
+    if used == 1:
+        return ""
+    return (
+        f" with utilization={float(used):g}, which leaves {amount(int((plan.memory or 0) * (1 - used) / used))} unused"
+    )
+
+
 def to_dict(plan: Figures) -> dict[str, Any]:
     """All figures, as JSON takes them; bytes are integers, and what was not asked for is None."""
     settings, stage = plan.settings, plan.stage
     asked = settings.memory is not None
-    length, sequences = settings.seq_len, settings.concurrency
+    length, sequences = settings.seq_len, settings.each
+    found = splits(plan) if settings.gpu is not None else ()
+    best = best_split(found) if found else None
     return {
         "model": plan.model.name,
         "dtype": plan.dtype,
@@ -331,7 +395,21 @@ def to_dict(plan: Figures) -> dict[str, Any]:
         "num_blocks": plan.num_blocks,
         "max_tokens": plan.max_tokens,
         "seq_len": length,
-        "concurrency": sequences,
+        "concurrency": settings.concurrency,
+        "gpu": settings.gpu,
+        "gpus": settings.gpus or (settings.tp * len(settings.stages) if settings.gpu else None),
+        "copies": settings.copies,
+        "splits": [
+            {
+                "tp": split.tp,
+                "copies": split.copies,
+                "num_blocks": split.plan.num_blocks,
+                "sequences": split.sequences,
+                "fits": split.plan.fits,
+                "best": split is best,
+            }
+            for split in found
+        ],
         "sequence_bytes": plan.sequence_bytes(length) if length is not None else None,
         "cache_bytes": plan.cache_bytes(length) if length is not None else None,
         "memory_needed": plan.memory_for(sequences, length) if length is not None and sequences is not None else None,

@@ -39,7 +39,10 @@ class Settings:
         stored: whose caches `cache_bytes` counts.
         weights: bytes of all of the model's weights; 0 where they are not counted.
         activations: bytes set aside on each device.
-        seq_len, concurrency: what is asked for: so many sequences of so many tokens.
+        seq_len, concurrency: what is asked for: so many sequences of so many tokens, over all copies.
+        gpu: the name of the card that `memory` is of; None where it is none of the table.
+        gpus: cards there are; None where as many are meant as the split takes.
+        copies: of the model, each on devices of its own; figures are of one.
         sequences: for how many state is set aside before blocks are counted.
         encoder_tokens: of an encoder or an image, that cross-attention keeps.
         max_groups: of layers that share a block table.
@@ -64,6 +67,9 @@ class Settings:
     activations: int = 0
     seq_len: int | None = None
     concurrency: int | None = None
+    gpu: str | None = None
+    gpus: int | None = None
+    copies: int = 1
     sequences: int | None = None
     encoder_tokens: int = 0
     max_groups: int = 12
@@ -78,9 +84,14 @@ class Settings:
         return self.seq_len or self.model.max_seq_len or 32768
 
     @property
+    def each(self) -> int | None:
+        """Sequences that are asked for of one copy of the model."""
+        return None if self.concurrency is None else math.ceil(self.concurrency / self.copies)
+
+    @property
     def reserved(self) -> int:
         """Sequences whose state is set aside before blocks are counted."""
-        return (self.concurrency or 0) if self.sequences is None else self.sequences
+        return (self.each or 0) if self.sequences is None else self.sequences
 
     def heads(self, heads: int, queries: int | None = None) -> tuple[int, int]:
         """Of `heads` heads: how many lie on the fullest device, and how many on all devices, each copy counted.
@@ -205,9 +216,9 @@ class Stage:
         s = self.settings
         room = self.room
         if room is None:
-            if s.seq_len is None or s.concurrency is None:
+            if s.seq_len is None or s.each is None:
                 return None
-            return self.layout.blocks(s.seq_len + self.extra_tokens) * s.concurrency
+            return self.layout.blocks(s.seq_len + self.extra_tokens) * s.each
         if not self.block_bytes:
             return 0
         return max(0, min(LONGEST, (room - s.reserved * self.state_bytes) // self.block_bytes))
@@ -393,8 +404,8 @@ class Figures:
 
     @property
     def target(self) -> tuple[int, int]:
-        """Sequences and tokens that have to fit: what was asked for, at least one sequence of one token."""
-        return self.settings.concurrency or 1, self.settings.seq_len or 1
+        """Sequences and tokens that one copy has to hold: what was asked for, at least one sequence of one token."""
+        return self.settings.each or 1, self.settings.seq_len or 1
 
     @property
     def fits(self) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from kvblocks.models.shapes import ModelCache
 
-__all__ = ["check_tp", "stage_layers"]
+__all__ = ["check_tp", "splits_evenly", "stage_layers"]
 
 
 def stage_layers(model: ModelCache, pp: "int | Sequence[int]") -> tuple[int, ...]:
@@ -47,3 +47,8 @@ def check_tp(model: ModelCache, tp: int) -> None:
         good = [str(number) for number in sorted({*small, *(queries // number for number in small)})]
         shown = ", ".join(good[:-1]) + f" or {good[-1]}" if len(good) > 1 else good[0]
         raise ValueError(f"num_attention_heads={queries} does not divide by tp={tp}; use {shown}")
+
+
+def splits_evenly(model: ModelCache, tp: int) -> bool:
+    """Whether every device of `tp` has as many heads of queries as every other."""
+    return all(queries % tp == 0 for queries in model.query_heads)

@@ -12,6 +12,6 @@ def amount(nbytes: int) -> str:
     return f"{nbytes / 1024**power:,.2f} {units[power - 2]}"
 
 
-def count(number: int, noun: str) -> str:
-    """`1 token`, `2 tokens`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """`1 token`, `2 tokens`; `plural` where that is not the noun and an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

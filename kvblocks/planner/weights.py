@@ -6,7 +6,17 @@ from typing import Any
 from kvblocks.errors import UnknownModel
 from kvblocks.formats import Format
 
-__all__ = ["weight_bytes"]
+__all__ = ["prediction_layers", "weight_bytes"]
+
+# What configs call the number of layers that predict several tokens ahead; transformers builds none of them.
+_PREDICTION = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+
+
+def prediction_layers(config: Mapping[str, Any]) -> int:
+    """Layers for multi-token prediction that a checkpoint holds besides the model's own, as its config says."""
+    halves = [config, *(value for value in config.values() if isinstance(value, Mapping))]
+    given = [half.get(name) for half in halves for name in _PREDICTION]
+    return max((number for number in given if type(number) is int), default=0)
 
 
 def weight_bytes(config: Mapping[str, Any], format: Format) -> int:
@@ -27,7 +37,8 @@ def weight_bytes(config: Mapping[str, Any], format: Format) -> int:
             name=error.name,
         ) from None
     kinds: Any = CONFIG_MAPPING
-    makers: list[Any] = [AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM]
+    # Of types that are registered as both, the one that sees holds the whole checkpoint, the causal one its text half.
+    makers: list[Any] = [AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForSeq2SeqLM]
     if config["model_type"] not in kinds:
         raise UnknownModel(
             f"the installed transformers has no model_type={config['model_type']!r}; give the bytes of its weights"
@@ -36,7 +47,7 @@ def weight_bytes(config: Mapping[str, Any], format: Format) -> int:
         made = kinds[config["model_type"]].from_dict(dict(config))
         if made.is_encoder_decoder:
             makers.reverse()
-        maker = next((maker for maker in makers if type(made) in maker._model_mapping), makers[0])
+        maker = next((maker for maker in makers if type(made) in maker._model_mapping), AutoModelForCausalLM)
         with torch.device("meta"):
             model = maker.from_config(made)
         model.tie_weights()

@@ -13,16 +13,20 @@ from kvblocks.integrations.transformers.layers import (
     kv_shape,
     layer_groups,
     longest_sequence,
+    placeholder_tokens,
 )
+from kvblocks.integrations.transformers.pool import Pool
 
 __all__ = [
     "KVShape",
     "PagedCache",
     "PagedModel",
+    "Pool",
     "UnsupportedModel",
     "cache_config",
     "check_model",
     "kv_shape",
     "layer_groups",
     "longest_sequence",
+    "placeholder_tokens",
 ]

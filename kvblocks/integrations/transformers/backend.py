@@ -3,17 +3,20 @@
 Importing this module registers the attention and its mask with transformers. Scheduling is not here.
 """
 
+import contextlib
 import inspect
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from kvblocks.attention.call import paged_attention
 from kvblocks.config import Chunk, Window
@@ -26,6 +29,44 @@ from kvblocks.storage.cache import PagedKVCache
 __all__ = ["PagedModel", "check_model"]
 
 NAME = "kvblocks"
+
+
+def unwrapped(model: Any) -> PreTrainedModel:
+    """The transformers model inside what `torch.compile` or PEFT made of it.
+
+    Raises:
+        UnsupportedModel: there is none, or PEFT puts K and V of its own before every prompt.
+    """
+    inner = model
+    while not isinstance(inner, PreTrainedModel):
+        if getattr(inner, "_orig_mod", None) is not None:
+            inner = inner._orig_mod
+        elif hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+            if getattr(inner.active_peft_config, "is_prompt_learning", False):
+                raise UnsupportedModel(
+                    f"{type(model).__name__} learns a prompt ({inner.active_peft_config.peft_type}), whose K and V "
+                    "belong to no token; served are adapters that change weights, as LoRA does"
+                )
+            inner = inner.get_base_model()
+        else:
+            raise UnsupportedModel(
+                f"a {type(inner).__name__} is no transformers model, nor one that torch.compile or PEFT has wrapped"
+            )
+    return inner
+
+
+def adapters(model: PreTrainedModel) -> bytes:
+    """Which adapters change the model's K and V now, for the salt of a prompt; empty where none is there.
+
+    Adapters are told apart by name: one that is trained on is new weights.
+    """
+    parts: Iterator[Any] = model.modules()
+    states = {
+        (tuple(part.active_adapters), bool(part.disable_adapters))
+        for part in parts
+        if hasattr(part, "active_adapters") and hasattr(part, "disable_adapters") and hasattr(part, "base_layer")
+    }
+    return repr(sorted(states)).encode() if states else b""
 
 
 def check_model(model: PreTrainedModel) -> tuple[ModelLayer, ...]:
@@ -51,50 +92,44 @@ def check_model(model: PreTrainedModel) -> tuple[ModelLayer, ...]:
 
 
 class PagedModel:
-    """A model whose layers attend through kvblocks, from `attach` to `detach`.
+    """A model whose layers attend through kvblocks for the length of a pass, and by themselves between passes.
+
+    Args:
+        model: a transformers model, or what torch.compile or PEFT made of one; attention itself is not compiled.
+
+    Attributes:
+        model: the transformers model.
+        layers: of it.
 
     Raises:
         UnsupportedModel: see `check_model`.
+
+    Thread-safety: passes over one model wait for each other, also those of other `PagedModel`s. Who runs the model by
+    itself in another thread meanwhile gets an `UnsupportedModel` that says so.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.layers = check_model(model)
-        self._before: str | None = None
-        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-
-    def attach(self) -> None:
-        """Let the model's layers attend through kvblocks, if they do not by this already.
-
-        Raises:
-            UnsupportedModel: they do by another `PagedModel`.
-        """
-        if self._before is not None:
-            return
-        before: str = self.model.config._attn_implementation
-        if before == NAME:
-            raise UnsupportedModel(f"another generator drives this {type(self.model).__name__}; close that one first")
-        self.model.set_attn_implementation(NAME)
-        self._before = before
+    def __init__(self, model: Any) -> None:
+        self.model = unwrapped(model)
+        self.layers = check_model(self.model)
+        self._call = model
+        self._keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     @torch.inference_mode()
     def measure(self) -> KVShape:
-        """What the layers hand to attention: one token is run through the model, attending to nothing.
+        """What the layers hand to attention: one token is run through the model, attending to nothing, the first time.
 
         Raises:
-            UnsupportedModel: a layer does what the cache cannot serve; or as for `attach`.
+            UnsupportedModel: a layer does what the cache cannot serve.
         """
+        if self.model in _measured:
+            return _measured[self.model]
         run = _Run(self.layers, None, None)
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
-        attached_before = self._before is not None
-        self.attach()
-        try:
-            self._run(run, input_ids=token, position_ids=token)
-        finally:
-            if not attached_before:
-                self.detach()
+        self._run(run, input_ids=token, position_ids=token)
         writing = [run.shapes[layer.index] for layer in self.layers if layer.writes]
-        return KVShape(len(writing), *(max(sizes) for sizes in zip(*writing, strict=True)))
+        shape = KVShape(len(writing), *(max(sizes) for sizes in zip(*writing, strict=True)))
+        _measured[self.model] = shape
+        return shape
 
     def forward(self, engine: CacheEngine, step: StepBuffers, wanted: Tensor) -> Tensor:
         """One forward pass over the tokens of a prepared step; their K and V are written into the cache on the way.
@@ -122,7 +157,8 @@ class PagedModel:
     def _run(self, run: "_Run", **inputs: Any) -> Any:
         entered = _running.set(run)
         try:
-            output = self.model(use_cache=False, **inputs)
+            with _attached(self.model):
+                output = self._call(use_cache=False, **inputs)
         finally:
             _running.reset(entered)
         expected = [layer.index for layer in self.layers if layer.storage is not None]
@@ -133,11 +169,41 @@ class PagedModel:
             )
         return output
 
-    def detach(self) -> None:
-        """Give the model its own attention back."""
-        before, self._before = self._before, None
-        if before is not None:
-            self.model.set_attn_implementation(before)
+
+_measured: "WeakKeyDictionary[PreTrainedModel, KVShape]" = WeakKeyDictionary()
+_locks: "WeakKeyDictionary[PreTrainedModel, threading.RLock]" = WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _attached(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model's layers attend through kvblocks, and give each part its own attention back, whatever happens."""
+    with _locks_lock:
+        lock = _locks.setdefault(model, threading.RLock())
+    with lock:
+        before = [(config, config._attn_implementation) for config in _configs(model)]
+        try:
+            model.set_attn_implementation(NAME)
+            yield
+        finally:
+            for config, attention in before:
+                config._attn_implementation = attention
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Every config that says how a part of the model attends, parents before their children."""
+    found: dict[int, PreTrainedConfig] = {}
+
+    def walk(config: PreTrainedConfig) -> None:
+        found.setdefault(id(config), config)
+        for name in config.sub_configs:
+            if isinstance(child := getattr(config, name, None), PreTrainedConfig):
+                walk(child)
+
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            walk(part.config)
+    return list(found.values())
 
 
 @dataclass
@@ -186,6 +252,7 @@ def _mask(
     return None if local_size is None else _LocalMask(local_size)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator] # it knows tensors by address, and a trace has none
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -206,8 +273,8 @@ def _attention(
     run = _running.get()
     if run is None:
         raise UnsupportedModel(
-            f'attention "{NAME}" was called without a step: the model was not run through {__name__}.PagedModel '
-            "(for other uses, model.set_attn_implementation brings another attention back)"
+            f'attention "{NAME}" was called without a step: the model was not run through {__name__}.PagedModel. If '
+            "another thread runs a pass of it, wait for that; else model.set_attn_implementation brings another back"
         )
     index: int | None = getattr(module, "layer_idx", None)
     if index is None or not 0 <= index < len(run.layers):
@@ -234,6 +301,10 @@ def _attention(
     if run.engine is None or run.step is None:
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     cache, group = run.engine[layer.storage], run.engine.group_of(layer.storage)
+    made = None
+    if torch.is_autocast_enabled(key.device.type):
+        made = torch.get_autocast_dtype(key.device.type)  # what torch's own attention would see and give
+        key, value, query = (states.to(made).to(cache.dtype) for states in (key, value, query))
     _check_reach(where, run.engine.config.groups[group].reach, window, chunk)
     keys, values, queries = (states[0].transpose(0, 1) for states in (key, value, query))
     heads, value_dim = queries.shape[1], values.shape[2]
@@ -248,12 +319,14 @@ def _attention(
     output = paged_attention(
         queries, cache, run.step, scale=scaling, window=window, chunk=chunk, softcap=softcap, sinks=s_aux
     )
-    return output[None, :, :heads, :value_dim], None
+    output = output[None, :, :heads, :value_dim]
+    return output if made is None else output.to(made), None
 
 
 def _check_reach(where: str, kept: Window | Chunk | None, window: int | None, chunk: int | None) -> None:
     """Stop a layer that would read blocks which its group has given back."""
-    if (isinstance(kept, Window) and (window is None or window > kept.size)) or (
+    attended = window if chunk is None else chunk  # a chunk never reaches further back than a window of its size
+    if (isinstance(kept, Window) and (attended is None or attended > kept.size)) or (
         isinstance(kept, Chunk) and chunk != kept.size
     ):
         raise UnsupportedModel(f"{where} attends with window={window} and chunk={chunk}, and its group keeps {kept}")

@@ -26,10 +26,12 @@ from kvblocks.integrations.transformers.layers import (
     kv_shape,
     layer_groups,
     model_layers,
+    placeholder_tokens,
     text_config,
     unscaled_length,
 )
-from kvblocks.integrations.transformers.rows import Pass, Pool, Prompt, Rows, Sizes
+from kvblocks.integrations.transformers.pool import Pool
+from kvblocks.integrations.transformers.rows import Blocks, Pass, Prompt, Rows, Sizes
 from kvblocks.manager import BlockManager
 from kvblocks.sizes import checked_bytes
 from kvblocks.storage.cache import PagedKVCache
@@ -37,6 +39,7 @@ from kvblocks.storage.cache import PagedKVCache
 __all__ = ["PagedCache"]
 
 _TAKES_VIEWS = {"gpt_neox_japanese"}  # model types that call `view` on K, which must be without gaps then
+_OF_CACHES = b"PagedCache:"  # keeps apart what models hand to caches and to attention, where both use a pool
 _LARGEST_TOKEN = (1 << 30) - 1  # ids above stand for tokens whose own are not known
 
 
@@ -53,6 +56,7 @@ class PagedCache(Cache):
         block_size: tokens in a block.
         dtype, device: of K and V; by default those of the first K and V that come.
         manager, engine: those of another cache of the same model, to share its blocks; the sizes are theirs then.
+        pool: a `Pool` of the model, instead of all these.
 
     Raises:
         UnsupportedModel: the model keeps more than K and V, or is an encoder-decoder.
@@ -84,9 +88,15 @@ class PagedCache(Cache):
         device: torch.device | str | None = None,
         manager: BlockManager | None = None,
         engine: CacheEngine | None = None,
+        pool: Pool | None = None,
     ) -> None:
         described = model_layers(config)
         writing = sum(layer.writes for layer in described)
+        if pool is not None:
+            if manager is not None or engine is not None:
+                raise ValueError("pool has a manager and an engine of its own; give no others")
+            pool.check(config)
+            manager, engine = pool.manager, pool.engine
         if (manager is None) != (engine is None):
             raise ValueError("manager and engine belong together: give both of another cache, or neither")
         if manager is not None and engine is not None:
@@ -95,11 +105,12 @@ class PagedCache(Cache):
             if len(engine) != writing:
                 raise ValueError(f"engine has {len(engine)} layers, and {writing} of the model's cache K and V")
             _check_groups(described, engine)
-            pool = Pool.of(manager, engine)
+            blocks = Blocks.of(manager, engine)
         else:
             groups = layer_groups(described, chunks=False)
-            pool = Pool(_sizes(config, writing, groups, memory, num_blocks, block_size, dtype, device))
-        self._fill(config, described, Rows(pool))
+            blocks = Blocks(_sizes(config, writing, groups, memory, num_blocks, block_size, dtype, device))
+        self._fill(config, described, Rows(blocks))
+        self._state.salt = b"" if pool is None else _OF_CACHES
 
     def _fill(self, config: PreTrainedConfig, described: Sequence[ModelLayer], rows: Rows) -> None:
         state = _State(config, rows, sum(layer.writes for layer in described))
@@ -167,8 +178,13 @@ class PagedCache(Cache):
         Positions must count from 0 at each row's first token, as `generate` numbers them. A model that takes none, and
         may count padding, reuses only what had as much of it.
 
+        The next pass must be over these prompts. It hands the cache K and V, never ids: other prompts of as many rows
+        and columns are not noticed, and what `begin` found is taken for theirs. `tell` compares the ids.
+
         Raises:
-            ValueError, TypeError: ids, mask or extra that do not fit; the cache is as before.
+            UnsupportedModel: the model's K and V depend on more than the prompt, or its positions on what ran before.
+            ValueError, TypeError: ids, mask or extra that do not fit; a row with placeholders of images and no extra
+                that says which; the cache is as before.
             NoFreeBlocks: the pool cannot hold the prompts; the cache is empty then.
         """
         rows = self._state.rows
@@ -199,6 +215,7 @@ class PagedCache(Cache):
         ids = _matrix("input_ids", input_ids)
         if not isinstance(salt, bytes):
             raise TypeError(f"salt is a {type(salt).__name__}; give bytes")
+        salt = self._state.salt + salt
         mask = np.ones_like(ids) if attention_mask is None else _matrix("attention_mask", attention_mask)
         if mask.shape != ids.shape:
             raise ValueError(f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}")
@@ -215,8 +232,14 @@ class PagedCache(Cache):
         more = [()] * len(ids) if extra is None else list(extra)
         if len(more) != len(ids):
             raise ValueError(f"extra is for {len(more)} rows, input_ids has {len(ids)}")
+        placeholders = placeholder_tokens(self._state.config)
         for number, (left, pairs) in enumerate(zip(pads, more, strict=True)):
             _check_extra(number, pairs, left, ids.shape[1])
+            if not pairs and (found := placeholders.keys() & set(ids[number, left:].tolist())):
+                raise ValueError(
+                    f"row {number} of input_ids holds {min(found)}, the config's {placeholders[min(found)]}, which is "
+                    "the same for every image; give extra with the hash of this one"
+                )
         return [
             Prompt(
                 line[left:],
@@ -239,6 +262,11 @@ class PagedCache(Cache):
         for layer in self.layers:
             if isinstance(layer, _Layer):
                 layer.record_past = True
+
+    def reset_prefix_cache(self) -> None:
+        """For new weights: hold nothing, and let no cache of the pool find what was computed so far."""
+        self.manager.reset_prefix_cache()
+        self._state.rows.clear()
 
     def reset(self) -> None:
         """Hold nothing."""
@@ -290,6 +318,7 @@ class PagedCache(Cache):
         """Another cache that holds the same and shares every block; the two go on apart."""
         made = PagedCache.__new__(PagedCache)
         made._fill(self._state.config, model_layers(self._state.config), self._state.settled("fork").fork())
+        made._state.salt = self._state.salt
         return made
 
     def __copy__(self) -> "PagedCache":
@@ -392,6 +421,7 @@ class _State:
 
     def __init__(self, config: PreTrainedConfig, rows: Rows, num_layers: int) -> None:
         self.config = config
+        self.salt = b""
         self.rows = rows
         self.num_layers = num_layers
 
@@ -432,11 +462,18 @@ class _State:
             if run.factor > 1 and not run.written:
                 _check_copies(keys, run.factor, len(rows.rows))
             shape = (keys.shape[1], keys.shape[3], values.shape[3])
-            engine, storage = rows.pool.engine(shape, keys.dtype, keys.device), layer.storage or 0
+            dtypes = keys.dtype, values.dtype
+            mixed = torch.is_autocast_enabled(keys.device.type)
+            kept = rows.pool.dtype_of(torch.promote_types(*dtypes)) if mixed else keys.dtype
+            engine, storage = rows.pool.engine(shape, kept, keys.device), layer.storage or 0
             cache, group = engine[storage], engine.group_of(storage)
+            if mixed:
+                keys, values = keys.to(kept), values.to(kept)
             _check_fit(layer, keys, shape, cache)
             _write(cache, run, group, keys, values)
             read = _read(cache, run, group, layer.window, shape)
+            if mixed:
+                read = read[0].to(dtypes[0]), read[1].to(dtypes[1])
             if text_config(self.config).model_type in _TAKES_VIEWS:
                 read = read[0].contiguous(), read[1].contiguous()
         except BaseException:
@@ -493,6 +530,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def record_past(self, value: bool) -> None:
         self._state.rows.recording = value
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # it knows tensors by address, and a trace has none
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return self._state.update(self._layer, key_states, value_states)
 

@@ -5,6 +5,7 @@ The one place where layers become layer groups. Knows no cache and no attention.
 
 import inspect
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ __all__ = [
     "layer_groups",
     "longest_sequence",
     "model_layers",
+    "placeholder_tokens",
 ]
 
 
@@ -163,10 +165,34 @@ def check_prompts(config: PreTrainedConfig) -> None:
     reason = _NO_PROMPTS.get(text.model_type)
     if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         reason = "attends to later tokens too"
+    if _keeps_offsets(config):
+        reason = "keeps in itself by how much an image shifted the positions of the prompt before (rope_deltas)"
     if reason is not None:
         raise UnsupportedModel(
             f"{type(text).__name__} is of a model that {reason}; it shares no prompts: leave begin out"
         )
+
+
+def _keeps_offsets(config: PreTrainedConfig) -> bool:
+    """Whether a model with M-RoPE (Qwen2-VL and those after it) holds the offset of its positions outside its cache.
+
+    For a prompt of which a part is found, transformers takes the offset of the prompt before, whatever that was.
+    """
+    kind = _model_class(config)
+    home = None if kind is None else sys.modules.get(kind.__module__)
+    parts = [] if home is None else [part for part in vars(home).values() if isinstance(part, type)]
+    return any(hasattr(part, "get_rope_index") for part in parts)
+
+
+def placeholder_tokens(config: PreTrainedConfig) -> dict[int, str]:
+    """The ids that stand for images, videos or sounds in a prompt, each with the name of the config's field."""
+    found = {}
+    for kind in ("image", "video", "audio"):
+        for name in (f"{kind}_token_id", f"{kind}_token_index"):
+            token = getattr(config, name, None)
+            if isinstance(token, int):
+                found[token] = name
+    return found
 
 
 def _model_class(config: PreTrainedConfig) -> type[Any] | None:

@@ -23,7 +23,7 @@ from kvblocks.step.buffers import StepBuffers
 
 _MOST_RECORDED = 6  # passes between two crops, where layers have windows: a manager has 8 steps open by default
 
-__all__ = ["Pass", "Pool", "Prompt", "Row", "Rows", "Sizes"]
+__all__ = ["Blocks", "Pass", "Prompt", "Row", "Rows", "Sizes"]
 
 Ids = npt.NDArray[np.int64]
 
@@ -77,13 +77,13 @@ class Sizes:
     groups: tuple[Group, ...]
 
 
-class Pool:
+class Blocks:
     """The blocks that caches share: a manager, the storage of its blocks, and the arrays of the pass under way.
 
     Passes follow each other: one that has begun and not ended when another cache begins its own has failed.
     """
 
-    _of_manager: ClassVar["WeakValueDictionary[int, Pool]"] = WeakValueDictionary()
+    _of_manager: ClassVar["WeakValueDictionary[int, Blocks]"] = WeakValueDictionary()
 
     def __init__(
         self, sizes: Sizes | None, manager: BlockManager | None = None, engine: CacheEngine | None = None
@@ -99,7 +99,7 @@ class Pool:
             self._of_manager[id(manager)] = self
 
     @classmethod
-    def of(cls, manager: BlockManager, engine: CacheEngine) -> "Pool":
+    def of(cls, manager: BlockManager, engine: CacheEngine) -> "Blocks":
         """The pool of a manager, the same for every cache on it."""
         pool = cls._of_manager.get(id(manager))
         if pool is not None and pool._engine is not engine:
@@ -167,6 +167,12 @@ class Pool:
         # NHD: a token's heads lie together, as transformers makes them and attention kernels read them.
         self._engine = CacheEngine(config, dtype, device, layout="NHD")
         return self._engine
+
+    def dtype_of(self, made: torch.dtype) -> torch.dtype:
+        """Of K and V as they are kept, where autocast makes others: what was asked for or is there, else `made`."""
+        if self._engine is not None:
+            return self._engine.dtype
+        return made if self._sizes is None or self._sizes.dtype is None else self._sizes.dtype
 
     def allocated(self) -> CacheEngine:
         """The storage, as far as it is known what it will be asked for."""
@@ -306,7 +312,7 @@ class Rows:
     A call that raises leaves them as they were, `begin` excepted, which leaves none.
     """
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Blocks) -> None:
         self.pool = pool
         self.rows: list[Row] = []
         self.columns = 0

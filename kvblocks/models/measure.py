@@ -1,0 +1,242 @@
+"""What a model keeps, measured: built without memory, run for a few lengths, and read off its cache, layer by layer.
+
+For model types that no reader knows. A measurement counts only where what was read off also explains a length that it
+was not read off from, to the byte; what it cannot explain is an error. Imports torch and transformers when it runs.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kvblocks.config import Window
+from kvblocks.errors import UnknownModel
+from kvblocks.formats import format_of, itemsize_of
+from kvblocks.models.shapes import Kept, Layer, ModelCache, State
+
+__all__ = ["NOTE", "measure"]
+
+NOTE = "measured from transformers: no table knows this model_type; its cache was filled without memory and read off"
+_SHORT, _LONG, _CHECKED, _ENCODED = 6, 7, 11, 5  # tokens
+_LONGEST_WINDOW = 4096  # beyond which a window is not filled to see where it ends
+# Layers of transformers' caches that grow by the token, keep a window, keep a state, or keep nothing.
+_PLAIN_LAYERS = frozenset(
+    [
+        "DynamicLayer",
+        "DynamicSlidingWindowLayer",
+        "DynamicIndexedLayer",
+        "DummyLayer",
+        "LinearAttentionLayer",
+        "LinearAttentionAndFullAttentionLayer",
+        "LinearAttentionAndSlidingWindowAttentionLayer",
+    ]
+)
+
+
+def measure(config: Mapping[str, Any], name: str | None) -> ModelCache:
+    """What transformers' model of a config keeps.
+
+    Raises:
+        UnknownModel: the installed transformers has no such model, cannot build or run it without memory, or keeps
+            something that the lengths it was run for do not explain.
+    """
+    model_type = str(config["model_type"])
+    other = "give the numbers instead: num_layers, num_kv_heads, head_dim"
+    try:
+        import torch
+
+        made, model = _built(config)
+    except ModuleNotFoundError as error:
+        raise UnknownModel(
+            f"model_type={model_type!r} is in no table of the planner, and to measure it {error.name} is needed; "
+            f'run: pip install "kvblocks[plan]", or {other}'
+        ) from None
+    except UnknownModel as error:
+        raise UnknownModel(f"{error}; {other}") from None
+    except Exception as error:  # whatever a model's constructor raises
+        raise UnknownModel(f"transformers cannot build {model_type}: {_one_line(error)}; {other}") from error
+
+    def held(tokens: int) -> Any:
+        ids = {"input_ids": torch.zeros((1, tokens), dtype=torch.long, device="meta")}
+        if made.is_encoder_decoder:
+            ids["decoder_input_ids"] = ids["input_ids"]
+            ids["input_ids"] = torch.zeros((1, _ENCODED), dtype=torch.long, device="meta")
+        with torch.no_grad():
+            output = model(**ids, use_cache=True)
+        found = output.get("past_key_values", output.get("cache_params"))
+        if found is None:
+            raise UnknownModel("it hands no cache back")
+        return found
+
+    try:
+        layers = _layers(held(_SHORT), held(_LONG))
+        lengths = {_CHECKED}
+        for kept in (kept for layer in layers for kept in layer.kept):
+            if kept.reach is not None and kept.reach.size <= _LONGEST_WINDOW:
+                lengths.add(kept.reach.size + 2)
+        for tokens in sorted(lengths):
+            real = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(held(tokens), set()))
+            read_off = _bytes(layers, tokens)
+            if real != read_off:
+                raise UnknownModel(f"{tokens} tokens take {real} bytes, and what was read off explains {read_off}")
+    except Exception as error:  # whatever a model's forward pass raises
+        raise UnknownModel(
+            f"model_type={model_type!r} is in no table of the planner, and transformers' model cannot be measured "
+            f"without memory: {_one_line(error)}; {other}"
+        ) from error
+    text = made.get_text_config(decoder=True).to_dict()
+    dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype")
+    return ModelCache(
+        name or model_type,
+        layers,
+        num_query_heads=_whole(text.get("num_attention_heads")),
+        max_seq_len=_whole(text.get("max_position_embeddings")),
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        notes=(NOTE,),
+    )
+
+
+def _built(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The config and the model, in bfloat16 on the meta device."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kinds: Any = CONFIG_MAPPING
+    if config["model_type"] not in kinds:
+        raise UnknownModel(
+            f"model_type={config['model_type']!r} is not an architecture that the planner knows, nor the installed "
+            f"transformers"
+        )
+    plain = {field: value for field, value in config.items() if field != "quantization_config"}
+    made = kinds[config["model_type"]].from_dict(plain)
+    makers: list[Any] = [AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForSeq2SeqLM]
+    if made.is_encoder_decoder:
+        makers.reverse()
+    maker = next((maker for maker in makers if type(made) in maker._model_mapping), None)
+    if maker is None:
+        raise UnknownModel(f"model_type={config['model_type']!r} makes no text: transformers generates none with it")
+    with torch.device("meta"):
+        model = maker.from_config(made, dtype=torch.bfloat16, attn_implementation="eager")
+    model.train(False)
+    return made, model
+
+
+def _layers(short: Any, long: Any) -> tuple[Layer, ...]:
+    """The layers of a cache, from what it holds at two lengths."""
+    own, cross = _halves(short)
+    longer, _ = _halves(long)
+    layers = []
+    for i, (one, two) in enumerate(zip(own, longer, strict=True)):
+        kind = type(one).__name__
+        if kind not in _PLAIN_LAYERS:
+            raise UnknownModel(f"its layer {i} is a {kind}, which grows in a way of its own")
+        window = getattr(one, "sliding_window", None)
+        kept, states = [], []
+        for (label, a), (_, b) in zip(_named(one), _named(two), strict=True):
+            if a.shape == b.shape:
+                if label in _GROWING:
+                    raise UnknownModel(f"its {label} in layer {i} does not grow from {_SHORT} tokens to {_LONG}")
+                states.append(_state(label, a))
+            else:
+                kept.append(_kept(label, a, _SHORT, b, _LONG, None if window is None else Window(int(window))))
+        across = tuple(_kept(label, a, _ENCODED) for label, a in _named(cross[i])) if cross else ()
+        layers.append(Layer(i, "sliding_attention" if window else "full_attention", tuple(kept), tuple(states), across))
+    return tuple(layers)
+
+
+def _halves(cache: Any) -> tuple[list[Any], list[Any]]:
+    """The layers that hold the model's own tokens, and those that hold an encoder's."""
+    cross = getattr(cache, "cross_attention_cache", None)
+    own = cache if cross is None else cache.self_attention_cache
+    if not hasattr(own, "layers"):
+        raise UnknownModel(f"it hands back a {type(cache).__name__}, which has no layers")
+    return list(own.layers), [] if cross is None else list(cross.layers)
+
+
+def _named(layer: Any) -> list[tuple[str, Any]]:
+    """The tensors of a layer by name, but for the tensor that says how wide its window is."""
+    import torch
+
+    found = []
+    for name, value in sorted(vars(layer).items()):
+        if name == "_sliding_window_tensor":
+            continue
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        for key, tensor in inner:
+            if isinstance(tensor, torch.Tensor):
+                found.append((f"{_NAMES.get(name, name.replace('_', ' '))}{key or ''}", tensor))
+    return found
+
+
+_NAMES: dict[str, str] = {
+    "keys": "K",
+    "values": "V",
+    "conv_states": "convolution",
+    "recurrent_states": "recurrent state",
+}
+_NAMES |= {"indexer_keys": "indexer key"}
+_GROWING = ("K", "V", "indexer key")
+
+
+def _kept(label: str, a: Any, tokens: int, b: Any = None, more: int = 0, reach: Window | None = None) -> Kept:
+    """A tensor that grows along one axis, one step a token; of the axes before the last the first is the batch."""
+    if a.dim() < 3 or a.shape[0] != 1 or a.shape[-2] != tokens:
+        raise UnknownModel(f"its {label} has the shape {tuple(a.shape)} after {tokens} tokens")
+    if b is not None and tuple(b.shape) != (*a.shape[:-2], more, a.shape[-1]):
+        raise UnknownModel(f"its {label} has the shape {tuple(b.shape)} after {more} tokens")
+    heads = a[..., 0, 0].numel()
+    return Kept(label, heads, a.shape[-1], reach, dtype=_own_dtype(a))
+
+
+def _state(label: str, tensor: Any) -> State:
+    if label.startswith("convolution"):
+        columns = tensor.shape[-1]
+        return State(label, ((tensor.numel() // columns, 1),), _own_dtype(tensor), kernel=columns)
+    return State(label, ((1, tensor.numel()),), _own_dtype(tensor))
+
+
+def _own_dtype(tensor: Any) -> str | None:
+    """None where a tensor follows the model, which is built in bfloat16."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    return None if name == "bfloat16" else name
+
+
+def _bytes(layers: tuple[Layer, ...], tokens: int) -> int:
+    """What transformers' cache takes by what was read off."""
+    format, total = format_of("bfloat16"), 0
+    for layer in layers:
+        total += sum(kept.entry_bytes(format) * kept.entries(tokens, "transformers") for kept in layer.kept)
+        total += sum(kept.entry_bytes(format) * _ENCODED for kept in layer.cross)
+        for state in layer.states:
+            numbers = sum(units * each for units, each in state.kept_parts("transformers"))
+            total += numbers * (2 if state.dtype is None else itemsize_of(state.dtype))
+    return total
+
+
+def _tensors(held: Any, seen: set[int]) -> Iterator[Any]:
+    """Every tensor of a cache once, wherever in it, but for those that say how wide a window is."""
+    import torch
+
+    if id(held) in seen:
+        return
+    seen.add(id(held))
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif isinstance(held, Mapping):
+        for value in held.values():
+            yield from _tensors(value, seen)
+    elif isinstance(held, list | tuple):
+        for value in held:
+            yield from _tensors(value, seen)
+    elif type(held).__module__.startswith("transformers.") and "configuration" not in type(held).__module__:
+        for name, value in vars(held).items():
+            if name != "_sliding_window_tensor":
+                yield from _tensors(value, seen)
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."

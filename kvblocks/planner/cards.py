@@ -1,0 +1,69 @@
+"""Graphics cards by name, and the memory of one. Imports nothing of a model's.
+
+To add a card, add a line to `CARDS`.
+"""
+
+import re
+
+__all__ = ["CARDS", "card_memory", "parse_gpu"]
+
+# MiB of one card, as its driver reports the total (`nvidia-smi`, `rocm-smi`); what the driver keeps is not in it.
+CARDS: dict[str, int] = {
+    "t4": 15360,
+    "v100-16g": 16384,
+    "v100": 32768,
+    "l4": 23034,
+    "a10": 23028,
+    "a10g": 23028,
+    "a30": 24576,
+    "a40": 46068,
+    "l40": 46068,
+    "l40s": 46068,
+    "a100-40g": 40960,
+    "a100": 81920,
+    "h20": 97871,
+    "h100": 81559,
+    "h100-nvl": 95830,
+    "gh200": 97871,
+    "h200": 143771,
+    "b200": 183359,
+    "b300": 275040,
+    "rtx3090": 24576,
+    "rtx4090": 24564,
+    "rtx5090": 32607,
+    "rtxa6000": 49140,
+    "rtx6000ada": 49140,
+    "rtxpro6000": 97887,
+    "mi250x": 65520,  # one of its two dies
+    "mi300x": 196592,
+    "mi325x": 262128,
+    "mi355x": 294896,
+}
+
+
+def parse_gpu(text: str) -> tuple[str, int | None]:
+    """The name and the number in "h100:8"; the number is None where only a name is given.
+
+    Raises:
+        TypeError, ValueError: no text, a card that is not in the table, or a number that is none.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"gpu={text!r:.60} is of type {type(text).__name__}; give a card like 'h100' or 'h100:8'")
+    name, colon, number = text.strip().lower().partition(":")
+    found = next((card for card in CARDS if _plain(card) == _plain(name)), None)
+    if found is None:
+        raise ValueError(f"gpu={text!r:.60} is not a card in the table; give memory, or one of {', '.join(CARDS)}")
+    if not colon:
+        return found, None
+    if not number.isdecimal() or not 1 <= int(number) <= 4096:
+        raise ValueError(f"gpu={text!r:.60}: after the colon comes the number of cards, 1 to 4096, as in {found}:8")
+    return found, int(number)
+
+
+def card_memory(name: str) -> int:
+    """Bytes of one card of the table."""
+    return CARDS[name] * 2**20
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_ ]|(?<=g)b$", "", name.lower())

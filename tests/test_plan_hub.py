@@ -1,0 +1,157 @@
+"""Models on the hub, served from loopback: revisions, what is downloaded, and how soon it is said that there is none.
+
+Each plan runs in a process of its own, because huggingface_hub reads its settings when it is imported.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "torch_dtype": "bfloat16",
+}
+PER_TOKEN = 4 * 2 * (16 + 16) * 2
+
+
+def safetensors(sizes: dict[str, int], padding: int = 0) -> bytes:
+    """A file whose tensors have these sizes, with a long name in the metadata to make the header longer."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "padding": "x" * padding}}
+    start = 0
+    for name, size in sizes.items():
+        header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [start, start + size]}
+        start += size
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(start)
+
+
+class Hub:
+    """A hub with one model: `files[revision][name]` is what a file holds. `sent` counts the bytes of each answer."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, dict[str, bytes]] = {}
+        self.sent: list[tuple[str, int]] = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                self.answer(body=False)
+
+            def do_GET(self) -> None:
+                self.answer(body=True)
+
+            def answer(self, body: bool) -> None:
+                _, _, rest = self.path.partition("/some-org/some.model_1/resolve/")
+                revision, _, name = rest.partition("/")
+                content = hub.files.get(revision, {}).get(name)
+                if content is None:
+                    self.send_response(404)
+                    self.send_header("X-Error-Code", "EntryNotFound" if revision in hub.files else "RevisionNotFound")
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                status, asked = 200, self.headers.get("Range") or ""
+                whole = len(content)
+                if asked:
+                    first, _, last = asked.removeprefix("bytes=").partition("-")
+                    status, content = 206, content[int(first) : int(last or whole) + 1]
+                self.send_response(status)
+                self.send_header("X-Repo-Commit", f"{sorted(hub.files).index(revision):040x}")
+                self.send_header("ETag", f'"{revision}-{name}"')
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                if body:
+                    self.wfile.write(content)
+                    hub.sent.append((name, len(content)))
+
+            def log_message(self, *_: Any) -> None:
+                """Nothing: the test's own output is enough."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    pytest.importorskip("huggingface_hub")
+    made = Hub()
+    thread = threading.Thread(target=made.server.serve_forever)
+    thread.start()
+    yield made
+    made.server.shutdown()
+    thread.join()
+    made.server.server_close()
+
+
+def run(url: str, home: Path, *arguments: str, offline: bool = False) -> tuple[int, Any, str]:
+    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    environment |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline))}
+    command = [sys.executable, "-m", "kvblocks", "plan", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    return done.returncode, json.loads(done.stdout) if done.stdout else None, done.stderr
+
+
+def test_only_the_config_is_asked_of_the_hub(hub: Hub, tmp_path: Path) -> None:
+    hub.files["main"] = {"config.json": json.dumps(LLAMA).encode()}
+    hub.files["v2"] = {"config.json": json.dumps(LLAMA | {"num_key_value_heads": 4}).encode()}
+    code, found, _ = run(hub.url, tmp_path, "some-org/some.model_1")
+    assert (code, found["bytes_per_token"], found["model"]) == (0, PER_TOKEN, "some-org/some.model_1")
+    code, found, _ = run(hub.url, tmp_path, "some-org/some.model_1@v2")
+    assert (code, found["bytes_per_token"], found["model"]) == (0, 2 * PER_TOKEN, "some-org/some.model_1@v2")
+    assert {name for name, _ in hub.sent} == {"config.json"}
+    code, _, said = run(hub.url, tmp_path, "some-org/some.model_1@v3")
+    assert (code, said.count("\n")) == (2, 1)
+    assert "some-org/some.model_1@v3 is neither a folder nor a file, and config.json is not to be had" in said
+    code, found, _ = run(hub.url, tmp_path, "some-org/some.model_1", offline=True)
+    assert (code, found["bytes_per_token"]) == (0, PER_TOKEN)
+
+
+def test_without_a_network_one_sentence_within_two_seconds(hub: Hub, tmp_path: Path) -> None:
+    closed = Hub()
+    closed.server.server_close()
+    for offline, reason in ((False, "127.0.0.1 cannot be reached"), (True, "HF_HUB_OFFLINE is set")):
+        started = time.perf_counter()
+        code, _, said = run(closed.url, tmp_path, "some-org/some.model_1", offline=offline)
+        assert time.perf_counter() - started < 2
+        assert (code, said.count("\n")) == (2, 1)
+        assert reason in said
+
+
+def test_weights_take_a_header_over_the_network(hub: Hub, tmp_path: Path) -> None:
+    weights = safetensors({"model.embed_tokens.weight": 3_000_000, "model.layers.4.mtp.weight": 500_000}, 150_000)
+    quantized = LLAMA | {"quantization_config": {"quant_method": "fp8"}}
+    hub.files["main"] = {"config.json": json.dumps(quantized).encode(), "model.safetensors": weights}
+    code, found, _ = run(hub.url, tmp_path, "some-org/some.model_1", "--weights", "auto", "--memory", "1GiB")
+    assert (code, found["weights_bytes"]) == (0, 3_500_000)
+    assert any("500,000 B of them are of layers for multi-token prediction" in note for note in found["notes"])
+    assert sum(sent for _, sent in hub.sent) < 300_000
+
+
+def test_weights_by_the_index_alone(hub: Hub, tmp_path: Path) -> None:
+    shards = {f"model-{i}.safetensors": safetensors({f"model.layers.{i}.weight": 1000 + i}) for i in range(3)}
+    index: dict[str, Any] = {"weight_map": {f"model.layers.{i}.weight": name for i, name in enumerate(shards)}}
+    files = {"config.json": json.dumps(LLAMA).encode(), **shards}
+    files["model.safetensors.index.json"] = json.dumps({"metadata": {"total_size": 3003}, **index}).encode()
+    hub.files["main"] = files
+    hub.files["old"] = {**files, "model.safetensors.index.json": json.dumps(index).encode()}
+    for revision, asked in (("main", set()), ("old", set(shards))):
+        hub.sent.clear()
+        _, found, _ = run(
+            hub.url, tmp_path, f"some-org/some.model_1@{revision}", "--weights", "auto", "--memory", "1GiB"
+        )
+        assert found["weights_bytes"] == 3003
+        assert {name for name, _ in hub.sent} >= asked
+        assert bool({name for name, _ in hub.sent} & set(shards)) == bool(asked)

@@ -1,0 +1,168 @@
+"""One pool for many calls: what is found again, what is given back, and whose it is."""
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from test_generation import prompt, tiny_llama
+from test_streams import answers
+
+import kvblocks
+from kvblocks import Pool, demo
+from kvblocks.integrations.transformers import PagedCache
+
+# These tensors are tiny, and threads would only wait for each other.
+torch.set_num_threads(1)
+
+QUIET: dict[str, Any] = {"max_new_tokens": 8, "stop_tokens": []}
+
+
+def check_all_free(pool: Pool) -> None:
+    pool.manager.audit()
+    assert pool.manager.num_free_blocks == pool.manager.num_blocks
+    assert pool.manager.num_sequences == 0
+
+
+def test_each_turn_of_a_chat_computes_only_what_is_new() -> None:
+    pool = Pool(tiny_llama(), num_blocks=32, block_size=4)
+    chat: list[int] = []
+    for turn in range(5):
+        chat += prompt(9, turn)
+        [tokens] = kvblocks.generate(tiny_llama(), [chat], pool=pool, **QUIET).run()
+        assert [tokens] == answers(tuple(chat))
+        chat += tokens
+    stats = pool.manager.stats()
+    # Of 9, 26, 43, 60 and 77 tokens only those after the last full block of the turn before.
+    assert stats.prompt_tokens - stats.hit_tokens == 9 + (26 - 16) + (43 - 32) + (60 - 48) + (77 - 64)
+    check_all_free(pool)
+
+
+def test_the_model_is_measured_once() -> None:
+    model = demo.small_llama()
+    passes: list[int] = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    for _ in range(3):
+        kvblocks.generate(model, [[1, 2]], max_new_tokens=1).run()
+    assert len(passes) == 1 + 3
+
+
+@pytest.mark.parametrize("how", ["break", "close"])
+def test_what_is_left_early_gives_its_blocks_back(how: str) -> None:
+    pool = Pool(tiny_llama(), num_blocks=32, block_size=4)
+    gc.disable()
+    try:
+        run = kvblocks.generate(tiny_llama(), [prompt(20), prompt(9)], pool=pool, **QUIET)
+        next(run[0])
+        run.add(prompt(5))
+        run.step()
+        assert pool.manager.num_sequences == 3
+        if how == "close":
+            run.close()
+        else:
+            del run
+        check_all_free(pool)
+    finally:
+        gc.enable()
+
+
+def test_a_stream_alone_is_read_to_its_end_and_the_others_are_dropped() -> None:
+    pool = Pool(tiny_llama(), num_blocks=32, block_size=4)
+    stream = kvblocks.generate(tiny_llama(), [prompt(20), prompt(9)], pool=pool, **QUIET)[0]
+    assert stream.read() == answers(prompt(20))[0]
+    assert pool.manager.stats().admitted == 1
+    check_all_free(pool)
+
+
+def test_finished_streams_are_let_go() -> None:
+    with kvblocks.generate(tiny_llama(), [prompt(5)], num_blocks=64, **QUIET) as run:
+        seen = [weakref.ref(run.add(prompt(4, n))) for n in range(20)]
+        late = run.add(prompt(9))
+        while run.num_unfinished:
+            run.step()  # who adds and does not look gets them from here
+        assert [stream() for stream in seen] == [None] * 20
+        assert late.tokens == answers(prompt(9))[0]
+        assert run[0].tokens == answers(prompt(5))[0]
+
+
+def test_two_calls_take_turns_on_a_pool() -> None:
+    pool = Pool(tiny_llama(), num_blocks=32, block_size=4)
+    first = kvblocks.generate(tiny_llama(), [prompt(20)], pool=pool, **QUIET)
+    next(first[0])
+    second = kvblocks.generate(tiny_llama(), [prompt(20), prompt(7)], pool=pool, **QUIET)
+    assert second.run() == answers(prompt(20), prompt(7))
+    assert pool.manager.stats().hit_tokens == 16
+    assert first.run() == answers(prompt(20))
+    check_all_free(pool)
+
+
+def test_paged_caches_and_generate_share_a_pool() -> None:
+    model: Any = tiny_llama()
+    pool = Pool(model, num_blocks=32, block_size=4)
+    ids = torch.tensor([prompt(20)])
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    for found in (0, 16):
+        with PagedCache(model.config, pool=pool) as held:
+            assert held.begin(ids) == found
+            assert model.generate(ids, past_key_values=held, **options)[0, 20:].tolist() == answers(prompt(20))[0]
+            assert held.engine is pool.engine
+            fork = held.fork()
+            assert fork.begin(ids) == 19
+            fork.close()
+    assert kvblocks.generate(model, [prompt(20)], pool=pool, **QUIET).run() == answers(prompt(20))
+    assert pool.manager.stats().hit_tokens == 16  # `generate` found none of what caches wrote
+    pool.reset_prefix_cache()
+    with PagedCache(model.config, pool=pool) as held:
+        assert held.begin(ids) == 0
+    check_all_free(pool)
+
+
+def test_a_pool_may_be_made_of_a_config() -> None:
+    model = tiny_llama()
+    pool = Pool(model.config, memory="64KiB", block_size=4)
+    assert pool.engine.memory_bytes <= 64 << 10
+    assert repr(pool) == f"Pool(num_blocks={pool.config.num_gpu_blocks}, free=64, memory_bytes=65536)"
+    assert kvblocks.generate(model, [prompt(20)], pool=pool, **QUIET).run() == answers(prompt(20))
+
+
+def test_a_pool_is_of_one_model() -> None:
+    pool = Pool(tiny_llama(), num_blocks=8)
+    with pytest.raises(ValueError, match="the pool was made for another model, a LlamaForCausalLM; its K and V would"):
+        kvblocks.generate(demo.small_llama(), [[1, 2]], pool=pool)
+    with pytest.raises(ValueError, match="the pool was made for another model"):
+        PagedCache(demo.small_llama().config, pool=pool)
+    moved = demo.small_llama()
+    pool = Pool(moved, num_blocks=8)
+    moved.double()
+    with pytest.raises(ValueError, match=r"the model is torch\.float64 on cpu, and the pool torch\.float32 on cpu"):
+        kvblocks.generate(moved, [[1, 2]], pool=pool)
+    first, second = demo.small_llama(), demo.small_llama()
+    pool = Pool(first.config, num_blocks=8)
+    second.config = first.config
+    kvblocks.generate(first, [[1, 2]], pool=pool, max_new_tokens=1).run()
+    with pytest.raises(ValueError, match="the pool was made for another model"):
+        kvblocks.generate(second, [[1, 2]], pool=pool)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": "1MiB", "num_blocks": 4}, "both say how large the pool is"),
+        ({"memory": 100}, "memory=100 holds no block; one is"),
+        ({"num_blocks": 0}, "num_gpu_blocks=0"),
+    ],
+)
+def test_pools_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Pool(tiny_llama(), **options)
+
+
+def test_sizes_beside_a_pool_are_refused() -> None:
+    pool = Pool(tiny_llama(), num_blocks=8)
+    with pytest.raises(ValueError, match="are those of the pool; give no others"):
+        kvblocks.generate(tiny_llama(), [[1]], pool=pool, num_blocks=4)
+    with pytest.raises(ValueError, match="give no others"):
+        PagedCache(tiny_llama().config, pool=pool, num_blocks=4)
+    with pytest.raises(ValueError, match="pool has a manager and an engine of its own"):
+        PagedCache(tiny_llama().config, pool=pool, manager=pool.manager, engine=pool.engine)
