@@ -34,7 +34,24 @@ def attend(
     workspace: Callable[[int], int],
     isa: int = -1,
 ) -> int:
-    """Causal attention of a ragged batch over the blocks of its rows; returns the first row that cannot be, else -1.
+    """Causal attention of a ragged batch over the blocks of its rows.
 
-    Addresses and strides are in bytes; each argument is explained in the source.
+    Args:
+        key_layout, key_cache, value_layout, value_cache: how K and V lie, and their addresses.
+        dtype: of K, V, queries and output: "float32", "bfloat16" or "float16".
+        query, query_token, query_head, heads: address of [num_tokens, heads, dim], and its strides in bytes; dims
+            touch.
+        out: address of [num_tokens, heads, v dim], without gaps.
+        num_tokens: rows of `query` that count.
+        table, table_stride, columns: int32 [num_seqs, columns], rows `table_stride` elements apart.
+        seq_lens, query_start_loc: int32 [num_seqs] and [num_seqs + 1].
+        scale, window, chunk, softcap: as in `kvblocks.paged_attention`; 0 for no window, chunk or cap.
+        sinks: address of float32 [heads], or 0.
+        threads: that may work at once.
+        workspace: called with a number of bytes, twice; gives an address of so many, for the length of this call.
+        isa: the instruction set, by default the best; a lower one is for tests.
+
+    Returns:
+        -1; or the number of the first row whose lengths do not fit together or whose table names a block that does not
+        exist, and nothing was computed.
     """

@@ -1,20 +1,32 @@
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
-from typing import Any, NamedTuple, NoReturn, Self, SupportsIndex, TypeAlias, final
+from typing import Any, NamedTuple, NoReturn, Protocol, Self, SupportsIndex, TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt
-from typing_extensions import disjoint_base
+from typing_extensions import Buffer, disjoint_base
 
 from kvblocks.config import CacheConfig, Chunk, Window
 
-# A numpy array, a CPU tensor (both taken without a copy), anything else with an integer buffer, a list, or one int.
-_Ints: TypeAlias = Any
+class _HasNumpy(Protocol):
+    """A tensor: what lends its memory as a numpy array."""
+
+    def numpy(self) -> npt.NDArray[Any]: ...
+
+# A numpy array, a CPU tensor, another integer buffer (all three taken without a copy), a list, tuple or range, or one
+# int. A `str` is none of these, nor is a list of floats.
+_Ints: TypeAlias = SupportsIndex | Sequence[SupportsIndex] | npt.NDArray[np.integer[Any]] | Buffer | _HasNumpy
 _Extra: TypeAlias = Sequence[tuple[int, bytes]]
 
-def _fail_allocation(after: int) -> int: ...
+def _fail_allocation(after: int) -> int:
+    """Make the manager's allocation after `after` more fail, for tests; negative: none. Returns what was left."""
 
 class Admission(IntEnum):
+    """Whether a prompt can be admitted: now, once blocks come free, or never to a pool of this size.
+
+    Only `NOW` is true, so that `if manager.can_admit(tokens):` asks what it reads like.
+    """
+
     NOW = 0
     LATER = 1
     NEVER = 2
@@ -22,12 +34,18 @@ class Admission(IntEnum):
     def __bool__(self) -> bool: ...
 
 class Lengths(NamedTuple):
+    """Token counts of a batch of sequences, each an int64 array [len(seqs)]."""
+
     num_cached: npt.NDArray[np.int64]
     num_computed: npt.NDArray[np.int64]
     reserved: npt.NDArray[np.int64]
     num_tokens: npt.NDArray[np.int64]
 
 class Stats(NamedTuple):
+    """Totals over the successful calls of a manager. Tokens for `prompt_tokens` and `hit_tokens`, else events; blocks
+    for `evictions`, `published`, `merged`, `copies` and `peak_used_blocks`.
+    """
+
     admitted: int
     prompt_tokens: int
     hit_tokens: int
@@ -41,6 +59,30 @@ class Stats(NamedTuple):
 
 @disjoint_base
 class StepArrays:
+    """The host arrays that `BlockManager.prepare` fills for one forward pass.
+
+    Args:
+        input_ids, positions: int64 [max_tokens]; pads 0.
+        slot_mapping: int64 [max_tokens]; pads -1.
+        block_table: int32 [max_seqs, max_blocks_per_seq]; pads 0.
+        seq_lens: int32 [max_seqs]: tokens of each row, this step's included; pads 0.
+        query_start_loc: int32 [max_seqs + 1]; pads repeat `num_tokens`.
+        copies: int64 [max_seqs * groups, 2]: (source, target) blocks, the first `num_copies` rows.
+        kv_indptr, kv_indices, kv_last_page_len: int32 [max_seqs + 1], [max_seqs * max_blocks_per_seq] and [max_seqs]:
+            the blocks of all rows one after the other, where each row's start, and the tokens in its last; all or none.
+            Blocks that a group does not reach are left out.
+        uploads: whether `prepare` calls `_upload` when it has filled them.
+
+    Raises:
+        TypeError: an array is not writable, contiguous or of its dtype.
+        ValueError: the sizes of the arrays disagree.
+
+    With several layer groups `block_table`, `slot_mapping`, `kv_indptr` and `kv_indices` have one more dimension in
+    front, [groups, ...]; the number of dimensions of `block_table` says which it is.
+
+    `kvblocks.StepBuffers` makes them, and carries them to a device.
+    """
+
     num_groups: int
     max_seqs: int
     max_tokens: int
@@ -51,7 +93,8 @@ class StepArrays:
     needs: int
     manager: BlockManager | None
     @property
-    def waits(self) -> bool: ...
+    def waits(self) -> bool:
+        """Whether the pass waits for moves that nobody has marked as made."""
     max_query_len: int
     max_seq_len: int
     def __init__(
@@ -69,13 +112,56 @@ class StepArrays:
         *,
         uploads: bool = False,
     ) -> None: ...
-    def _upload(self) -> None: ...
-    def _pack(self, image: int, out: int) -> tuple[int, int, int, int]: ...
-    def _pack_bytes(self, image_bytes: int) -> int: ...
-    def _forget(self) -> None: ...
+    def _upload(self) -> None:
+        """Carry the arrays to the device; called by `prepare` after it has filled them, where there is one."""
+    def _pack(self, image: int, out: int) -> tuple[int, int, int, int]:
+        """Write what changed in the arrays since the last call to `out`, the words first, then the list of patches.
+
+        A patch is three int64: the first int32 of the image that it changes, where its words start in `out`, and how
+        many int32 they are. At most `_pack_bytes(image bytes)` are written.
+
+        Args:
+            image: address that positions count from; all arrays lie after it as they do in the device's image.
+            out: address of memory, a multiple of 8.
+
+        Returns:
+            bytes written, the int32 at which the patches start, their number, and the words of the longest.
+        """
+    def _pack_bytes(self, image_bytes: int) -> int:
+        """Bytes that `_pack` writes at most for arrays that lie in `image_bytes`."""
+    def _forget(self) -> None:
+        """Let the next `_pack` bring everything: nothing is known of what the device holds."""
 
 @final
 class BlockManager:
+    """Blocks, sequences and the prefix cache of one pool.
+
+    Args:
+        num_blocks: blocks in the pool, 1 to 2**31 - 2.
+        block_size: tokens in a block.
+        groups: the reach of each layer group, 1 to 64 of them: None for everything, a `Window` or a `Chunk`. Each
+            sequence has one block table for each; all draw from one pool. A block that nothing in its group's reach
+            needs any more is given back at `commit`.
+        max_seqs: sequences and pins that may exist at once, at most 2**24.
+        max_nodes: nodes of the prefix tree that may exist at once, by default `num_blocks`: one for each published
+            block of tokens, and for those before it also where only a window of a prompt is left. When they are spent,
+            sequences stop publishing.
+        max_open_steps: steps that may be prepared and not yet committed or aborted.
+        prefix_caching: whether computed blocks are published and hit.
+        watermark: share of the blocks, 0 to 1, that `admit` leaves free while sequences run. Pins and preempted
+            sequences do not run.
+
+    A hit needs every block of a full group, and of a group with a window or chunks those that its next token reaches.
+
+    Sequences and pins are int handles that are never used twice. Arrays of integers may be numpy arrays, CPU tensors,
+    other integer buffers (read in place: nobody may write them during the call), lists, or one int.
+
+    A call that raises has changed nothing. `NoFreeBlocks` carries `.needed` and `.free`; a handle that is not valid
+    (any more) is `StaleSequence`.
+
+    Thread-safety: every method may be called from any thread; concurrent callers see each call as one step. A child
+    that `os.fork` makes has a copy of its own, as it was between two calls.
+    """
     def __new__(
         cls,
         num_blocks: int,
@@ -98,23 +184,35 @@ class BlockManager:
         max_open_steps: int = 8,
         prefix_caching: bool = True,
         watermark: float = 0.0,
-    ) -> Self: ...
+    ) -> Self:
+        """A manager of the blocks of a cache: `num_blocks`, `block_size` and `groups` are the config's.
+
+        Args:
+            config: the `CacheConfig` of the engine.
+            options: any other argument of `BlockManager`.
+        """
     @property
     def num_resets(self) -> int: ...
     @property
-    def moves_marked(self) -> int: ...
+    def moves_marked(self) -> int:
+        """Number of the newest move that is marked as made."""
     @property
     def groups(self) -> tuple[Window | Chunk | None, ...]: ...
     @property
-    def num_blocks(self) -> int: ...
+    def num_blocks(self) -> int:
+        """Blocks in the pool."""
     @property
-    def block_size(self) -> int: ...
+    def block_size(self) -> int:
+        """Tokens in a block."""
     @property
-    def num_free_blocks(self) -> int: ...
+    def num_free_blocks(self) -> int:
+        """Blocks that a call can have now, cached ones included."""
     @property
-    def num_sequences(self) -> int: ...
+    def num_sequences(self) -> int:
+        """Sequences that were admitted or forked and not freed, preempted ones included; pins are none."""
     @property
-    def usage(self) -> float: ...
+    def usage(self) -> float:
+        """Share of the blocks that are not free, 0 to 1."""
     def admit(
         self,
         tokens: _Ints,
@@ -123,13 +221,45 @@ class BlockManager:
         extra: _Extra = (),
         reserve: SupportsIndex | None = None,
         max_hit: SupportsIndex | None = None,
-    ) -> tuple[int, int]: ...
+    ) -> tuple[int, int]:
+        """Start a sequence: hold the longest prefix hit and reserve slots for the tokens after it.
+
+        Args:
+            tokens: token ids [n], n >= 1, each 0 to 2**31 - 1.
+            salt: only sequences of the same salt share blocks (a tenant, an adapter).
+            extra: (position, bytes) pairs, positions rising: what a token stands for beyond its id (an image's hash).
+            reserve: tokens after the hit to reserve slots for now; by default all.
+            max_hit: tokens that the hit may have at most; by default all but the last. For whoever needs the logits or
+                the hidden states of the prompt's last tokens again.
+
+        Returns:
+            (seq, num_cached): the handle, and the tokens whose K and V are there already: a multiple of `block_size`,
+            and less than n.
+
+        Raises:
+            NoFreeBlocks: `.needed` new blocks, `.free` to be had.
+            TooManySequences: `max_seqs` are there.
+            ValueError, TypeError: `tokens`, `extra`, `reserve` or `max_hit` is not as above.
+        """
     def match(
         self, tokens: _Ints, *, salt: bytes = b"", extra: _Extra = (), max_hit: SupportsIndex | None = None
-    ) -> int: ...
-    def blocks_needed(
-        self, num_tokens: int, *, reserve: SupportsIndex | None = None, max_new_tokens: int = 1
-    ) -> int: ...
+    ) -> int:
+        """Tokens that `admit` would find in the prefix cache now. No effect."""
+    def blocks_needed(self, num_tokens: int, *, reserve: SupportsIndex | None = None, max_new_tokens: int = 1) -> int:
+        """Blocks that a prompt needs to be computed and answered, alone and with nothing cached.
+
+        The prompt is computed in steps of `reserve` tokens (None: in one), then new tokens one by one. The K and V of
+        the last new token are never computed: they count for nothing. Blocks out of every group's reach are given back
+        on the way, so with windows and chunks this is less than all tokens take.
+
+        Args:
+            num_tokens: length of the prompt, 1 to 2**31 - 1.
+            reserve: as of `admit`, and the most tokens in a step. 0 counts as 1.
+            max_new_tokens: tokens that the answer may have, at least 1.
+
+        Raises:
+            ValueError: a number is out of range, or prompt and answer pass 2**31 - 1 tokens.
+        """
     def can_admit(
         self,
         tokens: _Ints,
@@ -139,33 +269,161 @@ class BlockManager:
         reserve: SupportsIndex | None = None,
         max_hit: SupportsIndex | None = None,
         max_new_tokens: int = 1,
-    ) -> Admission: ...
-    def append(self, seqs: _Ints, tokens: _Ints | None = None, *, extra: Iterable[_Extra] | None = None) -> None: ...
+    ) -> Admission:
+        """Whether a prompt can be served NOW, LATER or NEVER.
+
+        NEVER: `blocks_needed` of it is more than the pool has, so that even alone it could not be computed and answered
+        with `max_new_tokens` tokens in steps of at most `reserve`. NOW: `admit` with the same arguments succeeds now.
+        LATER: once blocks or sequences are freed.
+        """
+    def append(self, seqs: _Ints, tokens: _Ints | None = None, *, extra: Iterable[_Extra] | None = None) -> None:
+        """Add one token to each sequence; without `tokens`, a placeholder whose id `set_tokens` gives later.
+
+        Args:
+            extra: as of `extend`; the only position is 0.
+        """
     def extend(
         self, seqs: _Ints, tokens: _Ints | None, counts: _Ints, *, extra: Iterable[_Extra] | None = None
-    ) -> None: ...
-    def set_tokens(self, seqs: _Ints, tokens: _Ints, counts: _Ints | None = None) -> None: ...
-    def prepare(self, seqs: _Ints, query_lens: _Ints, step: StepArrays) -> int: ...
-    def mark_moved(self, number: int) -> None: ...
-    def commit(self, step_id: int, accepted: _Ints | None = None) -> None: ...
-    def abort(self, step_id: int) -> None: ...
-    def trim(self, seq: int, num_tokens: int) -> None: ...
-    def fork(self, seq: int, n: int = 1) -> list[int]: ...
-    def reorder(self, seqs: _Ints, parents: _Ints) -> None: ...
-    def free(self, seqs: _Ints) -> None: ...
-    def preempt(self, seq: int) -> None: ...
-    def resume(
-        self, seq: int, *, reserve: SupportsIndex | None = None, max_hit: SupportsIndex | None = None
-    ) -> int: ...
-    def pin(self, tokens: _Ints, *, salt: bytes = b"", extra: _Extra = ()) -> int: ...
-    def unpin(self, handle: int) -> None: ...
-    def block_table(self, seq: int) -> npt.NDArray[np.int32]: ...
-    def tokens(self, seq: int) -> npt.NDArray[np.int32]: ...
-    def lengths(self, seqs: _Ints) -> Lengths: ...
-    def stats(self) -> Stats: ...
-    def reset_prefix_cache(self) -> None: ...
-    def audit(self) -> None: ...
+    ) -> None:
+        """Add `counts[i]` tokens to sequence i, taken from `tokens` [sum(counts)] in order; None: placeholders.
+
+        Args:
+            extra: what added tokens stand for beyond their ids, as of `admit`: for each sequence a list of (position,
+                bytes) pairs, positions rising, counted from its first added token.
+
+        Raises:
+            ValueError: the numbers do not agree, a token or a position is out of range, or a sequence comes twice.
+        """
+    def set_tokens(self, seqs: _Ints, tokens: _Ints, counts: _Ints | None = None) -> None:
+        """Give the first `counts[i]` placeholders of sequence i (by default one) their ids, from left to right.
+
+        Raises:
+            ValueError: a sequence has fewer placeholders.
+        """
+    def prepare(self, seqs: _Ints, query_lens: _Ints, step: StepArrays) -> int:
+        """Reserve the next `query_lens[i]` tokens of sequence i and fill `step` for one forward pass over them.
+
+        Args:
+            seqs: handles [n], 1 <= n <= step.max_seqs, each once; row i of the step is sequence i.
+            query_lens: [n], or one int for all; each at least 1.
+            step: the arrays to fill. Where `step.needs` is not 0 blocks have to be copied before the pass, those of
+                `step.copies`: `engine.move(step)` does it, and marks it.
+
+        Returns:
+            The step's id, for `commit` or `abort`.
+
+        Raises:
+            NoFreeBlocks: `.needed` by the whole batch, `.free` to be had.
+            MovesPending: what an earlier step has to move was not moved.
+            ValueError: a sequence has not as many tokens left, is preempted, or comes twice; the step is too small; or
+                `max_open_steps` are open.
+        """
+    def mark_moved(self, number: int) -> None:
+        """Say that all moves up to `number`, a step's `needs`, are made, or ordered before whatever reads the blocks.
+
+        `engine.move(step)` does it; this is for those who keep K and V in tensors of their own.
+
+        Raises:
+            ValueError: there is no such move yet.
+        """
+    def commit(self, step_id: int, accepted: _Ints | None = None) -> None:
+        """Close the oldest open step: its pass is done, or ordered before whatever reads the blocks.
+
+        Args:
+            step_id: what `prepare` returned.
+            accepted: [rows]: how many of a row's prepared tokens count as computed, by default all. Where fewer do, the
+                sequence is cut after them.
+
+        Raises:
+            MovesPending: what the step has to move was not moved.
+            ValueError: it is not the oldest open step; `accepted` is out of range; or it cuts a sequence that a later
+                open step has prepared too (abort that one first).
+        """
+    def abort(self, step_id: int) -> None:
+        """Take back the newest open step, as if it had never been prepared: sequences and their blocks are as before.
+
+        What `prepare` evicted stays evicted, since the pass may have begun to write there; `stats` keep their counts.
+
+        Raises:
+            ValueError: it is not the newest open step.
+        """
+    def trim(self, seq: int, num_tokens: int) -> None:
+        """Drop tokens from the end until `num_tokens` are left, and blocks that none of them needs.
+
+        Raises:
+            ValueError: `num_tokens` is not 0 to the present number, or the sequence is in an open step.
+        """
+    def fork(self, seq: int, n: int = 1) -> list[int]:
+        """Make n children of a sequence in no open step. They share every block that holds computed tokens.
+
+        Raises:
+            ValueError: it is in an open step, is preempted, or has computed placeholders.
+            TooManySequences: `max_seqs` would be passed.
+        """
+    def reorder(self, seqs: _Ints, parents: _Ints) -> None:
+        """Make each `seqs[i]` a child of `parents[i]` as it is before the call, keeping its handle: one beam step.
+
+        Raises:
+            ValueError: a sequence comes twice in `seqs`, or one of either is in an open step, preempted, or (a parent)
+                has computed placeholders.
+        """
+    def free(self, seqs: _Ints) -> None:
+        """End sequences. One in an open step keeps its blocks until that step closes; its handle is stale at once."""
+    def preempt(self, seq: int) -> None:
+        """Give back all blocks of a sequence in no open step; its tokens stay, for `resume`.
+
+        Raises:
+            ValueError: it is in an open step, or preempted already.
+        """
+    def resume(self, seq: int, *, reserve: SupportsIndex | None = None, max_hit: SupportsIndex | None = None) -> int:
+        """Admit a preempted sequence again with the tokens it has; the watermark does not apply.
+
+        Args:
+            reserve: as of `admit`. By default all tokens, and where groups with windows or chunks let a sequence be
+                longer than the pool, the first one after the hit.
+            max_hit: as of `admit`.
+
+        Returns:
+            num_cached: tokens whose K and V are still there.
+
+        Raises:
+            NoFreeBlocks: as `admit`.
+            ValueError: it is not preempted.
+        """
+    def pin(self, tokens: _Ints, *, salt: bytes = b"", extra: _Extra = ()) -> int:
+        """Keep the longest published prefix of `tokens`, in whole blocks, from eviction.
+
+        Returns:
+            A handle for `unpin`.
+
+        Raises:
+            ValueError: no block of it is published.
+        """
+    def unpin(self, handle: int) -> None:
+        """Let go of a pin."""
+    def block_table(self, seq: int) -> npt.NDArray[np.int32]:
+        """The blocks of a sequence in order, int32 [blocks], with several groups [groups, blocks]; -1: out of reach."""
+    def tokens(self, seq: int) -> npt.NDArray[np.int32]:
+        """The token ids of a sequence, -1 for placeholders: int32 [num_tokens]."""
+    def lengths(self, seqs: _Ints) -> Lengths:
+        """`Lengths` of a batch: four int64 arrays [n]."""
+    def stats(self) -> Stats:
+        """`Stats` of the manager so far."""
+    def reset_prefix_cache(self) -> None:
+        """Unpublish every block, held ones too (new weights).
+
+        Sequences admitted before never publish again, and pins hold nothing any more: nobody could reach it.
+        """
+    def audit(self) -> None:
+        """Derive the whole state again, in O(blocks + nodes + tokens held).
+
+        Raises:
+            InvariantViolation: the first broken invariant, by number, and where.
+        """
     def __reduce__(self) -> NoReturn: ...
-    def _collide(self) -> None: ...
-    def _longest_walk(self) -> int: ...
-    def _poke(self, field: str, index: int, value: int) -> None: ...
+    def _collide(self) -> None:
+        """Make every hash of this manager, which must be new, equal."""
+    def _longest_walk(self) -> int:
+        """Lines of the prefix tree's table that the longest way to a node takes."""
+    def _poke(self, field: str, index: int, value: int) -> None:
+        """Break the books: add `value` to one number in them."""

@@ -2,10 +2,23 @@ from typing import Any, final
 
 __all__ = ["BlockLayout", "first_outside"]
 
-def first_outside(address: int, count: int, low: int, high: int) -> int: ...
+def first_outside(address: int, count: int, low: int, high: int) -> int:
+    """Position of the first of `count` int64 at `address` that is not in low..high (both included); -1 if all are."""
 
 @final
 class BlockLayout:
+    """Where the bytes of a token lie in a cache of blocks: the strides of one K or V tensor, without its address.
+
+    A token has `heads` heads of `runs` runs of `run_bytes` contiguous bytes. In the cache, a block takes `block_bytes`
+    without gaps (the product of all sizes); blocks are `block_stride` apart, tokens of a block `token_stride`, heads
+    `head_stride`, the runs of a head `run_stride`; in rows of tokens the runs of a head touch.
+
+    All sizes and strides are bytes or counts; `cache`, `source`, `target`, `slots`, `table`, `pairs` and `ids` are
+    addresses, the last four of contiguous int64.
+
+    Thread-safety: the methods release the GIL; calls that write the same bytes must not overlap.
+    """
+
     num_blocks: int
     block_size: int
     block_bytes: int
@@ -29,7 +42,11 @@ class BlockLayout:
         block_stride: int,
     ) -> None: ...
     def __reduce__(self) -> tuple[Any, ...]: ...
-    def write(self, cache: int, source: int, token_stride: int, head_stride: int, slots: int, count: int) -> None: ...
-    def gather(self, cache: int, target: int, table: int, num_tokens: int) -> None: ...
-    def copy_blocks(self, cache: int, pairs: int, count: int) -> None: ...
-    def zero_blocks(self, cache: int, ids: int, count: int) -> None: ...
+    def write(self, cache: int, source: int, token_stride: int, head_stride: int, slots: int, count: int) -> None:
+        """Row i of `source` goes to slot `slots[i]`, in order; a slot outside the cache is skipped."""
+    def gather(self, cache: int, target: int, table: int, num_tokens: int) -> None:
+        """The first `num_tokens` tokens of the blocks in `table` go to the rows of `target`, which lie without gaps."""
+    def copy_blocks(self, cache: int, pairs: int, count: int) -> None:
+        """For each (source, target) of `pairs`, in order: the whole block."""
+    def zero_blocks(self, cache: int, ids: int, count: int) -> None:
+        """All bytes of the blocks `ids` become zero."""

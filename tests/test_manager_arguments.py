@@ -120,7 +120,7 @@ def test_integers_are_what_has_an_index() -> None:
     manager = BlockManager(8, 4)
     for wrong in (torch.tensor(3.7), torch.tensor(True), torch.tensor([1, 2]), np.float64(3), np.bool_(True), Rounds()):
         with pytest.raises(TypeError, match=r"tokens\[1\]"):
-            manager.admit([1, wrong])
+            manager.admit([1, wrong])  # type: ignore[list-item]
         with pytest.raises(TypeError, match="reserve"):
             manager.admit([1, 2], reserve=wrong)  # type: ignore[arg-type]
     assert manager.num_sequences == 0

@@ -279,7 +279,7 @@ def test_anything_else_is_a_type_error(wrong: Any) -> None:
         lambda: manager.can_admit(wrong),
         lambda: manager.pin(wrong),
         lambda: manager.append(wrong, [1]),
-        lambda: manager.extend([seq], wrong, [1]) if wrong is not None else manager.extend([seq], [1], wrong),
+        lambda: manager.extend([seq], wrong, [1]) if wrong is not None else manager.extend([seq], [1], wrong),  # type: ignore[arg-type]
         lambda: manager.extend([seq], [1], wrong),
         lambda: manager.set_tokens([seq], wrong),
         lambda: manager.prepare(wrong, [1], step),

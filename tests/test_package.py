@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from stub_docs import documented
 
 import kvblocks
 
@@ -47,13 +48,17 @@ def needs_build_tools() -> None:
 
 
 def declared(body: list[ast.stmt]) -> list[ast.stmt]:
-    """Statements of a stub that declare a name which exists at run time: not imports, nor private aliases for types."""
+    """Statements of a stub that declare a name which exists at run time: not imports, nor private names for types."""
     kept: list[ast.stmt] = []
     for node in body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             private_alias = node.target.id.startswith("_") and ast.unparse(node.annotation).endswith("TypeAlias")
             if not private_alias:
                 kept.append(node)
+        elif (
+            isinstance(node, ast.ClassDef) and node.name.startswith("_") and "Protocol" in map(ast.unparse, node.bases)
+        ):
+            continue
         elif isinstance(node, ast.Assign | ast.ClassDef | ast.FunctionDef):
             kept.append(node)
     return kept
@@ -86,6 +91,14 @@ def test_every_name_in_a_stub_exists(stub: Path) -> None:
             members = [name for member in declared(node.body) for name in names(member)]
             missing += [f"{node.name}.{name}" for name in members if not hasattr(owner, name) and name not in fields]
     assert not missing
+
+
+@pytest.mark.parametrize("stub", STUBS, ids=lambda stub: stub.stem)
+def test_a_stub_has_the_docstrings_of_its_module(stub: Path) -> None:
+    found = list(documented(stub.read_text(), importlib.import_module(f"kvblocks.{stub.stem}")))
+    assert found
+    other = [name for name, node, docstring in found if ast.get_docstring(node) != docstring.strip()]
+    assert not other, "run: python tests/stub_docs.py"
 
 
 def test_every_public_name_of_the_package_exists() -> None:

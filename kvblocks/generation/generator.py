@@ -26,6 +26,7 @@ from kvblocks.generation.sampling import Choice, Chooser, Choosers
 from kvblocks.integrations.transformers import PagedModel, Pool, longest_sequence, placeholder_tokens
 from kvblocks.integrations.transformers.backend import adapters
 from kvblocks.manager import BlockManager
+from kvblocks.models.grouping import blocks_held
 from kvblocks.step.buffers import StepBuffers
 
 __all__ = ["Generator", "Request", "Token", "blocks_needed", "most_tokens"]
@@ -512,13 +513,7 @@ class Generator:
 
 def blocks_needed(config: CacheConfig, num_tokens: int, max_batch_tokens: int) -> int:
     """The blocks that a sequence holds at most, alone: in a group with a window what that and one pass take."""
-    needed = 0
-    for group in config.groups:
-        kept = num_tokens
-        if group.reach is not None:
-            kept = min(num_tokens, group.reach.size - 1 + max_batch_tokens + config.block_size - 1)
-        needed += -(-kept // config.block_size)
-    return needed
+    return sum(blocks_held(group.reach, num_tokens, config.block_size, max_batch_tokens) for group in config.groups)
 
 
 def most_tokens(config: CacheConfig) -> int:
