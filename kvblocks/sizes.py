@@ -10,7 +10,7 @@ __all__ = ["budget", "checked_bytes", "parse_length", "parse_share", "parse_size
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGTP", 1)}
-_UNITS |= {f"{prefix}{rest}": 1024**power for power, prefix in enumerate("KMGTP", 1) for rest in ("", "I", "IB")}
+_UNITS |= {f"{prefix}{rest}": 1024**power for power, prefix in enumerate("KMGTP", 1) for rest in ("", "IB")}
 
 
 def parse_size(text: str) -> int:

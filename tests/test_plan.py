@@ -739,7 +739,7 @@ def test_sizes_as_people_write_them() -> None:
 
 
 def test_sizes_lengths_and_shares_as_people_write_them() -> None:
-    assert parse_size("80G") == parse_size("80gi") == 80 * 2**30
+    assert parse_size("80G") == parse_size("80g") == 80 * 2**30
     assert parse_size("80GB") == 80 * 10**9
     assert [parse_length(text) for text in ("8192", "32k", "1M", "0.5k")] == [8192, 32768, 2**20, 512]
     assert parse_share("92.5%") == Fraction(37, 40)

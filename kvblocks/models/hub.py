@@ -1,14 +1,10 @@
 """Files of a model on the hub, through huggingface_hub: from its cache, or downloaded, or told quickly that neither is.
 
-Imports huggingface_hub only where a model is named by a hub id.
+Imports huggingface_hub, and what speaks to a network, only where a model is named by a hub id.
 """
 
 import re
-import socket
-import threading
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 __all__ = ["HubModel", "hub_model"]
 
@@ -98,6 +94,11 @@ def _out_of_reach() -> str:
 
     A name that is not resolved may take much longer than a connection that is refused, so that a thread asks for it.
     """
+    import socket
+    import threading
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies, proxy_bypass
+
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvblocks.config import Chunk, Window
 from kvblocks.errors import MissingField, UnknownModel
@@ -16,6 +16,9 @@ from kvblocks.models.architectures import MODEL_TYPES, TRANSLATED, read_fields
 from kvblocks.models.fields import MOST_LAYERS, Fields
 from kvblocks.models.hub import HubModel, hub_model
 from kvblocks.models.shapes import Layer, ModelCache, Reach, attention
+
+if TYPE_CHECKING:
+    from kvblocks.models.gguf_file import GgufFile
 
 __all__ = ["Source", "cache_dtype", "read", "uniform"]
 
@@ -34,16 +37,16 @@ class Source:
     """A model to plan for.
 
     Args:
-        config: its config as a dict, text half and all; None for plain numbers.
+        config: its config as a dict, text half and all; None for plain numbers and GGUF files.
         read: makes the `ModelCache`, with a latent cache "latent" or "expanded".
-        origin: the folder or the model on the hub whose weights the config is of; None where there is none.
+        origin: the folder, the model on the hub or the GGUF file that has the weights; None where there is none.
     """
 
     def __init__(
         self,
         config: Mapping[str, Any] | None,
         read: Callable[[str], ModelCache],
-        origin: Path | HubModel | None = None,
+        origin: "Path | HubModel | GgufFile | None" = None,
     ) -> None:
         self.config = config
         self.read = read
@@ -71,6 +74,11 @@ def read(model: Any) -> Source:
             f"nor num_layers (for numbers)"
         )
     if isinstance(model, str | os.PathLike):
+        if Path(model).suffix == ".gguf" and Path(model).is_file():
+            from kvblocks.models.gguf_file import GgufFile
+
+            file = GgufFile(Path(model))
+            return Source(None, file.read, file)
         path, name, origin = _config_file(model)
         source = _config(_json(path), name)
         return Source(source.config, source.read, origin)

@@ -71,8 +71,9 @@ def plan(
     """How much memory the cache of a model takes, and what fits into the memory there is.
 
     Args:
-        model: a transformers config, its dict, a folder with a config.json, the file, a hub id (only its config.json is
-            downloaded), or numbers: `{"num_layers": 32, "num_kv_heads": 8, "head_dim": 128}`, see `uniform`.
+        model: a transformers config, its dict, a folder with a config.json, the file, a GGUF file (needs gguf), a hub
+            id like "org/name" or "org/name@revision" (only its config.json is downloaded), or numbers:
+            `{"num_layers": 32, "num_kv_heads": 8, "head_dim": 128}`, see `uniform`.
         dtype: of K and V: a `torch.dtype`, its name, "fp8", the packed "int4" and "int2", or as engines call them:
             "fp8_e4m3", "fp8_e5m2", "q8_0", "q4_0". None for the config's, and bfloat16, with a note, where it names
             none; "auto" for the one that a quantized checkpoint asks for (`kv_cache_scheme`), else as None.
@@ -305,13 +306,13 @@ def _weights(weights: int | str | None, dtype: Any, source: Source, shape: Model
                 + ("" if weights is None else f"; weights={weights!r:.60} says the bytes itself")
             )
         return _size("weights", weights) or 0, None
-    if source.config is None:
+    if source.config is None and source.origin is None:
         raise ValueError("weights='auto' needs a config; plain numbers do not say what a model's weights are")
     if dtype is None:
         stored = None if source.origin is None else checkpoint_of(source.origin, len(shape.layers))
         if stored is not None:
-            return stored.total, _checkpoint_note(stored, source.config)
-        quantized = source.config.get("quantization_config")
+            return stored.total, _checkpoint_note(stored, source.config or {})
+        quantized = (source.config or {}).get("quantization_config")
         if quantized:
             raise ValueError(
                 "weights='auto': the config has a quantization_config, which mixes dtypes, and no safetensors lie "
@@ -319,6 +320,8 @@ def _weights(weights: int | str | None, dtype: Any, source: Source, shape: Model
             )
         if shape.dtype is None:
             raise ValueError(f"weights='auto': the config of {shape.name} names no dtype; give weights_dtype")
+    if source.config is None:
+        raise ValueError(f"weights_dtype={dtype!r:.60}: a GGUF file's weights are as they are stored; leave it out")
     counted = weight_bytes(source.config, format_of(shape.dtype if dtype is None else dtype))
     ahead = prediction_layers(source.config)
     if not ahead:

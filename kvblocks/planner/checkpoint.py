@@ -9,9 +9,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvblocks.models.hub import HubModel
+
+if TYPE_CHECKING:
+    from kvblocks.models.gguf_file import GgufFile
 
 __all__ = ["Checkpoint", "checkpoint_of"]
 
@@ -37,11 +40,11 @@ class Checkpoint:
     source: str
 
 
-def checkpoint_of(origin: Path | HubModel, layers: int) -> Checkpoint | None:
+def checkpoint_of(origin: "Path | HubModel | GgufFile", layers: int) -> Checkpoint | None:
     """The checkpoint in a folder or on the hub; None where there are no safetensors.
 
     Args:
-        origin: the folder that holds the config, or the model on the hub.
+        origin: the folder that holds the config, the model on the hub, or a GGUF file.
         layers: of the model; tensors of later ones predict several tokens ahead.
 
     Raises:
@@ -50,6 +53,8 @@ def checkpoint_of(origin: Path | HubModel, layers: int) -> Checkpoint | None:
     """
     if isinstance(origin, Path):
         return _in_folder(origin, layers)
+    if not isinstance(origin, HubModel):
+        return Checkpoint(origin.weight_bytes(), 0, origin.path.name)
     cached = None if origin.folder is None else _in_folder(origin.folder, layers)
     if cached is not None:
         return cached
