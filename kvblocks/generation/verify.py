@@ -32,8 +32,8 @@ class Verdict:
         expected: the token over the contiguous cache, None where the request had ended before.
         got: the token as given, None where there is none.
         gap: by how much the contiguous cache's logit of `expected` exceeds that of `got`; NaN where logits are.
-        bound: the largest gap that passes for a near tie: in half precision `NEAR_TIE` times the noise, which is what the
-            model's own logits so far differ by between one token at a time and all at once; else 0.
+        bound: the largest gap that passes for a near tie: in half precision `NEAR_TIE` times the noise, else 0. Noise
+            is what the model's own logits so far differ by between one token at a time and all at once.
     """
 
     position: int | None = None
@@ -100,6 +100,8 @@ def verify(model: Any, request: Request, tokens: Sequence[int]) -> Verdict:
         if bool(logits.isnan().any()):
             return Verdict(position, None, tokens[position] if position < len(tokens) else None, math.nan)
         if position == len(tokens):
+            if request.stop_strings:
+                break  # texts are not known here, so any end is taken for one of them
             return Verdict(position, expected, None, math.inf)
         got = tokens[position]
         if got != expected:
