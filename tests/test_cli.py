@@ -306,3 +306,91 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cli_generate, "run", interrupt)
     assert cli.main(["generate"]) == 130
+
+
+def test_prompts_with_settings_of_their_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    lines: list[dict[str, Any]] = [
+        {"prompt": "one", "max_new_tokens": 5},
+        {"tokens": [demo.BOS, 65], "temperature": 1.0, "seed": 3, "n": 2},
+    ]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    report = generate(capsys, "--prompts", str(prompts), "--max-new-tokens", "7")
+    first, second, third = report["completions"]
+    assert (first["prompt"], len(first["tokens"]), first["verdict"]["identical"]) == ("one", 5, True)
+    assert second["prompt_tokens"] == third["prompt_tokens"] == [demo.BOS, 65]
+    assert (second["prompt"], second["verdict"]) == ("A", None)
+    assert second["tokens"] != third["tokens"]
+    assert report["prompt_tokens"] == 4 + 2
+    assert generate(capsys, "--prompts", str(prompts), "--max-new-tokens", "7")["completions"] == report["completions"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1 is not JSON: "),
+        ("[1]", 'line 1 is no object; give {"prompt": "..."}'),
+        ('{"prompt": "a", "heat": 1}', "line 1 has 'heat'; there are logprobs, max_new_tokens, messages, min_p, n, "),
+        ('{"max_new_tokens": 4}', "line 1 must have one of prompt, messages, tokens"),
+        ('{"prompt": 4}', "line 1 has a prompt of type int; give a text, or messages or tokens"),
+        ('{"tokens": "abc"}', "line 1 has tokens that are no list of ints"),
+        ('{"prompt": "a", "top_p": 2}', "line 1: top_p=2 must be 0 to 1"),
+        (
+            '{"prompt": "a", "top_p": 0.5}',
+            "top_p=0.5 changes nothing where the best token is taken; give a temperature",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "a"}]}',
+            "the built-in model knows no chats; give --model with a tok",
+        ),
+    ],
+)
+def test_errors_in_jsonl(line: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(line)
+    assert message in error(capsys, ["--prompts", str(prompts)])
+
+
+def test_chats(saved_model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    kind: Any = transformers.AutoTokenizer
+    tokenizer = kind.from_pretrained(saved_model)
+    for file in saved_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    prompts = tmp_path / "prompts.jsonl"
+    messages = [
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+        {"role": "user", "content": "e"},
+    ]
+    prompts.write_text(json.dumps({"messages": messages, "max_new_tokens": 2}) + '\n{"prompt": "a b"}')
+    arguments = ["--model", str(tmp_path), "--prompts", str(prompts), "--max-new-tokens", "3"]
+    assert "cannot be put into the chat template: " in error(capsys, arguments)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}z{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    report = generate(capsys, *arguments, "--chat", "--system", "q")
+    shown = [tokenizer.decode(entry["prompt_tokens"]) for entry in report["completions"]]
+    assert shown == ["s q u c a d u e z", "s q u a b z"]
+    assert [entry["prompt"] for entry in report["completions"]] == ["e", "a b"]
+    assert [len(entry["tokens"]) for entry in report["completions"]] == [2, 3]
+
+
+def test_what_is_shown_of_prompts_and_of_answers_without_text(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab" * 150)))
+    monkeypatch.setattr(demo, "decode", lambda tokens: "")
+    assert cli.main(["generate", "--prompts", "-", "--max-new-tokens", "1", "--no-verify"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"  1  {'ab' * 100}… (300 characters)"
+    assert lines[1] == "  →  (no text: length after 1 token)"
+
+
+def test_what_is_found_after_a_preemption_is_counted_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    report = generate(capsys, "--kv-memory", "640KiB", "--max-new-tokens", "48", "--no-verify")
+    assert report["preemptions"] > 0
+    assert report["hit_tokens"] < report["prompt_tokens"]
+    assert report["readmitted_hit_tokens"] > 0
+    assert cli.main(["generate", "--kv-memory", "640KiB", "--max-new-tokens", "48", "--no-verify"]) == 0
+    assert f"re-admitted   {report['readmitted_hit_tokens']:,} cached tokens reused" in capsys.readouterr().out

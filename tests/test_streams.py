@@ -204,6 +204,7 @@ def test_the_cache_is_as_large_as_the_prompts_need() -> None:
         ([[1]], {"memory": True}, TypeError, "memory is a bool"),
         ([[1]], {"memory": 100}, ValueError, "memory=100 holds no block; one is"),
         ([[1]], {"num_blocks": 0}, ValueError, "num_gpu_blocks=0"),
+        ([1, 2, 3], {}, TypeError, r"prompts is one flat list of 3 ids; give a list of prompts: \[ids\]"),
         (["Hello"], {}, TypeError, r"a prompt is the str 'Hello'; give token ids"),
         ([[1, 2.5]], {}, TypeError, r"a prompt holds 2.5 of type float"),
         ([[1], []], {}, ValueError, "a request of 0 prompt tokens"),

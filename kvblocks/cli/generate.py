@@ -26,11 +26,16 @@ from kvblocks.cli.extras import UsageError
 from kvblocks.config import CacheConfig
 from kvblocks.errors import OutOfMemory
 from kvblocks.generation.generator import Request, blocks_needed
+from kvblocks.generation.request import Settings, check_request
+from kvblocks.generation.sampling import Choosers
 from kvblocks.generation.streams import generate, one_block
 from kvblocks.generation.verify import Verdict, verify
 from kvblocks.integrations.transformers import UnsupportedModel, check_model, longest_sequence
 
 __all__ = ["run"]
+
+_GIVEN = ("prompt", "messages", "tokens")  # what a line of JSONL may be asked with
+_ECHOED = 200  # characters of a prompt that are shown
 
 
 @dataclass
@@ -42,6 +47,8 @@ class _Served:
     encode: Callable[[str], tuple[int, ...]]
     decode: Callable[[list[int]], str]
     stop_tokens: frozenset[int]
+    chat: Callable[[list[dict[str, Any]]], list[int]] | None = None
+    tokenizer: Any = None
 
 
 @dataclass
@@ -63,21 +70,30 @@ def run(args: argparse.Namespace) -> int:
     chatter: Any = transformers.utils.logging
     chatter.set_verbosity_error()
     chatter.disable_progress_bar()
-    texts = _prompts(args.prompts)
+    asked = _prompts(args.prompts)
     threads = args.threads or (1 if args.model is None else None)
     if threads is not None:
         torch.set_num_threads(threads)
     served = _load(args)
-    answers = [
-        _Answer(text, Request(served.encode(text), args.max_new_tokens, served.stop_tokens), []) for text in texts
-    ]
+    requests = [_request(args, served, entry) for entry in asked]
+    try:
+        choosers = Choosers(served.model, served.tokenizer)
+    except ValueError as error:
+        raise UsageError(f"--model {served.name} cannot be served: {_first_line(error)}") from None
+    for entry, (_, request) in zip(asked, requests, strict=True):
+        try:
+            choosers.make(request)
+        except ValueError as error:
+            raise UsageError(f"{entry['where']}: {_first_line(error)}") from None
+    answers = [_Answer(text, request, []) for text, request in requests for _ in range(request.n)]
     config = _sizes(args, served, answers)
     with _progress() as progress:
-        report = _generate(args, served, config, answers, progress)
+        report = _generate(args, served, config, [request for _, request in requests], answers, progress)
         if args.verify or (args.verify is None and args.model is None):
             task = progress.add_task("verifying", total=len(answers))
             for answer in answers:
-                answer.verdict = verify(served.model, answer.request, answer.tokens)
+                if not answer.request.temperature:
+                    answer.verdict = verify(served.model, answer.request, answer.tokens)
                 progress.advance(task)
     if args.json:
         print(json.dumps(_as_json(report, answers), ensure_ascii=False))
@@ -86,18 +102,73 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(answer.verdict is None or answer.verdict.passed for answer in answers) else 1
 
 
-def _prompts(name: str | None) -> list[str]:
+def _prompts(name: str | None) -> list[dict[str, Any]]:
+    """What is asked for: objects as a line of JSONL has them, with the name of where each is from under `where`."""
     if name is None:
-        return list(demo.PROMPTS)
+        return [{"prompt": text, "where": f"prompt {number}"} for number, text in enumerate(demo.PROMPTS, 1)]
     try:
         raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         text = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--prompts {name} cannot be read: {error}") from None
-    prompts = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
-    if not prompts:
+    lines = [(number, line) for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1) if line.strip()]
+    if not lines:
         raise UsageError(f"--prompts {name} has no prompt; give one a line")
-    return prompts
+    if not name.endswith(".jsonl"):
+        return [{"prompt": line, "where": f"prompt {count}"} for count, (_, line) in enumerate(lines, 1)]
+    return [_from_json(f"--prompts {name}, line {number}", line) for number, line in lines]
+
+
+def _from_json(where: str, line: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"{where} is not JSON: {error}") from None
+    if not isinstance(entry, dict):
+        raise UsageError(f'{where} is no object; give {{"prompt": "..."}}')
+    known = {*_GIVEN, "max_new_tokens", *(Settings.__annotations__.keys() - {"salt", "logits_processors"})}
+    for key in entry:
+        if key not in known:
+            raise UsageError(f"{where} has {key!r}; there are {', '.join(sorted(known))}")
+    if len(entry.keys() & set(_GIVEN)) != 1:
+        raise UsageError(f"{where} must have one of {', '.join(_GIVEN)}")
+    return {**entry, "where": where}
+
+
+def _request(args: argparse.Namespace, served: _Served, entry: dict[str, Any]) -> tuple[str, Request]:
+    """What is shown of a prompt, and the request that it is."""
+    settings = dict(entry)
+    where = settings.pop("where")
+    text, messages, tokens = (settings.pop(name, None) for name in _GIVEN)
+    if text is not None and not isinstance(text, str):
+        raise UsageError(f"{where} has a prompt of type {type(text).__name__}; give a text, or messages or tokens")
+    if text is not None and (args.chat or args.system is not None):
+        messages = [{"role": "user", "content": text}]
+    if messages is not None:
+        if args.system is not None:
+            messages = [{"role": "system", "content": args.system}, *messages]
+        if served.chat is None:
+            raise UsageError("the built-in model knows no chats; give --model with a tokenizer that has a template")
+        try:
+            tokens = served.chat(messages)
+        except Exception as error:  # a template raises what it likes
+            raise UsageError(f"{where} cannot be put into the chat template: {_whole(error)}") from None
+        text = text if text is not None else str(messages[-1]["content"])
+    elif tokens is None:
+        tokens = served.encode(text or "")
+    if not isinstance(tokens, list | tuple) or any(type(token) is not int for token in tokens):
+        raise UsageError(f"{where} has tokens that are no list of ints")
+    text = served.decode(list(tokens)) if text is None else text
+    settings = {"temperature": 0.0, "max_new_tokens": args.max_new_tokens, **settings}
+    strings = settings.pop("stop_strings", ())
+    settings["stop_strings"] = (strings,) if isinstance(strings, str) else tuple(strings)
+    request = Request(tuple(tokens), stop_tokens=served.stop_tokens, **settings)
+    try:
+        if request.prompt:  # one that is empty gets a message of its own
+            check_request(request)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{where}: {error}") from None
+    return text, request
 
 
 def _load(args: argparse.Namespace) -> _Served:
@@ -124,7 +195,7 @@ def _load(args: argparse.Namespace) -> _Served:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     except Exception as error:
-        message = f"--model {args.model} has no tokenizer; save one beside the model: {_first_line(error)}"
+        message = f"--model {args.model} has no tokenizer; save one beside the model: {_whole(error)}"
         raise UsageError(message) from None
     stop = model.generation_config.eos_token_id
     stop_tokens = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
@@ -135,7 +206,16 @@ def _load(args: argparse.Namespace) -> _Served:
     def decode(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
-    return _Served(args.model, model, encode, decode, stop_tokens)
+    def chat(messages: list[dict[str, Any]]) -> list[int]:
+        made: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return list(made)
+
+    return _Served(args.model, model, encode, decode, stop_tokens, chat, tokenizer)
+
+
+def _whole(error: BaseException) -> str:
+    """All of an error, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _first_line(error: BaseException) -> str:
@@ -144,11 +224,10 @@ def _first_line(error: BaseException) -> str:
 
 def _sizes(args: argparse.Namespace, served: _Served, answers: list[_Answer]) -> CacheConfig:
     """The cache that --kv-memory pays for, once the longest sequence is known to fit the model and it."""
-    longest = max(answers, key=lambda answer: len(answer.request.prompt))
-    num_tokens = len(longest.request.prompt) + args.max_new_tokens - 1
-    what = (
-        f"prompt {answers.index(longest) + 1} of {len(longest.request.prompt)} tokens, with {args.max_new_tokens} new"
-    )
+    longest = max(answers, key=lambda answer: len(answer.request.prompt) + answer.request.max_new_tokens)
+    num_new = longest.request.max_new_tokens
+    num_tokens = len(longest.request.prompt) + num_new - 1
+    what = f"prompt {answers.index(longest) + 1} of {len(longest.request.prompt)} tokens, with {num_new} new"
     empty = [number for number, answer in enumerate(answers, 1) if not answer.request.prompt]
     if empty:
         raise UsageError(f"prompt {empty[0]} has no tokens: {answers[empty[0] - 1].prompt!r}")
@@ -183,7 +262,7 @@ def _sizes(args: argparse.Namespace, served: _Served, answers: list[_Answer]) ->
 
 def _pass_tokens(args: argparse.Namespace, answers: list[_Answer]) -> int:
     """Buffers are made for the most that a pass can hold, and no pass holds more than all sequences whole."""
-    whole: int = sum(len(answer.request.prompt) + args.max_new_tokens for answer in answers)
+    whole: int = sum(len(answer.request.prompt) + answer.request.max_new_tokens for answer in answers)
     return min(int(args.max_batch_tokens), whole)
 
 
@@ -196,19 +275,25 @@ def _as_size(num_bytes: int) -> str:
 
 
 def _generate(
-    args: argparse.Namespace, served: _Served, config: CacheConfig, answers: list[_Answer], progress: Progress
+    args: argparse.Namespace,
+    served: _Served,
+    config: CacheConfig,
+    requests: list[Request],
+    answers: list[_Answer],
+    progress: Progress,
 ) -> dict[str, Any]:
     """Fill the answers in; returns what there is to report, by name."""
-    task = progress.add_task("generating", total=len(answers) * args.max_new_tokens)
+    task = progress.add_task("generating", total=sum(answer.request.max_new_tokens for answer in answers))
     try:
         running = generate(
             served.model,
-            [answer.request for answer in answers],
+            requests,
             num_blocks=config.num_gpu_blocks,
             block_size=config.block_size,
             layout=args.layout,
             max_batch_tokens=_pass_tokens(args, answers),
             max_seqs=min(args.max_seqs, len(answers)),
+            tokenizer=served.tokenizer,
         )
     except (ValueError, OutOfMemory) as error:
         raise UsageError(_first_line(error)) from None
@@ -218,7 +303,7 @@ def _generate(
         try:
             while running.num_unfinished:
                 for stream in running.step():
-                    ended = 0 if stream.finish is None else args.max_new_tokens - len(stream.tokens)
+                    ended = 0 if stream.finish is None else stream.request.max_new_tokens - len(stream.tokens)
                     progress.advance(task, 1 + ended)
                 num_passes += 1
         except UnsupportedModel as error:
@@ -239,8 +324,9 @@ def _generate(
         "num_blocks": engine.num_blocks,
         "peak_used_blocks": stats.peak_used_blocks,
         "preemptions": stats.preemptions,
-        "prompt_tokens": sum(len(answer.request.prompt) for answer in answers),
-        "hit_tokens": stats.hit_tokens,
+        "prompt_tokens": sum(len(request.prompt) for request in requests),
+        "hit_tokens": running.generator.num_hit,
+        "readmitted_hit_tokens": running.generator.num_hit_again,
         "new_tokens": new_tokens,
         "forward_passes": num_passes,
         "seconds": seconds,
@@ -275,16 +361,16 @@ def _as_json(report: dict[str, Any], answers: list[_Answer]) -> dict[str, Any]:
 
 def _print(report: dict[str, Any], answers: list[_Answer]) -> None:
     for number, answer in enumerate(answers, 1):
-        print(f"{number:3}  {_on_one_line(answer.prompt)}")
-        print(f"  →  {_on_one_line(answer.completion)}\n")
+        print(f"{number:3}  {_on_one_line(_shortened(answer.prompt))}")
+        print(f"  →  {_on_one_line(answer.completion) if answer.completion.strip() else _nothing(answer)}\n")
     table = Table(box=box.SIMPLE, show_header=False)
     for name, value in _table(report):
         table.add_row(name, value)
     Console(markup=False, highlight=False).print(table)
-    if answers[0].verdict is not None:
+    if any(answer.verdict is not None for answer in answers):
         print(f"Against transformers' contiguous cache, in {report['dtype']}:")
         for number, answer in enumerate(answers, 1):
-            print(f"{number:3}  {answer.verdict}")
+            print(f"{number:3}  {answer.verdict or 'sampled, not compared'}")
 
 
 def _table(report: dict[str, Any]) -> Iterable[tuple[str, str]]:
@@ -295,8 +381,20 @@ def _table(report: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "peak in use", f"{used:,} blocks ({used / report['num_blocks']:.1%})"
     yield "preemptions", f"{report['preemptions']:,}"
     yield "prompts", f"{report['prompt_tokens']:,} tokens, {report['hit_tokens']:,} cached ones reused"
+    if report["preemptions"]:
+        yield "re-admitted", f"{report['readmitted_hit_tokens']:,} cached tokens reused after preemption"
     yield "answers", f"{report['new_tokens']:,} tokens in {report['forward_passes']:,} forward passes"
     yield "speed", f"{report['tokens_per_second']:,.0f} tokens/s ({report['seconds']:.2f} s)"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _ECHOED else f"{text[:_ECHOED]}… ({len(text):,} characters)"
+
+
+def _nothing(answer: _Answer) -> str:
+    """What stands for an answer without text: why there is none."""
+    count = len(answer.tokens)
+    return f"(no text: {answer.finish} after {count} token{'s' if count > 1 else ''})"
 
 
 def _on_one_line(text: str) -> str:

@@ -67,7 +67,14 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.set_defaults(run=_generate)
     add = parser.add_argument
     add("--model", metavar="MODEL", help="directory or hub id; by default a small Llama is made on the spot")
-    add("--prompts", metavar="FILE", help="one prompt a line, - for standard input; by default a built-in set")
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="one prompt a line, - for standard input; by default a built-in set. In a file *.jsonl each line is an "
+        "object with a prompt, messages or tokens, and settings of its own, like temperature or max_new_tokens",
+    )
+    add("--chat", action="store_true", help="put each prompt into the chat template of the model's tokenizer")
+    add("--system", metavar="TEXT", help="what the system says in each chat; implies --chat")
     add("--max-new-tokens", type=_count, default=64, metavar="N", help="for each prompt (default: %(default)s)")
     add("--kv-memory", type=_size, default="64MiB", metavar="SIZE", help="for K and V (default: %(default)s)")
     add("--block-size", type=_count, default=16, metavar="N", help="tokens in a block (default: %(default)s)")

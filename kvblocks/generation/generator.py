@@ -136,6 +136,7 @@ class Generator:
         self._unfinished: dict[int, _Sequence] = {}
         self._finalizer = weakref.finalize(self, _give_back, self.manager, self._unfinished)
         self.num_held = 0  # sequences that have a handle in the manager, and those that will be forked from them
+        self.num_hit = self.num_hit_again = 0  # tokens found, at the first admission and at those after a preemption
         self._num_following = 0  # behind those that run
         self._num_added = 0
 
@@ -367,10 +368,11 @@ class Generator:
 
     def _let_in(self, sequence: _Sequence, reserve: int | None) -> None:
         if sequence.handle:
-            self.manager.resume(sequence.handle, reserve=reserve)
+            self.num_hit_again += self.manager.resume(sequence.handle, reserve=reserve)
         else:
             salt, extra = sequence.request.salt, sequence.request.extra
-            sequence.handle, _ = self.manager.admit(sequence.prompt, salt=salt, extra=extra, reserve=reserve)
+            sequence.handle, hit = self.manager.admit(sequence.prompt, salt=salt, extra=extra, reserve=reserve)
+            self.num_hit += hit
             self.num_held += 1 + len(sequence.followers)
 
     def _awaits(self, waiting: _Sequence, computing: Mapping[tuple[bytes, bytes], Sequence[_Sequence]]) -> bool:

@@ -356,6 +356,8 @@ def _unpadded(prompts: Any, attention_mask: Any) -> Iterable[Any]:
             )
         if len(shape) == 1:
             raise ValueError(f"prompts is a {type(prompts).__name__} of shape {list(shape)}; give a list of prompts")
+        if isinstance(prompts, list | tuple) and prompts and all(type(token) is int for token in prompts):
+            raise TypeError(f"prompts is one flat list of {len(prompts)} ids; give a list of prompts: [ids]")
         given: Iterable[Any] = prompts
         return given
     mask = np.asarray(attention_mask.tolist() if hasattr(attention_mask, "tolist") else attention_mask)

@@ -3,18 +3,24 @@
 Knows nothing of blocks. Imports torch and transformers.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor
+from transformers import DynamicCache
 
-from kvblocks.generation.generator import Request
+from kvblocks.generation.request import Request
+from kvblocks.generation.sampling import Choosers
+from kvblocks.integrations.transformers.backend import unwrapped
 
 __all__ = ["NEAR_TIE", "Verdict", "verify"]
 
-NEAR_TIE = 16  # roundings of the best logit by which a token may miss it in half precision; up to 6 were seen
+NEAR_TIE = 2  # times the noise: two logits may each be off by it, in opposite directions
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,8 @@ class Verdict:
         expected: the token over the contiguous cache, None where the request had ended before.
         got: the token as given, None where there is none.
         gap: by how much the contiguous cache's logit of `expected` exceeds that of `got`; NaN where logits are.
-        bound: the largest gap that passes for a near tie: `NEAR_TIE * eps * |best logit|` in half precision, else 0.
+        bound: the largest gap that passes for a near tie: in half precision `NEAR_TIE` times the noise, else 0. Noise
+            is what the model's own logits so far differ by between one token at a time and all at once.
     """
 
     position: int | None = None
@@ -60,35 +67,58 @@ class Verdict:
 
 
 @torch.inference_mode()
-def verify(model: PreTrainedModel, request: Request, tokens: Sequence[int]) -> Verdict:
+def verify(model: Any, request: Request, tokens: Sequence[int]) -> Verdict:
     """Compare the new tokens of a request with greedy generation over `DynamicCache`, alone in its batch.
 
     Up to the first difference both see the same tokens. Where it is a near tie, the contiguous cache goes on with the
-    token that was given, so that every later token is held against its logits too.
+    token that was given, so that every later token is held against its logits too. The logits are processed as the
+    request and the model's generation config have it.
 
     The bound does not cover expert routing: in half precision a tie between experts can change a logit by more.
+
+    Raises:
+        ValueError: the request's tokens are sampled.
     """
-    cache = DynamicCache(config=model.config)
-    feed = list(request.prompt)
+    inner = unwrapped(model)
+    choosers = Choosers(inner).make(replace(request, stop_strings=(), logprobs=None, n=1))
+    chooser = choosers[0] if choosers else None
+    if chooser is not None and chooser.samples:
+        raise ValueError("the tokens of this request are sampled, so greedy generation says nothing about them")
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
+    cache = DynamicCache(config=inner.config)
+    ids = list(request.prompt)
+    feed = ids
     verdict = Verdict()
+    steps: list[Tensor] = []
+    whole: Tensor | None = None
     for position in range(request.max_new_tokens):
-        inputs = torch.tensor([feed], device=model.device)
-        logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits[0, -1]
+        inputs = torch.tensor([feed], device=inner.device)
+        made = model(input_ids=inputs, past_key_values=cache, use_cache=True, **last).logits[0, -1]
+        logits = made if chooser is None else chooser.scores(np.array(ids), made)
+        steps.append(made)
         expected = int(logits.argmax())
         if bool(logits.isnan().any()):
             return Verdict(position, None, tokens[position] if position < len(tokens) else None, math.nan)
         if position == len(tokens):
+            if request.stop_strings:
+                break  # texts are not known here, so any end is taken for one of them
             return Verdict(position, expected, None, math.inf)
         got = tokens[position]
         if got != expected:
-            best = float(logits[expected])
-            half = logits.dtype in (torch.float16, torch.bfloat16)
-            bound = NEAR_TIE * torch.finfo(logits.dtype).eps * abs(best) if half else 0.0
-            found = Verdict(position, expected, got, best - float(logits[got]), bound)
+            bound = 0.0
+            if made.dtype in (torch.float16, torch.bfloat16):
+                if whole is None:
+                    inputs = torch.tensor([[*request.prompt, *tokens[:-1]]], device=inner.device)
+                    keep = {"logits_to_keep": len(tokens)} if last else {}
+                    whole = model(input_ids=inputs, use_cache=False, **keep).logits[0, -len(tokens) :]
+                noise = max(float((one - all_).float().abs().max()) for one, all_ in zip(steps, whole, strict=False))
+                bound = NEAR_TIE * noise
+            found = Verdict(position, expected, got, float(logits[expected]) - float(logits[got]), bound)
             if not found.passed:
                 return found
             verdict = verdict if not verdict.identical else found
         feed = [got]
+        ids = [*ids, got]
         if got in request.stop_tokens:
             break
     if len(tokens) > position + 1:
