@@ -3,7 +3,9 @@
 Names are imported when first used: sizes and bookkeeping (`CacheConfig`, `BlockManager`) need no torch.
 """
 
+import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -75,6 +77,11 @@ __all__ = [
     "paged_attention",
     "plan",
 ]
+_NEED_TRANSFORMERS = ("Pool", "generate")
+
+# What cannot be had is not offered, so that `from kvblocks import *` and `dir` work; asked for by name it says why.
+if (sys.modules["transformers"] if "transformers" in sys.modules else find_spec("transformers")) is None:
+    __all__[:] = [name for name in __all__ if name not in _NEED_TRANSFORMERS]
 
 
 def __getattr__(name: str) -> Any:

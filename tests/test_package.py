@@ -269,3 +269,21 @@ def test_the_checked_build_is_the_one_that_checks(checked: str, tmp_path: Path) 
             print("IndexError")
     """
     assert python(use, cwd=tmp_path, path=tmp_path) == {"0": "5", "1": "IndexError"}[checked]
+
+
+def test_without_transformers_all_else_is_offered() -> None:
+    code = """if True:
+        import inspect, sys
+        sys.modules["transformers"] = None
+        from kvblocks import *
+        import kvblocks
+        assert BlockManager and "generate" not in kvblocks.__all__ and "generate" not in dir(kvblocks)
+        inspect.getmembers(kvblocks)
+        try:
+            kvblocks.generate
+        except ModuleNotFoundError as error:
+            assert "needs transformers" in str(error)
+        else:
+            raise AssertionError("generate without transformers")
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
