@@ -156,7 +156,8 @@ class BlockManager:
     Sequences and pins are int handles that are never used twice. Arrays of integers may be numpy arrays, CPU tensors,
     other integer buffers (read in place: nobody may write them during the call), lists, or one int.
 
-    A call that raises has changed nothing. `NoFreeBlocks` carries `.needed` and `.free`; a handle that is not valid
+    A call that raises has changed nothing; only where Python has no memory for what it returns, what was evicted for it
+    stays evicted. `NoFreeBlocks` carries `.needed` and `.free`; a handle that is not valid
     (any more) is `StaleSequence`.
 
     Thread-safety: every method may be called from any thread; concurrent callers see each call as one step. A child
@@ -244,7 +245,11 @@ class BlockManager:
     def match(
         self, tokens: _Ints, *, salt: bytes = b"", extra: _Extra = (), max_hit: SupportsIndex | None = None
     ) -> int:
-        """Tokens that `admit` would find in the prefix cache now. No effect."""
+        """Tokens that are found in the prefix cache now. No effect.
+
+        `admit` finds as many, or fewer where windows or chunks let a prompt be longer than the pool and what follows
+        the longest hit would not fit.
+        """
     def blocks_needed(self, num_tokens: int, *, reserve: SupportsIndex | None = None, max_new_tokens: int = 1) -> int:
         """Blocks that a prompt needs to be computed and answered, alone and with nothing cached.
 

@@ -15,6 +15,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcmp, memcpy, memset
 
+import gc
 import itertools
 import os
 import struct
@@ -46,12 +47,16 @@ _held = []  # managers whose locks the thread that forks has taken
 def _before_fork():
     """Take every lock: a child that was copied while another thread had one would wait for ever."""
     _fork.acquire()
-    for manager in list(_managers):
+    _held[:] = list(_managers)
+    _held.append(gc.isenabled())
+    gc.disable()    # a finalizer that frees a sequence would wait for this very thread
+    for manager in _held[:-1]:
         (<BlockManager>manager).lock.acquire()
-        _held.append(manager)
 
 
 def _after_fork():
+    if _held.pop():
+        gc.enable()
     while _held:
         (<BlockManager>_held.pop()).lock.release()
     _fork.release()
@@ -138,7 +143,8 @@ cdef class BlockManager:
     Sequences and pins are int handles that are never used twice. Arrays of integers may be numpy arrays, CPU tensors,
     other integer buffers (read in place: nobody may write them during the call), lists, or one int.
 
-    A call that raises has changed nothing. `NoFreeBlocks` carries `.needed` and `.free`; a handle that is not valid
+    A call that raises has changed nothing; only where Python has no memory for what it returns, what was evicted for it
+    stays evicted. `NoFreeBlocks` carries `.needed` and `.free`; a handle that is not valid
     (any more) is `StaleSequence`.
 
     Thread-safety: every method may be called from any thread; concurrent callers see each call as one step. A child
@@ -339,7 +345,11 @@ cdef class BlockManager:
             raise
 
     def match(self, tokens, *, salt=b"", extra=(), max_hit=None):
-        """Tokens that `admit` would find in the prefix cache now. No effect."""
+        """Tokens that are found in the prefix cache now. No effect.
+
+        `admit` finds as many, or fewer where windows or chunks let a prompt be longer than the pool and what follows
+        the longest hit would not fit.
+        """
         cdef int64_t longest = optional(max_hit, "max_hit")
         cdef Text text
         cdef Ints t
@@ -925,10 +935,14 @@ cdef class BlockManager:
         cdef Marks m
         cdef Fault f
         cdef bint ok, given = tokens is not None, counted = counts is not None, marked = extra is not None
-        cdef list kept = []
+        cdef list pairs = None
         s.owned = t.owned = n.owned = NULL
         s.viewed = t.viewed = n.viewed = False
         memset(&m, 0, sizeof(Marks))
+        if marked:      # first of all: iterators may run any code
+            pairs = []
+            for one in extra:
+                pairs.append(rising_extra(one))
         try:
             open_ints(seqs, "seqs", &s)
             if given:
@@ -936,13 +950,14 @@ cdef class BlockManager:
             if counted:
                 open_counts(counts, s.size, &n)
             if marked:
-                open_marks(extra, &n if counted else NULL, s.size, kept, &m)
-            with self.lock:
-                if counted or marked:
+                open_marks(pairs, &n if counted else NULL, s.size, &m)
+            if counted or marked:
+                with nogil, self.lock:
                     ok = core_extend(
                         &self.core, &s, &t if given else NULL, &n if counted else NULL, &m if marked else NULL, &f
                     )
-                else:
+            else:
+                with self.lock:
                     ok = core_append(&self.core, &s, &t if given else NULL, &f)
         finally:
             close_ints(&s)
@@ -1010,7 +1025,7 @@ cdef class BlockManager:
         if salt:
             size = struct.pack("=q", len(salt))
             parts[0] = [struct.pack("=q", -1), size, salt, size]
-        for position, value in checked_extra(extra, out.num_tokens):
+        for position, value in checked_extra(rising_extra(extra), out.num_tokens):
             offset, size = struct.pack("=q", position % self.core.block_size), struct.pack("=q", len(value))
             parts.setdefault(position // self.core.block_size, []).extend((offset, size, value, size))
         if not parts:
@@ -1127,8 +1142,8 @@ cdef int64_t optional(object value, str name) except? -1:
     return -1 if value is None else bounded(value, name, 0, MAX_INT32)
 
 
-cdef list checked_extra(object extra, int64_t num_tokens):
-    """The (position, bytes) pairs of `num_tokens` tokens, positions rising."""
+cdef list rising_extra(object extra):
+    """The (position, bytes) pairs of a sequence, positions rising from 0."""
     cdef int64_t position, previous = -1
     cdef list pairs = []
     for pair in extra:
@@ -1139,25 +1154,29 @@ cdef list checked_extra(object extra, int64_t num_tokens):
         position = as_int(place, "extra position")
         if not isinstance(value, bytes):
             raise TypeError(f"extra at position {position} must be bytes, not {type(value).__name__}")
-        if position <= previous or position >= num_tokens:
-            raise ValueError(
-                f"extra position {position} must be above the one before it ({previous}) and below the number of "
-                f"tokens ({num_tokens})"
-            )
+        if position <= previous:
+            raise ValueError(f"extra position {position} must be above the one before it ({previous})")
         previous = position
         pairs.append((position, value))
     return pairs
 
 
-cdef int open_marks(object extra, const Ints* counts, Py_ssize_t num_seqs, list kept, Marks* out) except -1:
-    """Read one list of pairs for each sequence. `kept` gets what must live as long as `out` is read."""
+cdef list checked_extra(list pairs, int64_t num_tokens):
+    """The same pairs, of so many tokens."""
+    if pairs:
+        last, _ = pairs[len(pairs) - 1]
+        if last >= num_tokens:
+            raise ValueError(f"extra position {last} must be below the number of tokens ({num_tokens})")
+    return pairs
+
+
+cdef int open_marks(list extra, const Ints* counts, Py_ssize_t num_seqs, Marks* out) except -1:
+    """Take one list of pairs for each sequence into C. No code of the user runs here: counts are what they were."""
     cdef Py_ssize_t i, n = 0
-    lists = list(extra)
-    if len(lists) != num_seqs:
-        raise ValueError(f"extra has {len(lists)} lists of (position, bytes) for {num_seqs} seqs")
+    if len(extra) != num_seqs:
+        raise ValueError(f"extra has {len(extra)} lists of (position, bytes) for {num_seqs} seqs")
     for i in range(num_seqs):
-        kept.append(checked_extra(lists[i], 1 if counts == NULL else at(counts, i)))
-        n += len(kept[i])
+        n += len(checked_extra(extra[i], 1 if counts == NULL else at(counts, i)))
     out.marks = <Mark*>grab_zeroed(n or 1, sizeof(Mark))
     out.counts = <int32_t*>grab_zeroed(num_seqs or 1, sizeof(int32_t))
     out.made = <Text*>grab_zeroed(num_seqs or 1, sizeof(Text))
@@ -1165,8 +1184,8 @@ cdef int open_marks(object extra, const Ints* counts, Py_ssize_t num_seqs, list 
         raise MemoryError(f"no memory for {n} extras")
     n = 0
     for i in range(num_seqs):
-        out.counts[i] = <int32_t>len(kept[i])
-        for position, value in kept[i]:
+        out.counts[i] = <int32_t>len(extra[i])
+        for position, value in extra[i]:
             out.marks[n].position, out.marks[n].size = position, PyBytes_GET_SIZE(value)
             out.marks[n].bytes = PyBytes_AS_STRING(value)
             n += 1

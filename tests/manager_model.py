@@ -758,7 +758,7 @@ class ModelManager:
     ) -> tuple[list[Node], int]:
         """The hit of an admission and how many tokens get slots; NoFreeBlocks if fewer than `watermark` stay free."""
         hit = self._hit(sequence.tokens, sequence.salt, sequence.extra, max_hit)
-        if any(reach is not None for reach in self.groups):
+        if reserve is not None and self.blocks_needed(len(sequence.tokens) or 1, reserve=reserve) <= self.num_blocks:
             while hit and self._most_held(len(hit) * self.block_size, len(sequence.tokens), reserve) > self.num_blocks:
                 hit.pop()
                 while not self._serves(hit):

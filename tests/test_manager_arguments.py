@@ -154,3 +154,19 @@ def test_lengths_in_memory_of_the_user_decide_nothing() -> None:
     assert step.num_seqs == 1
     with pytest.raises(RuntimeError, match="once"):
         step.__init__(*arrays)  # type: ignore[misc]
+
+
+def test_extra_bytes_are_read_before_anything_that_their_iterator_could_change() -> None:
+    manager = BlockManager(64, 4)
+    seq, _ = manager.admit([1, 2, 3])
+    for first, position in [(2**62, 2**40), (50, 40)]:
+        counts = np.array([first])
+
+        def pairs(counts: Any = counts, position: int = position) -> Any:
+            yield position, b"x"
+            counts[0] = 1
+
+        with pytest.raises(ValueError, match=r"must be below the number of tokens \(1\)"):
+            manager.extend([seq], [7], counts, extra=[pairs()])
+    assert manager.tokens(seq).tolist() == [1, 2, 3]
+    manager.audit()

@@ -409,13 +409,13 @@ cdef int32_t hit_that_fits(
     const Core* c, const Text* x, int64_t reserve, const int32_t* nodes, int32_t hit
 ) noexcept nogil:
     """The longest hit after which the pool has the blocks for the rest of a sequence, were it alone. Steps that begin
-    elsewhere than without a hit can hold more at once."""
-    cdef int64_t start, step
-    while hit:
-        start = <int64_t>hit * c.block_size
-        step = x.num_tokens - start if reserve < 0 else max(<int64_t>1, reserve)
-        if most_held(c, start, x.num_tokens, step) <= c.pool.num_blocks:
-            break
+    elsewhere than without a hit can hold more at once. Where no hit is no better the longest stays."""
+    cdef int32_t longest = hit
+    if reserve < 0 or most_ever(c, x.num_tokens, 1, reserve) > c.pool.num_blocks:
+        return longest
+    while hit and most_held(
+        c, <int64_t>hit * c.block_size, x.num_tokens, max(<int64_t>1, reserve)
+    ) > c.pool.num_blocks:
         hit = longest_hit(c, nodes, hit - 1)
     return hit
 
@@ -876,7 +876,8 @@ cdef bint copy_tail(Core* c, const Seq* source, Seq* own, int32_t rows, Seq* tai
         return False
     memcpy(tail.text.tokens, x.tokens + start, n * sizeof(int32_t))
     memcpy(tail.table, row_at(c, source, rows), <size_t>num_rows * c.num_groups * sizeof(int32_t))
-    memcpy(tail.text.extras, own.text.extras, kept * sizeof(Extra))
+    if kept:
+        memcpy(tail.text.extras, own.text.extras, kept * sizeof(Extra))
     for i in range(x.num_extras - first):
         tail.text.extras[kept + i] = x.extras[first + i]
         x.extras[first + i].blob.refs += 1

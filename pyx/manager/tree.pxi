@@ -228,7 +228,8 @@ cdef int64_t add_extras(
     if made.extras == NULL:
         return -1
     made.num_extras = x.num_extras
-    memcpy(made.extras, x.extras, x.num_extras * sizeof(Extra))
+    if x.num_extras:
+        memcpy(made.extras, x.extras, x.num_extras * sizeof(Extra))
     kept = 0
     if x.num_extras and x.extras[x.num_extras - 1].index == first:   # that block is made anew, longer
         made.num_extras -= 1
