@@ -130,6 +130,9 @@ def model_layers(config: PreTrainedConfig) -> tuple[ModelLayer, ...]:
 def cache_groups(config: PreTrainedConfig, *, chunks: bool = True) -> tuple[Group, ...]:
     """The layers of a model that write K and V, by their place in the cache, in groups for `CacheConfig`.
 
+    The cache gives every layer the room of the largest. Where layers differ in heads or dims, these groups may
+    be others than a plan's, whose layers have the room that each needs.
+
     Args:
         config: of the model.
         chunks: whether a chunked layer keeps its chunk only. Where rows are padded nobody knows where chunks begin, and
@@ -139,7 +142,7 @@ def cache_groups(config: PreTrainedConfig, *, chunks: bool = True) -> tuple[Grou
         UnsupportedModel: as for `model_layers`.
     """
     layers = [
-        PagedLayer(layer.storage, _reach(layer, chunks), 1)  # the cache gives every layer equally many bytes
+        PagedLayer(layer.storage, _reach(layer, chunks), 1)
         for layer in model_layers(config)
         if layer.writes and layer.storage is not None
     ]
