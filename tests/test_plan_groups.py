@@ -27,6 +27,7 @@ from kvblocks.config import CacheConfig, Chunk, Group, Window
 from kvblocks.errors import UnsupportedModel
 from kvblocks.integrations.transformers import PagedCache, cache_config, cache_groups
 from kvblocks.manager import BlockManager
+from kvblocks.models.grouping import PagedLayer, layer_groups
 from kvblocks.step import StepBuffers
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -207,3 +208,13 @@ def test_groups_follow_the_longest_sequence(longest: int, number: int) -> None:
     groups = plan(config).groups
     assert cache_groups(config) == groups
     assert len(groups) == number
+
+
+@pytest.mark.parametrize("longest", [None, 32768, 131072, 10**6])
+def test_no_sequence_past_32k_is_counted(longest: int | None) -> None:
+    """At 32k, 8 places for 7 + 8 layers take 8 * (2048 + 513) blocks and 7 places 7 * (2048 + 2 * 513), which is more.
+
+    At 128k it would be the other way round: 8 * (8192 + 513) against 7 * (8192 + 2 * 513).
+    """
+    layers = [PagedLayer(i, None if i < 7 else Window(8192), 1) for i in range(15)]
+    assert [len(group.layers) for group in layer_groups(layers, longest)] == [7, 8]
