@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kvblocks import BlockManager, CacheConfig, CacheEngine, Chunk, Group, Plan, StepBuffers, Window, plan
 from kvblocks.formats import format_of
-from kvblocks.models.grouping import BlockGroup, Layout, PagedLayer, best_layout, blocks_held, uniform_bytes
+from kvblocks.models.grouping import BlockGroup, Layout, PagedLayer, blocks_held, layer_groups, uniform_bytes
 from kvblocks.planner import UnknownModel, smallest_changes, uniform
 from kvblocks.planner.explain import lines
 from kvblocks.planner.text import amount
@@ -542,12 +542,12 @@ def compositions(items: list[PagedLayer]) -> Any:
 @given(
     st.lists(st.tuples(REACHES, st.integers(1, 4)), min_size=1, max_size=7),
     st.integers(1, 7),
-    st.integers(1, 300),
-    st.sampled_from([1, 4, 16]),
+    st.none() | st.integers(1, 300) | st.integers(32768, 10**6),
 )
-def test_no_layout_takes_less(spec: list[tuple[Any, int]], max_groups: int, length: int, block_size: int) -> None:
+def test_no_groups_take_less(spec: list[tuple[Any, int]], max_groups: int, longest: int | None) -> None:
     layers = [PagedLayer(i, reach, 10 * size) for i, (reach, size) in enumerate(spec)]
-    found = best_layout(layers, block_size, length, max_groups)
+    block_size, length = 16, min(longest or 32768, 32768)
+    found = Layout(layer_groups(layers, longest, max_groups), block_size)
     assert sorted(layer.index for group in found.groups for layer in group.layers) == list(range(len(layers)))
     assert all(layer.reach == group.reach for group in found.groups for layer in group.layers)
     reaches = list(dict.fromkeys(layer.reach for layer in layers))

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from kvblocks.config import CacheConfig
 from kvblocks.generation.generator import Generator, Request, blocks_needed
 from kvblocks.generation.request import Settings
-from kvblocks.integrations.transformers import PagedModel, Pool, layer_groups
+from kvblocks.integrations.transformers import PagedModel, Pool, cache_groups
 from kvblocks.integrations.transformers.backend import unwrapped
 from kvblocks.sizes import checked_bytes
 
@@ -135,7 +135,7 @@ def one_block(model: PreTrainedModel, block_size: int) -> CacheConfig:
         num_gpu_blocks=1,
         block_size=block_size,
         v_head_dim=shape.v_head_dim,
-        groups=layer_groups(paged.layers),
+        groups=cache_groups(paged.model.config),
     )
 
 

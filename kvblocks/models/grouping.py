@@ -3,17 +3,35 @@
 A block holds `block_size` tokens for the layers of one group; all groups draw from one pool, so a block is as large as
 the largest group needs. Layers of one reach form groups of equally many; how many is searched for exactly. Layers that
 keep more bytes than others take more room in their block, so that there are fewer of them in a group.
+
+Groups depend on the model alone, not on what is asked of it: a store that several processes share names its blocks by
+them. The planner, `kvblocks.generate` and `PagedCache` all ask `layer_groups`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from kvblocks.config import Chunk, Window
-from kvblocks.models.shapes import Reach
+from kvblocks.formats import format_of
+from kvblocks.models.shapes import Kept, Layer, Reach
 
-__all__ = ["BlockGroup", "Layout", "PagedLayer", "best_layout", "blocks_held", "uniform_bytes"]
+__all__ = [
+    "MOST_GROUPS",
+    "BlockGroup",
+    "Layout",
+    "PagedLayer",
+    "blocks_held",
+    "layer_groups",
+    "model_groups",
+    "paged_layers",
+    "uniform_bytes",
+]
+
+MOST_GROUPS = 12  # each is a block table in every step
+_LENGTH = 32768  # tokens of the sequence whose bytes are compared, where the model allows as many
+_BLOCK_SIZE = 16  # tokens of the blocks in which it is counted
 
 
 @dataclass(frozen=True)
@@ -93,29 +111,61 @@ def blocks_held(reach: Reach, num_tokens: int, block_size: int, step_tokens: int
     return min(everything, most)
 
 
-def best_layout(
-    layers: Sequence[PagedLayer], block_size: int, num_tokens: int, max_groups: int, step_tokens: int = 1
-) -> Layout:
-    """The groups in which a sequence of `num_tokens` tokens takes the fewest bytes.
+def layer_groups(
+    layers: Sequence[PagedLayer], longest: int | None, max_groups: int = MOST_GROUPS
+) -> tuple[BlockGroup, ...]:
+    """The groups in which a sequence takes the fewest bytes, by reach, the farthest first.
 
-    It tries each block size at which the layers of some reach need one group fewer, while there are at most
+    It tries each block size in bytes at which the layers of some reach need one group fewer, while there are at most
     `max_groups` groups in all (or as many as there are reaches). Of two that take the same, the one with fewer groups
     is taken. Layers keep their order; where all of a reach are of one size its groups have equally many, or one fewer.
+
+    Args:
+        layers: of the model, or of the part of it that one device runs. Only the ratios of their `block_bytes` count.
+        longest: tokens of the longest sequence that the model was made for; None where it names none. The sequence that
+            is compared has so many tokens, and 32,768 at most. It lies in blocks of 16 and grows a token at a time.
+        max_groups: block tables of a sequence, at most, as far as reaches allow.
     """
+    num_tokens = _LENGTH if longest is None else min(longest, _LENGTH)
     by_reach: dict[Reach, list[PagedLayer]] = {}
     for layer in sorted(layers, key=lambda layer: (_order(layer.reach), layer.index)):
         by_reach.setdefault(layer.reach, []).append(layer)
     allowed = max(max_groups, len(by_reach))
-    best: tuple[int, int, Layout] | None = None
+    best: tuple[int, int, tuple[BlockGroup, ...]] = (0, 0, ())
     for room in sorted({room for same in by_reach.values() for room in _rooms(same, allowed)}, reverse=True):
-        groups = [group for same in by_reach.values() for group in _packed(same, room)]
+        groups = tuple(group for same in by_reach.values() for group in _packed(same, room))
         if len(groups) > allowed:
             continue
-        layout = Layout(tuple(groups), block_size, step_tokens)
-        cost = (layout.held_bytes(num_tokens), len(groups))
-        if best is None or cost < best[:2]:
-            best = (*cost, layout)
-    return best[2] if best is not None else Layout((), block_size, step_tokens)
+        cost = (Layout(groups, _BLOCK_SIZE).held_bytes(num_tokens), len(groups))
+        if not best[2] or cost < best[:2]:
+            best = (*cost, groups)
+    return best[2]
+
+
+def model_groups(
+    layers: Sequence[Layer], longest: int | None, max_groups: int = MOST_GROUPS
+) -> tuple[tuple[Reach, tuple[int, ...]], ...]:
+    """`layer_groups` of a model's layers: of each group the reach, and the layers by their place in the model.
+
+    Bytes are those of the whole model in bfloat16, whatever it is stored in and over however many devices.
+    """
+    bfloat16 = format_of("bfloat16")
+    rates = math.lcm(*(kept.every for layer in layers for kept in layer.kept))
+    found = layer_groups(paged_layers(layers, rates, lambda kept: kept.entry_bytes(bfloat16)), longest, max_groups)
+    return tuple((group.reach, tuple(layer.index for layer in group.layers)) for group in found)
+
+
+def paged_layers(
+    layers: Iterable[Layer], block_size: int, entry_bytes: Callable[[Kept], int]
+) -> tuple[PagedLayer, ...]:
+    """What every layer puts into blocks of `block_size` tokens, apart by reach."""
+    found = []
+    for layer in layers:
+        for reach in dict.fromkeys(kept.reach for kept in layer.kept):
+            same = [kept for kept in layer.kept if kept.reach == reach]
+            block = sum(entry_bytes(kept) * math.ceil(block_size / kept.every) for kept in same)
+            found.append(PagedLayer(layer.index, reach, block))
+    return tuple(found)
 
 
 def uniform_bytes(layers: Sequence[PagedLayer], block_size: int, num_tokens: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from kvblocks.errors import MissingField, UnknownModel
 from kvblocks.formats import dtype_name, format_of
 from kvblocks.models.architectures import MODEL_TYPES
+from kvblocks.models.grouping import MOST_GROUPS
 from kvblocks.models.read import Source, cache_dtype, read, uniform
 from kvblocks.models.shapes import ModelCache, Stored
 from kvblocks.planner.advice import Change, smallest_changes
@@ -65,7 +66,7 @@ def plan(
     group_size: int | None = None,
     scale_dtype: Any = "float16",
     zero_point: bool = False,
-    max_groups: int = 12,
+    max_groups: int = MOST_GROUPS,
     step_tokens: int = 1,
 ) -> Plan:
     """How much memory the cache of a model takes, and what fits into the memory there is.

@@ -12,7 +12,15 @@ from typing import Any, Self
 
 from kvblocks.config import CacheConfig, Group
 from kvblocks.formats import Format, dtype_name, format_of, itemsize_of, narrower
-from kvblocks.models.grouping import Layout, PagedLayer, best_layout, uniform_bytes
+from kvblocks.models.grouping import (
+    MOST_GROUPS,
+    BlockGroup,
+    Layout,
+    PagedLayer,
+    model_groups,
+    paged_layers,
+    uniform_bytes,
+)
 from kvblocks.models.shapes import Kept, Layer, ModelCache, Stored
 from kvblocks.planner.parallel import check_tp
 
@@ -72,7 +80,7 @@ class Settings:
     copies: int = 1
     sequences: int | None = None
     encoder_tokens: int = 0
-    max_groups: int = 12
+    max_groups: int = MOST_GROUPS
     step_tokens: int = 1
 
     def __post_init__(self) -> None:
@@ -80,7 +88,7 @@ class Settings:
 
     @property
     def reference_len(self) -> int:
-        """The length at which layouts are compared: what is asked for, else what the model was made for, else 32k."""
+        """The tokens of a sequence by default: those that are asked for, else the model's longest, else 32k."""
         return self.seq_len or self.model.max_seq_len or 32768
 
     @property
@@ -170,19 +178,18 @@ class Stage:
     @cached_property
     def paged(self) -> tuple[PagedLayer, ...]:
         """What every layer puts into blocks, apart by reach."""
-        size = self.settings.block_size
-        found = []
-        for layer in self.layers:
-            for reach in dict.fromkeys(kept.reach for kept in layer.kept):
-                same = [kept for kept in layer.kept if kept.reach == reach]
-                block = sum(self.entry_bytes(kept) * math.ceil(size / kept.every) for kept in same)
-                found.append(PagedLayer(layer.index, reach, block))
-        return tuple(found)
+        return paged_layers(self.layers, self.settings.block_size, self.entry_bytes)
 
     @cached_property
     def layout(self) -> Layout:
+        """The stage's layers in the groups that the model gives them."""
         s = self.settings
-        return best_layout(self.paged, s.block_size, s.reference_len, s.max_groups, s.step_tokens)
+        stored = {(layer.reach, layer.index): layer for layer in self.paged}
+        groups = tuple(
+            BlockGroup(reach, tuple(stored[reach, index] for index in indices))
+            for reach, indices in model_groups(self.layers, s.model.max_seq_len, s.max_groups)
+        )
+        return Layout(groups, s.block_size, s.step_tokens)
 
     @property
     def block_bytes(self) -> int:

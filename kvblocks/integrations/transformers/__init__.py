@@ -10,8 +10,8 @@ from kvblocks.integrations.transformers.cache import PagedCache
 from kvblocks.integrations.transformers.layers import (
     KVShape,
     cache_config,
+    cache_groups,
     kv_shape,
-    layer_groups,
     longest_sequence,
     placeholder_tokens,
 )
@@ -24,9 +24,9 @@ __all__ = [
     "Pool",
     "UnsupportedModel",
     "cache_config",
+    "cache_groups",
     "check_model",
     "kv_shape",
-    "layer_groups",
     "longest_sequence",
     "placeholder_tokens",
 ]

@@ -21,10 +21,10 @@ from kvblocks.engine import CacheEngine
 from kvblocks.errors import UnsupportedModel
 from kvblocks.integrations.transformers.layers import (
     ModelLayer,
+    cache_groups,
     check_prompts,
     counts_padding,
     kv_shape,
-    layer_groups,
     model_layers,
     placeholder_tokens,
     text_config,
@@ -107,7 +107,7 @@ class PagedCache(Cache):
             _check_groups(described, engine)
             blocks = Blocks.of(manager, engine)
         else:
-            groups = layer_groups(described, chunks=False)
+            groups = cache_groups(config, chunks=False)
             blocks = Blocks(_sizes(config, writing, groups, memory, num_blocks, block_size, dtype, device))
         self._fill(config, described, Rows(blocks))
         self._state.salt = b"" if pool is None else _OF_CACHES

@@ -1,10 +1,9 @@
 """What the layers of a transformers model cache, read from its config: which of them, how far they attend, what shapes.
 
-The one place where layers become layer groups. Knows no cache and no attention. Imports transformers.
+Knows no cache and no attention. Imports transformers.
 """
 
 import inspect
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,13 +19,15 @@ from transformers.models.auto.modeling_auto import (
 
 from kvblocks.config import CacheConfig, Chunk, Group, Window
 from kvblocks.errors import UnsupportedModel
+from kvblocks.models.grouping import PagedLayer, layer_groups
+from kvblocks.models.shapes import Reach
 
 __all__ = [
     "KVShape",
     "ModelLayer",
     "cache_config",
+    "cache_groups",
     "kv_shape",
-    "layer_groups",
     "longest_sequence",
     "model_layers",
     "placeholder_tokens",
@@ -41,8 +42,6 @@ class KVShape(NamedTuple):
     head_dim: int
     v_head_dim: int
 
-
-_MOST_GROUPS = 16  # of a manager's 64: each is a table in every step
 
 # Model types whose K and V of a token depend on more than the tokens before it, and what that is.
 _NO_PROMPTS = {
@@ -128,35 +127,34 @@ def model_layers(config: PreTrainedConfig) -> tuple[ModelLayer, ...]:
     return tuple(layers)
 
 
-def layer_groups(layers: Sequence[ModelLayer], *, chunks: bool = True) -> tuple[Group, ...]:
-    """The layers that write K and V in groups of one reach and at most equally many, for `CacheConfig`.
+def cache_groups(config: PreTrainedConfig, *, chunks: bool = True) -> tuple[Group, ...]:
+    """The layers of a model that write K and V, by their place in the cache, in groups for `CacheConfig`.
 
-    Larger groups leave places empty, smaller ones need more tables and round more sequences up to whole blocks: we
-    accept 1 % of empty places for each table saved.
+    The cache gives every layer the room of the largest. Where layers differ in heads or dims, these groups may
+    be others than a plan's, whose layers have the room that each needs.
 
     Args:
+        config: of the model.
         chunks: whether a chunked layer keeps its chunk only. Where rows are padded nobody knows where chunks begin, and
             it keeps a window of that size.
+
+    Raises:
+        UnsupportedModel: as for `model_layers`.
     """
-    by_reach: dict[Window | Chunk | None, list[int]] = {}
-    for layer in layers:
-        if layer.writes and layer.storage is not None:
-            reach: Window | Chunk | None = None if layer.window is None else Window(layer.window)
-            if chunks and layer.chunk is not None:
-                reach = Chunk(layer.chunk)
-            by_reach.setdefault(reach, []).append(layer.storage)
-    total = sum(map(len, by_reach.values()))
+    layers = [
+        PagedLayer(layer.storage, _reach(layer, chunks), 1)
+        for layer in model_layers(config)
+        if layer.writes and layer.storage is not None
+    ]
+    longest = getattr(text_config(config), "max_position_embeddings", None)
+    groups = layer_groups(layers, longest if isinstance(longest, int) and longest > 0 else None)
+    return tuple(Group(group.reach, tuple(layer.index for layer in group.layers)) for group in groups)
 
-    def cost(size: int) -> float:
-        groups = sum(-(-len(storages) // size) for storages in by_reach.values())
-        return (groups * size - total) / total + groups / 100 if groups <= _MOST_GROUPS else math.inf
 
-    size = min(range(1, max(map(len, by_reach.values())) + 1), key=cost)
-    return tuple(
-        Group(reach, tuple(storages[first : first + size]))
-        for reach, storages in by_reach.items()
-        for first in range(0, len(storages), size)
-    )
+def _reach(layer: ModelLayer, chunks: bool) -> Reach:
+    if chunks and layer.chunk is not None:
+        return Chunk(layer.chunk)
+    return None if layer.window is None else Window(layer.window)
 
 
 def check_prompts(config: PreTrainedConfig) -> None:
@@ -279,7 +277,7 @@ def cache_config(
         dtype=dtype,
         block_size=block_size,
         v_head_dim=shape.v_head_dim,
-        groups=layer_groups(model_layers(config)),
+        groups=cache_groups(config),
     )
 
 

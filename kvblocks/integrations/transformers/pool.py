@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kvblocks.config import CacheConfig
 from kvblocks.engine import CacheEngine
 from kvblocks.integrations.transformers.backend import PagedModel
-from kvblocks.integrations.transformers.layers import kv_shape, layer_groups, model_layers, text_config
+from kvblocks.integrations.transformers.layers import cache_groups, kv_shape, text_config
 from kvblocks.manager import BlockManager
 from kvblocks.sizes import checked_bytes
 
@@ -68,10 +68,10 @@ class Pool:
         if not isinstance(model, PreTrainedConfig):
             paged = PagedModel(model)
             model = paged.model
-            shape, layers = paged.measure(), paged.layers
+            shape = paged.measure()
             dtype, device = dtype or model.dtype, device or model.device
         else:
-            shape, layers = kv_shape(model), model_layers(model)
+            shape = kv_shape(model)
             likely = getattr(text_config(model), "dtype", None) or getattr(model, "dtype", None)
             dtype = dtype or (likely if isinstance(likely, torch.dtype) else torch.get_default_dtype())
             device = device or "cpu"
@@ -85,7 +85,7 @@ class Pool:
             v_head_dim=v_dim,
             num_gpu_blocks=1,
             block_size=block_size,
-            groups=layer_groups(layers, chunks=False),
+            groups=cache_groups(_config(model), chunks=False),
         )
         if num_blocks is None:
             given = "64MiB" if memory is None else memory
