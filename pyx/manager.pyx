@@ -42,23 +42,24 @@ _manager_ids = itertools.count(1)
 _managers = weakref.WeakSet()
 _fork = threading.Lock()
 _held = []  # managers whose locks the thread that forks has taken
+_collected = []  # whether garbage was collected before it did
 
 
 def _before_fork():
     """Take every lock: a child that was copied while another thread had one would wait for ever."""
     _fork.acquire()
     _held[:] = list(_managers)
-    _held.append(gc.isenabled())
+    _collected.append(gc.isenabled())
     gc.disable()    # a finalizer that frees a sequence would wait for this very thread
-    for manager in _held[:-1]:
+    for manager in _held:
         (<BlockManager>manager).lock.acquire()
 
 
 def _after_fork():
-    if _held.pop():
-        gc.enable()
     while _held:
         (<BlockManager>_held.pop()).lock.release()
+    if _collected.pop():
+        gc.enable()
     _fork.release()
 
 
