@@ -248,20 +248,6 @@ class BlockOfOthersIsWrittenInPlace(ModelManager):
         return found
 
 
-class ShortestWritesInPlace(ModelManager):
-    """What is written in place may be what the others have again after an abort."""
-
-    def _in_place(self, batch: list[Seq]) -> dict[int, Seq]:
-        found = super()._in_place(batch)
-        size = self.block_size
-        for sequence in batch:
-            index = sequence.num_prepared // size
-            block = sequence.table[index][0] if index < len(sequence.table) else GONE
-            if block in found and sequence.num_prepared < found[block].num_prepared:
-                found[block] = sequence
-        return found
-
-
 class EverybodyCopies(ModelManager):
     """k + 1 copies for k children of a partly filled block."""
 
@@ -345,7 +331,6 @@ OTHERS: list[type[ModelManager]] = [
     LongestHitIsIgnored,
     AnswerCountsForNothing,
     BlockOfOthersIsWrittenInPlace,
-    ShortestWritesInPlace,
     EverybodyCopies,
 ]
 # Seen in the K/V alone, without a right manager to compare with.
