@@ -156,9 +156,9 @@ class BlockManager:
     Sequences and pins are int handles that are never used twice. Arrays of integers may be numpy arrays, CPU tensors,
     other integer buffers (read in place: nobody may write them during the call), lists, or one int.
 
-    A call that raises has changed nothing; only where Python has no memory for what it returns, what was evicted for it
-    stays evicted. `NoFreeBlocks` carries `.needed` and `.free`; a handle that is not valid
-    (any more) is `StaleSequence`.
+    A call that raises has changed nothing. There is one exception: where Python has no memory for what a call returns,
+    the blocks that the call has evicted stay evicted. `NoFreeBlocks` carries `.needed` and `.free`; a handle that is
+    not valid (any more) is `StaleSequence`.
 
     Thread-safety: every method may be called from any thread; concurrent callers see each call as one step. A child
     that `os.fork` makes has a copy of its own, as it was between two calls.

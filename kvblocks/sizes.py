@@ -13,18 +13,22 @@ _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGTP", 1)}
 _UNITS |= {f"{prefix}{rest}": 1024**power for power, prefix in enumerate("KMGTP", 1) for rest in ("", "IB")}
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, name: str = "") -> int:
     """Bytes in a size such as "64MiB", "1.5GB", "80G", "4096". K, M, G, T and P alone are powers of 1,024.
+
+    Args:
+        name: of the argument that is read, for the error.
 
     Raises:
         ValueError: it is none, or more than 2**63 - 1.
     """
+    given = f"{name}=" if name else ""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Z]*)\s*", text, re.ASCII | re.IGNORECASE)
     if match is None or match[2].upper() not in _UNITS:
-        raise ValueError(f"{text!r:.60} is not a size; give one like 64MiB, 1.5GB or 1048576")
+        raise ValueError(f"{given}{text!r:.60} is not a size; give one like 64MiB, 1.5GB or 1048576")
     size = int(Fraction(Decimal(match[1])) * _UNITS[match[2].upper()])
     if size >= 2**63:
-        raise ValueError(f"{text!r:.60} is more than 2**63 - 1 bytes")
+        raise ValueError(f"{given}{text!r:.60} is more than 2**63 - 1 bytes")
     return size
 
 
@@ -36,10 +40,7 @@ def checked_bytes(name: str, value: str | SupportsIndex) -> int:
         TypeError: neither text nor an integer.
     """
     if isinstance(value, str):
-        try:
-            size = parse_size(value)
-        except ValueError as error:
-            raise ValueError(f"{name}={error}") from None
+        size = parse_size(value, name)
     elif isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{name} is a {type(value).__name__}; give bytes as an int, or text like '64MiB'")
     else:

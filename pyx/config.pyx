@@ -366,10 +366,7 @@ cdef class CacheConfig:
             layer_shapes=layer_shapes,
         )
         if isinstance(memory_bytes, str):
-            try:
-                memory_bytes = parse_size(memory_bytes)
-            except ValueError as error:
-                raise ValueError(f"memory_bytes={error}") from None
+            memory_bytes = parse_size(memory_bytes, "memory_bytes")
         cdef int64_t given = _bounded("memory_bytes", memory_bytes, 0, INT64_MAX)
         cdef int64_t block_bytes = (<CacheConfig?>config).block_bytes(dtype)
         if block_bytes < 1:

@@ -42,14 +42,14 @@ _manager_ids = itertools.count(1)
 _managers = weakref.WeakSet()
 _fork = threading.Lock()
 _held = []  # managers whose locks the thread that forks has taken
-_collected = []  # whether garbage was collected before it did
+_collects = []  # whether that thread's process collects garbage otherwise
 
 
 def _before_fork():
     """Take every lock: a child that was copied while another thread had one would wait for ever."""
     _fork.acquire()
     _held[:] = list(_managers)
-    _collected.append(gc.isenabled())
+    _collects.append(gc.isenabled())
     gc.disable()    # a finalizer that frees a sequence would wait for this very thread
     for manager in _held:
         (<BlockManager>manager).lock.acquire()
@@ -58,7 +58,7 @@ def _before_fork():
 def _after_fork():
     while _held:
         (<BlockManager>_held.pop()).lock.release()
-    if _collected.pop():
+    if _collects.pop():
         gc.enable()
     _fork.release()
 
@@ -144,9 +144,9 @@ cdef class BlockManager:
     Sequences and pins are int handles that are never used twice. Arrays of integers may be numpy arrays, CPU tensors,
     other integer buffers (read in place: nobody may write them during the call), lists, or one int.
 
-    A call that raises has changed nothing; only where Python has no memory for what it returns, what was evicted for it
-    stays evicted. `NoFreeBlocks` carries `.needed` and `.free`; a handle that is not valid
-    (any more) is `StaleSequence`.
+    A call that raises has changed nothing. There is one exception: where Python has no memory for what a call returns,
+    the blocks that the call has evicted stay evicted. `NoFreeBlocks` carries `.needed` and `.free`; a handle that is
+    not valid (any more) is `StaleSequence`.
 
     Thread-safety: every method may be called from any thread; concurrent callers see each call as one step. A child
     that `os.fork` makes has a copy of its own, as it was between two calls.

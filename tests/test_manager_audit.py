@@ -121,6 +121,22 @@ CALLS: dict[str, Callable[[BlockManager, dict[str, int], StepBuffers], Any]] = {
 }
 
 
+def ready_for(name: str) -> tuple[BlockManager, dict[str, int], StepBuffers]:
+    """A busy manager on which the call of that name succeeds, and has to allocate where it can."""
+    manager, handles = busy_manager()
+    step = StepBuffers(4, 64, 16)
+    handles["second"], _ = manager.admit(np.arange(60, 69))
+    manager.append([handles["child"]], [3])
+    if name == "resume":
+        manager.preempt(handles["second"])
+        manager.extend([handles["second"]], np.arange(64), [64])  # its table has to grow
+    if name == "set_tokens":
+        manager.append([handles["first"]])
+    if name == "prepare":  # its table has to grow
+        manager.extend([handles["child"]], np.arange(40), [40])
+    return manager, handles, step
+
+
 @pytest.fixture
 def allocations() -> Iterator[Callable[[int], int]]:
     yield _fail_allocation
@@ -132,17 +148,7 @@ def test_every_allocation_may_fail(name: str, allocations: Callable[[int], int])
     """Each allocation of a call fails in turn: MemoryError, nothing changed; the same call then works."""
     failures = 0
     while True:
-        manager, handles = busy_manager()
-        step = StepBuffers(4, 64, 16)
-        handles["second"], _ = manager.admit(np.arange(60, 69))
-        manager.append([handles["child"]], [3])
-        if name == "resume":
-            manager.preempt(handles["second"])
-            manager.extend([handles["second"]], np.arange(64), [64])  # its table has to grow
-        if name == "set_tokens":
-            manager.append([handles["first"]])
-        if name == "prepare":  # its table has to grow
-            manager.extend([handles["child"]], np.arange(40), [40])
+        manager, handles, step = ready_for(name)
         before = observe(manager, handles)
         allocations(failures)
         try:
@@ -168,16 +174,7 @@ def test_every_allocation_of_python_may_fail(name: str) -> None:
     testcapi = pytest.importorskip("_testcapi")
     failures = 0
     while True:
-        manager, handles = busy_manager()
-        step = StepBuffers(4, 64, 16)
-        handles["second"], _ = manager.admit(np.arange(60, 69))
-        manager.append([handles["child"]], [3])
-        if name == "resume":
-            manager.preempt(handles["second"])
-        if name == "set_tokens":
-            manager.append([handles["first"]])
-        if name == "prepare":
-            manager.extend([handles["child"]], np.arange(40), [40])
+        manager, handles, step = ready_for(name)
         call = CALLS[name]
         before = observe(manager, handles)
         failed = False

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import transformers
 from transformers import DynamicCache, PreTrainedModel
 
 from kvblocks import Plan, plan
+from kvblocks.models.measure import tensors_held
 
 torch.set_num_threads(1)
 
@@ -28,27 +29,8 @@ NOT_COMPARED = {
 }
 
 
-def tensors(held: Any, seen: set[int]) -> Iterator[torch.Tensor]:
-    """Every tensor of a cache once, but for the windows that its layers hold as a tensor."""
-    if id(held) in seen:
-        return
-    seen.add(id(held))
-    if isinstance(held, torch.Tensor):
-        yield held
-    elif isinstance(held, Mapping):
-        for value in held.values():
-            yield from tensors(value, seen)
-    elif isinstance(held, list | tuple):
-        for value in held:
-            yield from tensors(value, seen)
-    elif type(held).__module__.startswith("transformers.") and "configuration" not in type(held).__module__:
-        for name, value in getattr(held, "__dict__", {}).items():
-            if name != "_sliding_window_tensor":
-                yield from tensors(value, seen)
-
-
 def filled(cache: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(cache, set()))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_held(cache, set()))
 
 
 def prompt(length: int) -> torch.Tensor:
@@ -186,7 +168,7 @@ def test_cross_attention(name: str, model: Any, source: dict[str, Any], encoder_
     for length in (1, 9):
         with torch.no_grad():
             output = model(**source, decoder_input_ids=prompt(length), use_cache=True)
-        real = sum(t.numel() * t.element_size() for t in tensors(output.past_key_values, set()))
+        real = sum(t.numel() * t.element_size() for t in tensors_held(output.past_key_values, set()))
         assert planned.cache_bytes(length) == real
     alone = plan(model.config, dtype="float32", encoder_tokens=0)
     assert planned.state_bytes == planned.cache_bytes(1) - alone.cache_bytes(1) > 0

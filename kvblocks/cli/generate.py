@@ -28,7 +28,7 @@ from kvblocks.errors import OutOfMemory
 from kvblocks.generation.generator import Request, blocks_needed
 from kvblocks.generation.request import Settings, check_request
 from kvblocks.generation.sampling import Choosers
-from kvblocks.generation.streams import generate, one_block
+from kvblocks.generation.streams import block_of, generate
 from kvblocks.generation.verify import Verdict, verify
 from kvblocks.integrations.transformers import UnsupportedModel, check_model, longest_sequence
 
@@ -244,7 +244,7 @@ def _sizes(args: argparse.Namespace, served: _Served, answers: list[_Answer]) ->
         raise UsageError(f"{what}, needs {num_tokens} positions and the model has {limit}; lower --max-new-tokens")
     dtype = served.model.dtype
     try:
-        block = one_block(served.model, args.block_size)
+        block = block_of(served.model, args.block_size)
     except UnsupportedModel as error:
         raise UsageError(f"--model {served.name} cannot be served: {error}") from None
     needed = blocks_needed(block, num_tokens, 1)

@@ -20,7 +20,7 @@ from kvblocks.generation.generator import Generator, Request, blocks_needed
 from kvblocks.generation.request import Settings
 from kvblocks.integrations.transformers import PagedModel, Pool, cache_groups
 from kvblocks.integrations.transformers.backend import unwrapped
-from kvblocks.sizes import checked_bytes
+from kvblocks.integrations.transformers.layers import filling, one_block
 
 __all__ = ["Generation", "Stream", "generate"]
 
@@ -101,16 +101,12 @@ def generate(
             raise ValueError("memory, num_blocks, block_size and layout are those of the pool; give no others")
         config = pool.config
     else:
-        config = one_block(model, block_size)
-    if pool is not None:
-        num_blocks = config.num_gpu_blocks
-    elif memory is not None:
-        num_blocks = checked_bytes("memory", memory) // config.block_bytes(inner.dtype)
-        if num_blocks < 1:
-            raise ValueError(f"memory={memory!r} holds no block; one is {config.block_bytes(inner.dtype)} bytes")
-    elif num_blocks is None:
-        num_blocks = _needed(config, requests, max_seqs, max_batch_tokens)
-    config = config.replace(num_gpu_blocks=num_blocks)
+        config = block_of(model, block_size)
+        if memory is not None:
+            config = filling(config, memory, inner.dtype)
+        else:
+            needed = _needed(config, requests, max_seqs, max_batch_tokens) if num_blocks is None else num_blocks
+            config = config.replace(num_gpu_blocks=needed)
     generator = Generator(
         model,
         config,
@@ -124,19 +120,10 @@ def generate(
     return Generation(generator, requests, default, longest)
 
 
-def one_block(model: PreTrainedModel, block_size: int) -> CacheConfig:
+def block_of(model: PreTrainedModel, block_size: int) -> CacheConfig:
     """The sizes of a cache of one block for a model, as its layers make K and V."""
     paged = PagedModel(model)
-    shape = paged.measure()
-    return CacheConfig(
-        num_layers=shape.num_layers,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        num_gpu_blocks=1,
-        block_size=block_size,
-        v_head_dim=shape.v_head_dim,
-        groups=cache_groups(paged.model.config),
-    )
+    return one_block(paged.measure(), block_size, cache_groups(paged.model.config))
 
 
 class Stream:

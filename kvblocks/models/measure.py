@@ -12,7 +12,7 @@ from kvblocks.errors import UnknownModel
 from kvblocks.formats import format_of, itemsize_of
 from kvblocks.models.shapes import Kept, Layer, ModelCache, State
 
-__all__ = ["NOTE", "measure"]
+__all__ = ["NOTE", "measure", "tensors_held"]
 
 NOTE = "measured from transformers: no table knows this model_type; its cache was filled without memory and read off"
 _SHORT, _LONG, _CHECKED, _ENCODED = 6, 7, 11, 5  # tokens
@@ -73,7 +73,7 @@ def measure(config: Mapping[str, Any], name: str | None) -> ModelCache:
             if kept.reach is not None and kept.reach.size <= _LONGEST_WINDOW:
                 lengths.add(kept.reach.size + 2)
         for tokens in sorted(lengths):
-            real = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(held(tokens), set()))
+            real = sum(tensor.numel() * tensor.element_size() for tensor in tensors_held(held(tokens), set()))
             read_off = _bytes(layers, tokens)
             if real != read_off:
                 raise UnknownModel(f"{tokens} tokens take {real} bytes, and what was read off explains {read_off}")
@@ -212,7 +212,7 @@ def _bytes(layers: tuple[Layer, ...], tokens: int) -> int:
     return total
 
 
-def _tensors(held: Any, seen: set[int]) -> Iterator[Any]:
+def tensors_held(held: Any, seen: set[int]) -> Iterator[Any]:
     """Every tensor of a cache once, wherever in it, but for those that say how wide a window is."""
     import torch
 
@@ -223,14 +223,14 @@ def _tensors(held: Any, seen: set[int]) -> Iterator[Any]:
         yield held
     elif isinstance(held, Mapping):
         for value in held.values():
-            yield from _tensors(value, seen)
+            yield from tensors_held(value, seen)
     elif isinstance(held, list | tuple):
         for value in held:
-            yield from _tensors(value, seen)
+            yield from tensors_held(value, seen)
     elif type(held).__module__.startswith("transformers.") and "configuration" not in type(held).__module__:
-        for name, value in vars(held).items():
+        for name, value in getattr(held, "__dict__", {}).items():
             if name != "_sliding_window_tensor":
-                yield from _tensors(value, seen)
+                yield from tensors_held(value, seen)
 
 
 def _whole(value: Any) -> int | None:

@@ -284,10 +284,7 @@ def _size(name: str, value: Any) -> int | None:
     if value is None:
         return None
     if isinstance(value, str):
-        try:
-            size = parse_size(value)
-        except ValueError as error:
-            raise ValueError(f"{name}={error}") from None
+        size = parse_size(value, name)
         if value.strip().isdecimal() and 0 < size < 2**20:
             raise ValueError(
                 f"{name}={value!r} has no unit; give {value.strip()}GiB where these are GiB, or {value.strip()}B where "

@@ -14,7 +14,7 @@ cdef enum:
 cdef struct Block:      # 12 bytes
     int32_t refs        # table entries, pins and pending copy sources that name it
     int32_t node        # where it is published, 0: nowhere
-    int32_t place       # in the queue; or the next that waits for a step
+    int32_t place       # in the queue; or the next that waits for a step; scratch of `plan_in_place` while it is held
 
 
 cdef struct Row:        # one sequence in one open step

@@ -743,6 +743,15 @@ cdef bint core_trim(Core* c, int64_t handle, int64_t num_tokens, Fault* f) noexc
     return True
 
 
+cdef inline void copy_progress(Seq* target, const Seq* source) noexcept nogil:
+    """How far a child has come: as far as its parent, with slots for what is computed and no more."""
+    target.num_cached = source.num_cached
+    target.num_computed = target.num_prepared = target.reserved = source.num_computed
+    target.published = source.published
+    target.tip = source.tip
+    target.publishing = source.publishing
+
+
 cdef bint copy_seq(Core* c, const Seq* source, Seq* target) noexcept nogil:
     """Fill the memory of a child: its text and its table, no references yet. False: nothing allocated."""
     cdef int32_t n = blocks_for(source.num_computed, c.block_size)
@@ -755,11 +764,7 @@ cdef bint copy_seq(Core* c, const Seq* source, Seq* target) noexcept nogil:
         return False
     memcpy(target.table, source.table, <size_t>n * c.num_groups * sizeof(int32_t))
     target.num_rows = n
-    target.num_cached = source.num_cached
-    target.num_computed = target.num_prepared = target.reserved = source.num_computed
-    target.published = source.published
-    target.tip = source.tip
-    target.publishing = source.publishing
+    copy_progress(target, source)
     return True
 
 
@@ -823,13 +828,7 @@ cdef inline void adopt(Seq* seq, const Seq* made) noexcept nogil:
     seq.table = made.table
     seq.table_capacity = made.table_capacity
     seq.num_rows = made.num_rows
-    seq.num_cached = made.num_cached
-    seq.num_computed = made.num_computed
-    seq.num_prepared = made.num_prepared
-    seq.reserved = made.reserved
-    seq.published = made.published
-    seq.tip = made.tip
-    seq.publishing = made.publishing
+    copy_progress(seq, made)
 
 
 cdef int32_t common_rows(const Core* c, const Seq* a, const Seq* b) noexcept nogil:
@@ -852,11 +851,18 @@ cdef int32_t common_rows(const Core* c, const Seq* a, const Seq* b) noexcept nog
     return rows
 
 
-cdef bint copy_tail(Core* c, const Seq* source, Seq* own, int32_t rows, Seq* tail) noexcept nogil:
-    """Copy to `tail` what `source` has after its first `rows` rows, which `own` has too, and make room for it there.
+cdef struct Tail:       # what a sequence is to have after its first `rows` rows
+    int32_t rows
+    Seq seq             # tokens and table from there on; all of the extras
 
-    `tail` also gets all of the extras as they will be. False: nothing allocated but room.
+
+cdef bint copy_tail(Core* c, const Seq* source, Seq* own, Tail* out) noexcept nogil:
+    """Copy what `source` has after its first `out.rows` rows, which `own` has too, and make room for it in `own`.
+
+    False: nothing allocated but that room.
     """
+    cdef Seq* tail = &out.seq
+    cdef int32_t rows = out.rows
     cdef int32_t start = rows * c.block_size, n = source.text.num_tokens - start, i, kept = 0, first = 0
     cdef int32_t num_rows = blocks_for(source.num_computed, c.block_size) - rows
     cdef const Text* x = &source.text
@@ -884,45 +890,32 @@ cdef bint copy_tail(Core* c, const Seq* source, Seq* own, int32_t rows, Seq* tai
     tail.text.num_extras = kept + x.num_extras - first
     tail.text.num_tokens, tail.text.known, tail.text.num_unknown = x.num_tokens, x.known, x.num_unknown
     tail.num_rows = num_rows
-    tail.num_cached = source.num_cached
-    tail.num_computed = source.num_computed
-    tail.published = source.published
-    tail.tip = source.tip
-    tail.publishing = source.publishing
+    copy_progress(tail, source)
     return True
 
 
-cdef void drop_tail(Seq* tail, int32_t rows) noexcept nogil:
+cdef void drop_tail(Tail* tail) noexcept nogil:
     """Take back `copy_tail`."""
-    while tail.text.num_extras and tail.text.extras[tail.text.num_extras - 1].index >= rows:
-        tail.text.num_extras -= 1
-        blob_drop(tail.text.extras[tail.text.num_extras].blob)
-    free(tail.text.tokens)
-    free(tail.text.extras)
-    free(tail.table)
+    drop_extras(&tail.seq.text, tail.rows)
+    free(tail.seq.text.tokens)
+    free(tail.seq.table)
 
 
-cdef void take_tail(Core* c, Seq* seq, int32_t rows, const Seq* tail) noexcept nogil:
-    """Put `tail`, whose references are counted already, in place of what a sequence has after its first `rows` rows."""
+cdef void take_tail(Core* c, Seq* seq, const Tail* made) noexcept nogil:
+    """Put a tail, whose references are counted already, in place of what a sequence has after the rows before it."""
+    cdef const Seq* tail = &made.seq
     cdef Text* x = &seq.text
-    cdef int32_t start = rows * c.block_size
+    cdef int32_t rows = made.rows, start = rows * c.block_size
     release_rows(c, seq, rows)
     if seq.tip:
         tree_drop(&c.pool.tree, seq.tip)
-    while x.num_extras and x.extras[x.num_extras - 1].index >= rows:
-        x.num_extras -= 1
-        blob_drop(x.extras[x.num_extras].blob)
-    free(x.extras)
+    drop_extras(x, rows)
     x.extras, x.num_extras = tail.text.extras, tail.text.num_extras
     memcpy(x.tokens + start, tail.text.tokens, (tail.text.num_tokens - start) * sizeof(int32_t))
     x.num_tokens, x.known, x.num_unknown = tail.text.num_tokens, tail.text.known, tail.text.num_unknown
     memcpy(row_at(c, seq, rows), tail.table, <size_t>tail.num_rows * c.num_groups * sizeof(int32_t))
     seq.num_rows = rows + tail.num_rows
-    seq.num_cached = tail.num_cached
-    seq.num_computed = seq.num_prepared = seq.reserved = tail.num_computed
-    seq.published = tail.published
-    seq.tip = tail.tip
-    seq.publishing = tail.publishing
+    copy_progress(seq, tail)
     free(tail.text.tokens)
     free(tail.table)
     touch(c, seq)
@@ -931,9 +924,9 @@ cdef void take_tail(Core* c, Seq* seq, int32_t rows, const Seq* tail) noexcept n
 cdef bint core_reorder(Core* c, const Ints* seqs, const Ints* parents, Fault* f) noexcept nogil:
     """Each sequence becomes a child of its parent as it was before the call, under its own handle.
 
-    Beams have most of their tokens in common, in blocks that both have published: these stay as they are.
+    Beams have most of their tokens in common. Those in blocks that both have published stay as they are.
     """
-    cdef Seq* tails
+    cdef Tail* tails
     cdef Seq* seq
     cdef Py_ssize_t i
     c.serial += 1
@@ -944,26 +937,26 @@ cdef bint core_reorder(Core* c, const Ints* seqs, const Ints* parents, Fault* f)
     for i in range(seqs.size):
         if not is_at_rest(of(c, seqs, i), i, f) or not can_fork(of(c, parents, i), i, f):
             return False
-    tails = <Seq*>grab_zeroed(seqs.size or 1, sizeof(Seq))
+    tails = <Tail*>grab_zeroed(seqs.size or 1, sizeof(Tail))
     if tails == NULL:
         return fail(f, NO_MEMORY, 0, 0, 0)
     for i in range(seqs.size):
         if at(seqs, i) == at(parents, i):
             continue
         seq = of(c, seqs, i)
-        tails[i].reserved = common_rows(c, of(c, parents, i), seq)
-        if not copy_tail(c, of(c, parents, i), seq, tails[i].reserved, &tails[i]):
+        tails[i].rows = common_rows(c, of(c, parents, i), seq)
+        if not copy_tail(c, of(c, parents, i), seq, &tails[i]):
             while i:
                 i -= 1
                 if at(seqs, i) != at(parents, i):
-                    drop_tail(&tails[i], tails[i].reserved)
+                    drop_tail(&tails[i])
             free(tails)
             return fail(f, NO_MEMORY, i, 0, 0)
     for i in range(seqs.size):
-        share(c, &tails[i])
+        share(c, &tails[i].seq)
     for i in range(seqs.size):
         if at(seqs, i) != at(parents, i):
-            take_tail(c, of(c, seqs, i), tails[i].reserved, &tails[i])
+            take_tail(c, of(c, seqs, i), &tails[i])
     free(tails)
     return True
 

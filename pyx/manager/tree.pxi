@@ -205,7 +205,7 @@ cdef inline int64_t put_entry(char* target, int64_t offset, const char* data, in
 
 
 cdef void drop_extras(Text* made, int32_t index) noexcept nogil:
-    """Take back `add_extras`: what was made are the extras from block `index` on."""
+    """Let go of the extras from block `index` on, and free the array; those before it belong to somebody else now."""
     while made.num_extras and made.extras[made.num_extras - 1].index >= index:
         made.num_extras -= 1
         blob_drop(made.extras[made.num_extras].blob)

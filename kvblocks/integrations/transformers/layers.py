@@ -21,15 +21,18 @@ from kvblocks.config import CacheConfig, Chunk, Group, Window
 from kvblocks.errors import UnsupportedModel
 from kvblocks.models.grouping import PagedLayer, layer_groups
 from kvblocks.models.shapes import Reach
+from kvblocks.sizes import checked_bytes
 
 __all__ = [
     "KVShape",
     "ModelLayer",
     "cache_config",
     "cache_groups",
+    "filling",
     "kv_shape",
     "longest_sequence",
     "model_layers",
+    "one_block",
     "placeholder_tokens",
 ]
 
@@ -257,6 +260,31 @@ def _layer_shape(config: Any) -> tuple[int, int, int]:
     if read("model_type") == "mimo_v2_flash" and "sliding_attention" in (read("layer_types") or ()):
         num_kv_heads *= 2  # its sliding layers have twice as many as the config says, its full ones as many
     return num_kv_heads, head_dim, head_dim if read("v_head_dim") is None else number("v_head_dim")
+
+
+def one_block(shape: KVShape, block_size: int, groups: Sequence[Group]) -> CacheConfig:
+    """The sizes of a cache of one block."""
+    return CacheConfig(
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        num_gpu_blocks=1,
+        block_size=block_size,
+        v_head_dim=shape.v_head_dim,
+        groups=groups,
+    )
+
+
+def filling(config: CacheConfig, memory: int | str, dtype: torch.dtype) -> CacheConfig:
+    """The config with as many blocks as `memory`, in bytes or text such as "1GiB", holds in `dtype`.
+
+    Raises:
+        ValueError, TypeError: it is no size, or holds no block.
+    """
+    num_blocks = checked_bytes("memory", memory) // config.block_bytes(dtype)
+    if num_blocks < 1:
+        raise ValueError(f"memory={memory!r} holds no block; one is {config.block_bytes(dtype)} bytes")
+    return config.replace(num_gpu_blocks=num_blocks)
 
 
 def cache_config(

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kvblocks.config import CacheConfig
 from kvblocks.engine import CacheEngine
 from kvblocks.integrations.transformers.backend import PagedModel
-from kvblocks.integrations.transformers.layers import cache_groups, kv_shape, text_config
+from kvblocks.integrations.transformers.layers import cache_groups, filling, kv_shape, one_block, text_config
 from kvblocks.manager import BlockManager
-from kvblocks.sizes import checked_bytes
 
 __all__ = ["Pool"]
 
@@ -76,23 +74,12 @@ class Pool:
             dtype = dtype or (likely if isinstance(likely, torch.dtype) else torch.get_default_dtype())
             device = device or "cpu"
         self._of: weakref.ref[Any] = weakref.ref(model)
-        heads, dim, v_dim = shape.num_kv_heads, shape.head_dim, shape.v_head_dim
         # Chunked layers keep windows: `PagedCache` does not know where a padded row's chunks begin.
-        one = CacheConfig(
-            num_layers=shape.num_layers,
-            num_kv_heads=heads,
-            head_dim=dim,
-            v_head_dim=v_dim,
-            num_gpu_blocks=1,
-            block_size=block_size,
-            groups=cache_groups(_config(model), chunks=False),
-        )
+        one = one_block(shape, block_size, cache_groups(_config(model), chunks=False))
         if num_blocks is None:
-            given = "64MiB" if memory is None else memory
-            num_blocks = checked_bytes("memory", given) // one.block_bytes(dtype)
-            if num_blocks < 1:
-                raise ValueError(f"memory={given!r} holds no block; one is {one.block_bytes(dtype)} bytes")
-        self.config = one.replace(num_gpu_blocks=num_blocks)
+            self.config = filling(one, "64MiB" if memory is None else memory, dtype)
+        else:
+            self.config = one.replace(num_gpu_blocks=num_blocks)
         self.engine = CacheEngine(self.config, dtype, device, layout=layout)
         self.manager = BlockManager.for_config(self.config, watermark=watermark)
 
