@@ -602,3 +602,20 @@ def test_beams_keep_what_they_have_in_common(engine: Engine) -> None:
         assert [plain(manager.tokens(beam)) for beam in beams] == [texts[beam] for beam in beams]
         manager.free(beams)
         assert manager.num_free_blocks == 200
+
+
+@pytest.mark.parametrize("reach", [Window(4), Chunk(4)])
+def test_a_beam_gets_back_what_slid_out_of_its_own_window(engine: Engine, reach: Window | Chunk) -> None:
+    manager = engine.start(num_blocks=40, groups=(None, reach))
+    parent = engine.serve([1, 2, 3, 4, 5, 6, 7])
+    child = int(manager.fork(parent)[0])
+    for token in range(10, 16):
+        manager.append([child], [token])
+        engine.compute(child)
+    ahead = engine.table(child)
+    manager.reorder([child], [parent])
+    assert engine.table(child) == engine.table(parent) != ahead
+    manager.audit()
+    manager.reorder([parent], [child])
+    assert engine.table(child) == engine.table(parent)
+    manager.audit()
