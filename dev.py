@@ -3,13 +3,14 @@
 
     python3 dev.py generate [arguments of `kvblocks generate`]
     python3 dev.py test [--checked] [arguments of pytest, relative to the checkout]
-    python3 dev.py fuzz [runs]
+    python3 dev.py fuzz [runs | --seconds SECONDS]
 
 `generate` builds, then runs `kvblocks generate`. `test` builds, then runs the linters, the type and stub checkers and
 pytest; with --checked it compiles a copy in build/checked with bounds checks and C assertions, and runs pytest on that.
 `fuzz` compiles a copy in build/sanitized with these checks and gcc's address and undefined-behaviour sanitizers, and
-drives its block manager through random runs, 300 by default. All make a virtual environment in .venv, and on later
-calls redo only what is out of date. Standard library only, and what it writes is in the checkout (beside pip's cache).
+drives its block manager through random runs: 300 by default, or as many as the seconds allow. All make a virtual
+environment in .venv, and on later calls redo only what is out of date. Standard library only, and what it writes is in
+the checkout (beside pip's cache).
 """
 
 import sys
@@ -298,9 +299,10 @@ def test(arguments: Sequence[str]) -> int:
 
 
 def fuzz(arguments: Sequence[str]) -> int:
-    runs = arguments[0] if arguments else "300"
-    if len(arguments) > 1 or not runs.isdecimal() or int(runs) < 1:
-        raise fail(f"fuzz takes one number of runs, not {shlex.join(arguments)!r}")
+    amount = list(arguments) or ["300"]
+    number = amount[-1]
+    if amount[:-1] not in ([], ["--seconds"]) or not number.isdecimal() or int(number) < 1:
+        raise fail(f"fuzz takes one number of runs, or --seconds and a number, not {shlex.join(arguments)!r}")
     libraries = [shutil.which("gcc") and gcc_library(name) for name in ("libasan.so", "libubsan.so")]
     if not all(libraries):
         raise fail("fuzz needs gcc with its sanitizers (libasan and libubsan)")
@@ -316,7 +318,7 @@ def fuzz(arguments: Sequence[str]) -> int:
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         "PYTHONMALLOC": "malloc",
     }
-    return run([PYTHON, "tests/fuzz_manager.py", runs], changes, cwd=SANITIZED_TREE)
+    return run([PYTHON, "tests/fuzz_manager.py", *amount], changes, cwd=SANITIZED_TREE)
 
 
 def gcc_library(name: str) -> str | None:
