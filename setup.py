@@ -32,7 +32,12 @@ class build_ext(setuptools_build_ext):
         for extension in self.extensions:
             # force: Cython does not see a change to a .pxd in another folder.
             [compiled] = cythonize(
-                [extension], force=True, build_dir=self.build_temp, compiler_directives=directives, quiet=True
+                [extension],
+                force=True,
+                build_dir=self.build_temp,
+                include_path=[".", "pyx"],
+                compiler_directives=directives,
+                quiet=True,
             )
             extension.sources = compiled.sources
         self.parallel = self.parallel or os.cpu_count()
@@ -40,7 +45,7 @@ class build_ext(setuptools_build_ext):
 
 
 def extension(source):
-    others = [*Path("kvblocks").glob(f"{source.stem}.p*"), *Path("pyx", source.stem).glob("*")]
+    others = [*Path("kvblocks").glob("*.pxd"), *Path("pyx").rglob("*.pxd"), *Path("pyx").rglob("*.h")]
     return Extension(
         f"kvblocks.{source.stem}",
         [source.as_posix()],

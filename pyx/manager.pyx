@@ -1,19 +1,34 @@
 # cython: auto_pickle=False, autotestdict=False
 """The block manager: which blocks hold which tokens of which sequence, and the arrays that tell a kernel.
 
-The edge between Python and the bookkeeping under `manager/`: arguments become C arrays, one call under the lock does
+The edge between Python and the bookkeeping in `core/`: arguments become C arrays, one call under the lock does
 the work, and a fault becomes an exception. Knows no torch and moves no K or V.
 """
 
 cimport cython
-from cpython.buffer cimport (
-    PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
-)
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
-from cpython.number cimport PyNumber_Index
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcpy, memset
+
+from core.memory cimport MAX_GROUPS, MAX_INT32, SLOT_MASK, grab, grab_zeroed, kvb_fail_after, map_zeroed, unmap
+from core.ints cimport as_int, at, bad_token, close_ints, copy_tokens, Ints, kvb_bits, open_ints
+from core.text cimport Blob, blob_drop, blob_new, clear_text, Extra, grow_text, Mark, Text
+from core.tree cimport NODE_HEAD, hash_extra, Line, line_of, node_at, Tree, tree_walk
+from core.pool cimport Block, Pool, pool_free, pool_step, Step
+from core.sequences cimport (
+    BAD_ACCEPTED, BAD_COUNT, BAD_QUERY, BAD_TOKEN, BAD_TRIM, COMPUTED_UNKNOWN, EXTRA_SIZE, IN_STEP, IS_PIN,
+    IS_PREEMPTED, IS_SEQUENCE, LATER_STEP, NO_BLOCKS, NO_MEMORY, NO_SLOTS, NO_STEP, NOT_ENOUGH_TOKENS, NOT_NEWEST,
+    NOT_OLDEST, NOT_PREEMPTED, NOT_UNKNOWN, NOTHING_TO_PIN, OUT_OF_REACH, SIZE_ACCEPTED, SIZE_TOKENS, STALE,
+    STEP_BLOCKS, STEP_GROUPS, STEP_LIMIT, STEP_SEQS, STEP_TOKENS, TOO_LONG, TWICE, UNMOVED, WATERMARK, blocks_for,
+    Core, core_append, core_extend, core_forget_resume, core_fork, core_free, core_preempt, core_reorder,
+    core_reset, core_set_tokens, core_take_back, core_trim, core_unpin, Counters, Fault, find, has_room, Marks, Seq,
+)
+from core.admission cimport core_admit, core_pin, core_resume, hit_limit, longest_hit, most_ever, plan_admission
+from core.arrays cimport PATCH_WORDS, int32_array, int64_array, max_patches, Pack, pack_step
+from core.steps cimport core_abort, core_commit, core_prepare
+from core.audit cimport audit_core, Finding
+from kvblocks.step_arrays cimport Arrays, TableRow
 
 import gc
 import itertools
@@ -28,15 +43,6 @@ import numpy as np
 
 from kvblocks.config import CacheConfig, Chunk, Window
 from kvblocks.errors import InvariantViolation, MovesPending, NoFreeBlocks, StaleSequence, TooManySequences
-
-include "manager/memory.pxi"
-include "manager/ints.pxi"
-include "manager/tree.pxi"
-include "manager/pool.pxi"
-include "manager/sequences.pxi"
-include "manager/arrays.pxi"
-include "manager/steps.pxi"
-include "manager/audit.pxi"
 
 _manager_ids = itertools.count(1)
 _managers = weakref.WeakSet()
@@ -69,9 +75,7 @@ if hasattr(os, "register_at_fork"):
 
 def _fail_allocation(int64_t after):
     """Make the manager's allocation after `after` more fail, for tests; negative: none. Returns what was left."""
-    global kvb_fail_in
-    left, kvb_fail_in = kvb_fail_in, after
-    return left
+    return kvb_fail_after(after)
 
 
 class Admission(IntEnum):
@@ -118,6 +122,181 @@ cdef int64_t bounded(object value, str name, int64_t low, int64_t high) except? 
     if number < low or number > high:
         raise ValueError(f"{name}={number} must be {low} to {high}")
     return number
+
+
+cdef class StepArrays:
+    """The host arrays that `BlockManager.prepare` fills for one forward pass.
+
+    Args:
+        input_ids, positions: int64 [max_tokens]; pads 0.
+        slot_mapping: int64 [max_tokens]; pads -1.
+        block_table: int32 [max_seqs, max_blocks_per_seq]; pads 0.
+        seq_lens: int32 [max_seqs]: tokens of each row, this step's included; pads 0.
+        query_start_loc: int32 [max_seqs + 1]; pads repeat `num_tokens`.
+        copies: int64 [max_seqs * groups, 2]: (source, target) blocks, the first `num_copies` rows.
+        kv_indptr, kv_indices, kv_last_page_len: int32 [max_seqs + 1], [max_seqs * max_blocks_per_seq] and [max_seqs]:
+            the blocks of all rows one after the other, where each row's start, and the tokens in its last; all or none.
+            Blocks that a group does not reach are left out.
+        uploads: whether `prepare` calls `_upload` when it has filled them.
+
+    Raises:
+        TypeError: an array is not writable, contiguous or of its dtype.
+        ValueError: the sizes of the arrays disagree.
+
+    With several layer groups `block_table`, `slot_mapping`, `kv_indptr` and `kv_indices` have one more dimension in
+    front, [groups, ...]; the number of dimensions of `block_table` says which it is.
+
+    `kvblocks.StepBuffers` makes them, and carries them to a device.
+    """
+
+    def __init__(
+        self, input_ids, positions, slot_mapping, block_table, seq_lens, query_start_loc, copies,
+        kv_indptr=None, kv_indices=None, kv_last_page_len=None, *, uploads=False,
+    ):
+        if self._begun:
+            raise RuntimeError("StepArrays is initialised once")
+        cdef Arrays* a = &self.arrays
+        self._begun = True  # a buffer's owner may run any code, this one too
+        cdef list views = []
+        table = memoryview(block_table)
+        if table.ndim != 2 and table.ndim != 3:
+            raise ValueError(f"block_table must have two dimensions, or three with groups, not {table.ndim}")
+        cdef Py_ssize_t groups = table.shape[0] if table.ndim == 3 else 1
+        cdef Py_ssize_t max_seqs = table.shape[table.ndim - 2], max_blocks = table.shape[table.ndim - 1]
+        cdef Py_ssize_t max_tokens = len(input_ids)
+        if not 1 <= groups <= MAX_GROUPS:
+            raise ValueError(f"{groups=} must be 1 to {MAX_GROUPS}")
+        if not (1 <= max_seqs <= MAX_INT32 and 1 <= max_blocks <= MAX_INT32 and 1 <= max_tokens <= MAX_INT32):
+            raise ValueError(f"{max_seqs=}, {max_blocks=} and {max_tokens=} must be 1 to {MAX_INT32}")
+        a.input_ids = int64_array(input_ids, "input_ids", max_tokens, views)
+        a.positions = int64_array(positions, "positions", max_tokens, views)
+        a.slot_mapping = int64_array(slot_mapping, "slot_mapping", groups * max_tokens, views)
+        a.block_table = int32_array(block_table, "block_table", groups * max_seqs * max_blocks, views)
+        a.seq_lens = int32_array(seq_lens, "seq_lens", max_seqs, views)
+        a.query_start_loc = int32_array(query_start_loc, "query_start_loc", max_seqs + 1, views)
+        a.copies = int64_array(copies, "copies", groups * max_seqs * 2, views)
+        if kv_indices is not None:
+            a.kv_indptr = int32_array(kv_indptr, "kv_indptr", groups * (max_seqs + 1), views)
+            a.kv_indices = int32_array(kv_indices, "kv_indices", groups * max_seqs * max_blocks, views)
+            a.kv_last_page_len = int32_array(kv_last_page_len, "kv_last_page_len", max_seqs, views)
+        else:
+            a.kv_indices = NULL
+        self._uploads = uploads
+        a.rows = <TableRow*>grab_zeroed(max_seqs, sizeof(TableRow))
+        if a.rows == NULL:
+            raise MemoryError(f"no memory for {max_seqs} rows")
+        if uploads:
+            a.sent = <TableRow*>grab_zeroed(max_seqs, sizeof(TableRow))
+            a.sent_zeros = <int32_t*>grab_zeroed(groups * max_seqs, sizeof(int32_t))
+            a.patches = <int64_t*>grab(max_patches(groups, max_seqs) * PATCH_WORDS * sizeof(int32_t))
+            if a.sent == NULL or a.sent_zeros == NULL or a.patches == NULL:
+                raise MemoryError(f"no memory for {max_seqs} rows")
+        a.sent_seqs = a.sent_tokens = 0
+        self._views = views
+        a.num_groups = <int32_t>groups
+        a.max_seqs, a.max_blocks_per_seq, a.max_tokens = max_seqs, max_blocks, max_tokens
+        a.num_seqs = a.num_tokens = a.num_copies = a.max_query_len = a.max_seq_len = 0
+        a.needs = 0
+        self.manager = None
+        cdef Py_ssize_t i
+        memset(a.input_ids, 0, max_tokens * sizeof(int64_t))
+        memset(a.positions, 0, max_tokens * sizeof(int64_t))
+        for i in range(groups * max_tokens):
+            a.slot_mapping[i] = -1
+        memset(a.block_table, 0, groups * max_seqs * max_blocks * sizeof(int32_t))
+        memset(a.seq_lens, 0, max_seqs * sizeof(int32_t))
+        memset(a.query_start_loc, 0, (max_seqs + 1) * sizeof(int32_t))
+        if a.kv_indices != NULL:
+            memset(a.kv_indptr, 0, groups * (max_seqs + 1) * sizeof(int32_t))
+            memset(a.kv_indices, 0, groups * max_seqs * max_blocks * sizeof(int32_t))
+            memset(a.kv_last_page_len, 0, max_seqs * sizeof(int32_t))
+
+    def __dealloc__(self):
+        free(self.arrays.rows)
+        free(self.arrays.sent)
+        free(self.arrays.sent_zeros)
+        free(self.arrays.patches)
+
+    @property
+    def num_groups(self):
+        return self.arrays.num_groups
+
+    @property
+    def max_seqs(self):
+        return self.arrays.max_seqs
+
+    @property
+    def max_tokens(self):
+        return self.arrays.max_tokens
+
+    @property
+    def max_blocks_per_seq(self):
+        return self.arrays.max_blocks_per_seq
+
+    @property
+    def num_seqs(self):
+        return self.arrays.num_seqs
+
+    @property
+    def num_tokens(self):
+        return self.arrays.num_tokens
+
+    @property
+    def num_copies(self):
+        return self.arrays.num_copies
+
+    @property
+    def max_query_len(self):
+        return self.arrays.max_query_len
+
+    @property
+    def max_seq_len(self):
+        return self.arrays.max_seq_len
+
+    @property
+    def needs(self):
+        return self.arrays.needs
+
+    @property
+    def waits(self):
+        """Whether the pass waits for moves that nobody has marked as made."""
+        return self.manager is not None and self.arrays.needs > self.manager.moves_marked
+
+    def _upload(self):
+        """Carry the arrays to the device; called by `prepare` after it has filled them, where there is one."""
+
+    def _pack(self, size_t image, size_t out):
+        """Write what changed in the arrays since the last call to `out`, the words first, then the list of patches.
+
+        A patch is three int64: the first int32 of the image that it changes, where its words start in `out`, and how
+        many int32 they are. At most `_pack_bytes(image bytes)` are written.
+
+        Args:
+            image: address that positions count from; all arrays lie after it as they do in the device's image.
+            out: address of memory, a multiple of 8.
+
+        Returns:
+            bytes written, the int32 at which the patches start, their number, and the words of the longest.
+        """
+        cdef Pack pack
+        if self.arrays.sent == NULL:
+            raise RuntimeError("these StepArrays were made without uploads=True")
+        with nogil:
+            pack_step(&self.arrays, <char*>image, <int32_t*>out, &pack)
+        return (pack.words + pack.count * PATCH_WORDS) * sizeof(int32_t), pack.words, pack.count, pack.longest
+
+    def _pack_bytes(self, Py_ssize_t image_bytes):
+        """Bytes that `_pack` writes at most for arrays that lie in `image_bytes`."""
+        cdef const Arrays* a = &self.arrays
+        return image_bytes + 8 + max_patches(a.num_groups, a.max_seqs) * PATCH_WORDS * sizeof(int32_t)
+
+    def _forget(self):
+        """Let the next `_pack` bring everything: nothing is known of what the device holds."""
+        cdef Arrays* a = &self.arrays
+        cdef Py_ssize_t i
+        a.sent_seqs, a.sent_tokens = a.max_seqs, a.max_tokens
+        for i in range(a.max_seqs if a.sent != NULL else 0):
+            a.sent[i].manager, a.sent[i].length = -1, <int32_t>a.max_blocks_per_seq
 
 
 @cython.final
@@ -620,7 +799,7 @@ cdef class BlockManager:
             if not q.scalar and q.size != s.size:
                 raise ValueError(f"query_lens has {q.size} elements for {s.size} seqs")
             with self.lock:
-                step_id = core_prepare(&self.core, &s, &q, step, &f)
+                step_id = core_prepare(&self.core, &s, &q, &step.arrays, &f)
         finally:
             close_ints(&s)
             close_ints(&q)
@@ -641,7 +820,7 @@ cdef class BlockManager:
         except MemoryError:
             with self.lock:
                 if core_abort(&self.core, step_id, &f):
-                    self.core.counters.copies -= step.num_copies
+                    self.core.counters.copies -= step.arrays.num_copies
             raise
 
     def mark_moved(self, number):

@@ -6,6 +6,11 @@
 # that an eviction can fetch what the next ones will need. Of cached blocks of one full group a child is always
 # released before its parent, so it is evicted first.
 
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+
+from core.tree cimport kvb_prefetch_write, line_of, Node, node_at, Tree, tree_drop
+
+
 cdef enum:
     AHEAD = 16          # how many blocks ahead of its use a cache line is fetched
     LENT = -2
@@ -69,7 +74,7 @@ cdef inline int32_t pool_free(const Pool* p) noexcept nogil:
     return p.stack_size + (p.num_blocks - p.fresh) + p.num_cached
 
 
-cdef void queue_compact(Pool* p) noexcept nogil:
+cdef inline void queue_compact(Pool* p) noexcept nogil:
     """Close the holes. The queue has room for half as many holes as there are blocks, so this is rare."""
     cdef uint32_t i, end = p.queue_head
     cdef int32_t b
@@ -197,7 +202,7 @@ cdef inline void release_table(Pool* p, const int32_t* table, int64_t first, int
             release(p, table[i], 0)
 
 
-cdef void close_waiting(Pool* p, const Step* step) noexcept nogil:
+cdef inline void close_waiting(Pool* p, const Step* step) noexcept nogil:
     """Settle again what waited for a step that has left the ring."""
     cdef int32_t b = step.wait_head, following
     while b >= 0:

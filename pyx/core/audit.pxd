@@ -1,5 +1,16 @@
 # The integrity check: derive everything again from the tables, in O(blocks + nodes), and compare.
 
+from libc.stdint cimport int32_t, int64_t, uint32_t
+from libc.stdlib cimport free
+from libc.string cimport memcmp
+
+from core.memory cimport grab_zeroed
+from core.text cimport Extra, extra_of, Text
+from core.tree cimport hash_extra, line_of, Node, node_at, same_extra, tag_of, tokens_at, Tree, tree_find, tree_hash
+from core.pool cimport Pool, pool_free, pool_step, Row, Step
+from core.sequences cimport LIVE, PIN, PREEMPTED, UNUSED, blocks_for, Core, first_row, row_at, Seq
+from core.steps cimport may_write
+
 
 cdef struct Finding:
     int invariant
@@ -16,7 +27,7 @@ cdef enum State:
     NOWHERE, FREE, CACHED, WAITING
 
 
-cdef bint audit_pool(Core* c, int32_t* counts, int32_t* order, char* state, Finding* out) noexcept nogil:
+cdef inline bint audit_pool(Core* c, int32_t* counts, int32_t* order, char* state, Finding* out) noexcept nogil:
     """Invariants 1 and 2. Leaves each cached block's place in the LRU list in `order`."""
     cdef Pool* p = &c.pool
     cdef int32_t i, b, free_blocks = 0, held = 0, waiting = 0
@@ -82,7 +93,7 @@ cdef bint audit_pool(Core* c, int32_t* counts, int32_t* order, char* state, Find
     return True
 
 
-cdef bint audit_node(
+cdef inline bint audit_node(
     Core* c, int32_t n, const int32_t* counts, const int32_t* order, int32_t* uses, Finding* out
 ) noexcept nogil:
     """What invariants 3 and 4 say of one node. Counts its blocks and itself, its parent's child, in `uses`."""
@@ -125,7 +136,9 @@ cdef bint audit_node(
     return True
 
 
-cdef bint audit_tree(Core* c, const int32_t* counts, const int32_t* order, int32_t* uses, Finding* out) noexcept nogil:
+cdef inline bint audit_tree(
+    Core* c, const int32_t* counts, const int32_t* order, int32_t* uses, Finding* out
+) noexcept nogil:
     """Invariants 3 and 4. `uses` is zeroed scratch, one number for each node."""
     cdef Pool* p = &c.pool
     cdef Tree* t = &p.tree
@@ -175,7 +188,7 @@ cdef bint audit_tree(Core* c, const int32_t* counts, const int32_t* order, int32
     return True
 
 
-cdef bint audit_sequences(Core* c, Finding* out) noexcept nogil:
+cdef inline bint audit_sequences(Core* c, Finding* out) noexcept nogil:
     """Invariant 5, and what sequences know of the tree (3)."""
     cdef int32_t i, j, g, n, unknown, known, used = 0, alive = 0, resting = 0
     cdef int32_t bs = c.block_size
@@ -232,7 +245,7 @@ cdef bint audit_sequences(Core* c, Finding* out) noexcept nogil:
     return True
 
 
-cdef bint audit_steps(Core* c, int32_t* written, Finding* out) noexcept nogil:
+cdef inline bint audit_steps(Core* c, int32_t* written, Finding* out) noexcept nogil:
     """Invariants 6 and 7. `written` is zeroed scratch, one number for each block."""
     cdef Pool* p = &c.pool
     cdef int32_t i, j, k, g, b, first, last
@@ -259,7 +272,7 @@ cdef bint audit_steps(Core* c, int32_t* written, Finding* out) noexcept nogil:
     return True
 
 
-cdef bint audit_core(Core* c, Finding* out) noexcept nogil:
+cdef inline bint audit_core(Core* c, Finding* out) noexcept nogil:
     cdef size_t n = c.pool.num_blocks
     cdef int32_t* counts = <int32_t*>grab_zeroed(n, sizeof(int32_t))
     cdef int32_t* order = <int32_t*>grab_zeroed(n, sizeof(int32_t))

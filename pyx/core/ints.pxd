@@ -2,6 +2,14 @@
 # in place; lists, tuples and ranges are converted once. All of it happens before the manager's lock is taken. What is
 # read in place is read twice, to check and to use: nobody may write it during the call.
 
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
+from cpython.number cimport PyNumber_Index
+from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.stdlib cimport free
+from libc.string cimport memcpy
+
+from core.memory cimport MAX_INT32, grab
+
 
 cdef struct Ints:
     const void* data
@@ -18,7 +26,7 @@ cdef inline int64_t at(const Ints* a, Py_ssize_t i) noexcept nogil:
     return (<const int64_t*>a.data)[i] if a.wide else (<const int32_t*>a.data)[i]
 
 
-cdef int64_t as_int(object value, str name) except? -1:
+cdef inline int64_t as_int(object value, str name) except? -1:
     """`value` as a C integer; bools and floats are refused."""
     if type(value) is not int:
         value = index_of(value, name)
@@ -28,7 +36,7 @@ cdef int64_t as_int(object value, str name) except? -1:
         raise ValueError(f"{name}={value!r} does not fit in 64 bits") from None
 
 
-cdef object index_of(object value, str name):
+cdef inline object index_of(object value, str name):
     """The integer that an object is, by `__index__`: what only rounds to one is none, and no truth is one."""
     if not isinstance(value, bool) and not str(getattr(value, "dtype", "")).endswith("bool"):
         try:
@@ -38,7 +46,7 @@ cdef object index_of(object value, str name):
     raise TypeError(f"{name} must be an integer, not {value!r} ({type(value).__name__})")
 
 
-cdef int open_ints(object obj, str name, Ints* out) except -1:
+cdef inline int open_ints(object obj, str name, Ints* out) except -1:
     """Read `obj` into `out`; the caller closes it with `close_ints`, also after an error."""
     out.owned = NULL
     out.viewed = False
@@ -84,7 +92,7 @@ cdef int open_ints(object obj, str name, Ints* out) except -1:
     return 0
 
 
-cdef int convert_items(object items, str name, Ints* out) except -1:
+cdef inline int convert_items(object items, str name, Ints* out) except -1:
     cdef tuple fixed = tuple(items)  # __index__ may run any code: nothing may change under the loop
     cdef Py_ssize_t i
     out.size = len(fixed)
@@ -103,7 +111,7 @@ cdef int convert_items(object items, str name, Ints* out) except -1:
     return 0
 
 
-cdef int convert_buffer(str name, Ints* out, Py_ssize_t stride, bint signed) except -1:
+cdef inline int convert_buffer(str name, Ints* out, Py_ssize_t stride, bint signed) except -1:
     """Widen elements of any width, spacing and alignment to int64."""
     cdef Py_ssize_t i, width = out.view.itemsize
     cdef int shift = 64 - 8 * <int>width
@@ -129,31 +137,13 @@ cdef inline void close_ints(Ints* a) noexcept:
     free(a.owned)
 
 
-cdef extern from *:
-    """
-    /* Both give the bitwise or of all tokens: negative where one is, and past 31 bits where one is too large. */
-    KVB_WIDE static int64_t kvb_copy(const int32_t *source, Py_ssize_t n, int32_t *target) {
-        int32_t bits = 0;
-        for (Py_ssize_t i = 0; i < n; i++) bits |= target[i] = source[i];
-        return bits;
-    }
-    KVB_WIDE static int64_t kvb_narrow(const int64_t *source, Py_ssize_t n, int32_t *target) {
-        int64_t bits = 0;
-        for (Py_ssize_t i = 0; i < n; i++) bits |= source[i], target[i] = (int32_t)source[i];
-        return bits;
-    }
-    KVB_WIDE static int64_t kvb_bits(const int32_t *source, Py_ssize_t n) {
-        int32_t bits = 0;
-        for (Py_ssize_t i = 0; i < n; i++) bits |= source[i];
-        return bits;
-    }
-    """
+cdef extern from "core/ints.h" nogil:
     int64_t kvb_copy(const int32_t* source, Py_ssize_t n, int32_t* target) noexcept nogil
     int64_t kvb_narrow(const int64_t* source, Py_ssize_t n, int32_t* target) noexcept nogil
     int64_t kvb_bits(const int32_t* source, Py_ssize_t n) noexcept nogil
 
 
-cdef Py_ssize_t bad_token(const Ints* tokens, int64_t bits) noexcept nogil:
+cdef inline Py_ssize_t bad_token(const Ints* tokens, int64_t bits) noexcept nogil:
     """The index of the first token outside 0...2**31-1, or -1 if there is none; `bits` is the or of all."""
     cdef Py_ssize_t i
     if 0 <= bits <= MAX_INT32:
@@ -164,7 +154,7 @@ cdef Py_ssize_t bad_token(const Ints* tokens, int64_t bits) noexcept nogil:
     return -1
 
 
-cdef Py_ssize_t copy_tokens(const Ints* source, int32_t* target) noexcept nogil:
+cdef inline Py_ssize_t copy_tokens(const Ints* source, int32_t* target) noexcept nogil:
     """Copy token ids; the index of the first outside 0...2**31-1, or -1 if there is none."""
     if source.wide:
         return bad_token(source, kvb_narrow(<const int64_t*>source.data, source.size, target))

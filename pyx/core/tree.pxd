@@ -9,80 +9,15 @@
 # settle a lookup, so that a prefix that is not there costs one cache line. A node whose line is full goes to the next
 # line, and each line that it passes counts it.
 
-cdef extern from *:
-    """
-    #ifndef KVB_RUN
-    #define KVB_RUN 32
-    #endif
-    static inline uint64_t kvb_fold(uint64_t a, uint64_t b) {
-        unsigned __int128 p = (unsigned __int128)a * b;
-        return (uint64_t)p ^ (uint64_t)(p >> 64);
-    }
-    /* NH (Black et al., UMAC, 1999) of `blocks` blocks of n tokens: sums of products of keyed halves; the two halves
-       keep the loads contiguous. */
-    KVB_WIDE static void kvb_nh(const int32_t *t, const uint32_t *k, int32_t n, int32_t blocks, uint64_t *out) {
-        const int32_t h = n / 2;
-        for (int32_t b = 0; b < blocks; b++, t += n) {
-            uint64_t s = 0;
-            for (int32_t i = 0; i < h; i++)
-                s += (uint64_t)((uint32_t)t[i] + k[i]) * (uint64_t)((uint32_t)t[i + h] + k[i + h]);
-            out[b] = n & 1 ? kvb_fold(s + k[n], (uint64_t)(uint32_t)t[n - 1] + k[n - 1]) : s;
-        }
-    }
-    #define kvb_prefetch(p) __builtin_prefetch(p)
-    #define kvb_prefetch_write(p) __builtin_prefetch(p, 1)
-    #define kvb_lowest(mask) __builtin_ctz(mask)
-    static inline int kvb_differ(const int32_t *a, const int32_t *b, int32_t n) {
-        int32_t d = 0;
-        for (int32_t i = 0; i < n; i++) d |= a[i] ^ b[i];
-        return d != 0;
-    }
-    /* 16 is what everybody uses; as a constant it is four moves and no call. */
-    static inline void kvb_keep(int32_t *kept, const int32_t *tokens, int32_t n) {
-        if (n == 16) memcpy(kept, tokens, 16 * sizeof(int32_t));
-        else memcpy(kept, tokens, (size_t)n * sizeof(int32_t));
-    }
-    struct kvb_blob { int64_t refs; char *bytes; };
-    typedef struct {
-        uint64_t hash;
-        struct kvb_blob *blob;
-        int32_t parent, uses, size, blocks[];
-    } kvb_node;
-    #define KVB_NODE_HEAD offsetof(kvb_node, blocks)
-    /* How many of n nodes, without extra bytes, are a path down from `parent` that says these tokens. */
-    KVB_WIDE static int32_t kvb_follow(
-        const char *nodes, size_t width, const int32_t *kept, int32_t size, int32_t parent, const int32_t *tokens,
-        const uint64_t *hashes, const int32_t *path, int32_t n
-    ) {
-        for (int32_t j = 0; j < n; j++, tokens += size) {
-            const kvb_node *node = (const kvb_node *)(nodes + path[j] * width);
-            if (path[j] <= 0 || node->hash != hashes[j] || node->parent != parent || node->size) return j;
-            if (kvb_differ(kept + (size_t)path[j] * size, tokens, size)) return j;
-            parent = path[j];
-        }
-        return n;
-    }
-    typedef struct { uint8_t tags[12]; uint32_t passed; int32_t nodes[12]; } kvb_line;
-    /* The slots of a line that have this tag, as bits. */
-    #ifdef __SSE2__
-    #include <emmintrin.h>
-    static inline uint32_t kvb_slots(const kvb_line *line, uint8_t tag) {
-        __m128i tags = _mm_load_si128((const __m128i *)line);
-        return (uint32_t)_mm_movemask_epi8(_mm_cmpeq_epi8(tags, _mm_set1_epi8((char)tag))) & 0xFFF;
-    }
-    #else
-    static inline uint32_t kvb_slots(const kvb_line *line, uint8_t tag) {
-        uint32_t found = 0;
-        for (int i = 0; i < 12; i++) found |= (uint32_t)(line->tags[i] == tag) << i;
-        return found;
-    }
-    #endif
-    """
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uint8_t
+from libc.string cimport memcmp, memcpy
+
+from core.text cimport Blob, blob_drop, Extra, extra_of, Text
+
+
+cdef extern from "core/tree.h" nogil:
     enum:
         RUN "KVB_RUN"       # blocks hashed ahead of their look-up, so that their cache lines are on the way
-    ctypedef struct Blob "struct kvb_blob":     # bytes shared by sequences and nodes
-        int64_t refs
-        char* bytes
     ctypedef struct Node "kvb_node":            # 32 bytes with one group
         uint64_t hash
         Blob* blob          # NULL: no extra bytes
@@ -107,33 +42,6 @@ cdef extern from *:
         const char* nodes, size_t width, const int32_t* kept, int32_t size, int32_t parent, const int32_t* tokens,
         const uint64_t* hashes, const int32_t* path, int32_t n
     ) noexcept nogil
-
-
-cdef struct Extra:      # the extra bytes of block `index` of a text: `size` bytes of entries, see ENTRY
-    uint64_t hash       # 0: to be computed
-    Blob* blob
-    int32_t size
-    int32_t index
-
-
-cdef enum:
-    ENTRY = 24          # bytes of an entry besides those it is made for: offset and length before them, length after
-
-
-cdef struct Mark:       # the extra bytes of a token that is to be added
-    int64_t position    # from the first added token of its sequence
-    const char* bytes
-    int64_t size
-
-
-cdef struct Text:       # what a sequence says
-    int32_t* tokens     # -1: a placeholder
-    int32_t capacity
-    int32_t num_tokens
-    int32_t known       # tokens before the first placeholder
-    int32_t num_unknown
-    Extra* extras
-    int32_t num_extras
 
 
 cdef struct Tree:
@@ -170,22 +78,7 @@ cdef inline uint8_t tag_of(uint64_t h) noexcept nogil:
     return <uint8_t>(h | ((h & 0xFF) == 0))
 
 
-cdef Blob* blob_new(size_t size) noexcept nogil:
-    cdef Blob* blob = <Blob*>grab(sizeof(Blob) + size)
-    if blob != NULL:
-        blob.refs = 1
-        blob.bytes = <char*>blob + sizeof(Blob)
-    return blob
-
-
-cdef inline void blob_drop(Blob* blob) noexcept nogil:
-    if blob != NULL:
-        blob.refs -= 1
-        if blob.refs == 0:
-            free(blob)
-
-
-cdef void hash_extra(const Tree* t, Extra* extra) noexcept nogil:
+cdef inline void hash_extra(const Tree* t, Extra* extra) noexcept nogil:
     cdef uint64_t h = t.seal + <uint64_t>extra.size, word
     cdef int64_t i
     for i in range(0, <int64_t>extra.size, 8):
@@ -195,115 +88,12 @@ cdef void hash_extra(const Tree* t, Extra* extra) noexcept nogil:
     extra.hash = h
 
 
-cdef inline int64_t put_entry(char* target, int64_t offset, const char* data, int64_t size) noexcept nogil:
-    """Write the extra bytes of the token at `offset` of a block; how many bytes that took."""
-    memcpy(target, &offset, 8)
-    memcpy(target + 8, &size, 8)
-    memcpy(target + 16, data, size)
-    memcpy(target + 16 + size, &size, 8)
-    return ENTRY + size
-
-
-cdef void drop_extras(Text* made, int32_t index) noexcept nogil:
-    """Let go of the extras from block `index` on, and free the array; those before it belong to somebody else now."""
-    while made.num_extras and made.extras[made.num_extras - 1].index >= index:
-        made.num_extras -= 1
-        blob_drop(made.extras[made.num_extras].blob)
-    free(made.extras)
-    made.extras = NULL
-
-
-cdef int64_t add_extras(
-    const Tree* t, const Text* x, const Mark* marks, int32_t count, Text* made
-) noexcept nogil:
-    """Make in `made` the extras of a text with those of tokens that are to be added; `x` stays as it is.
-
-    0, -1 when memory is out, or the number of bytes that is too large for one block.
-    """
-    cdef int32_t i = 0, j, index, first = <int32_t>((x.num_tokens + marks[0].position) // t.block_size)
-    cdef int64_t kept, size, start
-    cdef Extra* last
-    cdef Blob* blob
-    made.extras = <Extra*>grab((<size_t>x.num_extras + count) * sizeof(Extra))
-    if made.extras == NULL:
-        return -1
-    made.num_extras = x.num_extras
-    if x.num_extras:
-        memcpy(made.extras, x.extras, x.num_extras * sizeof(Extra))
-    kept = 0
-    if x.num_extras and x.extras[x.num_extras - 1].index == first:   # that block is made anew, longer
-        made.num_extras -= 1
-        kept = x.extras[x.num_extras - 1].size
-    while i < count:
-        index, size = <int32_t>((x.num_tokens + marks[i].position) // t.block_size), kept
-        start = <int64_t>index * t.block_size - x.num_tokens
-        j = i
-        while j < count and marks[j].position < start + t.block_size:
-            size += ENTRY + marks[j].size
-            j += 1
-        blob = blob_new(size) if size <= MAX_INT32 else NULL
-        if blob == NULL:
-            drop_extras(made, first)
-            return -1 if size <= MAX_INT32 else size
-        if kept:
-            memcpy(blob.bytes, x.extras[x.num_extras - 1].blob.bytes, kept)
-        size = kept
-        while i < j:
-            size += put_entry(blob.bytes + size, marks[i].position - start, marks[i].bytes, marks[i].size)
-            i += 1
-        last = &made.extras[made.num_extras]
-        last.index, last.size, last.blob, last.hash = index, <int32_t>size, blob, 0
-        made.num_extras += 1
-        kept = 0
-    return 0
-
-
-cdef void take_extras(Text* x, Text* made, int32_t index) noexcept nogil:
-    """Put the extras that `add_extras` made from block `index` on in place of a text's own."""
-    if x.num_extras and x.extras[x.num_extras - 1].index == index:
-        blob_drop(x.extras[x.num_extras - 1].blob)
-    free(x.extras)
-    x.extras, x.num_extras = made.extras, made.num_extras
-    made.extras = NULL
-
-
 cdef inline bint same_extra(const Node* node, const Extra* extra) noexcept nogil:
     if extra == NULL:
         return node.size == 0
     return node.size == extra.size and (
         node.blob == extra.blob or memcmp(node.blob.bytes, extra.blob.bytes, extra.size) == 0
     )
-
-
-cdef inline Extra* extra_of(const Text* x, int32_t index) noexcept nogil:
-    """The extra bytes of block `index`, or NULL; extras are in order of their index."""
-    cdef int32_t low = 0, high = x.num_extras, middle
-    if high == 0:
-        return NULL
-    while low < high:
-        middle = (low + high) >> 1
-        if x.extras[middle].index < index:
-            low = middle + 1
-        else:
-            high = middle
-    return &x.extras[low] if low < x.num_extras and x.extras[low].index == index else NULL
-
-
-cdef void cut_extras(const Tree* t, Text* x, int32_t num_tokens) noexcept nogil:
-    """Forget the extra bytes of tokens from `num_tokens` on: other tokens may come there. The salt, at -1, stays."""
-    cdef Extra* extra
-    cdef int64_t offset, size
-    while x.num_extras:
-        extra = &x.extras[x.num_extras - 1]
-        while extra.size:
-            memcpy(&size, extra.blob.bytes + extra.size - 8, 8)
-            memcpy(&offset, extra.blob.bytes + extra.size - ENTRY - size, 8)
-            if offset + <int64_t>extra.index * t.block_size < num_tokens:
-                return
-            extra.size -= <int32_t>(ENTRY + size)
-            extra.hash = 0
-        blob_drop(extra.blob)
-        x.num_extras -= 1
 
 
 cdef inline uint64_t chain(const Tree* t, uint64_t parent, uint64_t h, Extra* extra) noexcept nogil:
@@ -460,7 +250,7 @@ cdef inline int32_t hash_run(
     return n
 
 
-cdef int32_t tree_walk(const Tree* t, const Text* x, int32_t limit, int32_t* nodes) noexcept nogil:
+cdef inline int32_t tree_walk(const Tree* t, const Text* x, int32_t limit, int32_t* nodes) noexcept nogil:
     """Find the longest prefix of `x` in the tree, at most `limit` blocks: its nodes, and how many there are."""
     cdef uint64_t[RUN] hashes
     cdef int32_t i = 0, j, n, node = 0

@@ -1,6 +1,26 @@
 # The step transaction: prepare, then commit or abort. Several may be open; commit takes the oldest, abort the newest.
 # `prepare` does everything that can fail, so that the other two cannot.
 
+from libc.stdint cimport int32_t, int64_t, uint64_t
+
+from core.memory cimport regrow
+from core.ints cimport at, Ints
+from core.text cimport Extra, extra_of
+from core.tree cimport (
+    RUN, hash_run, kvb_prefetch_write, line_of, Node, node_at, tokens_at, Tree, tree_find, tree_hash, tree_insert,
+)
+from core.pool cimport (
+    LENT, acquire, Block, close_waiting, Pool, pool_free, pool_step, release, release_table, Row, Step, take,
+)
+from core.sequences cimport (
+    BAD_ACCEPTED, BAD_QUERY, IS_PREEMPTED, LATER_STEP, LEAVING, NO_BLOCKS, NO_MEMORY, NO_STEP, NOT_ENOUGH_TOKENS,
+    NOT_NEWEST, NOT_OLDEST, PREEMPTED, SIZE_ACCEPTED, STEP_BLOCKS, STEP_GROUPS, STEP_LIMIT, STEP_SEQS, STEP_TOKENS,
+    UNMOVED, block_of, blocks_for, close_seq, Core, cut, fail, Fault, find, first_row, grow_table, mark, note_peak,
+    release_rows, row_at, Seq, touch,
+)
+from core.arrays cimport fill_pages, fill_tokens, pad_after, sync_row
+from kvblocks.step_arrays cimport Arrays
+
 
 cdef inline bint may_write(const Core* c, int32_t b) noexcept nogil:
     return c.pool.blocks[b].refs == 1 and c.pool.blocks[b].node == 0
@@ -18,7 +38,7 @@ cdef inline int32_t plan_copies(const Core* c, const Seq* seq, int32_t* sources)
     return n
 
 
-cdef int32_t plan_in_place(Core* c, Step* step) noexcept nogil:
+cdef inline int32_t plan_in_place(Core* c, Step* step) noexcept nogil:
     """Let one row write in place a block that no one but rows of this step holds; how many copies that saves.
 
     It is the last row of those that have the most tokens in the block: whatever it writes lies past what the others
@@ -54,7 +74,7 @@ cdef int32_t plan_in_place(Core* c, Step* step) noexcept nogil:
     return saved
 
 
-cdef bint grow_step(Step* step, Py_ssize_t capacity, int32_t num_groups) noexcept nogil:
+cdef inline bint grow_step(Step* step, Py_ssize_t capacity, int32_t num_groups) noexcept nogil:
     cdef Row* rows = <Row*>regrow(step.rows, capacity * sizeof(Row))
     cdef int32_t* sources
     if rows == NULL:
@@ -68,8 +88,8 @@ cdef bint grow_step(Step* step, Py_ssize_t capacity, int32_t num_groups) noexcep
     return True
 
 
-cdef bint plan_step(
-    Core* c, const Ints* seqs, const Ints* query_lens, StepArrays a, Step* step, Fault* f
+cdef inline bint plan_step(
+    Core* c, const Ints* seqs, const Ints* query_lens, Arrays* a, Step* step, Fault* f
 ) noexcept nogil:
     """Check a batch, find the memory for it, and note in step.rows what is to be done. No effect."""
     cdef Py_ssize_t i, n = seqs.size
@@ -128,7 +148,7 @@ cdef bint plan_step(
     return True
 
 
-cdef int32_t put_copies(Core* c, Seq* seq, int32_t index, int32_t* sources, int64_t* pairs) noexcept nogil:
+cdef inline int32_t put_copies(Core* c, Seq* seq, int32_t index, int32_t* sources, int64_t* pairs) noexcept nogil:
     """Put blocks of its own in place of those that the sequence may not write, with (source, target) of each."""
     cdef int32_t g, n = 0
     cdef int32_t* blocks = row_at(c, seq, index)
@@ -143,7 +163,7 @@ cdef int32_t put_copies(Core* c, Seq* seq, int32_t index, int32_t* sources, int6
     return n
 
 
-cdef int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_lens, StepArrays a, Fault* f) noexcept nogil:
+cdef inline int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_lens, Arrays* a, Fault* f) noexcept nogil:
     """Reserve the next tokens of each sequence and fill the arrays; the step's id, 0 after a fault."""
     cdef Py_ssize_t i, num_copies = 0
     cdef int64_t j
@@ -166,7 +186,7 @@ cdef int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_lens, Ste
         end = row.start + row.count
         if row.num_copies:
             num_copies += put_copies(
-                c, seq, block_of(c, row.start), step.sources + i * c.num_groups, a._copies + 2 * num_copies
+                c, seq, block_of(c, row.start), step.sources + i * c.num_groups, a.copies + 2 * num_copies
             )
         if end > seq.reserved:
             seq.reserved = end
@@ -179,13 +199,13 @@ cdef int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_lens, Ste
         seq.open_steps += 1
         sync_row(a, i, c, seq)
         fill_tokens(a, num_tokens, c, seq, row.start, row.count)
-        a._seq_lens[i] = end
-        a._query_start_loc[i] = num_tokens
+        a.seq_lens[i] = end
+        a.query_start_loc[i] = num_tokens
         num_tokens += row.count
         longest_query = max(longest_query, row.count)
         longest_seq = max(longest_seq, end)
     pad_after(a, step.num_rows, num_tokens)
-    if a._kv_indices != NULL:
+    if a.kv_indices != NULL:
         fill_pages(a, c, step)
     c.moves_noted += num_copies
     step.needs = a.needs = c.moves_noted if num_copies else 0
@@ -227,13 +247,13 @@ cdef inline void hang_row(Core* c, Seq* seq, int32_t* blocks, int32_t n) noexcep
             c.counters.merged += 1
 
 
-cdef void publish(Core* c, Seq* seq, int32_t full, uint64_t first_hash) noexcept nogil:
+cdef inline void publish(Core* c, Seq* seq, int32_t full, uint64_t first_hash) noexcept nogil:
     """Hang every full, computed, known block, those before row `full`, on its node. `first_hash` is the first one's."""
     cdef Pool* p = &c.pool
     cdef Tree* t = &p.tree
     cdef uint64_t[RUN] hashes
     cdef int32_t[RUN] likely
-    cdef int32_t i, j, n, node
+    cdef int32_t i, j, n, node, _j
     cdef int64_t k
     cdef int32_t* tokens
     cdef int32_t* blocks
@@ -246,7 +266,7 @@ cdef void publish(Core* c, Seq* seq, int32_t full, uint64_t first_hash) noexcept
         else:
             n = hash_run(t, node_at(t, seq.tip).hash, &seq.text, i, full, hashes, likely)
         node = t.unused
-        for j in range(n):
+        for _j in range(n):
             if node == 0:
                 break
             kvb_prefetch_write(tokens_at(t, node))
@@ -275,7 +295,7 @@ cdef void publish(Core* c, Seq* seq, int32_t full, uint64_t first_hash) noexcept
             seq.published += 1
 
 
-cdef void slide(Core* c, Seq* seq, int32_t computed_before) noexcept nogil:
+cdef inline void slide(Core* c, Seq* seq, int32_t computed_before) noexcept nogil:
     """Give back the blocks that went out of reach since so many tokens were computed. An open step may name them, but
     its queries come later and do not reach them either."""
     cdef int32_t g, i
@@ -287,7 +307,7 @@ cdef void slide(Core* c, Seq* seq, int32_t computed_before) noexcept nogil:
             blocks[g] = -1
 
 
-cdef void close_step(Core* c, const Step* step) noexcept nogil:
+cdef inline void close_step(Core* c, const Step* step) noexcept nogil:
     """What follows when a step has left the ring: waiting blocks first, then sequences freed while they were in it."""
     cdef Py_ssize_t i
     cdef Seq* seq
@@ -309,7 +329,7 @@ cdef inline uint64_t hash_next(const Core* c, const Seq* seq) noexcept nogil:
     return h
 
 
-cdef bint core_commit(Core* c, int64_t step_id, const Ints* accepted, Fault* f) noexcept nogil:
+cdef inline bint core_commit(Core* c, int64_t step_id, const Ints* accepted, Fault* f) noexcept nogil:
     cdef Pool* p = &c.pool
     cdef Step* step
     cdef Seq* seq
@@ -363,7 +383,7 @@ cdef bint core_commit(Core* c, int64_t step_id, const Ints* accepted, Fault* f) 
     return True
 
 
-cdef bint core_abort(Core* c, int64_t step_id, Fault* f) noexcept nogil:
+cdef inline bint core_abort(Core* c, int64_t step_id, Fault* f) noexcept nogil:
     cdef Pool* p = &c.pool
     cdef Step* step
     cdef Seq* seq

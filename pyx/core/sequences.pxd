@@ -12,8 +12,23 @@
 # A table has one row for each block of tokens, and in it one block for each layer group. In a group with a window or
 # chunks the blocks that no later token can reach, those before `first_row`, are given back at `commit`: -1 in its rows.
 
+from libc.stdint cimport int32_t, int64_t, uint32_t
+from libc.stdlib cimport free
+from libc.string cimport memcpy, memset
+
+from core.memory cimport MAX_GENERATION, MAX_GROUPS, MAX_INT32, SLOT_BITS, SLOT_MASK, grab, grab_zeroed, regrow
+from core.ints cimport at, Ints
+from core.text cimport (
+    add_extras, clear_text, copy_text, cut_extras, cut_text, drop_extras, extend_text, Extra, grow_text, Mark,
+    take_extras, Text,
+)
+from core.tree cimport node_at, Tree, tree_drop
+from core.pool cimport Pool, pool_free, pool_step, release_table, unpublish
+
+
 cdef enum Kind:
     UNUSED, LIVE, PREEMPTED, PIN, LEAVING       # LEAVING: freed while in an open step
+
 
 cdef enum Problem:
     STALE, IS_PIN, IS_SEQUENCE, TWICE, IS_PREEMPTED, NOT_PREEMPTED, IN_STEP, EXTRA_SIZE, BAD_TOKEN, BAD_COUNT, TOO_LONG
@@ -176,7 +191,7 @@ cdef inline bint has_room(Core* c, int32_t n, Fault* f) noexcept nogil:
     return True
 
 
-cdef Seq* open_seq(Core* c, Kind kind) noexcept nogil:
+cdef inline Seq* open_seq(Core* c, Kind kind) noexcept nogil:
     """A new handle on the slot that was given back last; the caller has made sure of room."""
     cdef int32_t slot
     cdef Seq* seq
@@ -203,22 +218,13 @@ cdef inline void spend_handle(Seq* seq) noexcept nogil:
     seq.handle = -(seq.handle >> SLOT_BITS)
 
 
-cdef void clear_text(Text* x) noexcept nogil:
-    cdef int32_t i
-    for i in range(x.num_extras):
-        blob_drop(x.extras[i].blob)
-    free(x.extras)
-    free(x.tokens)
-    memset(x, 0, sizeof(Text))
-
-
 cdef inline void release_rows(Core* c, Seq* seq, int32_t keep) noexcept nogil:
     """Drop the rows of the table from `keep` on, of a sequence that no open step needs them for."""
     release_table(&c.pool, seq.table, <int64_t>keep * c.num_groups, <int64_t>seq.num_rows * c.num_groups)
     seq.num_rows = keep
 
 
-cdef void close_seq(Core* c, Seq* seq) noexcept nogil:
+cdef inline void close_seq(Core* c, Seq* seq) noexcept nogil:
     """Give back blocks, memory and slot."""
     cdef int32_t slot = <int32_t>(seq - c.seqs)
     release_rows(c, seq, 0)
@@ -238,7 +244,7 @@ cdef void close_seq(Core* c, Seq* seq) noexcept nogil:
         c.max_seqs -= 1
 
 
-cdef bint grow_table(Seq* seq, int32_t num_rows, int32_t num_groups) noexcept nogil:
+cdef inline bint grow_table(Seq* seq, int32_t num_rows, int32_t num_groups) noexcept nogil:
     cdef int64_t capacity
     cdef int32_t* table
     if num_rows <= seq.table_capacity:
@@ -252,78 +258,19 @@ cdef bint grow_table(Seq* seq, int32_t num_rows, int32_t num_groups) noexcept no
     return True
 
 
-cdef bint grow_text(Text* x, int64_t num_tokens) noexcept nogil:
-    cdef int64_t capacity
-    cdef int32_t* tokens
-    if num_tokens <= x.capacity:
-        return True
-    capacity = min(num_tokens + num_tokens // 4 + 32, MAX_INT32)
-    tokens = <int32_t*>regrow(x.tokens, capacity * sizeof(int32_t))
-    if tokens == NULL:
-        return False
-    x.tokens = tokens
-    x.capacity = <int32_t>capacity
-    return True
-
-
-cdef inline void extend_text(Text* x, const Ints* tokens, Py_ssize_t first, int32_t n) noexcept nogil:
-    """Add n tokens, or n placeholders; there is room."""
-    cdef int32_t j
-    cdef bint known = tokens != NULL and x.num_unknown == 0
-    for j in range(n):
-        x.tokens[x.num_tokens + j] = -1 if tokens == NULL else <int32_t>at(tokens, first + j)
-    x.num_tokens += n
-    if known:
-        x.known = x.num_tokens
-    elif tokens == NULL:
-        x.num_unknown += n
-
-
-cdef void cut_text(Text* x, int32_t num_tokens) noexcept nogil:
-    cdef int32_t i
-    if x.num_unknown:
-        for i in range(max(num_tokens, x.known), x.num_tokens):
-            x.num_unknown -= x.tokens[i] < 0
-    x.num_tokens = num_tokens
-    x.known = min(x.known, num_tokens) if x.num_unknown else num_tokens
-
-
-cdef bint copy_text(Text* target, const Text* source) noexcept nogil:
-    """A copy that shares the extra bytes; false and nothing allocated when memory is out."""
-    cdef int32_t i
-    memset(target, 0, sizeof(Text))
-    if not grow_text(target, <int64_t>source.num_tokens + (source.num_tokens == 0)):
-        return False
-    if source.num_extras:
-        target.extras = <Extra*>grab(source.num_extras * sizeof(Extra))
-        if target.extras == NULL:
-            free(target.tokens)
-            target.tokens = NULL
-            return False
-    memcpy(target.tokens, source.tokens, source.num_tokens * sizeof(int32_t))
-    target.num_tokens = source.num_tokens
-    target.known = source.known
-    target.num_unknown = source.num_unknown
-    target.num_extras = source.num_extras
-    for i in range(source.num_extras):
-        target.extras[i] = source.extras[i]
-        target.extras[i].blob.refs += 1
-    return True
-
-
-cdef void cut(Core* c, Seq* seq, int32_t num_tokens) noexcept nogil:
+cdef inline void cut(Core* c, Seq* seq, int32_t num_tokens) noexcept nogil:
     """Drop tokens, and blocks that no reserved token needs any more. Blocks that stay are left as they are."""
-    cdef int32_t keep, tip = seq.tip, i
+    cdef int32_t keep, tip = seq.tip, _i
     if num_tokens < seq.text.num_tokens:
         cut_text(&seq.text, num_tokens)
-        cut_extras(&c.pool.tree, &seq.text, num_tokens)
+        cut_extras(&seq.text, num_tokens, c.block_size)
     seq.num_cached = min(seq.num_cached, num_tokens)
     seq.num_computed = min(seq.num_computed, num_tokens)
     seq.num_prepared = min(seq.num_prepared, num_tokens)
     seq.reserved = min(seq.reserved, num_tokens)
     keep = blocks_for(seq.reserved, c.block_size)
     if seq.published > num_tokens // c.block_size:
-        for i in range(seq.published - num_tokens // c.block_size):
+        for _i in range(seq.published - num_tokens // c.block_size):
             tip = node_at(&c.pool.tree, tip).parent
         seq.published = num_tokens // c.block_size
         stand_on(&c.pool.tree, seq, tip)
@@ -332,249 +279,7 @@ cdef void cut(Core* c, Seq* seq, int32_t num_tokens) noexcept nogil:
         touch(c, seq)
 
 
-cdef inline int64_t held_by(const Core* c, int64_t position, int64_t end) noexcept nogil:
-    """Blocks that a sequence alone holds while its tokens [position, end) are computed."""
-    cdef int64_t held = 0, rows = (end + c.block_size - 1) // c.block_size
-    cdef int32_t g
-    for g in range(c.num_groups):
-        held += rows - first_row(c, g, <int32_t>position)
-    return held
-
-
-cdef int64_t repeats_after(const Core* c, int64_t step) noexcept nogil:
-    """After so many tokens, computed `step` at a time, what groups with an end to their reach hold repeats."""
-    cdef int64_t period = least_multiple(step, c.block_size)
-    cdef int32_t g
-    for g in range(c.num_groups):
-        if c.reaches[g].chunk:
-            period = least_multiple(period, c.reaches[g].chunk)
-    return period
-
-
-cdef int64_t most_held(const Core* c, int64_t position, int64_t end, int64_t step) noexcept nogil:
-    """The most blocks that a sequence alone holds while it computes its tokens [position, end), `step` at a time.
-
-    What full groups hold only grows and what the others hold repeats, so the most is held within the last period. Of
-    steps of one token those at the start of a block hold the most.
-    """
-    cdef int64_t most = 0, last = end - position
-    if last <= 0:
-        return 0
-    last -= last % step + repeats_after(c, step) + step
-    if last > 0:
-        position += last - last % step
-    while position < end:
-        most = max(most, held_by(c, position, min(position + step, end)))
-        position += step if step > 1 else c.block_size - position % c.block_size
-    return most
-
-
-cdef int64_t most_ever(const Core* c, int64_t num_tokens, int64_t num_new, int64_t reserve) noexcept nogil:
-    """Blocks with which a prompt alone, after no hit, gets its last token: the prompt in steps of `reserve` tokens, or
-    in one, and all new tokens but the last one by one."""
-    cdef int64_t step = num_tokens if reserve < 0 else max(<int64_t>1, reserve)
-    return max(
-        most_held(c, 0, num_tokens, min(step, num_tokens)), most_held(c, num_tokens, num_tokens + num_new - 1, 1)
-    )
-
-
-cdef inline int32_t hit_limit(Core* c, const Text* x, int64_t max_hit) noexcept nogil:
-    """Blocks that a hit may have: whole, known, at most `max_hit` tokens, and one token is left to compute."""
-    cdef int64_t limit = min(x.num_tokens - 1, x.known)
-    if max_hit >= 0:
-        limit = min(limit, max_hit)
-    return <int32_t>(limit // c.block_size) if c.caching and x.num_tokens else 0
-
-
-cdef int32_t longest_hit(const Core* c, const int32_t* nodes, int32_t n) noexcept nogil:
-    """How many of n nodes of a path make a hit: every group has the blocks that a token after them reaches."""
-    cdef int32_t i, g, best = 0
-    cdef int32_t[MAX_GROUPS] since      # the first row from which on the group has all blocks
-    cdef bint served
-    if not c.reach_ends and c.num_groups == 1:
-        return n
-    memset(since, 0, c.num_groups * sizeof(int32_t))
-    for i in range(n):
-        served = True
-        for g in range(c.num_groups):
-            if node_at(&c.pool.tree, nodes[i]).blocks[g] < 0:
-                since[g] = i + 1
-            served = served and since[g] <= min(first_row(c, g, (i + 1) * c.block_size), i + 1)
-        if served:
-            best = i + 1
-    return best
-
-
-cdef int32_t hit_that_fits(
-    const Core* c, const Text* x, int64_t reserve, const int32_t* nodes, int32_t hit
-) noexcept nogil:
-    """The longest hit after which the pool has the blocks for the rest of a sequence, were it alone. Steps that begin
-    elsewhere than without a hit can hold more at once. Where no hit is no better the longest stays."""
-    cdef int32_t longest = hit
-    if reserve < 0 or most_ever(c, x.num_tokens, 1, reserve) > c.pool.num_blocks:
-        return longest
-    while hit and most_held(
-        c, <int64_t>hit * c.block_size, x.num_tokens, max(<int64_t>1, reserve)
-    ) > c.pool.num_blocks:
-        hit = longest_hit(c, nodes, hit - 1)
-    return hit
-
-
-cdef bint plan_admission(
-    Core* c, const Text* x, int64_t reserve, int64_t max_hit, int32_t* found, int32_t* num_found, int32_t* target,
-    Fault* f, bint watermark,
-) noexcept nogil:
-    """Find the hit and check that the blocks for the rest are there. `found` gets the hit's nodes. No effect."""
-    cdef int32_t i, g, b, hit, idle = 0, available
-    cdef int64_t new
-    hit = longest_hit(c, found, tree_walk(&c.pool.tree, x, hit_limit(c, x, max_hit), found))
-    if c.reach_ends and <int64_t>blocks_for(x.num_tokens, c.block_size) * c.num_groups > c.pool.num_blocks:
-        hit = hit_that_fits(c, x, reserve, found, hit)
-    for g in range(c.num_groups):
-        for i in range(first_row(c, g, hit * c.block_size), hit):
-            kvb_prefetch(&c.pool.blocks[node_at(&c.pool.tree, found[i]).blocks[g]])
-        for i in range(first_row(c, g, hit * c.block_size), hit):
-            b = node_at(&c.pool.tree, found[i]).blocks[g]
-            idle += c.pool.blocks[b].refs == 0
-    num_found[0] = hit
-    target[0] = x.num_tokens
-    if reserve >= 0:
-        target[0] = <int32_t>min(<int64_t>x.num_tokens, <int64_t>hit * c.block_size + reserve)
-    new = <int64_t>(blocks_for(target[0], c.block_size) - hit) * c.num_groups
-    available = pool_free(&c.pool) - idle
-    if new > available:
-        return fail(f, NO_BLOCKS, 0, new, available)
-    # Nothing that runs: nothing for which blocks are kept, and nothing that would ever give any back.
-    if watermark and c.num_slots > c.num_resting and new > max(available - c.watermark, 0):
-        return fail(f, WATERMARK, 0, new, max(available - c.watermark, 0))
-    return True
-
-
-cdef inline void hold_hit(Core* c, int32_t* table, const int32_t* nodes, int32_t hit) noexcept nogil:
-    """Hold the blocks that a hit needs and write them to the first rows of a table. `nodes` may lie in its end."""
-    cdef int32_t i, g, n, b
-    cdef int32_t[MAX_GROUPS] low
-    for g in range(c.num_groups):
-        low[g] = first_row(c, g, hit * c.block_size)
-    for i in range(hit):
-        n = nodes[i]
-        for g in range(c.num_groups):
-            b = -1
-            if i >= low[g]:
-                b = node_at(&c.pool.tree, n).blocks[g]
-                acquire(&c.pool, b)
-            table[<int64_t>i * c.num_groups + g] = b
-
-
-cdef inline int32_t* path_of(const Core* c, int32_t* table, int32_t capacity) noexcept nogil:
-    """Room for the nodes of a hit, one for each row, in the end of a table: `hold_hit` reads a node before it
-    overwrites it."""
-    return table + <int64_t>capacity * (c.num_groups - 1)
-
-
-cdef void occupy(Core* c, Seq* seq, const int32_t* nodes, int32_t hit, int32_t target) noexcept nogil:
-    """Hold the hit and take the blocks for the rest; they are there, and the table has room."""
-    cdef int64_t i
-    cdef int32_t tip = nodes[hit - 1] if hit else 0
-    stand_on(&c.pool.tree, seq, tip)
-    hold_hit(c, seq.table, nodes, hit)
-    seq.num_rows = blocks_for(target, c.block_size)
-    for i in range(<int64_t>hit * c.num_groups, <int64_t>seq.num_rows * c.num_groups):
-        seq.table[i] = take(&c.pool)
-    seq.num_cached = seq.num_computed = seq.num_prepared = hit * c.block_size
-    seq.reserved = max(target, seq.num_cached)
-    seq.published = hit
-    seq.publishing = c.caching
-    c.counters.prompt_tokens += seq.text.num_tokens
-    c.counters.hit_tokens += seq.num_cached
-    note_peak(c)
-
-
-cdef int64_t core_admit(
-    Core* c, Text* x, int64_t reserve, int64_t max_hit, Fault* f, int64_t* num_cached
-) noexcept nogil:
-    """A sequence that takes over `x`; 0 after a fault."""
-    cdef int32_t hit, target
-    cdef Seq* seq
-    cdef int32_t capacity = blocks_for(x.num_tokens, c.block_size)
-    cdef int32_t* table
-    cdef int32_t* path
-    if not has_room(c, 1, f):
-        return 0
-    table = <int32_t*>grab(<size_t>capacity * c.num_groups * sizeof(int32_t))
-    if table == NULL:
-        fail(f, NO_MEMORY, 0, capacity, 0)
-        return 0
-    path = path_of(c, table, capacity)
-    if not plan_admission(c, x, reserve, max_hit, path, &hit, &target, f, True):
-        free(table)
-        return 0
-    seq = open_seq(c, LIVE)
-    seq.table = table
-    seq.table_capacity = capacity
-    seq.text = x[0]
-    memset(x, 0, sizeof(Text))
-    occupy(c, seq, path, hit, target)
-    c.counters.admitted += 1
-    num_cached[0] = seq.num_cached
-    return seq.handle
-
-
-cdef bint core_resume(
-    Core* c, int64_t handle, int64_t reserve, int64_t max_hit, Fault* f, int64_t* num_cached
-) noexcept nogil:
-    cdef Seq* seq = find(c, handle, 0, f)
-    cdef int32_t hit, target
-    cdef int32_t* path
-    if seq == NULL:
-        return False
-    if seq.kind != PREEMPTED:
-        return fail(f, NOT_PREEMPTED, 0, handle, 0)
-    if not grow_table(seq, blocks_for(seq.text.num_tokens, c.block_size), c.num_groups):
-        return fail(f, NO_MEMORY, 0, 0, 0)
-    if reserve < 0 and c.reach_ends and most_ever(c, seq.text.num_tokens, 1, -1) > c.pool.num_blocks:
-        if most_ever(c, seq.text.num_tokens, 1, 1) <= c.pool.num_blocks:
-            reserve = 1     # the whole never fits, and need not: blocks out of reach are given back on the way
-    path = path_of(c, seq.table, seq.table_capacity)
-    if not plan_admission(c, &seq.text, reserve, max_hit, path, &hit, &target, f, False):
-        return False
-    occupy(c, seq, path, hit, target)
-    touch(c, seq)
-    seq.kind = LIVE
-    c.num_resting -= 1
-    c.counters.resumed += 1
-    num_cached[0] = seq.num_cached
-    return True
-
-
-cdef int64_t core_pin(Core* c, const Text* x, Fault* f) noexcept nogil:
-    cdef int32_t n, limit = x.num_tokens // c.block_size if c.caching else 0
-    cdef Seq* seq
-    cdef int32_t* table
-    cdef int32_t* path
-    if not has_room(c, 1, f):
-        return 0
-    table = <int32_t*>grab(<size_t>(limit or 1) * c.num_groups * sizeof(int32_t))
-    if table == NULL:
-        fail(f, NO_MEMORY, 0, limit, 0)
-        return 0
-    path = path_of(c, table, limit)
-    n = longest_hit(c, path, tree_walk(&c.pool.tree, x, limit, path))
-    if n == 0:
-        free(table)
-        fail(f, NOTHING_TO_PIN, 0, x.num_tokens, c.block_size)
-        return 0
-    seq = open_seq(c, PIN)
-    stand_on(&c.pool.tree, seq, path[n - 1])
-    hold_hit(c, table, path, n)
-    seq.table = table
-    seq.table_capacity = limit
-    seq.num_rows = n
-    note_peak(c)
-    return seq.handle
-
-
-cdef bint core_unpin(Core* c, int64_t handle, Fault* f) noexcept nogil:
+cdef inline bint core_unpin(Core* c, int64_t handle, Fault* f) noexcept nogil:
     cdef Seq* seq = find_any(c, handle, 0, f)
     if seq == NULL:
         return False
@@ -584,7 +289,7 @@ cdef bint core_unpin(Core* c, int64_t handle, Fault* f) noexcept nogil:
     return True
 
 
-cdef bint core_append(Core* c, const Ints* seqs, const Ints* tokens, Fault* f) noexcept nogil:
+cdef inline bint core_append(Core* c, const Ints* seqs, const Ints* tokens, Fault* f) noexcept nogil:
     """Add one token to each, or a placeholder without tokens: `core_extend` for the common case."""
     cdef Py_ssize_t i, n = seqs.size
     cdef int64_t token
@@ -623,13 +328,13 @@ cdef inline int32_t next_block(const Core* c, const Text* x, const Mark* m) noex
     return <int32_t>((x.num_tokens + m.position) // c.block_size)
 
 
-cdef bint plan_marks(Core* c, const Ints* seqs, const Marks* m, Fault* f) noexcept nogil:
+cdef inline bint plan_marks(Core* c, const Ints* seqs, const Marks* m, Fault* f) noexcept nogil:
     """Make the extras of each sequence as they will be, in m.made."""
     cdef Py_ssize_t i, k = 0
     cdef int64_t size
     for i in range(seqs.size):
         if m.counts[i]:
-            size = add_extras(&c.pool.tree, &of(c, seqs, i).text, m.marks + k, m.counts[i], &m.made[i])
+            size = add_extras(&of(c, seqs, i).text, m.marks + k, m.counts[i], c.block_size, &m.made[i])
             if size:
                 while i:
                     i -= 1
@@ -641,7 +346,7 @@ cdef bint plan_marks(Core* c, const Ints* seqs, const Marks* m, Fault* f) noexce
     return True
 
 
-cdef bint core_extend(
+cdef inline bint core_extend(
     Core* c, const Ints* seqs, const Ints* tokens, const Ints* counts, const Marks* m, Fault* f
 ) noexcept nogil:
     """Add counts[i] tokens to each (one without counts), or placeholders without tokens; the extra bytes are in `m`."""
@@ -684,7 +389,9 @@ cdef bint core_extend(
     return True
 
 
-cdef bint core_set_tokens(Core* c, const Ints* seqs, const Ints* tokens, const Ints* counts, Fault* f) noexcept nogil:
+cdef inline bint core_set_tokens(
+    Core* c, const Ints* seqs, const Ints* tokens, const Ints* counts, Fault* f
+) noexcept nogil:
     """Give each sequence's first counts[i] placeholders their ids."""
     cdef Py_ssize_t i, j, k = 0
     cdef int64_t n, token
@@ -725,7 +432,7 @@ cdef bint core_set_tokens(Core* c, const Ints* seqs, const Ints* tokens, const I
     return True
 
 
-cdef bint core_trim(Core* c, int64_t handle, int64_t num_tokens, Fault* f) noexcept nogil:
+cdef inline bint core_trim(Core* c, int64_t handle, int64_t num_tokens, Fault* f) noexcept nogil:
     cdef int32_t g, held
     cdef Seq* seq = find(c, handle, 0, f)
     if seq == NULL:
@@ -752,7 +459,7 @@ cdef inline void copy_progress(Seq* target, const Seq* source) noexcept nogil:
     target.publishing = source.publishing
 
 
-cdef bint copy_seq(Core* c, const Seq* source, Seq* target) noexcept nogil:
+cdef inline bint copy_seq(Core* c, const Seq* source, Seq* target) noexcept nogil:
     """Fill the memory of a child: its text and its table, no references yet. False: nothing allocated."""
     cdef int32_t n = blocks_for(source.num_computed, c.block_size)
     target.table = NULL
@@ -783,7 +490,7 @@ cdef inline bint can_fork(const Seq* seq, Py_ssize_t i, Fault* f) noexcept nogil
     return is_at_rest(seq, i, f)
 
 
-cdef bint core_fork(Core* c, int64_t handle, int64_t n, int64_t* children, Fault* f) noexcept nogil:
+cdef inline bint core_fork(Core* c, int64_t handle, int64_t n, int64_t* children, Fault* f) noexcept nogil:
     cdef Seq* parent = find(c, handle, 0, f)
     cdef Seq* copies
     cdef Seq* child
@@ -831,7 +538,7 @@ cdef inline void adopt(Seq* seq, const Seq* made) noexcept nogil:
     copy_progress(seq, made)
 
 
-cdef int32_t common_rows(const Core* c, const Seq* a, const Seq* b) noexcept nogil:
+cdef inline int32_t common_rows(const Core* c, const Seq* a, const Seq* b) noexcept nogil:
     """Leading rows in which two sequences have the same tokens, extra bytes and blocks, as far as that is seen at once:
     both have published them, and in no group are they within reach of one and not of the other."""
     cdef const Tree* t = &c.pool.tree
@@ -856,7 +563,7 @@ cdef struct Tail:       # what a sequence is to have after its first `rows` rows
     Seq seq             # tokens and table from there on; all of the extras
 
 
-cdef bint copy_tail(Core* c, const Seq* source, Seq* own, Tail* out) noexcept nogil:
+cdef inline bint copy_tail(Core* c, const Seq* source, Seq* own, Tail* out) noexcept nogil:
     """Copy what `source` has after its first `out.rows` rows, which `own` has too, and make room for it in `own`.
 
     False: nothing allocated but that room.
@@ -894,14 +601,14 @@ cdef bint copy_tail(Core* c, const Seq* source, Seq* own, Tail* out) noexcept no
     return True
 
 
-cdef void drop_tail(Tail* tail) noexcept nogil:
+cdef inline void drop_tail(Tail* tail) noexcept nogil:
     """Take back `copy_tail`."""
     drop_extras(&tail.seq.text, tail.rows)
     free(tail.seq.text.tokens)
     free(tail.seq.table)
 
 
-cdef void take_tail(Core* c, Seq* seq, const Tail* made) noexcept nogil:
+cdef inline void take_tail(Core* c, Seq* seq, const Tail* made) noexcept nogil:
     """Put a tail, whose references are counted already, in place of what a sequence has after the rows before it."""
     cdef const Seq* tail = &made.seq
     cdef Text* x = &seq.text
@@ -921,7 +628,7 @@ cdef void take_tail(Core* c, Seq* seq, const Tail* made) noexcept nogil:
     touch(c, seq)
 
 
-cdef bint core_reorder(Core* c, const Ints* seqs, const Ints* parents, Fault* f) noexcept nogil:
+cdef inline bint core_reorder(Core* c, const Ints* seqs, const Ints* parents, Fault* f) noexcept nogil:
     """Each sequence becomes a child of its parent as it was before the call, under its own handle.
 
     Beams have most of their tokens in common. Those in blocks that both have published stay as they are.
@@ -961,7 +668,7 @@ cdef bint core_reorder(Core* c, const Ints* seqs, const Ints* parents, Fault* f)
     return True
 
 
-cdef bint core_free(Core* c, const Ints* seqs, Fault* f) noexcept nogil:
+cdef inline bint core_free(Core* c, const Ints* seqs, Fault* f) noexcept nogil:
     cdef Py_ssize_t i
     cdef Seq* seq
     c.serial += 1
@@ -980,7 +687,7 @@ cdef bint core_free(Core* c, const Ints* seqs, Fault* f) noexcept nogil:
     return True
 
 
-cdef void core_take_back(Core* c, int64_t handle, bint counted) noexcept nogil:
+cdef inline void core_take_back(Core* c, int64_t handle, bint counted) noexcept nogil:
     """Undo `core_admit` or `core_fork` of a sequence that nobody has heard of. What was evicted for it is gone."""
     cdef Seq* seq = &c.seqs[handle & SLOT_MASK]
     if counted:
@@ -991,7 +698,7 @@ cdef void core_take_back(Core* c, int64_t handle, bint counted) noexcept nogil:
     close_seq(c, seq)
 
 
-cdef bint core_preempt(Core* c, int64_t handle, Fault* f) noexcept nogil:
+cdef inline bint core_preempt(Core* c, int64_t handle, Fault* f) noexcept nogil:
     cdef Seq* seq = find(c, handle, 0, f)
     if seq == NULL or not is_at_rest(seq, 0, f):
         return False
@@ -1005,7 +712,7 @@ cdef bint core_preempt(Core* c, int64_t handle, Fault* f) noexcept nogil:
     return True
 
 
-cdef void core_forget_resume(Core* c, int64_t handle, int64_t num_cached) noexcept nogil:
+cdef inline void core_forget_resume(Core* c, int64_t handle, int64_t num_cached) noexcept nogil:
     """Let the counters say nothing of a `core_resume` that `core_preempt` has undone."""
     c.counters.resumed -= 1
     c.counters.preemptions -= 1
@@ -1013,7 +720,7 @@ cdef void core_forget_resume(Core* c, int64_t handle, int64_t num_cached) noexce
     c.counters.hit_tokens -= num_cached
 
 
-cdef void core_reset(Core* c) noexcept nogil:
+cdef inline void core_reset(Core* c) noexcept nogil:
     """Unpublish every block; sequences alive now publish no more, and pins hold nothing: nobody could reach it."""
     cdef Pool* p = &c.pool
     cdef int32_t i, b
