@@ -55,7 +55,7 @@ def extension(source):
         extra_compile_args=[
             *([] if "CFLAGS" in os.environ else ["-O3", "-g1"]),
             # Runs of 3 blocks in the checked build, so that small tests see where one ends.
-            *(["-UNDEBUG", "-DKVB_RUN=3"] if CHECKED else ["-DNDEBUG"]),
+            *(["-UNDEBUG", "-DKVB_RUN=3", "-DKVB_PAGE=1"] if CHECKED else ["-DNDEBUG"]),
         ],
     )
 

@@ -13,7 +13,10 @@ from libc.string cimport memcpy, memset
 
 from core.memory cimport MAX_GROUPS, MAX_INT32, SLOT_MASK, grab, grab_zeroed, kvb_fail_after, map_zeroed, unmap
 from core.ints cimport as_int, at, bad_token, close_ints, copy_tokens, Ints, kvb_bits, open_ints
-from core.text cimport Blob, blob_drop, blob_new, clear_text, Extra, grow_text, Mark, Text
+from core.text cimport (
+    Blob, blob_drop, blob_new, borrow_text, clear_text, Extra, grow_text, Mark, note_tail, Paging, paging_of, read_text,
+    Text,
+)
 from core.tree cimport NODE_HEAD, hash_extra, Line, line_of, node_at, Tree, tree_walk
 from core.pool cimport Block, Pool, pool_free, pool_step, Step
 from core.sequences cimport (
@@ -361,6 +364,7 @@ cdef class BlockManager:
         self.slots = c.max_seqs = <int32_t>bounded(max_seqs, "max_seqs", 1, SLOT_MASK + 1)
         p.max_steps = <int32_t>bounded(max_open_steps, "max_open_steps", 1, 1024)
         c.block_size = t.block_size = size
+        t.paging = paging_of(size)
         c.shift = (<object>size).bit_length() - 1 if size & (size - 1) == 0 else -1
         c.caching = prefix_caching
         c.watermark = <int32_t>(watermark * blocks)
@@ -1166,7 +1170,10 @@ cdef class BlockManager:
                 if seq != NULL:
                     n = <int64_t>seq.num_rows * self.core.num_groups if blocks else seq.text.num_tokens
                     if n and n <= room:
-                        memcpy(&out[0], seq.table if blocks else seq.text.tokens, n * sizeof(int32_t))
+                        if blocks:
+                            memcpy(&out[0], seq.table, n * sizeof(int32_t))
+                        else:
+                            read_text(&self.core.pool.tree.paging, &seq.text, &out[0])
             if seq == NULL:
                 raise self.error(&f)
         return array[:n]
@@ -1174,24 +1181,30 @@ cdef class BlockManager:
     cdef int open_text(self, const Ints* t, salt, extra, Text* out, bint borrow) except -1:
         """Take tokens and extra bytes out of Python; closed with `close_text` unless a sequence took it over. Where
         `borrow` allows it, tokens of 32 bits are read in place, as long as `t` is open."""
-        cdef Py_ssize_t bad
+        cdef const Paging* p = &self.core.pool.tree.paging
+        cdef Py_ssize_t start, bad
+        cdef int32_t i
+        cdef int64_t bits = 0
         if not isinstance(salt, bytes):
             raise TypeError(f"salt must be bytes, not {type(salt).__name__}")
         if t.size == 0:
             raise ValueError("tokens is empty: a sequence needs at least one token")
         if t.size > MAX_INT32:
             raise ValueError(f"{t.size} tokens are more than {MAX_INT32}")
-        if borrow and not t.wide:
-            bad = bad_token(t, kvb_bits(<const int32_t*>t.data, t.size))
-            if bad < 0:
-                out.tokens = <int32_t*>t.data
-        else:
-            if not grow_text(out, t.size):
-                raise MemoryError(f"no memory for {t.size} tokens")
-            bad = copy_tokens(t, out.tokens)
+        borrow = borrow and not t.wide
+        if not (borrow_text(p, <int32_t*>t.data, t.size, out) if borrow else grow_text(p, out, t.size)):
+            raise MemoryError(f"no memory for {t.size} tokens")
+        if borrow:
+            bits = kvb_bits(<const int32_t*>t.data, t.size)
+        for i in range(0 if borrow else out.num_pages):
+            start = i * p.page_size
+            bits |= copy_tokens(t, start, min(t.size - start, p.page_size), out.pages[i])
+        bad = bad_token(t, bits)
         if bad >= 0:
             raise ValueError(f"tokens[{bad}]={at(t, bad)} must be 0 to {MAX_INT32}")
         out.num_tokens = out.known = <int32_t>t.size
+        if not borrow:
+            note_tail(p, out)
         if salt or extra is not ():
             self.open_extras(salt, extra, out)
         return 0
@@ -1228,8 +1241,6 @@ cdef class BlockManager:
         return 0
 
     cdef void close_text(self, Text* text) noexcept:
-        if text.capacity == 0:
-            text.tokens = NULL  # borrowed
         if text.num_extras:
             with self.lock:
                 clear_text(text)

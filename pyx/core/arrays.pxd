@@ -4,6 +4,7 @@ from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObj
 from libc.stdint cimport int32_t, int64_t
 from libc.string cimport memcpy, memset
 
+from core.text cimport late_token, Paging, run_at, token_at
 from core.pool cimport Step
 from core.sequences cimport block_of, blocks_for, Core, first_row, row_at, Seq
 from kvblocks.step_arrays cimport Arrays, TableRow
@@ -167,14 +168,17 @@ cdef inline void fill_tokens(
     cdef int64_t* ids = a.input_ids + at_token
     cdef int64_t* positions = a.positions + at_token
     cdef int64_t* slots = a.slot_mapping + at_token
-    cdef const int32_t* tokens = seq.text.tokens + start
-    cdef int32_t g, first = block_of(c, start), offset = start - first * c.block_size
+    cdef const Paging* p = &c.pool.tree.paging
+    cdef int32_t done = 0, run, g, first = block_of(c, start), offset = start - first * c.block_size
     if count == 1:
-        ids[0], positions[0] = tokens[0], start
+        ids[0], positions[0] = late_token(p, &seq.text, start), start
         for g in range(c.num_groups):
             slots[g * a.max_tokens] = <int64_t>row_at(c, seq, first)[g] * c.block_size + offset
         return
-    kvb_widen(tokens, count, ids)
+    while done < count:
+        run = run_at(p, start + done, count - done)
+        kvb_widen(token_at(p, &seq.text, start + done), run, ids + done)
+        done += run
     kvb_count(start, count, positions)
     for g in range(c.num_groups):
         kvb_fill_slots(row_at(c, seq, first) + g, c.num_groups, c.block_size, offset, count, slots + g * a.max_tokens)

@@ -5,7 +5,7 @@ from libc.stdlib cimport free
 from libc.string cimport memcmp
 
 from core.memory cimport grab_zeroed
-from core.text cimport Extra, extra_of, Text
+from core.text cimport PAGE_REFS, PAGE_ROOM, block_at, Extra, extra_of, page_of, pages_for, Text, token_at
 from core.tree cimport hash_extra, line_of, Node, node_at, same_extra, tag_of, tokens_at, Tree, tree_find, tree_hash
 from core.pool cimport Pool, pool_free, pool_step, Row, Step
 from core.sequences cimport LIVE, PIN, PREEMPTED, UNUSED, blocks_for, Core, first_row, row_at, Seq
@@ -220,7 +220,7 @@ cdef inline bint audit_sequences(Core* c, Finding* out) noexcept nogil:
                     return broken(out, 5, b"a sequence has a block out of reach, or not one within; slot:", i)
         unknown = known = 0
         for j in range(x.num_tokens):
-            unknown += x.tokens[j] < 0
+            unknown += token_at(&c.pool.tree.paging, x, j)[0] < 0
             known += unknown == 0
         if unknown != x.num_unknown or known != x.known:
             return broken(out, 5, b"a sequence miscounts its placeholders; slot:", i)
@@ -233,7 +233,7 @@ cdef inline bint audit_sequences(Core* c, Finding* out) noexcept nogil:
             for g in range(c.num_groups):
                 if row_at(c, seq, j)[g] >= 0 and c.pool.blocks[row_at(c, seq, j)[g]].node != n:
                     return broken(out, 3, b"a published block does not hang on the sequence's node; slot:", i)
-            if memcmp(tokens_at(&c.pool.tree, n), x.tokens + <size_t>j * bs, bs * sizeof(int32_t)):
+            if memcmp(tokens_at(&c.pool.tree, n), block_at(&c.pool.tree.paging, x, j), bs * sizeof(int32_t)):
                 return broken(out, 3, b"a node's tokens are not those of its block; node:", n)
             if not same_extra(node_at(&c.pool.tree, n), extra_of(x, j)):
                 return broken(out, 3, b"a node's extra bytes are not those of its block; node:", n)
@@ -242,6 +242,37 @@ cdef inline bint audit_sequences(Core* c, Finding* out) noexcept nogil:
             return broken(out, 3, b"a sequence's last published node is not what it notes; slot:", i)
     if used != c.num_slots or alive != c.num_seqs or resting != c.num_resting:
         return broken(out, 5, b"the number of sequences is not what was counted:", used)
+    return True
+
+
+cdef inline bint audit_pages(Core* c, Finding* out) noexcept nogil:
+    """Invariant 9. Takes every text's references off the pages, finds none left, and puts them back."""
+    cdef int32_t i, j, torn = 0
+    cdef Text* x
+    for i in range(c.fresh_seq):
+        x = &c.seqs[i].text
+        for j in range(x.num_pages):
+            x.pages[j][PAGE_REFS] -= 1
+    for i in range(c.fresh_seq):
+        x = &c.seqs[i].text
+        for j in range(x.num_pages):
+            torn += x.pages[j][PAGE_REFS] != 0
+    for i in range(c.fresh_seq):
+        x = &c.seqs[i].text
+        for j in range(x.num_pages):
+            x.pages[j][PAGE_REFS] += 1
+    if torn:
+        return broken(out, 9, b"pages of tokens have another count than the texts that name them; pages:", torn)
+    for i in range(c.fresh_seq):
+        x = &c.seqs[i].text
+        if x.num_pages < pages_for(&c.pool.tree.paging, x.num_tokens):
+            return broken(out, 9, b"a text has fewer pages than its tokens need; slot:", i)
+        if x.capacity > x.num_tokens:
+            j = page_of(&c.pool.tree.paging, x.num_tokens)
+            if x.tail != x.pages[j] or x.tail[PAGE_REFS] != 1:
+                return broken(out, 9, b"a text takes a page of others for its own; slot:", i)
+            if x.capacity > j * c.pool.tree.paging.page_size + x.tail[PAGE_ROOM]:
+                return broken(out, 9, b"a text takes more room for its own than it has; slot:", i)
     return True
 
 
@@ -286,6 +317,7 @@ cdef inline bint audit_core(Core* c, Finding* out) noexcept nogil:
         ok = (
             audit_pool(c, counts, order, state, out)
             and audit_tree(c, counts, order, uses, out)
+            and audit_pages(c, out)
             and audit_sequences(c, out)
             and audit_steps(c, written, out)
         )

@@ -154,8 +154,10 @@ cdef inline Py_ssize_t bad_token(const Ints* tokens, int64_t bits) noexcept nogi
     return -1
 
 
-cdef inline Py_ssize_t copy_tokens(const Ints* source, int32_t* target) noexcept nogil:
-    """Copy token ids; the index of the first outside 0...2**31-1, or -1 if there is none."""
+cdef inline int64_t copy_tokens(
+    const Ints* source, Py_ssize_t first, Py_ssize_t count, int32_t* target
+) noexcept nogil:
+    """Copy token ids from `first` on; the or of all, for `bad_token`."""
     if source.wide:
-        return bad_token(source, kvb_narrow(<const int64_t*>source.data, source.size, target))
-    return bad_token(source, kvb_copy(<const int32_t*>source.data, source.size, target))
+        return kvb_narrow(<const int64_t*>source.data + first, count, target)
+    return kvb_copy(<const int32_t*>source.data + first, count, target)

@@ -12,15 +12,15 @@
 # A table has one row for each block of tokens, and in it one block for each layer group. In a group with a window or
 # chunks the blocks that no later token can reach, those before `first_row`, are given back at `commit`: -1 in its rows.
 
-from libc.stdint cimport int32_t, int64_t, uint32_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
 from core.memory cimport MAX_GENERATION, MAX_GROUPS, MAX_INT32, SLOT_BITS, SLOT_MASK, grab, grab_zeroed, regrow
 from core.ints cimport at, Ints
 from core.text cimport (
-    add_extras, clear_text, copy_text, cut_extras, cut_text, drop_extras, extend_text, Extra, grow_text, Mark,
-    take_extras, Text,
+    add_extras, clear_text, cut_extras, cut_text, drop_extras, extend_text, grow_text, kvb_same, Mark,
+    own_placeholders, Paging, place_in_tail, share_text, take_extras, Text, token_at,
 )
 from core.tree cimport node_at, Tree, tree_drop
 from core.pool cimport Pool, pool_free, pool_step, release_table, unpublish
@@ -53,23 +53,22 @@ cdef struct Fault:
 cdef struct Seq:        # two cache lines: what `append` needs, what a step needs besides
     int64_t handle      # generation << SLOT_BITS | slot; -generation when no handle is valid
     int64_t mark        # the last batch that named it
-    Text text
-    Kind kind
-    int32_t num_rows    # of the table
+    Text text           # of a pin: none, no pages
 
     int32_t* table      # [num_rows, groups]
     int64_t version     # changes when entries of the table that were there change
     int64_t last_step   # the newest open step it is in
-    int32_t open_steps
+    uint8_t kind
+    uint8_t publishing
+    int32_t num_rows    # of the table
     int32_t table_capacity  # rows
-    int32_t num_cached
+    int32_t open_steps
+    int32_t num_cached  # or the next unused slot
     int32_t num_computed
     int32_t num_prepared
     int32_t reserved
     int32_t published
     int32_t tip
-    bint publishing
-    int32_t next_unused
 
 
 cdef struct Reach:      # of a layer group: the window or the chunk of a query in tokens; both 0: everything before it
@@ -155,7 +154,7 @@ cdef inline Seq* find_any(Core* c, int64_t handle, Py_ssize_t i, Fault* f) noexc
 cdef inline Seq* find(Core* c, int64_t handle, Py_ssize_t i, Fault* f) noexcept nogil:
     """The sequence of a handle, or NULL."""
     cdef Seq* seq = find_any(c, handle, i, f)
-    if seq != NULL and seq.kind == PIN:
+    if seq != NULL and seq.text.pages == NULL:
         fail(f, IS_PIN, i, handle, 0)
         return NULL
     return seq
@@ -198,7 +197,7 @@ cdef inline Seq* open_seq(Core* c, Kind kind) noexcept nogil:
     cdef int64_t generation
     if c.unused_seq >= 0:
         slot = c.unused_seq
-        c.unused_seq = c.seqs[slot].next_unused
+        c.unused_seq = c.seqs[slot].num_cached
     else:
         slot = c.fresh_seq
         c.fresh_seq += 1
@@ -238,7 +237,7 @@ cdef inline void close_seq(Core* c, Seq* seq) noexcept nogil:
     seq.kind = UNUSED
     c.num_slots -= 1
     if -seq.handle < MAX_GENERATION:        # else the slot is retired: its next handle would repeat an old one
-        seq.next_unused = c.unused_seq
+        seq.num_cached = c.unused_seq
         c.unused_seq = slot
     else:
         c.max_seqs -= 1
@@ -262,7 +261,7 @@ cdef inline void cut(Core* c, Seq* seq, int32_t num_tokens) noexcept nogil:
     """Drop tokens, and blocks that no reserved token needs any more. Blocks that stay are left as they are."""
     cdef int32_t keep, tip = seq.tip, _i
     if num_tokens < seq.text.num_tokens:
-        cut_text(&seq.text, num_tokens)
+        cut_text(&c.pool.tree.paging, &seq.text, num_tokens)
         cut_extras(&seq.text, num_tokens, c.block_size)
     seq.num_cached = min(seq.num_cached, num_tokens)
     seq.num_computed = min(seq.num_computed, num_tokens)
@@ -295,6 +294,7 @@ cdef inline bint core_append(Core* c, const Ints* seqs, const Ints* tokens, Faul
     cdef int64_t token
     cdef Seq* seq
     cdef Text* x
+    cdef const Paging* p = &c.pool.tree.paging
     c.serial += 1
     for i in range(n):
         seq = find(c, at(seqs, i), i, f)
@@ -309,13 +309,13 @@ cdef inline bint core_append(Core* c, const Ints* seqs, const Ints* tokens, Faul
         if seq.text.num_tokens == seq.text.capacity:
             if seq.text.num_tokens == MAX_INT32:
                 return fail(f, TOO_LONG, i, 1, MAX_INT32)
-            if not grow_text(&seq.text, <int64_t>seq.text.num_tokens + 1):
+            if not grow_text(&c.pool.tree.paging, &seq.text, <int64_t>seq.text.num_tokens + 1):
                 return fail(f, NO_MEMORY, i, 0, 0)
     if tokens != NULL and n != tokens.size:
         return fail(f, SIZE_TOKENS, -1, n, tokens.size)
     for i in range(n):
         x = &of(c, seqs, i).text
-        x.tokens[x.num_tokens] = <int32_t>at(tokens, i) if tokens != NULL else -1
+        place_in_tail(p, x, x.num_tokens)[0] = <int32_t>at(tokens, i) if tokens != NULL else -1
         x.num_tokens += 1
         if tokens == NULL:
             x.num_unknown += 1
@@ -371,7 +371,7 @@ cdef inline bint core_extend(
                 if token < 0 or token > MAX_INT32:
                     return fail(f, BAD_TOKEN, j, token, 0)
         k += n
-        if not grow_text(&seq.text, seq.text.num_tokens + n):
+        if not grow_text(&c.pool.tree.paging, &seq.text, seq.text.num_tokens + n):
             return fail(f, NO_MEMORY, i, 0, 0)
     if tokens != NULL and k != tokens.size:
         return fail(f, SIZE_TOKENS, -1, k, tokens.size)
@@ -384,7 +384,7 @@ cdef inline bint core_extend(
         if m != NULL and m.counts[i]:
             take_extras(&seq.text, &m.made[i], next_block(c, &seq.text, m.marks + j))
             j += m.counts[i]
-        extend_text(&seq.text, tokens, k, <int32_t>n)
+        extend_text(&c.pool.tree.paging, &seq.text, tokens, k, <int32_t>n)
         k += n
     return True
 
@@ -394,7 +394,9 @@ cdef inline bint core_set_tokens(
 ) noexcept nogil:
     """Give each sequence's first counts[i] placeholders their ids."""
     cdef Py_ssize_t i, j, k = 0
-    cdef int64_t n, token
+    cdef int64_t n, value
+    cdef int32_t* token
+    cdef const Paging* p = &c.pool.tree.paging
     cdef Text* x
     cdef Seq* seq
     c.serial += 1
@@ -410,10 +412,12 @@ cdef inline bint core_set_tokens(
         if n > tokens.size - k:
             return fail(f, SIZE_TOKENS, i, k + n, tokens.size)
         for j in range(k, k + n):
-            token = at(tokens, j)
-            if token < 0 or token > MAX_INT32:
-                return fail(f, BAD_TOKEN, j, token, 0)
+            value = at(tokens, j)
+            if value < 0 or value > MAX_INT32:
+                return fail(f, BAD_TOKEN, j, value, 0)
         k += n
+        if not own_placeholders(p, &seq.text, <int32_t>n):
+            return fail(f, NO_MEMORY, i, 0, 0)
     if k != tokens.size:
         return fail(f, SIZE_TOKENS, -1, k, tokens.size)
     k = 0
@@ -422,12 +426,13 @@ cdef inline bint core_set_tokens(
         n = 1 if counts == NULL else at(counts, i)
         x.num_unknown -= <int32_t>n
         while n:
-            if x.tokens[x.known] < 0:
-                x.tokens[x.known] = <int32_t>at(tokens, k)
+            token = token_at(p, x, x.known)
+            if token[0] < 0:
+                token[0] = <int32_t>at(tokens, k)
                 k += 1
                 n -= 1
             x.known += 1
-        while x.known < x.num_tokens and x.tokens[x.known] >= 0:
+        while x.known < x.num_tokens and token_at(p, x, x.known)[0] >= 0:
             x.known += 1
     return True
 
@@ -459,20 +464,27 @@ cdef inline void copy_progress(Seq* target, const Seq* source) noexcept nogil:
     target.publishing = source.publishing
 
 
-cdef inline bint copy_seq(Core* c, const Seq* source, Seq* target) noexcept nogil:
-    """Fill the memory of a child: its text and its table, no references yet. False: nothing allocated."""
-    cdef int32_t n = blocks_for(source.num_computed, c.block_size)
+cdef inline bint copy_seq(Core* c, Seq* source, int32_t first, Seq* target) noexcept nogil:
+    """Fill the memory of a child: its text, and its table from row `first` on; no references to blocks yet. False:
+    nothing allocated."""
+    cdef int32_t n = blocks_for(source.num_computed, c.block_size) - first
     target.table = NULL
     target.table_capacity = 0
-    if not copy_text(&target.text, &source.text):
+    if not share_text(&c.pool.tree.paging, &target.text, &source.text):
         return False
     if not grow_table(target, n + 1, c.num_groups):
         clear_text(&target.text)
         return False
-    memcpy(target.table, source.table, <size_t>n * c.num_groups * sizeof(int32_t))
+    memcpy(target.table, row_at(c, source, first), <size_t>n * c.num_groups * sizeof(int32_t))
     target.num_rows = n
     copy_progress(target, source)
     return True
+
+
+cdef inline void drop_copy(Seq* made) noexcept nogil:
+    """Take back `copy_seq`."""
+    clear_text(&made.text)
+    free(made.table)
 
 
 cdef inline bint is_at_rest(const Seq* seq, Py_ssize_t i, Fault* f) noexcept nogil:
@@ -503,11 +515,10 @@ cdef inline bint core_fork(Core* c, int64_t handle, int64_t n, int64_t* children
     if copies == NULL:
         return fail(f, NO_MEMORY, 0, 0, 0)
     for i in range(n):
-        if not copy_seq(c, parent, &copies[i]):
+        if not copy_seq(c, parent, 0, &copies[i]):
             while i:
                 i -= 1
-                clear_text(&copies[i].text)
-                free(copies[i].table)
+                drop_copy(&copies[i])
             free(copies)
             return fail(f, NO_MEMORY, 0, 0, 0)
     for i in range(n):
@@ -538,104 +549,38 @@ cdef inline void adopt(Seq* seq, const Seq* made) noexcept nogil:
     copy_progress(seq, made)
 
 
-cdef inline int32_t common_rows(const Core* c, const Seq* a, const Seq* b) noexcept nogil:
-    """Leading rows in which two sequences have the same tokens, extra bytes and blocks, as far as that is seen at once:
-    both have published them, and in no group are they within reach of one and not of the other."""
-    cdef const Tree* t = &c.pool.tree
-    cdef int32_t n = a.tip, m = b.tip, rows = a.published, other = b.published, g
-    while rows > other:
-        n = node_at(t, n).parent
-        rows -= 1
-    while other > rows:
-        m = node_at(t, m).parent
-        other -= 1
-    while n != m:
-        n, m = node_at(t, n).parent, node_at(t, m).parent
-        rows -= 1
-    for g in range(c.num_groups):
-        if c.reaches[g].window or c.reaches[g].chunk:
-            rows = min(rows, first_row(c, g, min(a.num_computed, b.num_computed)))
-    return rows
+cdef inline int32_t common_rows(const Core* c, const Seq* parent, const Seq* seq) noexcept nogil:
+    """Leading rows of a parent's table that are the same in the table of the sequence that is to become its child."""
+    cdef int32_t n = min(blocks_for(parent.num_computed, c.block_size), seq.num_rows)
+    return <int32_t>(kvb_same(parent.table, seq.table, <int64_t>n * c.num_groups) // c.num_groups)
 
 
-cdef struct Tail:       # what a sequence is to have after its first `rows` rows
-    int32_t rows
-    Seq seq             # tokens and table from there on; all of the extras
-
-
-cdef inline bint copy_tail(Core* c, const Seq* source, Seq* own, Tail* out) noexcept nogil:
-    """Copy what `source` has after its first `out.rows` rows, which `own` has too, and make room for it in `own`.
-
-    False: nothing allocated but that room.
-    """
-    cdef Seq* tail = &out.seq
-    cdef int32_t rows = out.rows
-    cdef int32_t start = rows * c.block_size, n = source.text.num_tokens - start, i, kept = 0, first = 0
-    cdef int32_t num_rows = blocks_for(source.num_computed, c.block_size) - rows
-    cdef const Text* x = &source.text
-    while kept < own.text.num_extras and own.text.extras[kept].index < rows:
-        kept += 1
-    while first < x.num_extras and x.extras[first].index < rows:
-        first += 1
-    if not grow_text(&own.text, x.num_tokens) or not grow_table(own, rows + num_rows + 1, c.num_groups):
-        return False
-    tail.text.tokens = <int32_t*>grab(<size_t>(n + 1) * sizeof(int32_t))
-    tail.table = <int32_t*>grab(<size_t>(num_rows + 1) * c.num_groups * sizeof(int32_t))
-    tail.text.extras = <Extra*>grab(<size_t>(kept + x.num_extras - first + 1) * sizeof(Extra))
-    if tail.text.tokens == NULL or tail.table == NULL or tail.text.extras == NULL:
-        free(tail.text.tokens)
-        free(tail.table)
-        free(tail.text.extras)
-        return False
-    memcpy(tail.text.tokens, x.tokens + start, n * sizeof(int32_t))
-    memcpy(tail.table, row_at(c, source, rows), <size_t>num_rows * c.num_groups * sizeof(int32_t))
-    if kept:
-        memcpy(tail.text.extras, own.text.extras, kept * sizeof(Extra))
-    for i in range(x.num_extras - first):
-        tail.text.extras[kept + i] = x.extras[first + i]
-        x.extras[first + i].blob.refs += 1
-    tail.text.num_extras = kept + x.num_extras - first
-    tail.text.num_tokens, tail.text.known, tail.text.num_unknown = x.num_tokens, x.known, x.num_unknown
-    tail.num_rows = num_rows
-    copy_progress(tail, source)
-    return True
-
-
-cdef inline void drop_tail(Tail* tail) noexcept nogil:
-    """Take back `copy_tail`."""
-    drop_extras(&tail.seq.text, tail.rows)
-    free(tail.seq.text.tokens)
-    free(tail.seq.table)
-
-
-cdef inline void take_tail(Core* c, Seq* seq, const Tail* made) noexcept nogil:
-    """Put a tail, whose references are counted already, in place of what a sequence has after the rows before it."""
-    cdef const Seq* tail = &made.seq
-    cdef Text* x = &seq.text
-    cdef int32_t rows = made.rows, start = rows * c.block_size
-    release_rows(c, seq, rows)
+cdef inline void take_copy(Core* c, Seq* seq, int32_t first, Seq* made) noexcept nogil:
+    """Put what `copy_seq` made, its references counted already, in place of what a sequence has from row `first` on.
+    Its table has the room."""
+    release_rows(c, seq, first)
     if seq.tip:
         tree_drop(&c.pool.tree, seq.tip)
-    drop_extras(x, rows)
-    x.extras, x.num_extras = tail.text.extras, tail.text.num_extras
-    memcpy(x.tokens + start, tail.text.tokens, (tail.text.num_tokens - start) * sizeof(int32_t))
-    x.num_tokens, x.known, x.num_unknown = tail.text.num_tokens, tail.text.known, tail.text.num_unknown
-    memcpy(row_at(c, seq, rows), tail.table, <size_t>tail.num_rows * c.num_groups * sizeof(int32_t))
-    seq.num_rows = rows + tail.num_rows
-    copy_progress(seq, tail)
-    free(tail.text.tokens)
-    free(tail.table)
+    clear_text(&seq.text)
+    seq.text = made.text
+    memcpy(row_at(c, seq, first), made.table, <size_t>made.num_rows * c.num_groups * sizeof(int32_t))
+    seq.num_rows = first + made.num_rows
+    copy_progress(seq, made)
+    free(made.table)
     touch(c, seq)
 
 
 cdef inline bint core_reorder(Core* c, const Ints* seqs, const Ints* parents, Fault* f) noexcept nogil:
     """Each sequence becomes a child of its parent as it was before the call, under its own handle.
 
-    Beams have most of their tokens in common. Those in blocks that both have published stay as they are.
+    Beams have most of their tokens in common: the rows in which their tables are the same stay as they are.
     """
-    cdef Tail* tails
+    cdef Seq* copies
     cdef Seq* seq
+    cdef Seq* parent
     cdef Py_ssize_t i
+    cdef bint made = True
+    cdef int32_t* firsts
     c.serial += 1
     for i in range(seqs.size):
         seq = find(c, at(seqs, i), i, f)
@@ -644,27 +589,29 @@ cdef inline bint core_reorder(Core* c, const Ints* seqs, const Ints* parents, Fa
     for i in range(seqs.size):
         if not is_at_rest(of(c, seqs, i), i, f) or not can_fork(of(c, parents, i), i, f):
             return False
-    tails = <Tail*>grab_zeroed(seqs.size or 1, sizeof(Tail))
-    if tails == NULL:
+    copies = <Seq*>grab_zeroed(seqs.size or 1, sizeof(Seq))
+    firsts = <int32_t*>grab_zeroed(seqs.size or 1, sizeof(int32_t))
+    for i in range(seqs.size if copies != NULL and firsts != NULL else 0):
+        seq, parent = of(c, seqs, i), of(c, parents, i)
+        if seq != parent:
+            firsts[i] = common_rows(c, parent, seq)
+            made = grow_table(seq, blocks_for(parent.num_computed, c.block_size) + 1, c.num_groups)
+            made = made and copy_seq(c, parent, firsts[i], &copies[i])
+            if not made:
+                break
+    if copies == NULL or firsts == NULL or not made:
+        for i in range(seqs.size if copies != NULL else 0):
+            drop_copy(&copies[i])
+        free(copies)
+        free(firsts)
         return fail(f, NO_MEMORY, 0, 0, 0)
     for i in range(seqs.size):
-        if at(seqs, i) == at(parents, i):
-            continue
-        seq = of(c, seqs, i)
-        tails[i].rows = common_rows(c, of(c, parents, i), seq)
-        if not copy_tail(c, of(c, parents, i), seq, &tails[i]):
-            while i:
-                i -= 1
-                if at(seqs, i) != at(parents, i):
-                    drop_tail(&tails[i])
-            free(tails)
-            return fail(f, NO_MEMORY, i, 0, 0)
-    for i in range(seqs.size):
-        share(c, &tails[i].seq)
+        share(c, &copies[i])
     for i in range(seqs.size):
         if at(seqs, i) != at(parents, i):
-            take_tail(c, of(c, seqs, i), &tails[i])
-    free(tails)
+            take_copy(c, of(c, seqs, i), firsts[i], &copies[i])
+    free(copies)
+    free(firsts)
     return True
 
 

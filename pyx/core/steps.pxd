@@ -5,7 +5,7 @@ from libc.stdint cimport int32_t, int64_t, uint64_t
 
 from core.memory cimport regrow
 from core.ints cimport at, Ints
-from core.text cimport Extra, extra_of
+from core.text cimport block_at, Extra, extra_of
 from core.tree cimport (
     RUN, hash_run, kvb_prefetch_write, line_of, Node, node_at, tokens_at, Tree, tree_find, tree_hash, tree_insert,
 )
@@ -255,7 +255,7 @@ cdef inline void publish(Core* c, Seq* seq, int32_t full, uint64_t first_hash) n
     cdef int32_t[RUN] likely
     cdef int32_t i, j, n, node, _j
     cdef int64_t k
-    cdef int32_t* tokens
+    cdef const int32_t* tokens
     cdef int32_t* blocks
     cdef const Extra* extra
     cdef bint one = full - seq.published == 1
@@ -278,7 +278,7 @@ cdef inline void publish(Core* c, Seq* seq, int32_t full, uint64_t first_hash) n
             blocks = row_at(c, seq, i + j)
             if shared_unpublished(c, blocks):
                 return
-            tokens = seq.text.tokens + <size_t>(i + j) * c.block_size
+            tokens = block_at(&t.paging, &seq.text, i + j)
             extra = extra_of(&seq.text, i + j)
             node = tree_find(t, seq.tip, hashes[j], tokens, extra) if likely[j] >= 0 else 0
             if node:
@@ -322,7 +322,7 @@ cdef inline uint64_t hash_next(const Core* c, const Seq* seq) noexcept nogil:
     """The hash of the first block that is not published, its cache line on the way."""
     cdef const Tree* t = &c.pool.tree
     cdef uint64_t h = tree_hash(
-        t, node_at(t, seq.tip).hash, seq.text.tokens + <size_t>seq.published * c.block_size,
+        t, node_at(t, seq.tip).hash, block_at(&t.paging, &seq.text, seq.published),
         extra_of(&seq.text, seq.published),
     )
     kvb_prefetch_write(&t.lines[line_of(t, h)])

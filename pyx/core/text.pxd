@@ -1,5 +1,9 @@
 # Text: what a sequence says, its token ids and the extra bytes that some of them carry beyond their ids (the hash of an
 # image). Extra bytes are kept for each block of tokens, in blobs that sequences and nodes of the tree share.
+#
+# Token ids lie in pages that forks share. Only a text that alone names a page writes into it; before it writes into a
+# page of others it copies that. A page holds a power of two of blocks, so that no block lies in two pages and a page is
+# found by a shift. Only the last page of a text may have less room than that.
 
 from libc.stdint cimport int32_t, int64_t, uint64_t
 from libc.stdlib cimport free
@@ -10,9 +14,13 @@ from core.ints cimport at, Ints
 
 
 cdef extern from "core/text.h" nogil:
+    enum:
+        RUN "KVB_RUN"
+        LEAST_PAGE "KVB_PAGE"
     ctypedef struct Blob "struct kvb_blob":     # bytes shared by sequences and nodes
         int64_t refs
         char* bytes
+    int64_t kvb_same(const int32_t* a, const int32_t* b, int64_t n)
 
 
 cdef struct Extra:      # the extra bytes of block `index` of a text: `size` bytes of entries, see ENTRY
@@ -24,6 +32,9 @@ cdef struct Extra:      # the extra bytes of block `index` of a text: `size` byt
 
 cdef enum:
     ENTRY = 24          # bytes of an entry besides those it is made for: offset and length before them, length after
+    PAGE_REFS = -1      # in front of a page's tokens: the texts that name it
+    PAGE_ROOM = -2      # and the tokens that it has memory for
+    PAGE_HEAD = 4       # int32 in front of its tokens
 
 
 cdef struct Mark:       # the extra bytes of a token that is to be added
@@ -32,14 +43,23 @@ cdef struct Mark:       # the extra bytes of a token that is to be added
     int64_t size
 
 
+cdef struct Paging:     # how texts are cut into pages
+    int32_t block_size
+    int32_t page_shift  # a page has 1 << page_shift blocks,
+    int32_t token_shift  # and 1 << token_shift tokens; -1: no power of two
+    int64_t page_size   # tokens
+
+
 cdef struct Text:       # what a sequence says
-    int32_t* tokens     # -1: a placeholder
-    int32_t capacity
+    int32_t** pages     # -1 in them: a placeholder
+    int32_t* tail       # the page of the next token, if that can be written as it is, else NULL
+    int32_t num_pages
+    int32_t capacity    # tokens that there is room for up to the end of `tail`; -1: pages are somebody else's memory
     int32_t num_tokens
     int32_t known       # tokens before the first placeholder
     int32_t num_unknown
-    Extra* extras
     int32_t num_extras
+    Extra* extras
 
 
 cdef inline Blob* blob_new(size_t size) noexcept nogil:
@@ -160,69 +180,223 @@ cdef inline void cut_extras(Text* x, int32_t num_tokens, int32_t block_size) noe
         x.num_extras -= 1
 
 
-cdef inline void clear_text(Text* x) noexcept nogil:
-    cdef int32_t i
-    for i in range(x.num_extras):
-        blob_drop(x.extras[i].blob)
-    free(x.extras)
-    free(x.tokens)
-    memset(x, 0, sizeof(Text))
+cdef inline Paging paging_of(int32_t block_size) noexcept nogil:
+    cdef Paging p
+    p.block_size = block_size
+    p.page_shift = 0
+    while 1 << p.page_shift < RUN or (<int64_t>block_size << p.page_shift) < LEAST_PAGE:
+        p.page_shift += 1
+    p.page_size = <int64_t>block_size << p.page_shift
+    p.token_shift = -1
+    if p.page_size & (p.page_size - 1) == 0:
+        p.token_shift = 0
+        while <int64_t>1 << p.token_shift < p.page_size:
+            p.token_shift += 1
+    return p
 
 
-cdef inline bint grow_text(Text* x, int64_t num_tokens) noexcept nogil:
-    cdef int64_t capacity
-    cdef int32_t* tokens
-    if num_tokens <= x.capacity:
-        return True
-    capacity = min(num_tokens + num_tokens // 4 + 32, MAX_INT32)
-    tokens = <int32_t*>regrow(x.tokens, capacity * sizeof(int32_t))
-    if tokens == NULL:
+cdef inline int32_t page_of(const Paging* p, int64_t position) noexcept nogil:
+    return <int32_t>(position >> p.token_shift if p.token_shift >= 0 else position // p.page_size)
+
+
+cdef inline int32_t pages_for(const Paging* p, int64_t num_tokens) noexcept nogil:
+    return page_of(p, num_tokens + p.page_size - 1)
+
+
+cdef inline int32_t* token_at(const Paging* p, const Text* x, int32_t position) noexcept nogil:
+    if p.token_shift >= 0:
+        return x.pages[position >> p.token_shift] + (position & (p.page_size - 1))
+    return x.pages[position // p.page_size] + position % p.page_size
+
+
+cdef inline int32_t* place_in_tail(const Paging* p, const Text* x, int32_t position) noexcept nogil:
+    if p.token_shift >= 0:
+        return x.tail + (position & (p.page_size - 1))
+    return x.tail + position % p.page_size
+
+
+cdef inline int32_t late_token(const Paging* p, const Text* x, int32_t position) noexcept nogil:
+    """A token that is likely to be among the last: without the list of pages if it lies in `tail`."""
+    if x.tail != NULL and page_of(p, position) == page_of(p, x.num_tokens):
+        return place_in_tail(p, x, position)[0]
+    return token_at(p, x, position)[0]
+
+
+cdef inline int32_t run_at(const Paging* p, int32_t position, int64_t count) noexcept nogil:
+    """How many of `count` tokens from a position on lie in one page."""
+    return <int32_t>min(count, p.page_size - (position - page_of(p, position) * p.page_size))
+
+
+cdef inline const int32_t* block_at(const Paging* p, const Text* x, int32_t i) noexcept nogil:
+    """The tokens of block i, and of those after it in the same page."""
+    return x.pages[i >> p.page_shift] + <int64_t>(i & ((1 << p.page_shift) - 1)) * p.block_size
+
+
+cdef inline int32_t block_run(const Paging* p, int32_t i) noexcept nogil:
+    """Blocks from block i to the end of its page."""
+    return (1 << p.page_shift) - (i & ((1 << p.page_shift) - 1))
+
+
+cdef inline void drop_page(int32_t* page) noexcept nogil:
+    page[PAGE_REFS] -= 1
+    if page[PAGE_REFS] == 0:
+        free(page - PAGE_HEAD)
+
+
+cdef inline bint own_page(const Paging* p, Text* x, int32_t i, int64_t room) noexcept nogil:
+    """Make page i, which may be the one after the last, the text's alone, and give it room for so many tokens."""
+    cdef int32_t* page = x.pages[i] if i < x.num_pages else NULL
+    cdef int32_t* own = NULL
+    cdef bint shared = page != NULL and page[PAGE_REFS] > 1
+    if page != NULL and not shared:
+        if page[PAGE_ROOM] >= room:
+            return True
+        own = page - PAGE_HEAD
+    room = min(room + room // 4 + 32, p.page_size)
+    own = <int32_t*>regrow(own, <size_t>(room + PAGE_HEAD) * sizeof(int32_t))
+    if own == NULL:
         return False
-    x.tokens = tokens
-    x.capacity = <int32_t>capacity
+    own += PAGE_HEAD
+    own[PAGE_REFS], own[PAGE_ROOM] = 1, <int32_t>min(room, MAX_INT32)
+    if shared:
+        memcpy(own, page, <size_t>min(x.num_tokens - i * p.page_size, p.page_size) * sizeof(int32_t))
+        drop_page(page)
+    x.pages[i] = own
+    x.num_pages = max(x.num_pages, i + 1)
     return True
 
 
-cdef inline void extend_text(Text* x, const Ints* tokens, Py_ssize_t first, int32_t n) noexcept nogil:
+cdef inline int32_t power_of_two(int32_t n) noexcept nogil:
+    """The least power of two that is not below n; 0 for 0."""
+    cdef int32_t power = n > 0
+    while power < n:
+        power *= 2
+    return power
+
+
+cdef inline void note_tail(const Paging* p, Text* x) noexcept nogil:
+    """Set `tail` and `capacity`; called whenever the number of tokens, or the page of the next one, has changed."""
+    cdef int32_t i = page_of(p, x.num_tokens)
+    x.tail, x.capacity = NULL, x.num_tokens
+    if i < x.num_pages and x.pages[i][PAGE_REFS] == 1:
+        x.tail = x.pages[i]
+        x.capacity = <int32_t>min(i * p.page_size + x.tail[PAGE_ROOM], MAX_INT32)
+
+
+cdef inline bint grow_text(const Paging* p, Text* x, int64_t num_tokens) noexcept nogil:
+    """Make room for so many tokens in all: pages from that of the next token on are the text's own."""
+    cdef int32_t i, last
+    cdef int32_t** pages
+    if num_tokens <= x.capacity:
+        return True
+    last = page_of(p, num_tokens - 1)
+    if last >= power_of_two(x.num_pages):
+        pages = <int32_t**>regrow(x.pages, <size_t>power_of_two(last + 1) * sizeof(int32_t*))
+        if pages == NULL:
+            return False
+        x.pages = pages
+    for i in range(page_of(p, x.num_tokens), last + 1):
+        if not own_page(p, x, i, min(num_tokens - i * p.page_size, p.page_size)):
+            note_tail(p, x)     # pages before this one may lie elsewhere now
+            return False
+    note_tail(p, x)
+    return True
+
+
+cdef inline void extend_text(const Paging* p, Text* x, const Ints* tokens, Py_ssize_t first, int32_t n) noexcept nogil:
     """Add n tokens, or n placeholders; there is room."""
-    cdef int32_t j
+    cdef int32_t i, j = 0, run
+    cdef int32_t* target
     cdef bint known = tokens != NULL and x.num_unknown == 0
-    for j in range(n):
-        x.tokens[x.num_tokens + j] = -1 if tokens == NULL else <int32_t>at(tokens, first + j)
+    while j < n:
+        target, run = token_at(p, x, x.num_tokens + j), run_at(p, x.num_tokens + j, n - j)
+        for i in range(run):
+            target[i] = -1 if tokens == NULL else <int32_t>at(tokens, first + j + i)
+        j += run
     x.num_tokens += n
     if known:
         x.known = x.num_tokens
     elif tokens == NULL:
         x.num_unknown += n
+    note_tail(p, x)
 
 
-cdef inline void cut_text(Text* x, int32_t num_tokens) noexcept nogil:
+cdef inline void cut_text(const Paging* p, Text* x, int32_t num_tokens) noexcept nogil:
     cdef int32_t i
     if x.num_unknown:
         for i in range(max(num_tokens, x.known), x.num_tokens):
-            x.num_unknown -= x.tokens[i] < 0
+            x.num_unknown -= token_at(p, x, i)[0] < 0
     x.num_tokens = num_tokens
     x.known = min(x.known, num_tokens) if x.num_unknown else num_tokens
+    while x.num_pages > pages_for(p, num_tokens):
+        x.num_pages -= 1
+        drop_page(x.pages[x.num_pages])
+    note_tail(p, x)
 
 
-cdef inline bint copy_text(Text* target, const Text* source) noexcept nogil:
-    """A copy that shares the extra bytes; false and nothing allocated when memory is out."""
-    cdef int32_t i
-    memset(target, 0, sizeof(Text))
-    if not grow_text(target, <int64_t>source.num_tokens + (source.num_tokens == 0)):
-        return False
-    if source.num_extras:
-        target.extras = <Extra*>grab(source.num_extras * sizeof(Extra))
-        if target.extras == NULL:
-            free(target.tokens)
-            target.tokens = NULL
-            return False
-    memcpy(target.tokens, source.tokens, source.num_tokens * sizeof(int32_t))
-    target.num_tokens = source.num_tokens
-    target.known = source.known
-    target.num_unknown = source.num_unknown
-    target.num_extras = source.num_extras
-    for i in range(source.num_extras):
-        target.extras[i] = source.extras[i]
-        target.extras[i].blob.refs += 1
+cdef inline bint own_placeholders(const Paging* p, Text* x, int32_t count) noexcept nogil:
+    """Make the pages in which the first `count` placeholders lie the text's own; there are as many."""
+    cdef int32_t position = x.known, page
+    while count:
+        if token_at(p, x, position)[0] < 0:
+            page = page_of(p, position)
+            if not own_page(p, x, page, min(x.num_tokens - page * p.page_size, p.page_size)):
+                return False
+            count -= 1
+        position += 1
+    note_tail(p, x)
     return True
+
+
+cdef inline bint share_text(const Paging* p, Text* target, Text* source) noexcept nogil:
+    """A second text that names the pages and extra bytes of the first; false and nothing changed when memory is out."""
+    cdef int32_t i, n = pages_for(p, source.num_tokens)
+    cdef int32_t** pages = <int32_t**>grab(<size_t>(power_of_two(n) or 1) * sizeof(int32_t*))
+    cdef Extra* extras = NULL
+    if source.num_extras:
+        extras = <Extra*>grab(<size_t>source.num_extras * sizeof(Extra))
+    if pages == NULL or source.num_extras and extras == NULL:
+        free(pages)
+        free(extras)
+        return False
+    source.tail, source.capacity = NULL, source.num_tokens
+    target[0] = source[0]
+    target.pages, target.num_pages, target.extras = pages, n, extras
+    for i in range(n):
+        pages[i] = source.pages[i]
+        pages[i][PAGE_REFS] += 1
+    for i in range(source.num_extras):
+        extras[i] = source.extras[i]
+        extras[i].blob.refs += 1
+    return True
+
+
+cdef inline bint borrow_text(const Paging* p, int32_t* tokens, int64_t num_tokens, Text* x) noexcept nogil:
+    """Let the pages of a new text be somebody else's memory, to be read only."""
+    cdef int32_t i, n = pages_for(p, num_tokens)
+    x.pages = <int32_t**>grab(<size_t>n * sizeof(int32_t*))
+    if x.pages == NULL:
+        return False
+    for i in range(n):
+        x.pages[i] = tokens + i * p.page_size
+    x.num_pages, x.capacity = n, -1
+    return True
+
+
+cdef inline void read_text(const Paging* p, const Text* x, int32_t* target) noexcept nogil:
+    cdef int32_t done = 0, run
+    while done < x.num_tokens:
+        run = run_at(p, done, x.num_tokens - done)
+        memcpy(target + done, token_at(p, x, done), run * sizeof(int32_t))
+        done += run
+
+
+cdef inline void clear_text(Text* x) noexcept nogil:
+    cdef int32_t i
+    for i in range(x.num_extras):
+        blob_drop(x.extras[i].blob)
+    for i in range(x.num_pages if x.capacity >= 0 else 0):
+        drop_page(x.pages[i])
+    free(x.extras)
+    free(x.pages)
+    memset(x, 0, sizeof(Text))

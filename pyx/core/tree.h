@@ -9,9 +9,6 @@
 #include "text.h"
 #include "wide.h"
 
-#ifndef KVB_RUN
-#define KVB_RUN 32
-#endif
 static inline uint64_t kvb_fold(uint64_t a, uint64_t b) {
     unsigned __int128 p = (unsigned __int128)a * b;
     return (uint64_t)p ^ (uint64_t)(p >> 64);

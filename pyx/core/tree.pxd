@@ -12,12 +12,10 @@
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uint8_t
 from libc.string cimport memcmp, memcpy
 
-from core.text cimport Blob, blob_drop, Extra, extra_of, Text
+from core.text cimport RUN, Blob, blob_drop, block_at, block_run, Extra, extra_of, Paging, Text
 
 
 cdef extern from "core/tree.h" nogil:
-    enum:
-        RUN "KVB_RUN"       # blocks hashed ahead of their look-up, so that their cache lines are on the way
     ctypedef struct Node "kvb_node":            # 32 bytes with one group
         uint64_t hash
         Blob* blob          # NULL: no extra bytes
@@ -45,6 +43,7 @@ cdef extern from "core/tree.h" nogil:
 
 
 cdef struct Tree:
+    Paging paging
     int32_t block_size
     int32_t num_groups
     int32_t max_nodes
@@ -229,12 +228,12 @@ cdef inline void tree_drop(Tree* t, int32_t n) noexcept nogil:
 cdef inline int32_t hash_run(
     const Tree* t, uint64_t parent, const Text* x, int32_t first, int32_t limit, uint64_t* hashes, int32_t* likely
 ) noexcept nogil:
-    """Hash up to RUN blocks of `x` from block `first` on, after a parent of that hash, and fetch the nodes that they
-    are likely to be; 0: not known, -1: none for certain."""
-    cdef int32_t j, n = min(RUN, limit - first)
+    """Hash up to RUN blocks of `x` in one page, from block `first` on, after a parent of that hash, and fetch the nodes
+    that they are likely to be; 0: not known, -1: none for certain."""
+    cdef int32_t j, n = min(min(RUN, limit - first), block_run(&t.paging, first))
     cdef uint32_t slots
     cdef const Line* line
-    kvb_nh(x.tokens + <size_t>first * t.block_size, t.key, t.block_size, n, hashes)
+    kvb_nh(block_at(&t.paging, x, first), t.key, t.block_size, n, hashes)
     for j in range(n):
         parent = hashes[j] = chain(t, parent, hashes[j], extra_of(x, first + j))
         kvb_prefetch_write(&t.lines[line_of(t, parent)])
@@ -260,16 +259,13 @@ cdef inline int32_t tree_walk(const Tree* t, const Text* x, int32_t limit, int32
         j = 0
         if x.num_extras == 0 or x.extras[x.num_extras - 1].index < i:
             j = kvb_follow(
-                t.nodes, t.width, t.tokens, t.block_size, node, x.tokens + <size_t>i * t.block_size, hashes,
-                nodes + i, n,
+                t.nodes, t.width, t.tokens, t.block_size, node, block_at(&t.paging, x, i), hashes, nodes + i, n
             )
             node = nodes[i + j - 1] if j else node
         for j in range(j, n):
             if nodes[i + j] < 0:
                 return i + j
-            node = tree_find(
-                t, node, hashes[j], x.tokens + <size_t>(i + j) * t.block_size, extra_of(x, i + j)
-            )
+            node = tree_find(t, node, hashes[j], block_at(&t.paging, x, i + j), extra_of(x, i + j))
             if node == 0:
                 return i + j
             nodes[i + j] = node
