@@ -5,7 +5,7 @@ from libc.stdint cimport int32_t, int64_t
 from libc.string cimport memcpy, memset
 
 from core.text cimport late_token, Paging, run_at, token_at
-from core.pool cimport Step
+from core.pool cimport Row, Step
 from core.sequences cimport block_of, blocks_for, Core, first_row, row_at, Seq
 from kvblocks.step_arrays cimport Arrays, TableRow
 
@@ -21,6 +21,7 @@ cdef extern from "core/arrays.h" nogil:
 cdef enum:
     PATCH_WORDS = 6   # of int32 in a patch: three int64
     ARRAYS = 10       # patches beside those of the groups, at most
+    GROUPS_AT_ONCE = 8
 
 
 cdef inline int64_t* int64_array(object array, str name, Py_ssize_t size, list views) except NULL:
@@ -164,24 +165,52 @@ cdef inline void sync_row(Arrays* a, Py_ssize_t i, const Core* c, const Seq* seq
 cdef inline void fill_tokens(
     Arrays* a, Py_ssize_t at_token, const Core* c, const Seq* seq, int32_t start, int32_t count
 ) noexcept nogil:
-    """Write input ids, positions and slots of the tokens [start, start + count)."""
+    """Write input ids and positions of the tokens [start, start + count)."""
     cdef int64_t* ids = a.input_ids + at_token
     cdef int64_t* positions = a.positions + at_token
-    cdef int64_t* slots = a.slot_mapping + at_token
     cdef const Paging* p = &c.pool.tree.paging
-    cdef int32_t done = 0, run, g, first = block_of(c, start), offset = start - first * c.block_size
+    cdef int32_t done = 0, run
     if count == 1:
         ids[0], positions[0] = late_token(p, &seq.text, start), start
-        for g in range(c.num_groups):
-            slots[g * a.max_tokens] = <int64_t>row_at(c, seq, first)[g] * c.block_size + offset
         return
     while done < count:
         run = run_at(p, start + done, count - done)
         kvb_widen(token_at(p, &seq.text, start + done), run, ids + done)
         done += run
     kvb_count(start, count, positions)
-    for g in range(c.num_groups):
-        kvb_fill_slots(row_at(c, seq, first) + g, c.num_groups, c.block_size, offset, count, slots + g * a.max_tokens)
+
+
+cdef inline void fill_slots(
+    Arrays* a, Py_ssize_t at_token, const Core* c, const Seq* seq, int32_t start, int32_t count, int32_t low, int32_t end
+) noexcept nogil:
+    """Write the slots of the tokens [start, start + count) in the groups [low, end)."""
+    cdef int64_t* slots = a.slot_mapping + at_token
+    cdef int32_t g, first = block_of(c, start), offset = start - first * c.block_size
+    cdef const int32_t* blocks = row_at(c, seq, first)
+    if count == 1:
+        for g in range(low, end):
+            slots[g * a.max_tokens] = <int64_t>blocks[g] * c.block_size + offset
+        return
+    for g in range(low, end):
+        kvb_fill_slots(blocks + g, c.num_groups, c.block_size, offset, count, slots + g * a.max_tokens)
+
+
+cdef inline void fill_many_slots(Arrays* a, const Core* c, const Step* step) noexcept nogil:
+    """Write the slots of a step, a few groups at a time. The slots of one token lie `max_tokens` apart, and a cache has
+    room for few lines whose addresses differ by a power of two."""
+    cdef Py_ssize_t i
+    cdef int32_t low = 0, at_token
+    cdef const Row* row
+    while low < c.num_groups:
+        at_token = 0
+        for i in range(step.num_rows):
+            row = &step.rows[i]
+            fill_slots(
+                a, at_token, c, &c.seqs[row.slot], row.start, row.count, low,
+                min(low + GROUPS_AT_ONCE, c.num_groups),
+            )
+            at_token += row.count
+        low += GROUPS_AT_ONCE
 
 
 cdef inline void fill_pages(Arrays* a, const Core* c, const Step* step) noexcept nogil:

@@ -18,7 +18,7 @@ from core.sequences cimport (
     UNMOVED, block_of, blocks_for, close_seq, Core, cut, fail, Fault, find, first_row, grow_table, mark, note_peak,
     release_rows, row_at, Seq, touch,
 )
-from core.arrays cimport fill_pages, fill_tokens, pad_after, sync_row
+from core.arrays cimport GROUPS_AT_ONCE, fill_many_slots, fill_pages, fill_slots, fill_tokens, pad_after, sync_row
 from kvblocks.step_arrays cimport Arrays
 
 
@@ -199,11 +199,15 @@ cdef inline int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_le
         seq.open_steps += 1
         sync_row(a, i, c, seq)
         fill_tokens(a, num_tokens, c, seq, row.start, row.count)
+        if c.num_groups <= GROUPS_AT_ONCE:
+            fill_slots(a, num_tokens, c, seq, row.start, row.count, 0, c.num_groups)
         a.seq_lens[i] = end
         a.query_start_loc[i] = num_tokens
         num_tokens += row.count
         longest_query = max(longest_query, row.count)
         longest_seq = max(longest_seq, end)
+    if c.num_groups > GROUPS_AT_ONCE:
+        fill_many_slots(a, c, step)
     pad_after(a, step.num_rows, num_tokens)
     if a.kv_indices != NULL:
         fill_pages(a, c, step)
