@@ -16,6 +16,7 @@ from libc.stdint cimport int32_t, int64_t, uint32_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
+from core.checks cimport check
 from core.memory cimport MAX_GENERATION, MAX_GROUPS, MAX_INT32, SLOT_BITS, SLOT_MASK, grab, grab_zeroed, regrow
 from core.ints cimport at, Ints
 from core.text cimport (
@@ -131,6 +132,7 @@ cdef inline int32_t first_row(const Core* c, int32_t g, int32_t position) noexce
 
 
 cdef inline int32_t* row_at(const Core* c, const Seq* seq, int32_t row) noexcept nogil:
+    check(0 <= row <= seq.table_capacity, b"a row is one of its table")
     return seq.table + <int64_t>row * c.num_groups
 
 
@@ -171,6 +173,7 @@ cdef inline bint mark(Seq* seq, int64_t serial, Py_ssize_t i, Fault* f) noexcept
 
 cdef inline Seq* of(Core* c, const Ints* seqs, Py_ssize_t i) noexcept nogil:
     """A sequence of a batch that was checked before."""
+    check(c.seqs[at(seqs, i) & SLOT_MASK].handle == at(seqs, i), b"a handle that was checked names its sequence")
     return &c.seqs[at(seqs, i) & SLOT_MASK]
 
 
@@ -227,6 +230,7 @@ cdef inline void release_rows(Core* c, Seq* seq, int32_t keep) noexcept nogil:
 cdef inline void close_seq(Core* c, Seq* seq) noexcept nogil:
     """Give back blocks, memory and slot."""
     cdef int32_t slot = <int32_t>(seq - c.seqs)
+    check(seq.kind != UNUSED and seq.open_steps == 0, b"a sequence that ends is there, and in no open step")
     release_rows(c, seq, 0)
     stand_on(&c.pool.tree, seq, 0)
     clear_text(&seq.text)
@@ -271,6 +275,7 @@ cdef inline void cut(Core* c, Seq* seq, int32_t num_tokens) noexcept nogil:
     keep = blocks_for(seq.reserved, c.block_size)
     if seq.published > num_tokens // c.block_size:
         for _i in range(seq.published - num_tokens // c.block_size):
+            check(tip > 0, b"a sequence has a node for each block that it published")
             tip = node_at(&c.pool.tree, tip).parent
         seq.published = num_tokens // c.block_size
         stand_on(&c.pool.tree, seq, tip)

@@ -5,6 +5,7 @@ from libc.stdint cimport int32_t, int64_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
+from core.checks cimport check
 from core.memory cimport MAX_INT32, grab, regrow
 from core.ints cimport at, Ints
 
@@ -52,6 +53,7 @@ cdef inline Blob* blob_new(size_t size) noexcept nogil:
 
 cdef inline void blob_drop(Blob* blob) noexcept nogil:
     if blob != NULL:
+        check(blob.refs > 0, b"extra bytes that are let go of were held")
         blob.refs -= 1
         if blob.refs == 0:
             free(blob)
@@ -187,6 +189,7 @@ cdef inline void extend_text(Text* x, const Ints* tokens, Py_ssize_t first, int3
     """Add n tokens, or n placeholders; there is room."""
     cdef int32_t j
     cdef bint known = tokens != NULL and x.num_unknown == 0
+    check(n <= x.capacity - x.num_tokens, b"there is room for tokens that are added")
     for j in range(n):
         x.tokens[x.num_tokens + j] = -1 if tokens == NULL else <int32_t>at(tokens, first + j)
     x.num_tokens += n
