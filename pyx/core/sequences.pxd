@@ -649,7 +649,7 @@ cdef inline bint core_reorder(Core* c, const Ints* seqs, const Ints* parents, Fa
     for i in range(seqs.size):
         if not is_at_rest(of(c, seqs, i), i, f) or not can_fork(of(c, parents, i), i, f):
             return False
-    tails = <Tail*>grab_zeroed(seqs.size or 1, sizeof(Tail))
+    tails = <Tail*>grab_zeroed(max(seqs.size, <Py_ssize_t>1), sizeof(Tail))
     if tails == NULL:
         return fail(f, NO_MEMORY, 0, 0, 0)
     for i in range(seqs.size):
