@@ -167,7 +167,7 @@ def install_dependencies(state: State, extras: Sequence[str]) -> None:
 
 
 def cython_files() -> list[Path]:
-    found = [path for path in (ROOT / "pyx").rglob("*") if path.suffix in {".pyx", ".pxd"}]
+    found = [path for path in (ROOT / "pyx").rglob("*") if path.suffix in {".pyx", ".pxd", ".pxi"}]
     return sorted([*found, *(ROOT / "kvblocks").rglob("*.pxd")])
 
 

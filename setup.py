@@ -1,6 +1,7 @@
 """Compile every pyx/NAME.pyx to kvblocks/NAME.*.so; all metadata is in pyproject.toml.
 
-KVBLOCKS_CHECKED_BUILD=1 compiles with bounds checks and C assertions: the build that the tests also run under.
+KVBLOCKS_CHECKED_BUILD=1 compiles with bounds checks, assertions and hooks for tests: the build that the tests also run
+under.
 CFLAGS replaces the optimisation flags below.
 """
 
@@ -35,7 +36,7 @@ class build_ext(setuptools_build_ext):
                 [extension],
                 force=True,
                 build_dir=self.build_temp,
-                include_path=[".", "pyx"],
+                include_path=[".", "pyx", f"pyx/hooks/{'checked' if CHECKED else 'release'}"],
                 compiler_directives=directives,
                 quiet=True,
             )
@@ -45,7 +46,10 @@ class build_ext(setuptools_build_ext):
 
 
 def extension(source):
-    others = [*Path("kvblocks").glob("*.pxd"), *Path("pyx").rglob("*.pxd"), *Path("pyx").rglob("*.h")]
+    others = [
+        *Path("kvblocks").glob("*.pxd"),
+        *(path for path in Path("pyx").rglob("*.*") if path.suffix in (".pxd", ".pxi", ".h")),
+    ]
     return Extension(
         f"kvblocks.{source.stem}",
         [source.as_posix()],

@@ -18,9 +18,6 @@ class _HasNumpy(Protocol):
 _Ints: TypeAlias = SupportsIndex | Sequence[SupportsIndex] | npt.NDArray[np.integer[Any]] | Buffer | _HasNumpy
 _Extra: TypeAlias = Sequence[tuple[int, bytes]]
 
-def _fail_allocation(after: int) -> int:
-    """Make the manager's allocation after `after` more fail, for tests; negative: none. Returns what was left."""
-
 class Admission(IntEnum):
     """Whether a prompt can be admitted: now, once blocks come free, or never to a pool of this size.
 
@@ -426,9 +423,3 @@ class BlockManager:
             InvariantViolation: the first broken invariant, by number, and where.
         """
     def __reduce__(self) -> NoReturn: ...
-    def _collide(self) -> None:
-        """Make every hash of this manager, which must be new, equal."""
-    def _longest_walk(self) -> int:
-        """Lines of the prefix tree's table that the longest way to a node takes."""
-    def _poke(self, field: str, index: int, value: int) -> None:
-        """Break the books: add `value` to one number in them."""

@@ -11,14 +11,14 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
-from core.memory cimport MAX_GROUPS, MAX_INT32, SLOT_MASK, grab, grab_zeroed, kvb_fail_after, map_zeroed, unmap
+from core.memory cimport MAX_GROUPS, MAX_INT32, SLOT_MASK, grab, grab_zeroed, map_zeroed, unmap
 from core.ints cimport as_int, at, bad_token, close_ints, copy_tokens, Ints, kvb_bits, open_ints
 from core.text cimport (
     Blob, blob_drop, blob_new, borrow_text, clear_text, Extra, grow_text, Mark, note_tail, Paging, paging_of, read_text,
     Text,
 )
-from core.tree cimport NODE_HEAD, hash_extra, Line, line_of, node_at, Tree, tree_walk
-from core.pool cimport Block, Pool, pool_free, pool_step, Step
+from core.tree cimport NODE_HEAD, hash_extra, Line, node_at, Tree, tree_walk
+from core.pool cimport Block, Pool, pool_free, Step
 from core.sequences cimport (
     BAD_ACCEPTED, BAD_COUNT, BAD_QUERY, BAD_TOKEN, BAD_TRIM, COMPUTED_UNKNOWN, EXTRA_SIZE, IN_STEP, IS_PIN,
     IS_PREEMPTED, IS_SEQUENCE, LATER_STEP, NO_BLOCKS, NO_MEMORY, NO_SLOTS, NO_STEP, NOT_ENOUGH_TOKENS, NOT_NEWEST,
@@ -74,11 +74,6 @@ def _after_fork():
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
-
-
-def _fail_allocation(int64_t after):
-    """Make the manager's allocation after `after` more fail, for tests; negative: none. Returns what was left."""
-    return kvb_fail_after(after)
 
 
 class Admission(IntEnum):
@@ -1045,73 +1040,6 @@ cdef class BlockManager:
                 f"invariant {finding.invariant}: {finding.what.decode()} {finding.where}", finding.invariant
             )
 
-    # For tests of the tests
-
-    def _collide(self):
-        """Make every hash of this manager, which must be new, equal."""
-        self.core.pool.tree.spread = node_at(&self.core.pool.tree, 0).hash = self.core.pool.tree.seal = 0
-
-    def _longest_walk(self):
-        """Lines of the prefix tree's table that the longest way to a node takes."""
-        cdef const Tree* t = &self.core.pool.tree
-        cdef uint32_t i, start, longest = 0
-        cdef int32_t slot
-        with self.lock:
-            for i in range(t.num_lines):
-                for slot in range(12):
-                    if t.lines[i].tags[slot]:
-                        start = line_of(t, node_at(t, t.lines[i].nodes[slot]).hash)
-                        longest = max(longest, (i - start if i >= start else t.num_lines - start + i) + 1)
-        return longest
-
-    def _poke(self, str field, Py_ssize_t index, int64_t value):
-        """Break the books: add `value` to one number in them."""
-        cdef Pool* p = &self.core.pool
-        cdef Seq* seq = &self.core.seqs[index & SLOT_MASK]
-        with self.lock:
-            if field == "refs":
-                p.blocks[index].refs += value
-            elif field == "block_node":
-                p.blocks[index].node += value
-            elif field == "place":
-                p.blocks[index].place += value
-            elif field == "queue":
-                p.queue[(p.queue_head + index) & p.queue_mask] += value
-            elif field == "num_cached":
-                p.num_cached += value
-            elif field == "num_waiting":
-                p.num_waiting += value
-            elif field == "node_parent":
-                node_at(&p.tree, index).parent += value
-            elif field == "node_block":
-                node_at(&p.tree, index).blocks[0] += value
-            elif field == "node_token":
-                p.tree.tokens[index * p.tree.block_size] += value
-            elif field == "node_hash":
-                node_at(&p.tree, index).hash += value
-            elif field == "node_uses":
-                node_at(&p.tree, index).uses += value
-            elif field == "passed":
-                p.tree.lines[index].passed += value
-            elif field == "num_nodes":
-                p.tree.num_nodes += value
-            elif field == "table":
-                seq.table[0] += value
-            elif field == "num_rows":
-                seq.num_rows += value
-            elif field == "reserved":
-                seq.reserved += value
-            elif field == "num_computed":
-                seq.num_computed += value
-            elif field == "tip":
-                seq.tip += value
-            elif field == "row_start":
-                pool_step(p, 0).rows[index].start += value
-            elif field == "row_slot":
-                pool_step(p, 0).rows[index].slot += value
-            else:
-                raise ValueError(f"no field {field!r}")
-
     # Edge
 
     cdef int add_tokens(self, seqs, tokens, counts, extra) except -1:
@@ -1388,3 +1316,6 @@ cdef int open_counts(object counts, Py_ssize_t size, Ints* out) except -1:
     if out.size != size:
         raise ValueError(f"counts has {out.size} elements for {size} seqs")
     return 0
+
+
+include "hooks.pxi"     # of pyx/hooks/checked or pyx/hooks/release: setup.py says which

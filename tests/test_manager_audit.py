@@ -1,14 +1,19 @@
 """The audit finds what is broken, and running out of memory breaks nothing: tests with planted faults."""
 
+import faulthandler
+import os
+import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from manager_hooks import hook, needs_hooks
 
 from kvblocks.config import Window
 from kvblocks.errors import InvariantViolation
-from kvblocks.manager import BlockManager, StepArrays, _fail_allocation
+from kvblocks.manager import BlockManager, StepArrays
 from kvblocks.step.buffers import StepBuffers
 
 BLOCK = 4
@@ -43,6 +48,7 @@ SWAPPED: list[Poke] = [  # the cached blocks, 2 then 1 then 0, come as 1 then 2 
 ]
 
 
+@needs_hooks
 @pytest.mark.parametrize(
     ("pokes", "invariant"),
     [
@@ -76,13 +82,62 @@ def test_audit_names_the_broken_invariant(pokes: list[Poke], invariant: int) -> 
     manager, handles = busy_manager()
     places = {"held": int(manager.block_table(handles["first"])[0])} | handles
     for field, where, value in pokes:
-        manager._poke(field, places[where] if isinstance(where, str) else where, value)
+        hook("_poke")(manager, field, places[where] if isinstance(where, str) else where, value)
     with pytest.raises(InvariantViolation, match=f"invariant {invariant}:") as caught:
         manager.audit()
     assert caught.value.invariant == invariant
     for field, where, value in pokes:
-        manager._poke(field, places[where] if isinstance(where, str) else where, -value)
+        hook("_poke")(manager, field, places[where] if isinstance(where, str) else where, -value)
     manager.audit()
+
+
+def admit_again(manager: BlockManager, handles: dict[str, int], step: StepBuffers) -> None:
+    manager.admit(range(100, 113))
+
+
+def end_all(manager: BlockManager, handles: dict[str, int], step: StepBuffers) -> None:
+    manager.commit(handles["step"])
+    manager.unpin(handles["pin"])
+    manager.free([handles["first"], handles["child"], handles["other"]])
+
+
+def fill_the_pool(manager: BlockManager, handles: dict[str, int], step: StepBuffers) -> None:
+    manager.admit([9] * BLOCK * manager.num_free_blocks)
+
+
+@needs_hooks
+@pytest.mark.parametrize(
+    ("pokes", "call", "said"),
+    [
+        ([("refs", "held", -1)], end_all, "a block is held as often as it is released"),
+        ([("refs", 0, -1)], admit_again, "a shared block is held or cached"),
+        ([("place", 1, 1)], admit_again, "the queue has a cached block where the block says"),
+        ([("refs", 0, 1)], fill_the_pool, "a block that is evicted is held by nobody"),
+        ([("node_uses", 3, 1), ("node_block", 3, 5)], fill_the_pool, "a published block hangs on its node"),
+    ],
+)
+def test_the_checked_build_stops_at_the_call_that_goes_wrong(
+    pokes: list[Poke], call: Callable[[BlockManager, dict[str, int], StepBuffers], None], said: str
+) -> None:
+    """An assertion ends the process, so a child makes the call."""
+    manager, handles = busy_manager()
+    step = StepBuffers(4, 64, 16)
+    places = {"held": int(manager.block_table(handles["first"])[0])} | handles
+    with tempfile.TemporaryFile() as output:
+        child = os.fork()
+        if child == 0:
+            os.dup2(output.fileno(), 2)
+            faulthandler.disable()
+            try:
+                for field, where, value in pokes:
+                    hook("_poke")(manager, field, places[where] if isinstance(where, str) else where, value)
+                call(manager, handles, step)
+            finally:
+                os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        output.seek(0)
+        assert f"assertion failed: {said}" in output.read().decode(errors="replace")
+    assert os.WTERMSIG(status) == signal.SIGABRT
 
 
 def observe(manager: BlockManager, handles: dict[str, int]) -> tuple[Any, ...]:
@@ -139,10 +194,12 @@ def ready_for(name: str) -> tuple[BlockManager, dict[str, int], StepBuffers]:
 
 @pytest.fixture
 def allocations() -> Iterator[Callable[[int], int]]:
-    yield _fail_allocation
-    _fail_allocation(-1)
+    fail_allocation = hook("_fail_allocation")
+    yield fail_allocation
+    fail_allocation(-1)
 
 
+@needs_hooks
 @pytest.mark.parametrize("name", CALLS)
 def test_every_allocation_may_fail(name: str, allocations: Callable[[int], int]) -> None:
     """Each allocation of a call fails in turn: MemoryError, nothing changed; the same call then works."""
@@ -196,6 +253,7 @@ def test_every_allocation_of_python_may_fail(name: str) -> None:
     assert failures or name in ("append", "commit", "free", "resume")  # these make no object
 
 
+@needs_hooks
 def test_every_allocation_of_a_new_manager_may_fail(allocations: Callable[[int], int]) -> None:
     arrays = [np.zeros(size, np.int64) for size in (8, 8, 8)] + [np.zeros((2, 4), np.int32), np.zeros(2, np.int32)]
     arrays += [np.zeros(3, np.int32), np.zeros((2, 2), np.int64)]
@@ -222,6 +280,7 @@ def test_every_allocation_of_a_new_manager_may_fail(allocations: Callable[[int],
         assert failures >= 1
 
 
+@needs_hooks
 def test_what_must_not_fail_allocates_nothing(allocations: Callable[[int], int]) -> None:
     manager, handles = busy_manager()
     allocations(0)

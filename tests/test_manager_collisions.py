@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from manager_compiled import COMPILED
+from manager_hooks import hook, needs_hooks
 from manager_machine import machine_for
 
 from kvblocks.manager import BlockManager
 
+pytestmark = needs_hooks
+
 
 def colliding(*args: Any, **kwargs: Any) -> BlockManager:
     manager = BlockManager(*args, **kwargs)
-    manager._collide()
+    hook("_collide")(manager)
     return manager
 
 
@@ -54,4 +57,4 @@ def test_prompts_spread_over_the_lines(block_size: int, salted: bool) -> None:
         manager.commit(manager.prepare(seq, manager.lengths(seq).num_tokens - manager.lengths(seq).num_cached, step))
         manager.free(seq)
     assert manager.stats().published == 2000
-    assert manager._longest_walk() < 5
+    assert hook("_longest_walk")(manager) < 5

@@ -167,7 +167,7 @@ def test_an_sdist_holds_all_sources_and_nothing_generated(sdist: Path) -> None:
     held = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
     wanted = {name for name in expected_in_package() if not name.endswith(EXT_SUFFIX)}
     of_python = [(folder, {".py"}) for folder in ("tests", "examples", "benchmarks")]
-    for folder, suffixes in [("pyx", {".pyx", ".pxd", ".h"}), *of_python]:
+    for folder, suffixes in [("pyx", {".pyx", ".pxd", ".pxi", ".h"}), *of_python]:
         wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*") if path.suffix in suffixes}
     wanted |= {"setup.py", "pyproject.toml", "constraints.txt", "dev.py", ".ci/run", "LICENSE"}
     wanted |= {"README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"}

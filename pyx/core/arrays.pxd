@@ -4,6 +4,7 @@ from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObj
 from libc.stdint cimport int32_t, int64_t
 from libc.string cimport memcpy, memset
 
+from core.checks cimport check
 from core.text cimport late_token, Paging, run_at, token_at
 from core.pool cimport Row, Step
 from core.sequences cimport block_of, blocks_for, Core, first_row, row_at, Seq
@@ -55,13 +56,14 @@ cdef struct Pack:
     char* image
     int32_t* out
     int64_t* patches
-    Py_ssize_t words, count, longest
+    Py_ssize_t words, count, longest, room
 
 
 cdef inline void add_patch(Pack* pack, const void* source, Py_ssize_t words) noexcept nogil:
     cdef int64_t* patch = pack.patches + pack.count * (PATCH_WORDS // 2)
     if words == 0:
         return
+    check(words > 0 and pack.count < pack.room, b"there is room for a patch")
     patch[0] = (<const char*>source - pack.image) // <Py_ssize_t>sizeof(int32_t)
     patch[1], patch[2] = pack.words, words
     memcpy(pack.out + pack.words, source, words * sizeof(int32_t))
@@ -100,6 +102,7 @@ cdef inline void pack_step(Arrays* a, char* image, int32_t* out, Pack* pack) noe
     cdef TableRow* sent
     pack.image, pack.out, pack.patches = image, out, a.patches
     pack.words = pack.count = pack.longest = 0
+    pack.room = max_patches(a.num_groups, a.max_seqs)
     add_patch(pack, a.input_ids, 2 * tokens)
     add_patch(pack, a.positions, 2 * tokens)
     add_patch(pack, a.copies, 4 * a.num_copies)
@@ -154,6 +157,7 @@ cdef inline void rewrite_row(
 cdef inline void sync_row(Arrays* a, Py_ssize_t i, const Core* c, const Seq* seq) noexcept nogil:
     """Bring row i of the block table up to date, writing only what is not there yet."""
     cdef TableRow* row = &a.rows[i]
+    check(0 <= i < a.max_seqs and seq.num_rows <= a.max_blocks_per_seq, b"a table fits its row of a step's")
     if row.handle != seq.handle or row.version != seq.version or row.manager != c.uid:
         row.handle, row.version, row.manager = seq.handle, seq.version, c.uid
         rewrite_row(a, i, c, seq, 0, 0)
@@ -170,6 +174,7 @@ cdef inline void fill_tokens(
     cdef int64_t* positions = a.positions + at_token
     cdef const Paging* p = &c.pool.tree.paging
     cdef int32_t done = 0, run
+    check(0 <= at_token <= a.max_tokens - count, b"tokens of a step fit its arrays")
     if count == 1:
         ids[0], positions[0] = late_token(p, &seq.text, start), start
         return
@@ -181,7 +186,8 @@ cdef inline void fill_tokens(
 
 
 cdef inline void fill_slots(
-    Arrays* a, Py_ssize_t at_token, const Core* c, const Seq* seq, int32_t start, int32_t count, int32_t low, int32_t end
+    Arrays* a, Py_ssize_t at_token, const Core* c, const Seq* seq, int32_t start, int32_t count, int32_t low,
+    int32_t end,
 ) noexcept nogil:
     """Write the slots of the tokens [start, start + count) in the groups [low, end)."""
     cdef int64_t* slots = a.slot_mapping + at_token

@@ -8,6 +8,7 @@ from libc.stdint cimport int32_t, int64_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy
 
+from core.checks cimport check
 from core.memory cimport MAX_INT32, grab
 
 
@@ -23,6 +24,7 @@ cdef struct Ints:
 
 
 cdef inline int64_t at(const Ints* a, Py_ssize_t i) noexcept nogil:
+    check(0 <= i < a.size, b"an element of an argument is within it")
     return (<const int64_t*>a.data)[i] if a.wide else (<const int32_t*>a.data)[i]
 
 

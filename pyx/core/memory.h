@@ -7,7 +7,10 @@
 #include <sys/mman.h>
 
 #define KVB_HUGE ((size_t)2 << 20)
-static int64_t kvb_fail_in = -1;    /* allocations until one fails; negative: never */
+#ifdef NDEBUG
+static inline int kvb_fails(void) { return 0; }
+#else
+static int64_t kvb_fail_in = -1;    /* allocations until one fails, for tests; negative: never */
 /* Let another allocation fail, or none; what was left. */
 static inline int64_t kvb_fail_after(int64_t n) {
     const int64_t left = kvb_fail_in;
@@ -15,6 +18,7 @@ static inline int64_t kvb_fail_after(int64_t n) {
     return left;
 }
 static inline int kvb_fails(void) { return kvb_fail_in >= 0 && kvb_fail_in-- == 0; }
+#endif
 static inline void *kvb_grab(size_t n) { return kvb_fails() ? NULL : malloc(n); }
 static inline void *kvb_grab_zeroed(size_t n, size_t width) { return kvb_fails() ? NULL : calloc(n, width); }
 static inline void *kvb_regrow(void *p, size_t n) { return kvb_fails() ? NULL : realloc(p, n); }

@@ -8,6 +8,7 @@
 
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
+from core.checks cimport check
 from core.tree cimport kvb_prefetch_write, line_of, Node, node_at, Tree, tree_drop
 
 
@@ -67,6 +68,7 @@ cdef struct Pool:
 
 cdef inline Step* pool_step(const Pool* p, int32_t i) noexcept nogil:
     """The i-th oldest open step."""
+    check(0 <= i < p.max_steps, b"a step has a place in the ring")
     return &p.steps[(p.first_step + i) % p.max_steps]
 
 
@@ -92,6 +94,7 @@ cdef inline void queue_append(Pool* p, int32_t b) noexcept nogil:
     if p.queue_tail - p.queue_head > p.queue_mask:
         queue_compact(p)
     place = p.queue_tail & p.queue_mask
+    check(p.queue_tail - p.queue_head <= p.queue_mask, b"the queue has room for every cached block")
     p.queue[place] = b
     p.blocks[b].place = <int32_t>place
     p.queue_tail += 1
@@ -99,6 +102,8 @@ cdef inline void queue_append(Pool* p, int32_t b) noexcept nogil:
 
 
 cdef inline void queue_remove(Pool* p, int32_t b) noexcept nogil:
+    check(0 <= p.blocks[b].place <= <int64_t>p.queue_mask, b"a cached block has a place in the queue")
+    check(p.queue[p.blocks[b].place] == b, b"the queue has a cached block where the block says")
     p.queue[p.blocks[b].place] = -1
     p.num_cached -= 1
 
@@ -106,8 +111,10 @@ cdef inline void queue_remove(Pool* p, int32_t b) noexcept nogil:
 cdef inline void unpublish(Pool* p, int32_t b) noexcept nogil:
     cdef int32_t n = p.blocks[b].node, g = 0
     cdef Node* node = node_at(&p.tree, n)
+    check(n > 0, b"a block that is unpublished was published")
     while node.blocks[g] != b:
         g += 1
+        check(g < p.tree.num_groups, b"a published block hangs on its node")
     node.blocks[g] = -1
     p.blocks[b].node = 0
     tree_drop(&p.tree, n)
@@ -120,6 +127,8 @@ cdef inline int32_t evict(Pool* p) noexcept nogil:
     while b < 0:
         head += 1
         b = p.queue[head & mask]
+    check(<int32_t>(p.queue_tail - head) > 0, b"there is a cached block to evict")
+    check(p.blocks[b].refs == 0, b"a block that is evicted is held by nobody")
     p.queue_head = head + 1
     p.num_cached -= 1
     # Past the tail lie blocks of before, or zeros: fetching for them is idle, no more.
@@ -148,12 +157,16 @@ cdef inline int32_t take(Pool* p) noexcept nogil:
         p.fresh += 1
     else:
         b = evict(p)
+    check(0 <= b < p.fresh, b"a free block is one of the pool's")
+    check(p.blocks[b].refs == 0 and p.blocks[b].node == 0, b"a block is taken that nobody holds or finds")
     p.blocks[b].refs = 1
     return b
 
 
 cdef inline void acquire(Pool* p, int32_t b) noexcept nogil:
     """One more reference to a block that is held or cached."""
+    check(0 <= b < p.fresh, b"a block that is shared is in use")
+    check(p.blocks[b].refs > 0 or p.blocks[b].refs == 0 and p.blocks[b].node > 0, b"a shared block is held or cached")
     if p.blocks[b].refs == 0:
         queue_remove(p, b)
     p.blocks[b].refs += 1
@@ -181,12 +194,15 @@ cdef inline void settle(Pool* p, int32_t b, int64_t step_id) noexcept nogil:
     if p.blocks[b].node:
         queue_append(p, b)
     else:
+        check(p.stack_size < p.fresh, b"no block is free twice")
         p.stack[p.stack_size] = b
         p.stack_size += 1
 
 
 cdef inline void release(Pool* p, int32_t b, int64_t step_id) noexcept nogil:
     """Drop a reference. `step_id` is the newest open step that names the block through it, 0: none."""
+    check(0 <= b < p.fresh, b"a block that is released is in use")
+    check(p.blocks[b].refs > 0, b"a block is held as often as it is released")
     p.blocks[b].refs -= 1
     if p.blocks[b].refs == 0:
         settle(p, b, step_id)
@@ -207,6 +223,7 @@ cdef inline void close_waiting(Pool* p, const Step* step) noexcept nogil:
     cdef int32_t b = step.wait_head, following
     while b >= 0:
         following = p.blocks[b].place
+        check(b < p.fresh and p.num_waiting > 0, b"a block that waits for a step is counted")
         p.num_waiting -= 1
         settle(p, b, step.id)
         b = following

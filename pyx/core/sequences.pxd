@@ -16,11 +16,12 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
+from core.checks cimport check
 from core.memory cimport MAX_GENERATION, MAX_GROUPS, MAX_INT32, SLOT_BITS, SLOT_MASK, grab, grab_zeroed, regrow
 from core.ints cimport at, Ints
 from core.text cimport (
-    add_extras, clear_text, cut_extras, cut_text, drop_extras, extend_text, grow_text, kvb_same, Mark,
-    own_placeholders, Paging, place_in_tail, share_text, take_extras, Text, token_at,
+    PAGE_REFS, add_extras, clear_text, cut_extras, cut_text, drop_extras, extend_text, grow_text, kvb_same, Mark,
+    own_placeholders, page_of, Paging, place_in_tail, share_text, take_extras, Text, token_at,
 )
 from core.tree cimport node_at, Tree, tree_drop
 from core.pool cimport Pool, pool_free, pool_step, release_table, unpublish
@@ -130,6 +131,7 @@ cdef inline int32_t first_row(const Core* c, int32_t g, int32_t position) noexce
 
 
 cdef inline int32_t* row_at(const Core* c, const Seq* seq, int32_t row) noexcept nogil:
+    check(0 <= row <= seq.table_capacity, b"a row is one of its table")
     return seq.table + <int64_t>row * c.num_groups
 
 
@@ -170,6 +172,7 @@ cdef inline bint mark(Seq* seq, int64_t serial, Py_ssize_t i, Fault* f) noexcept
 
 cdef inline Seq* of(Core* c, const Ints* seqs, Py_ssize_t i) noexcept nogil:
     """A sequence of a batch that was checked before."""
+    check(c.seqs[at(seqs, i) & SLOT_MASK].handle == at(seqs, i), b"a handle that was checked names its sequence")
     return &c.seqs[at(seqs, i) & SLOT_MASK]
 
 
@@ -226,6 +229,7 @@ cdef inline void release_rows(Core* c, Seq* seq, int32_t keep) noexcept nogil:
 cdef inline void close_seq(Core* c, Seq* seq) noexcept nogil:
     """Give back blocks, memory and slot."""
     cdef int32_t slot = <int32_t>(seq - c.seqs)
+    check(seq.kind != UNUSED and seq.open_steps == 0, b"a sequence that ends is there, and in no open step")
     release_rows(c, seq, 0)
     stand_on(&c.pool.tree, seq, 0)
     clear_text(&seq.text)
@@ -270,6 +274,7 @@ cdef inline void cut(Core* c, Seq* seq, int32_t num_tokens) noexcept nogil:
     keep = blocks_for(seq.reserved, c.block_size)
     if seq.published > num_tokens // c.block_size:
         for _i in range(seq.published - num_tokens // c.block_size):
+            check(tip > 0, b"a sequence has a node for each block that it published")
             tip = node_at(&c.pool.tree, tip).parent
         seq.published = num_tokens // c.block_size
         stand_on(&c.pool.tree, seq, tip)
@@ -315,6 +320,7 @@ cdef inline bint core_append(Core* c, const Ints* seqs, const Ints* tokens, Faul
         return fail(f, SIZE_TOKENS, -1, n, tokens.size)
     for i in range(n):
         x = &of(c, seqs, i).text
+        check(x.num_tokens < x.capacity and x.tail[PAGE_REFS] == 1, b"a text writes into pages of its own")
         place_in_tail(p, x, x.num_tokens)[0] = <int32_t>at(tokens, i) if tokens != NULL else -1
         x.num_tokens += 1
         if tokens == NULL:
@@ -428,6 +434,7 @@ cdef inline bint core_set_tokens(
         while n:
             token = token_at(p, x, x.known)
             if token[0] < 0:
+                check(x.pages[page_of(p, x.known)][PAGE_REFS] == 1, b"a text writes into pages of its own")
                 token[0] = <int32_t>at(tokens, k)
                 k += 1
                 n -= 1
@@ -589,8 +596,8 @@ cdef inline bint core_reorder(Core* c, const Ints* seqs, const Ints* parents, Fa
     for i in range(seqs.size):
         if not is_at_rest(of(c, seqs, i), i, f) or not can_fork(of(c, parents, i), i, f):
             return False
-    copies = <Seq*>grab_zeroed(seqs.size or 1, sizeof(Seq))
-    firsts = <int32_t*>grab_zeroed(seqs.size or 1, sizeof(int32_t))
+    copies = <Seq*>grab_zeroed(max(seqs.size, <Py_ssize_t>1), sizeof(Seq))
+    firsts = <int32_t*>grab_zeroed(max(seqs.size, <Py_ssize_t>1), sizeof(int32_t))
     for i in range(seqs.size if copies != NULL and firsts != NULL else 0):
         seq, parent = of(c, seqs, i), of(c, parents, i)
         if seq != parent:

@@ -3,6 +3,7 @@
 
 from libc.stdint cimport int32_t, int64_t, uint64_t
 
+from core.checks cimport CHECKED, check
 from core.memory cimport regrow
 from core.ints cimport at, Ints
 from core.text cimport block_at, Extra, extra_of
@@ -163,6 +164,14 @@ cdef inline int32_t put_copies(Core* c, Seq* seq, int32_t index, int32_t* source
     return n
 
 
+cdef inline void check_written(const Core* c, const Row* row) noexcept nogil:
+    """Assert that a row of a step writes into blocks that its sequence alone holds, and that nobody finds."""
+    cdef int32_t g, j
+    for j in range(block_of(c, row.start), block_of(c, row.start + row.count - 1) + 1):
+        for g in range(c.num_groups):
+            check(may_write(c, row_at(c, &c.seqs[row.slot], j)[g]), b"a block that is written has one holder")
+
+
 cdef inline int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_lens, Arrays* a, Fault* f) noexcept nogil:
     """Reserve the next tokens of each sequence and fill the arrays; the step's id, 0 after a fault."""
     cdef Py_ssize_t i, num_copies = 0
@@ -208,6 +217,9 @@ cdef inline int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_le
         longest_seq = max(longest_seq, end)
     if c.num_groups > GROUPS_AT_ONCE:
         fill_many_slots(a, c, step)
+    if CHECKED:
+        for i in range(step.num_rows):
+            check_written(c, &step.rows[i])
     pad_after(a, step.num_rows, num_tokens)
     if a.kv_indices != NULL:
         fill_pages(a, c, step)
@@ -363,6 +375,7 @@ cdef inline bint core_commit(Core* c, int64_t step_id, const Ints* accepted, Fau
         seq = &c.seqs[row.slot]
         if row.num_copies:
             release_table(p, step.sources, i * c.num_groups, (i + 1) * c.num_groups)
+        check(seq.open_steps > 0, b"a sequence of a step counts it")
         seq.open_steps -= 1
         if seq.open_steps == 0:
             seq.last_step = 0
@@ -419,6 +432,7 @@ cdef inline bint core_abort(Core* c, int64_t step_id, Fault* f) noexcept nogil:
                     p.blocks[blocks[g]].refs += sources[g] <= LENT
         seq.reserved = row.old_reserved
         seq.num_prepared = row.start
+        check(seq.open_steps > 0, b"a sequence of a step counts it")
         seq.open_steps -= 1
         seq.last_step = row.old_last_step if seq.open_steps else 0
     close_step(c, step)

@@ -9,6 +9,7 @@ from libc.stdint cimport int32_t, int64_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
+from core.checks cimport check
 from core.memory cimport MAX_INT32, grab, regrow
 from core.ints cimport at, Ints
 
@@ -72,6 +73,7 @@ cdef inline Blob* blob_new(size_t size) noexcept nogil:
 
 cdef inline void blob_drop(Blob* blob) noexcept nogil:
     if blob != NULL:
+        check(blob.refs > 0, b"extra bytes that are let go of were held")
         blob.refs -= 1
         if blob.refs == 0:
             free(blob)
@@ -238,6 +240,7 @@ cdef inline int32_t block_run(const Paging* p, int32_t i) noexcept nogil:
 
 
 cdef inline void drop_page(int32_t* page) noexcept nogil:
+    check(page[PAGE_REFS] > 0, b"a page that is let go of was held")
     page[PAGE_REFS] -= 1
     if page[PAGE_REFS] == 0:
         free(page - PAGE_HEAD)
@@ -310,6 +313,7 @@ cdef inline void extend_text(const Paging* p, Text* x, const Ints* tokens, Py_ss
     cdef bint known = tokens != NULL and x.num_unknown == 0
     while j < n:
         target, run = token_at(p, x, x.num_tokens + j), run_at(p, x.num_tokens + j, n - j)
+        check(x.pages[page_of(p, x.num_tokens + j)][PAGE_REFS] == 1, b"a text writes into pages of its own")
         for i in range(run):
             target[i] = -1 if tokens == NULL else <int32_t>at(tokens, first + j + i)
         j += run

@@ -12,6 +12,7 @@
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uint8_t
 from libc.string cimport memcmp, memcpy
 
+from core.checks cimport check
 from core.text cimport RUN, Blob, blob_drop, block_at, block_run, Extra, extra_of, Paging, Text
 
 
@@ -62,6 +63,7 @@ cdef struct Tree:
 
 
 cdef inline Node* node_at(const Tree* t, int32_t n) noexcept nogil:
+    check(0 <= n <= t.max_nodes, b"a node is one of the tree's")
     return <Node*>(t.nodes + n * t.width)
 
 
@@ -163,7 +165,10 @@ cdef inline int32_t tree_insert(
         n = t.fresh
         t.fresh += 1
     t.num_nodes += 1
+    check(t.num_nodes <= t.max_nodes and t.fresh <= t.max_nodes + 1, b"there are no more nodes than may be")
+    check(node_at(t, parent).uses > 0, b"the parent of a new node is in use")
     node = node_at(t, n)
+    check(node.uses == 0, b"a node is not given out twice")
     node.hash = h
     if extra != NULL:
         node.size = extra.size
@@ -193,6 +198,7 @@ cdef inline void tree_remove(Tree* t, int32_t n) noexcept nogil:
     cdef Node* node = node_at(t, n)
     cdef uint32_t i = line_of(t, node.hash), slots
     cdef Line* line
+    check(n > 0 and node.uses == 0, b"a node that goes is not the root, and nothing uses it")
     while True:
         line = &t.lines[i]
         slots = kvb_slots(line, tag_of(node.hash))
@@ -200,6 +206,7 @@ cdef inline void tree_remove(Tree* t, int32_t n) noexcept nogil:
             slots &= slots - 1
         if slots:
             break
+        check(line.passed > 0, b"the table finds a node that goes")
         line.passed -= 1
         i = i + 1 if i + 1 < t.num_lines else 0
     line.tags[kvb_lowest(slots)] = 0
@@ -216,12 +223,14 @@ cdef inline void tree_drop(Tree* t, int32_t n) noexcept nogil:
     """One use of a node less; nodes that nothing uses any more go, from here up."""
     cdef int32_t parent
     cdef Node* node = node_at(t, n)
+    check(node.uses > 0, b"a node is used as often as it is dropped")
     node.uses -= 1
     while node.uses == 0:
         parent = node.parent
         tree_remove(t, n)
         n = parent
         node = node_at(t, n)
+        check(node.uses > 0, b"a node counts its children")
         node.uses -= 1
 
 
