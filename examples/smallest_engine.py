@@ -100,7 +100,7 @@ class Engine:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache = self.caches[layer]
-        cache.write(k, v, self.step.slot_mapping[: len(k)])
+        cache.write(k, v, self.step)
         return paged_attention(q, cache, self.step)
 
     def accept(self, request: Request, token: int) -> None:

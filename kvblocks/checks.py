@@ -4,14 +4,17 @@ Each returns what it was given in the form that is used, or raises an error that
 """
 
 import operator
-from typing import Any, SupportsIndex, TypeAlias
+from collections.abc import Callable, Hashable
+from typing import Any, SupportsIndex, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-__all__ = ["Indices", "checked_device", "checked_indices", "checked_integer", "checked_size", "has_memory"]
+__all__ = ["Indices", "checked_device", "checked_indices", "checked_integer", "checked_size", "has_memory", "once"]
+
+_Made = TypeVar("_Made")
 
 # An int64 or int32 tensor or numpy array, or a list of ints.
 Indices: TypeAlias = Any
@@ -44,6 +47,20 @@ def has_memory(name: str, given: Tensor) -> Tensor:
     if not there:
         raise TypeError(f"{name} is a {type(given).__name__} without memory for its elements; give a plain tensor")
     return given
+
+
+def once(step: Any, key: Hashable, make: Callable[[], _Made]) -> _Made:
+    """What `make` checks or reads off the arrays of a step, made for the first layer of a pass and kept for the others.
+
+    A step that can keep it has a dict `derived`, which is emptied when the step is filled again; for any other step it
+    is made each time.
+    """
+    kept: dict[Hashable, _Made] | None = getattr(step, "derived", None)
+    if kept is None:
+        return make()
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]
 
 
 def checked_indices(name: str, given: Indices) -> Tensor:

@@ -43,9 +43,9 @@ class CacheEngine:
 
     With several layer groups the layers that have the same place in their groups share memory: a block of the pool
     belongs to one group at a time. Each layer has its own `PagedKVCache` all the same, which knows its group and how
-    far that attends: `paged_attention` reads the group's block table by itself, and `write` is given the group's slots,
-    `step.slot_mapping[cache.group]`. Where layers differ in heads or dims, those of a group lie one after
-    the other inside each block; on CUDA such blocks are moved by torch operations, not by the kernels.
+    far that attends: given a step, `write` and `paged_attention` take the group's slots and block table. Where layers
+    differ in heads or dims, those of a group lie one after the other inside each block; on CUDA such blocks are moved
+    by torch operations, not by the kernels.
 
     Raises:
         OutOfMemory: the layers do not all fit; none stays allocated.
@@ -155,7 +155,8 @@ class CacheEngine:
                 an INFO line of the logger "kvblocks" says how much that is.
 
         Memory that torch's allocator holds without using it is given back first, and counts as free. On CPU the free
-        memory is what the machine, the process's cgroups and its limits leave.
+        memory is what the machine, the process's cgroups and its limits leave; what caches of this process were given
+        and have not touched yet counts as taken.
 
         Raises:
             OutOfMemory: not even one block fits.
@@ -175,14 +176,14 @@ class CacheEngine:
             v_head_dim=v_head_dim,
             groups=groups,
         )
-        free = free_memory(place)
+        free, limit = free_memory(place)
         share = budget(memory, free)
         # Each tensor of a CUDA device is rounded up.
         usable = min(share, free - 2 * one.layers_per_group * _ROUNDING) if place.type == "cuda" else share
         if usable < one.block_bytes(dtype):
             raise OutOfMemory(
                 f"{place} has {free} bytes free, and memory={memory!r} of them holds no block of "
-                f"{one.block_bytes(dtype)} bytes",
+                f"{one.block_bytes(dtype)} bytes. The limit is {limit}",
                 one.block_bytes(dtype),
                 free,
                 0,

@@ -247,6 +247,7 @@ def test_varlen_attn_is_told_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     case = Case([(9, 3), (21, 1)], dtype=torch.float16, options={"window": 5, "scale": 0.3}, padding=2)
     built = case.build()
+    built.cache.group = 0  # of an engine, in a group that gives no block in front of the window back
     assert way(request_of(built)) is varlen_way
     output = varlen_way(request_of(built))
     assert output[:4].eq(1).all()
@@ -278,6 +279,7 @@ def test_torch_has_the_function_that_is_called() -> None:
         ({"v_head_dim": 8}, "16 and 8"),
         ({"head_dim": 12, "v_head_dim": 12}, "12 and 12"),
         ({"block_size": 64}, "64 tokens are loaded whole"),
+        ({"options": {"window": 4}}, "in front of a window"),
         ({"options": {"chunk": 4}}, "no chunk"),
         ({"options": {"softcap": 4.0}}, "no softcap"),
         ({"with_sinks": True}, "no sinks"),

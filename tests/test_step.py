@@ -13,8 +13,10 @@ from kernel_helpers import DEVICES
 from torch import Tensor
 
 from kvblocks import BlockManager, Chunk, NoFreeBlocks, StepBuffers, Window
+from kvblocks.checks import once
 from kvblocks.kernels import kernels
 from kvblocks.kernels.launch import INTERPRETED
+from kvblocks.manager import StepArrays
 from kvblocks.step import buffers as step_buffers
 from kvblocks.step.upload import Event, Lane
 
@@ -250,8 +252,23 @@ def test_on_the_host_nothing_is_carried() -> None:
     manager = BlockManager(8, 4)
     manager.prepare(admitted(manager, [5]), 5, buffers)
     assert buffers.positions[:5].tolist() == [0, 1, 2, 3, 4]
+    wide, narrow = np.zeros(4, np.int64), np.zeros(4, np.int32)
+    arrays = StepArrays(wide, wide, wide, narrow.reshape(2, 2), narrow[:2], narrow[:3], wide.reshape(2, 2))
     with pytest.raises(RuntimeError, match="without uploads=True"):
-        buffers._pack(0, 0)
+        arrays._pack(0, 0)
+
+
+def test_what_layers_derived_from_a_step_is_forgotten_when_it_is_filled_again() -> None:
+    buffers, manager = StepBuffers(2, 8, 4), BlockManager(8, 4)
+    seqs, made = admitted(manager, [3, 2]), iter(range(9))
+    manager.prepare(seqs, [3, 1], buffers)
+    assert [once(buffers, "lengths", lambda: next(made)) for _ in range(3)] == [0, 0, 0]
+    with pytest.raises(ValueError, match="99"):  # nothing was filled, so nothing is forgotten
+        manager.prepare(seqs, [99, 1], buffers)
+    assert once(buffers, "lengths", lambda: next(made)) == 0
+    manager.prepare(seqs[1:], [1], buffers)
+    assert once(buffers, "lengths", lambda: next(made)) == 1
+    assert [once(None, "lengths", lambda: next(made)) for _ in range(2)] == [2, 3]
 
 
 def test_buffers_made_in_inference_mode_are_filled_outside_of_it() -> None:

@@ -449,7 +449,7 @@ def test_available_memory_is_asked_first(shape: Shape, free: int) -> None:
         v_head_dim=shape.v_head_dim,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "available_memory", lambda: free)
+        patch.setattr(memory, "room", lambda: memory.Room(free, "a test"))
         if config.memory_bytes(shape.dtype) <= free:
             assert shape.cache().memory_bytes == config.memory_bytes(shape.dtype)
             return
@@ -462,7 +462,7 @@ def test_available_memory_is_asked_first(shape: Shape, free: int) -> None:
 
 
 def test_what_the_system_refuses_is_out_of_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda: 2**62)
+    monkeypatch.setattr(memory, "room", lambda: memory.Room(2**62, "a test"))
     with pytest.raises(OutOfMemory, match="blocks fit"):
         PagedKVCache(2**31 - 1, 512, 128, 128, "bfloat16", "cpu")
 

@@ -71,8 +71,8 @@ def varlen_refuses(request: Request) -> str | None:
         return f"head dims {cache.head_dim} and {cache.v_head_dim} are not one multiple of 8 up to 256"
     if cache.block_size not in _VARLEN_BLOCK_SIZES:
         return f"blocks of {cache.block_size} tokens are loaded whole, unwritten slots too"
-    if request.window is not None and request.step.block_table.ndim == 3:
-        return "it loads what lies in front of a window, where a group's table names another sequence's block"
+    if request.window is not None and (cache.group is None or cache.reach is not None):
+        return "it loads what lies in front of a window, where a group's table is padding and names no block"
     for name in ("chunk", "softcap", "sinks"):
         if getattr(request, name) is not None:
             return f"it knows no {name}"

@@ -7,16 +7,16 @@ movers.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self, SupportsIndex
+from typing import Protocol, Self, SupportsIndex
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvblocks import memory
-from kvblocks.checks import Indices, checked_device, checked_indices, checked_integer, checked_size, has_memory
+from kvblocks.checks import Indices, checked_device, checked_indices, checked_integer, checked_size, has_memory, once
 from kvblocks.config import CacheConfig, Chunk, Window, itemsize
-from kvblocks.errors import OutOfMemory
+from kvblocks.errors import MovesPending, OutOfMemory
 from kvblocks.movement import BlockLayout, first_outside
 from kvblocks.storage.movers import Mover, Side, mover
 
@@ -30,6 +30,18 @@ LAYOUTS = tuple(_KEY_AXES)
 
 # Whether indices that already lie on a device are brought to the host and checked, which waits for the device.
 CHECKED = os.environ.get("KVBLOCKS_CHECKED") == "1"
+
+
+class StepSlots(Protocol):
+    """What `PagedKVCache.write` reads of a step; `StepBuffers` is one.
+
+    `slot_mapping` is int64 [max_tokens], or one for each layer group, [groups, max_tokens]; -1 pads.
+    """
+
+    @property
+    def slot_mapping(self) -> Tensor: ...
+    @property
+    def num_tokens(self) -> int: ...
 
 
 class PagedKVCache:
@@ -208,28 +220,34 @@ class PagedKVCache:
         """Bytes of `key_cache` and `value_cache` together."""
         return self._keys.nbytes + self._values.nbytes
 
-    def write(self, keys: Tensor, values: Tensor, slot_mapping: Indices) -> None:
-        """Put row i of `keys` and `values` into slot `slot_mapping[i]`; rows with slot -1 are skipped.
+    def write(self, keys: Tensor, values: Tensor, slot_mapping: Indices | StepSlots) -> None:
+        """Put row i of `keys` and `values` into slot i of `slot_mapping`; rows with slot -1 are skipped.
 
         A slot that comes twice keeps the later row on CPU, and elsewhere some mix of the two.
 
         Args:
             keys: [n, num_heads, head_dim], the cache's dtype and device, any strides.
             values: [n, num_heads, v_head_dim], likewise.
-            slot_mapping: [n], -1 to num_blocks * block_size - 1.
+            slot_mapping: the step that `BlockManager.prepare` filled for this pass. The slots of the cache's layer
+                group are taken, and checked once for all its layers; rows past `step.num_tokens` are padding and
+                skipped. Or slots [n], -1 to num_blocks * block_size - 1, checked in each call.
 
         Raises:
-            ValueError: a shape, device or slot that does not fit; nothing was written.
+            ValueError: a shape, device or slot that does not fit, or a step of other layer groups; nothing was written.
             TypeError: a dtype that does not fit; nothing was written.
+            MovesPending: blocks that the step has to copy first were not copied; see `CacheEngine.move`.
         """
         keys = self._rows("keys", keys, self.head_dim)
         values = self._rows("values", values, self.v_head_dim)
         if len(values) != len(keys):
             raise ValueError(f"keys has {len(keys)} rows and values {len(values)}; they must be the same tokens")
-        capacity = self.num_blocks * self.block_size
-        slots = self._indices("slot_mapping", slot_mapping, -1, capacity - 1)
-        if slots.shape != keys.shape[:1]:
-            raise ValueError(f"slot_mapping has shape {list(slots.shape)}; for {len(keys)} tokens give [{len(keys)}]")
+        count = keys.shape[0]
+        if hasattr(slot_mapping, "slot_mapping"):
+            slots = self._slots_of(slot_mapping, count)
+        else:
+            slots = self._indices("slot_mapping", slot_mapping, -1, self.num_blocks * self.block_size - 1)
+            if slots.shape != keys.shape[:1]:
+                raise ValueError(f"slot_mapping has shape {list(slots.shape)}; for {count} tokens give [{count}]")
         self._mover.write(keys, values, slots)
 
     def gather(
@@ -289,6 +307,30 @@ class PagedKVCache:
             f"block_size={self.block_size}, dtype={self.dtype}, device='{self.device}', layout={self.layout!r}, "
             f"v_head_dim={self.v_head_dim})"
         )
+
+    def _slots_of(self, step: StepSlots, count: int) -> Tensor:
+        """The slots of this pass's first `count` tokens in the cache's layer group, checked once a step."""
+        if getattr(step, "waits", False):
+            raise MovesPending("the step has blocks to copy before its pass: call engine.move(step) first", 0)
+        capacity = self.num_blocks * self.block_size
+
+        def checked() -> Tensor:
+            mapping = step.slot_mapping
+            groups = mapping.shape[0] if mapping.ndim == 2 else 1
+            if groups != self.num_groups:
+                raise ValueError(
+                    f"the step has {groups} layer groups, and this cache is of {self.num_groups}; take the cache of a "
+                    "CacheEngine made from the same CacheConfig, or give one group's slots: step.slot_mapping[group]"
+                )
+            mapping = mapping[self.group or 0] if mapping.ndim == 2 else mapping
+            if not step.num_tokens <= count <= mapping.shape[0]:
+                raise ValueError(
+                    f"keys and values have {count} rows; the step has num_tokens={step.num_tokens}, and no more than "
+                    f"{mapping.shape[0]} with padding"
+                )
+            return self._indices("step.slot_mapping", mapping[:count], -1, capacity - 1)
+
+        return once(step, ("slots", self.group, self.num_groups, capacity, self.device, count), checked)
 
     def _rows(self, name: str, rows: Tensor, head_dim: int) -> Tensor:
         """`rows` checked, and in a form that the movers read rightly."""
@@ -429,7 +471,7 @@ class _Shape:
         """Zeroed storages of so many bytes, uint8, that together hold `num_blocks` blocks of `block_bytes`, or none."""
         requested = sum(sizes)
         storages: list[Tensor] = []
-        fits = self.device.type != "cpu" or requested <= memory.available_memory()
+        fits = self.device.type != "cpu" or requested <= memory.room().nbytes
         try:
             for size in sizes if fits else ():
                 storages.append(_zeroed(size, self.device, prefault))
@@ -438,11 +480,13 @@ class _Shape:
         # Outside of `except`, so that no traceback keeps what was allocated.
         if not fits:
             storages.clear()
-            free = free_memory(self.device)
-            fitting = min(free // block_bytes, self.num_blocks)
+            free, limit = free_memory(self.device)
+            if free >= requested:
+                free, limit = _refused(self.device, requested, free)
+            fitting = min(free // block_bytes, self.num_blocks - 1)
             raise OutOfMemory(
                 f"{self.num_blocks} blocks of {block_bytes} bytes are {requested} bytes, and {self.device} has {free} "
-                f"available: {fitting} blocks fit",
+                f"available: {fitting} blocks fit. The limit is {limit}",
                 requested,
                 free,
                 fitting,
@@ -496,11 +540,22 @@ def _zeroed(nbytes: int, device: torch.device, prefault: bool) -> Tensor:
     return torch.zeros(nbytes, dtype=torch.uint8, device=device)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that caches on `device` can have now; 0 where it does not say."""
+def free_memory(device: torch.device) -> memory.Room:
+    """What caches on `device` can have now; 0 bytes where it does not say."""
     if device.type == "cpu":
-        return memory.available_memory()
+        return memory.room()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    return 0
+        return memory.Room(torch.cuda.mem_get_info(device)[0], "the device's memory")
+    return memory.Room(0, f"unknown, as {device} does not say how much it has")
+
+
+def _refused(device: torch.device, requested: int, free: int) -> memory.Room:
+    """What there is where as much as was asked for seemed to be free, and was refused."""
+    if device.type == "cpu":
+        return memory.Room(
+            memory.mappable(requested),
+            f"what the system maps, though {free} bytes seemed to be free: see locked memory (ulimit -l), "
+            "vm.overcommit_memory and vm.max_map_count",
+        )
+    return memory.Room(free, "torch's allocator, which rounds each tensor up and needs it in one piece")

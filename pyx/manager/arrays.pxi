@@ -39,6 +39,7 @@ cdef struct TableRow:   # what a row of the block table holds now, in every grou
 cdef enum:
     PATCH_WORDS = 6   # of int32 in a patch: three int64
     ARRAYS = 10       # patches beside those of the groups, at most
+    PADDING = 0xFF    # each byte of what pads a block table: -1, which is no block
 
 
 cdef int64_t* int64_array(object array, str name, Py_ssize_t size, list views) except NULL:
@@ -74,7 +75,7 @@ cdef class StepArrays:
     Args:
         input_ids, positions: int64 [max_tokens]; pads 0.
         slot_mapping: int64 [max_tokens]; pads -1.
-        block_table: int32 [max_seqs, max_blocks_per_seq]; pads 0.
+        block_table: int32 [max_seqs, max_blocks_per_seq]; pads -1.
         seq_lens: int32 [max_seqs]: tokens of each row, this step's included; pads 0.
         query_start_loc: int32 [max_seqs + 1]; pads repeat `num_tokens`.
         copies: int64 [max_seqs * groups, 2]: (source, target) blocks, the first `num_copies` rows.
@@ -146,7 +147,7 @@ cdef class StepArrays:
         memset(self._positions, 0, max_tokens * sizeof(int64_t))
         for i in range(groups * max_tokens):
             self._slot_mapping[i] = -1
-        memset(self._block_table, 0, groups * max_seqs * max_blocks * sizeof(int32_t))
+        memset(self._block_table, PADDING, groups * max_seqs * max_blocks * sizeof(int32_t))
         memset(self._seq_lens, 0, max_seqs * sizeof(int32_t))
         memset(self._query_start_loc, 0, (max_seqs + 1) * sizeof(int32_t))
         if self._kv_indices != NULL:
@@ -224,13 +225,13 @@ cdef inline int32_t* cells_at(StepArrays a, int32_t g, Py_ssize_t i) noexcept no
 
 
 cdef void pack_row(StepArrays a, int32_t g, Py_ssize_t i, bint same, Pack* pack) noexcept nogil:
-    """Add what changed in row i of group g's table: the newly zeroed leading entries, and the changed tail."""
+    """Add what changed in row i of group g's table: leading entries that became padding, and the changed tail."""
     cdef const int32_t* cells = cells_at(a, g, i)
     cdef int32_t* zeros = &a._sent_zeros[g * a.max_seqs + i]
     cdef int32_t had = a._sent[i].length, has = a._rows[i].length
     cdef int32_t start = min(had, has) if same else 0, low = zeros[0] if same else 0
     cdef int32_t first = low
-    while low < has and cells[low] == 0:
+    while low < has and cells[low] == -1:
         low += 1
     zeros[0] = low
     if same:
@@ -289,9 +290,9 @@ cdef void rewrite_row(
         cells = cells_at(a, g, i)
         gone, low = first_row(c, g, computed), first_row(c, g, seq.num_computed)
         if gone < low:
-            memset(cells + gone, 0, (low - gone) * sizeof(int32_t))
+            memset(cells + gone, PADDING, (low - gone) * sizeof(int32_t))
         if a._rows[i].length > seq.num_rows:
-            memset(cells + seq.num_rows, 0, (a._rows[i].length - seq.num_rows) * sizeof(int32_t))
+            memset(cells + seq.num_rows, PADDING, (a._rows[i].length - seq.num_rows) * sizeof(int32_t))
         low = max(have, low)
         if c.num_groups == 1:
             memcpy(cells + low, seq.table + low, (seq.num_rows - low) * sizeof(int32_t))
@@ -368,7 +369,7 @@ cdef void pad_after(StepArrays a, Py_ssize_t num_seqs, Py_ssize_t num_tokens) no
         for i in range(num_tokens, a.num_tokens):
             a._slot_mapping[g * a.max_tokens + i] = -1
         for i in range(num_seqs, a.num_seqs):
-            memset(cells_at(a, g, i), 0, a._rows[i].length * sizeof(int32_t))
+            memset(cells_at(a, g, i), PADDING, a._rows[i].length * sizeof(int32_t))
     for i in range(num_seqs, a.num_seqs):
         memset(&a._rows[i], 0, sizeof(TableRow))
         a._seq_lens[i] = 0

@@ -314,8 +314,7 @@ def _attention(
         scaling = 1 / math.sqrt(queries.shape[2])
     keys, values, queries = _fitted(where, cache, keys, values, queries)
     if layer.writes:
-        slots = run.step.slot_mapping if run.step.num_groups == 1 else run.step.slot_mapping[group]
-        cache.write(keys, values, slots[: len(keys)])
+        cache.write(keys, values, run.step)
     output = paged_attention(
         queries, cache, run.step, scale=scaling, window=window, chunk=chunk, softcap=softcap, sinks=s_aux
     )

@@ -455,6 +455,7 @@ class Rows:
             step_id = manager.prepare([row.handle for row, _ in taking], [new for _, new in taking], step)
             slots = step.slot_mapping.view(groups, -1)[:, : step.num_tokens]
             tables = step.block_table.view(groups, step.max_seqs, -1)[:, : step.num_seqs, :num_blocks]
+            tables = tables.clamp(min=0)  # padding is gathered too, and masked afterwards
         try:
             if step_id is not None:
                 self.pool.move(step)
