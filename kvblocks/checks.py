@@ -1,18 +1,18 @@
-"""Checks of what callers give: integers, sizes, devices, index arrays, and whether a tensor has memory.
+"""Checks of what callers give that need torch: devices, index arrays, and whether a tensor has memory.
 
 Each returns what it was given in the form that is used, or raises an error that names it. Imports torch and numpy.
+Integers and sizes are checked in `kvblocks.sizes`, without them.
 """
 
-import operator
 from collections.abc import Callable, Hashable
-from typing import Any, SupportsIndex, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-__all__ = ["Indices", "checked_device", "checked_indices", "checked_integer", "checked_size", "has_memory", "once"]
+__all__ = ["Indices", "checked_device", "checked_indices", "has_memory", "once"]
 
 _Made = TypeVar("_Made")
 
@@ -91,19 +91,6 @@ def _array(name: str, given: Indices) -> np.ndarray[Any, Any]:
     if array.dtype.kind != "i":
         raise TypeError(f"{name} is a {type(given).__name__} of {array.dtype}; give integers")
     return array.astype(np.int64)
-
-
-def checked_integer(name: str, value: SupportsIndex) -> int:
-    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an integer")
-    return operator.index(value)
-
-
-def checked_size(name: str, value: SupportsIndex) -> int:
-    number = checked_integer(name, value)
-    if not 1 <= number < 2**31:
-        raise ValueError(f"{name}={number} is outside 1..{2**31 - 1}")
-    return number
 
 
 def checked_device(given: torch.device | str) -> torch.device:

@@ -9,17 +9,16 @@ from typing import Self, SupportsIndex
 
 import torch
 
-from kvblocks.checks import Indices, checked_device, checked_integer
+from kvblocks.checks import Indices, checked_device
 from kvblocks.config import CacheConfig, Group
 from kvblocks.errors import OutOfMemory
 from kvblocks.manager import BlockManager
-from kvblocks.sizes import budget
+from kvblocks.sizes import budget, checked_integer
 from kvblocks.step import StepBuffers
 from kvblocks.storage.cache import (
     PagedKVCache,
     copy_blocks,
     free_memory,
-    together,
     zero_blocks,
 )
 
@@ -75,30 +74,8 @@ class CacheEngine:
             raise TypeError(f"config is a {type(config).__name__}; give a CacheConfig")
         self._config = config
         self._reaches = tuple(group.reach for group in config.groups)
-        self._places = [0] * config.num_layers
-        self._group_of = [0] * config.num_layers
-        for g, group in enumerate(config.groups):
-            for place, layer in enumerate(group.layers):
-                self._places[layer], self._group_of[layer] = place, g
-        if len(set(config.layer_shapes)) > 1:
-            layers = [group.layers for group in config.groups]
-            config.memory_bytes(dtype)  # past 64 bits an OverflowError
-            caches, self._mover = PagedKVCache.packed(
-                config.layer_shapes,
-                layers,
-                config.num_gpu_blocks,
-                config.block_size,
-                dtype,
-                device,
-                layout=layout,
-                prefault=prefault,
-            )
-            self._caches = tuple(caches)
-        else:
-            self._caches = self._alike(dtype, device, layout, prefault)
-            self._mover = together(self._distinct())
-        for cache, index in zip(self._caches, self._group_of, strict=True):
-            cache.group, cache.num_groups, cache.reach = index, len(self._reaches), self._reaches[index]
+        caches, self._mover = PagedKVCache.for_config(config, dtype, device, layout=layout, prefault=prefault)
+        self._caches = tuple(caches)
         _log.info(
             "KV cache on %s: %d blocks x %d layers = %.1f MB",
             self.device,
@@ -106,30 +83,6 @@ class CacheEngine:
             len(self),
             self.memory_bytes / 1e6,
         )
-
-    def _alike(
-        self, dtype: torch.dtype | str, device: torch.device | str, layout: str, prefault: bool
-    ) -> tuple[PagedKVCache, ...]:
-        config = self._config
-        return tuple(
-            PagedKVCache.layers(
-                config.num_layers,
-                config.num_gpu_blocks,
-                config.num_kv_heads,
-                config.head_dim,
-                config.block_size,
-                dtype,
-                device,
-                layout=layout,
-                v_head_dim=config.v_head_dim,
-                prefault=prefault,
-                places=self._places,
-            )
-        )
-
-    def _distinct(self) -> list[PagedKVCache]:
-        """One cache of each place, which together are all memory there is."""
-        return list(dict(zip(self._places, self._caches, strict=True)).values())
 
     @classmethod
     def for_device(
@@ -259,7 +212,9 @@ class CacheEngine:
         index = checked_integer("layer", layer)
         if not 0 <= index < len(self):
             raise IndexError(f"layer {index} is outside 0..{len(self) - 1}")
-        return self._group_of[index]
+        group = self._caches[index].group
+        assert group is not None
+        return group
 
     def get_all_caches(self) -> list[PagedKVCache]:
         """The caches of all layers, in order, in a list of the caller's own."""

@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from kvblocks.attention.backends import kernel_way
 from kvblocks.kernels import kernels
-from kvblocks.storage.cache import LAYOUTS
+from kvblocks.sizes import LAYOUTS
 from kvblocks.storage.movers import WithTriton
 
 CAPABILITY = int(sys.argv[1])

@@ -20,8 +20,8 @@ from kvblocks.attention.backends import kernel_refuses, kernel_way, varlen_refus
 from kvblocks.attention.request import Request
 from kvblocks.kernels import kernels
 from kvblocks.kernels.launch import INTERPRETED
+from kvblocks.sizes import LAYOUTS
 from kvblocks.storage import cache as storage
-from kvblocks.storage.cache import LAYOUTS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 

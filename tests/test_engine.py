@@ -24,8 +24,8 @@ from kvblocks import memory
 from kvblocks.config import CacheConfig, Group
 from kvblocks.engine import CacheEngine
 from kvblocks.errors import OutOfMemory
+from kvblocks.sizes import LAYOUTS
 from kvblocks.step import StepBuffers
-from kvblocks.storage.cache import LAYOUTS
 
 configs = st.builds(
     CacheConfig,

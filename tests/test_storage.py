@@ -21,9 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kvblocks import memory
 from kvblocks.config import CacheConfig
 from kvblocks.errors import OutOfMemory
+from kvblocks.sizes import LAYOUTS
 from kvblocks.storage import cache as storage
 from kvblocks.storage import movers
-from kvblocks.storage.cache import LAYOUTS, PagedKVCache
+from kvblocks.storage.cache import PagedKVCache
 
 DTYPES = [
     torch.float8_e4m3fn,
@@ -281,7 +282,7 @@ def test_errors_name_the_value_and_the_bound() -> None:
         ({"num_heads": -1}, ValueError, "num_heads=-1"),
         ({"head_dim": 2**31}, ValueError, "head_dim=2147483648"),
         ({"block_size": True}, TypeError, "block_size=True is a bool"),
-        ({"v_head_dim": 1.5}, TypeError, r"v_head_dim=1\.5 is a float"),
+        ({"v_head_dim": 1.5}, TypeError, r"v_head_dim=1\.5 is of type float; give an integer in 1\.\.2147483647"),
         ({"dtype": "float4"}, TypeError, "float4"),
         ({"dtype": torch.complex64}, TypeError, "complex64"),
         ({"layout": "nhd"}, ValueError, "layout='nhd' is unknown; use one of HDN, NHD, HND, X"),

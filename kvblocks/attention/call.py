@@ -8,17 +8,18 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self, SupportsFloat, SupportsIndex
+from typing import SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from kvblocks.attention.backends import way
 from kvblocks.attention.request import Request, StepLike
-from kvblocks.checks import checked_size, has_memory, once
+from kvblocks.checks import has_memory, once
 from kvblocks.config import Chunk, Window
 from kvblocks.cpu_attention import attend
 from kvblocks.errors import MovesPending
+from kvblocks.sizes import checked_size
 from kvblocks.storage import cache as storage
 from kvblocks.storage.cache import PagedKVCache
 
@@ -267,12 +268,12 @@ class _Reach:
     window: int | None
     chunk: int | None
 
-    @classmethod
-    def checked(cls, window: SupportsIndex | None, chunk: SupportsIndex | None, kept: Window | Chunk | None) -> Self:
+    @staticmethod
+    def checked(window: SupportsIndex | None, chunk: SupportsIndex | None, kept: Window | Chunk | None) -> "_Reach":
         """The reach that was asked for, by default `kept`, which is what the cache's group keeps blocks for."""
         if window is None and chunk is None:
             return _whole(kept)
-        asked = cls(
+        asked = _Reach(
             None if window is None else checked_size("window", window),
             None if chunk is None else checked_size("chunk", chunk),
         )

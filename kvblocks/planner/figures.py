@@ -23,6 +23,7 @@ from kvblocks.models.grouping import (
 )
 from kvblocks.models.shapes import Kept, Layer, ModelCache, Stored
 from kvblocks.planner.parallel import check_tp
+from kvblocks.sizes import checked_integer
 
 __all__ = ["LONGEST", "Figures", "Settings", "Stage"]
 
@@ -543,11 +544,7 @@ class Figures:
 
 
 def _tokens(name: str, value: Any, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; give an integer in {low}..{LONGEST}")
-    if not low <= value <= LONGEST:
-        raise ValueError(f"{name}={value} is outside {low}..{LONGEST}")
-    return value
+    return checked_integer(name, value, low, LONGEST)
 
 
 def _most(holds: Callable[[int], bool]) -> int:

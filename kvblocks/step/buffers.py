@@ -28,11 +28,12 @@ from typing import Any, Self, SupportsIndex
 
 import torch
 
-from kvblocks.checks import checked_device, checked_size
+from kvblocks.checks import checked_device
 from kvblocks.config import CacheConfig
 from kvblocks.errors import OutOfMemory
 from kvblocks.manager import StepArrays
 from kvblocks.memory import mappable, room, zeroed
+from kvblocks.sizes import checked_size
 from kvblocks.step.upload import Upload, lane
 
 __all__ = ["StepBuffers"]
@@ -126,7 +127,7 @@ class StepBuffers(StepArrays):
             self._host = _zeroed(size)
             tensors = carve(self._host)
             super().__init__(**{name: tensor.numpy() for name, tensor in tensors.items()}, uploads=True)
-            self._to_device: Upload | None = None
+            self._travels = way is not None
             if way is not None:
                 self._to_device = Upload(way, self._host, self._pack_bytes(size))
                 tensors = carve(self._to_device.image)
@@ -187,7 +188,7 @@ class StepBuffers(StepArrays):
 
     def _upload(self) -> None:
         self.derived.clear()
-        if self._to_device is None:
+        if not self._travels:
             return
         try:
             self._to_device.send(self._pack)

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from kvblocks import memory
-from kvblocks.checks import Indices, checked_device, checked_indices, checked_integer, checked_size, has_memory, once
+from kvblocks.checks import Indices, checked_device, checked_indices, has_memory, once
 from kvblocks.config import CacheConfig, Chunk, Window, itemsize
 from kvblocks.errors import MovesPending, OutOfMemory
 from kvblocks.movement import BlockLayout, first_outside
+from kvblocks.sizes import LAYOUTS, checked_integer, checked_size
 from kvblocks.storage.movers import Mover, Side, mover
 
-__all__ = ["LAYOUTS", "PagedKVCache"]
+__all__ = ["PagedKVCache", "StepSlots"]
 
 
 # Order of the axes of K: blocks, heads, dims, tokens of a block. X splits off x dims, 16 bytes together; its V is HDN.
 _KEY_AXES = {"HDN": "bhdt", "NHD": "bthd", "HND": "bhtd", "X": "bhdtx"}
 _VALUE_AXES = _KEY_AXES | {"X": "bhdt"}
-LAYOUTS = tuple(_KEY_AXES)
 
 # Whether indices that already lie on a device are brought to the host and checked, which waits for the device.
 CHECKED = os.environ.get("KVBLOCKS_CHECKED") == "1"
@@ -117,80 +117,72 @@ class PagedKVCache:
         v_head_dim: SupportsIndex | None = None,
         prefault: bool = False,
     ) -> None:
-        shape = _Shape.checked(num_blocks, num_heads, head_dim, block_size, dtype, device, layout, v_head_dim)
+        kind = _checked_kind(dtype, device, layout)
+        config = CacheConfig(
+            num_layers=1,
+            num_kv_heads=checked_size("num_heads", num_heads),
+            head_dim=head_dim,
+            num_gpu_blocks=checked_size("num_blocks", num_blocks),
+            block_size=block_size,
+            v_head_dim=v_head_dim,
+        )
+        config.memory_bytes(dtype)  # past 64 bits an OverflowError
+        shape = _Shape(config.num_gpu_blocks, *config.layer_shapes[0], config.block_size, *kind)
         self._lay_out(shape, *shape.allocate(1, prefault))
 
     @classmethod
-    def layers(
+    def for_config(
         cls,
-        num_layers: SupportsIndex,
-        num_blocks: SupportsIndex,
-        num_heads: SupportsIndex,
-        head_dim: SupportsIndex,
-        block_size: SupportsIndex,
-        dtype: torch.dtype | str,
-        device: torch.device | str,
-        *,
-        layout: str = "HDN",
-        v_head_dim: SupportsIndex | None = None,
-        prefault: bool = False,
-        places: Sequence[int] | None = None,
-    ) -> list[Self]:
-        """`num_layers` caches of one shape, all of them or, with an error, none. Arguments and errors as for one.
-
-        Args:
-            places: for each layer the number of its memory, from 0 without gaps. Layers of one number share it, and
-                must never use the same block. By default each has its own.
-        """
-        count = checked_size("num_layers", num_layers)
-        shape = _Shape.checked(num_blocks, num_heads, head_dim, block_size, dtype, device, layout, v_head_dim)
-        chosen = range(count) if places is None else places
-        storages = shape.allocate(max(chosen) + 1, prefault)
-        caches = []
-        for place in chosen:
-            cache = cls.__new__(cls)
-            cache._lay_out(shape, storages[2 * place], storages[2 * place + 1])
-            caches.append(cache)
-        return caches
-
-    @classmethod
-    def packed(
-        cls,
-        shapes: Sequence[tuple[int, int, int]],
-        groups: Sequence[Sequence[int]],
-        num_blocks: SupportsIndex,
-        block_size: SupportsIndex,
+        config: CacheConfig,
         dtype: torch.dtype | str,
         device: torch.device | str,
         *,
         layout: str = "HDN",
         prefault: bool = False,
     ) -> tuple[list[Self], Mover]:
-        """Caches of layers that differ, inside blocks that they share; and what moves those blocks whole.
+        """The caches of all layers of `config`, or with an error none; and what moves whole blocks of all of them.
+
+        A block belongs to one group at a time, so that the layers at the same place in their groups share memory. Where
+        layers differ in heads or dims, those of a group lie inside each block one after the other, in the group's
+        order.
 
         Args:
-            shapes: (num_heads, head_dim, v_head_dim) of each layer.
-            groups: layers that use the same blocks: in these their K and V lie one after the other, in this order.
-                Those of another group begin at the same place, as a block belongs to one group at a time.
-            num_blocks, block_size, dtype, device, layout, prefault: as for one cache.
+            config: sizes and groups; what it says is not checked again.
+            dtype, device, layout, prefault: as for one cache.
 
         Errors are those of one cache.
         """
-        each = [_Shape.checked(num_blocks, h, k, block_size, dtype, device, layout, v) for h, k, v in shapes]
-        width = max(sum(each[layer].block_bytes for layer in group) for group in groups)
-        first = each[0]
-        [storage] = first.zeroed([first.num_blocks * width], width, prefault)
-        blocks = storage.view(first.num_blocks, width)
-        caches = [cls.__new__(cls) for _ in each]
-        for group in groups:
-            start = 0
-            for layer in group:
-                shape = each[layer]
-                middle, end = start + shape.key_bytes, start + shape.block_bytes
-                caches[layer]._lay_out(shape, blocks[:, start:middle], blocks[:, middle:end])
-                start = end
-        sizes = {"b": first.num_blocks, "h": 1, "d": width, "t": 1}
-        return caches, mover([Side(storage, "bthd", sizes, torch.uint8)])
+        first, *others = (
+            _Shape(config.num_gpu_blocks, heads, k_dim, v_dim, config.block_size, *_checked_kind(dtype, device, layout))
+            for heads, k_dim, v_dim in config.layer_shapes
+        )
+        shapes = [first, *others]
+        config.memory_bytes(dtype)  # past 64 bits an OverflowError
+        caches = [cls.__new__(cls) for _ in shapes]
+        if len(set(shapes)) == 1:
+            storages = first.allocate(config.layers_per_group, prefault)
+            for group in config.groups:
+                for place, layer in enumerate(group.layers):
+                    caches[layer]._lay_out(first, *storages[2 * place : 2 * place + 2])
+            longest = max(config.groups, key=lambda group: len(group.layers))
+            moves = mover([side for layer in longest.layers for side in (caches[layer]._keys, caches[layer]._values)])
+        else:
+            width = config.block_bytes(dtype)
+            [storage] = first.zeroed([first.num_blocks * width], width, prefault)
+            blocks = storage.view(first.num_blocks, width)
+            for group in config.groups:
+                start = 0
+                for layer in group.layers:
+                    middle, end = start + shapes[layer].key_bytes, start + shapes[layer].block_bytes
+                    caches[layer]._lay_out(shapes[layer], blocks[:, start:middle], blocks[:, middle:end])
+                    start = end
+            sizes = {"b": first.num_blocks, "h": 1, "d": width, "t": 1}
+            moves = mover([Side(storage, "bthd", sizes, torch.uint8)])
+        for index, group in enumerate(config.groups):
+            for layer in group.layers:
+                cache = caches[layer]
+                cache.group, cache.num_groups, cache.reach = index, len(config.groups), group.reach
+        return caches, moves
 
     @torch.inference_mode(False)  # views made in inference mode could not be written outside of it
     def _lay_out(self, shape: "_Shape", keys: Tensor, values: Tensor) -> None:
@@ -397,9 +389,19 @@ class PagedKVCache:
         return index.to(self.device, non_blocking=not index.is_pinned())
 
 
+def _checked_kind(
+    dtype: torch.dtype | str, device: torch.device | str, layout: str
+) -> tuple[torch.dtype, torch.device, str]:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown; use one of {', '.join(LAYOUTS)}")
+    itemsize(dtype)
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype.removeprefix("torch."))
+    return found, checked_device(device), layout
+
+
 @dataclass(frozen=True)
 class _Shape:
-    """What a cache was asked to be, checked."""
+    """What a cache is to be: numbers that a `CacheConfig` has checked."""
 
     num_blocks: int
     num_heads: int
@@ -410,52 +412,19 @@ class _Shape:
     device: torch.device
     layout: str
 
-    @classmethod
-    def checked(
-        cls,
-        num_blocks: SupportsIndex,
-        num_heads: SupportsIndex,
-        head_dim: SupportsIndex,
-        block_size: SupportsIndex,
-        dtype: torch.dtype | str,
-        device: torch.device | str,
-        layout: str,
-        v_head_dim: SupportsIndex | None,
-    ) -> Self:
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout={layout!r} is unknown; use one of {', '.join(LAYOUTS)}")
-        width = itemsize(dtype)
-        shape = cls(
-            num_blocks=checked_size("num_blocks", num_blocks),
-            num_heads=checked_size("num_heads", num_heads),
-            head_dim=checked_size("head_dim", head_dim),
-            v_head_dim=checked_size("v_head_dim", head_dim if v_head_dim is None else v_head_dim),
-            block_size=checked_size("block_size", block_size),
-            dtype=dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype.removeprefix("torch.")),
-            device=checked_device(device),
-            layout=layout,
-        )
-        if layout == "X" and shape.head_dim % (16 // width):
+    def __post_init__(self) -> None:
+        packed = 16 // self.dtype.itemsize
+        if self.layout == "X" and self.head_dim % packed:
             raise ValueError(
-                f"head_dim={shape.head_dim} does not divide by {16 // width}: layout X packs 16 bytes of K, which are "
-                f"{16 // width} elements of {shape.dtype}; use another layout"
+                f"head_dim={self.head_dim} does not divide by {packed}: layout X packs 16 bytes of K, which are "
+                f"{packed} elements of {self.dtype}; use another layout"
             )
-        return shape
 
     @torch.inference_mode(False)
     def allocate(self, num_layers: int, prefault: bool) -> list[Tensor]:
         """Zeroed storage for K, V of each layer in turn, uint8 [bytes]; OutOfMemory leaves none of it behind."""
-        config = CacheConfig(
-            num_layers=num_layers,
-            num_kv_heads=self.num_heads,
-            head_dim=self.head_dim,
-            num_gpu_blocks=self.num_blocks,
-            block_size=self.block_size,
-            v_head_dim=self.v_head_dim,
-        )
-        config.memory_bytes(self.dtype)  # past 64 bits an OverflowError
         sizes = [self.num_blocks * part for part in (self.key_bytes, self.block_bytes - self.key_bytes)] * num_layers
-        return self.zeroed(sizes, config.block_bytes(self.dtype), prefault)
+        return self.zeroed(sizes, self.block_bytes * num_layers, prefault)
 
     @property
     def key_bytes(self) -> int:
@@ -512,11 +481,6 @@ def zero_blocks(cache: PagedKVCache, moves: Mover, ids: Indices) -> None:
     if index.ndim != 1:
         raise ValueError(f"ids has shape {list(index.shape)}; give the blocks, [n]")
     moves.zero_blocks(index)
-
-
-def together(caches: Sequence[PagedKVCache]) -> Mover:
-    """What moves blocks in all `caches`, of one shape and device, at once."""
-    return mover([side for cache in caches for side in (cache._keys, cache._values)])
 
 
 def _check_pairs(pairs: list[list[int]]) -> None:

@@ -127,7 +127,7 @@ class PagedModel:
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
         self._run(run, input_ids=token, position_ids=token)
         writing = [run.shapes[layer.index] for layer in self.layers if layer.writes]
-        shape = KVShape(len(writing), *(max(sizes) for sizes in zip(*writing, strict=True)))
+        shape = KVShape.of(writing)
         _measured[self.model] = shape
         return shape
 
