@@ -12,12 +12,19 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-__all__ = ["Indices", "checked_device", "checked_indices", "has_memory", "once"]
+__all__ = ["Indices", "checked_device", "checked_indices", "dense", "has_memory", "once"]
 
 _Made = TypeVar("_Made")
 
 # An int64 or int32 tensor or numpy array, or a list of ints.
 Indices: TypeAlias = Any
+
+
+def dense(name: str, given: Tensor) -> Tensor:
+    """`given`, which must be strided: sparse and nested tensors have no sizes or strides to ask for."""
+    if given.is_nested or given.layout is not torch.strided:
+        raise TypeError(f"{name} is {'nested' if given.is_nested else given.layout}; give a dense tensor")
+    return given
 
 
 def has_memory(name: str, given: Tensor) -> Tensor:
@@ -27,9 +34,9 @@ def has_memory(name: str, given: Tensor) -> Tensor:
     that autograd makes, and tensors whose storage was made smaller (as FSDP does).
 
     Raises:
-        TypeError: it has not.
+        TypeError: it has not, or is not dense.
     """
-    count = given.numel()
+    count = dense(name, given).numel()
     if count == 0 or not given.is_cpu:
         return given
     end = given.storage_offset() + count

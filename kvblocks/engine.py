@@ -117,9 +117,9 @@ class CacheEngine:
             NotImplementedError: the device does not say how much is free.
             TypeError, OverflowError: as for `CacheConfig.for_memory` and `PagedKVCache`.
         """
-        place = checked_device(device)
-        if place.type not in ("cpu", "cuda"):
-            raise NotImplementedError(f"{place} does not say how much memory is free; use CacheConfig.for_memory")
+        target = checked_device(device)
+        if target.type not in ("cpu", "cuda"):
+            raise NotImplementedError(f"{target} does not say how much memory is free; use CacheConfig.for_memory")
         one = CacheConfig(
             num_layers=num_layers,
             num_kv_heads=num_kv_heads,
@@ -129,13 +129,13 @@ class CacheEngine:
             v_head_dim=v_head_dim,
             groups=groups,
         )
-        free, limit = free_memory(place)
+        free, limit = free_memory(target)
         share = budget(memory, free)
         # Each tensor of a CUDA device is rounded up.
-        usable = min(share, free - 2 * one.layers_per_group * _ROUNDING) if place.type == "cuda" else share
+        usable = min(share, free - 2 * one.layers_per_group * _ROUNDING) if target.type == "cuda" else share
         if usable < one.block_bytes(dtype):
             raise OutOfMemory(
-                f"{place} has {free} bytes free, and memory={memory!r} of them holds no block of "
+                f"{target} has {free} bytes free, and memory={memory!r} of them holds no block of "
                 f"{one.block_bytes(dtype)} bytes. The limit is {limit}",
                 one.block_bytes(dtype),
                 free,
@@ -153,13 +153,13 @@ class CacheEngine:
         )
         _log.info(
             "KV cache on %s: %.1f MB of the %.1f MB that are free (memory=%s), %.1f MB in reserve",
-            place,
+            target,
             config.memory_bytes(dtype) / 1e6,
             free / 1e6,
             memory,
             (free - config.memory_bytes(dtype)) / 1e6,
         )
-        return cls(config, dtype, place, layout=layout)
+        return cls(config, dtype, target, layout=layout)
 
     @property
     def config(self) -> CacheConfig:

@@ -19,9 +19,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kvblocks import memory
+from kvblocks.attention import paged_attention
 from kvblocks.config import CacheConfig
 from kvblocks.errors import OutOfMemory
+from kvblocks.manager import BlockManager
 from kvblocks.sizes import LAYOUTS
+from kvblocks.step import StepBuffers
 from kvblocks.storage import cache as storage
 from kvblocks.storage import movers
 from kvblocks.storage.cache import PagedKVCache
@@ -638,3 +641,35 @@ def test_outputs_that_share_memory_are_refused() -> None:
     with pytest.raises(TypeError, match="two tensors"):
         cache.gather([0], 2, out=(out,))  # type: ignore[arg-type]
     assert out.eq(1).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|nested tensors|NestedTensor).*")
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda t: torch.nested.nested_tensor(list(t)), "nested"),
+        (lambda t: torch.nested.nested_tensor(list(t), layout=torch.jagged), "nested"),
+        (lambda t: t.to_sparse(), "torch.sparse_coo"),
+        (lambda t: t.reshape(len(t), -1).to_sparse_csr(), "torch.sparse_csr"),
+    ],
+)
+def test_tensors_that_are_not_dense_are_refused(make: Callable[[Tensor], Tensor], name: str) -> None:
+    cache, rows, slots = small(), torch.ones(2, 2, 8), torch.tensor([[0, 1], [2, 3]])
+    odd, odd_slots = make(rows), make(slots)
+    step, manager = StepBuffers(1, 4, 4), BlockManager(cache.num_blocks, cache.block_size)
+    manager.prepare([manager.admit([1, 2])[0]], [2], step)
+    calls: dict[str, Callable[[], object]] = {
+        "keys": lambda: cache.write(odd, rows, [0, 1]),
+        "values": lambda: cache.write(rows, odd, [0, 1]),
+        "slot_mapping": lambda: cache.write(rows, rows, odd_slots),
+        "block_table": lambda: cache.gather(odd_slots, 2),
+        r"out\[0\]": lambda: cache.gather([0], 2, out=(odd, rows)),
+        "pairs": lambda: cache.copy_blocks(odd_slots),
+        "ids": lambda: cache.zero_blocks(odd_slots),
+        "query": lambda: paged_attention(odd, cache, step),
+        "sinks": lambda: paged_attention(rows, cache, step, sinks=odd),
+    }
+    for what, call in calls.items():
+        with pytest.raises(TypeError, match=f"^{what} is {name}; give a dense tensor"):
+            call()
+    assert not cache.key_cache.any()

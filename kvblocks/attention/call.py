@@ -13,9 +13,9 @@ from typing import SupportsFloat, SupportsIndex
 import torch
 from torch import Tensor
 
-from kvblocks.attention.backends import way
-from kvblocks.attention.request import Request, StepLike
-from kvblocks.checks import has_memory, once
+from kvblocks.attention.arguments import Arguments, StepLike
+from kvblocks.attention.backends import kernel_for
+from kvblocks.checks import dense, has_memory, once
 from kvblocks.config import Chunk, Window
 from kvblocks.cpu_attention import attend
 from kvblocks.errors import MovesPending
@@ -98,12 +98,12 @@ def paged_attention(
     reach = _Reach.checked(window, chunk, cache.reach)
     if query.is_cuda and step.num_tokens:
         cap = None if softcap is None else float(softcap)
-        request = Request(query, cache, step, table, scale, reach.window, reach.chunk, cap, sinks)
-        run = way(request)
+        args = Arguments(query, cache, step, table, scale, reach.window, reach.chunk, cap, sinks)
+        run = kernel_for(args)
         if run is not None:
             if storage.CHECKED:
                 _rows(step, table, cache.block_size, reach)
-            return run(request)
+            return run(args)
     if query.is_cpu and str(query.dtype) in _COMPILED and step.num_tokens:
         lists = once(step, ("lists", index), lambda: _lists(step, table))
         return _on_cpu(query, cache, step, lists, scale, reach, softcap, sinks)
@@ -146,7 +146,7 @@ def _on_cpu(
     output = query.new_empty(*query.shape[:2], cache.v_head_dim)
     if num_tokens < output.shape[0]:
         output[num_tokens:] = 0
-    keys, values = cache.places
+    keys, values = cache.block_layouts
     size = query.itemsize
     held: list[Tensor] = []
 
@@ -363,6 +363,7 @@ def _group(cache: PagedKVCache, step: StepLike, group: int | None) -> int | None
 def _check(query: Tensor, cache: PagedKVCache, step: StepLike, sinks: Tensor | None) -> None:
     if cache.dtype not in _FLOATS:
         raise TypeError(f"the cache holds {cache.dtype}; attention takes {', '.join(map(str, _FLOATS))}")
+    dense("query", query)
     if query.dtype != cache.dtype:
         raise TypeError(f"query is {query.dtype} and the cache {cache.dtype}; they must be the same")
     if query.ndim != 3 or query.shape[2] != cache.head_dim or not query.shape[1] or query.shape[1] % cache.num_heads:
@@ -372,8 +373,10 @@ def _check(query: Tensor, cache: PagedKVCache, step: StepLike, sinks: Tensor | N
         )
     if query.shape[0] < step.num_tokens:
         raise ValueError(f"query has {query.shape[0]} rows, fewer than the step's num_tokens={step.num_tokens}")
-    if sinks is not None and not isinstance(sinks, Tensor):
-        raise TypeError(f"sinks is a {type(sinks).__name__}; give a tensor")
+    if sinks is not None:
+        if not isinstance(sinks, Tensor):
+            raise TypeError(f"sinks is a {type(sinks).__name__}; give a tensor")
+        dense("sinks", sinks)
     for name, tensor in (("query", query), ("step.block_table", step.block_table), ("sinks", sinks)):
         if tensor is not None and tensor.device != cache.device:
             raise ValueError(f"{name} is on {tensor.device} and the cache on {cache.device}; move one of them")

@@ -142,9 +142,9 @@ def _attend(
         taken = split == 0
     if taken and first < query_len:
         item = tl.arange(0, rows)
-        place = first + item // group
-        valid = (item < queries * group) & (place < query_len)
-        token = (start + place).to(tl.int64)
+        nth = first + item // group
+        valid = (item < queries * group) & (nth < query_len)
+        token = (start + nth).to(tl.int64)
         query_heads = head * group + item % group
         dim = tl.arange(0, k_form.value.padded)
         q = tl.load(
@@ -152,7 +152,7 @@ def _attend(
             mask=valid[:, None] & (dim < k_form.value.dims)[None, :],
             other=0.0,
         ).to(dot)
-        position = seq_len - query_len + place
+        position = seq_len - query_len + nth
         # What any query of the tile reaches: positions low to high - 1.
         earliest = seq_len - query_len + first
         high = tl.minimum(tl.minimum(earliest + queries, seq_len), capacity)
@@ -226,7 +226,7 @@ def _attend(
         whole = True
         if splits > 1:
             whole = row == num_seqs
-            line = ((row * queries + place).to(tl.int64) * heads + query_heads) * splits + split
+            line = ((row * queries + nth).to(tl.int64) * heads + query_heads) * splits + split
             line = line * (v_form.value.dims + 2)
             tl.store(partial + line, largest, mask=valid & (row < num_seqs))
             tl.store(partial + line + 1, total, mask=valid & (row < num_seqs))
@@ -241,12 +241,12 @@ def _attend(
 def _reduce(partial, out, starts, v_form: tl.constexpr, queries: tl.constexpr, splits: tl.constexpr):
     """Put the parts of one head of one query together; sequences of more than `queries` queries had none."""
     row = tl.program_id(0) // queries
-    place = tl.program_id(0) % queries
+    nth = tl.program_id(0) % queries
     head = tl.program_id(1)
     heads = tl.num_programs(1)
     start = tl.load(starts + row)
     query_len = tl.load(starts + row + 1) - start
-    if query_len <= queries and place < query_len:
+    if query_len <= queries and nth < query_len:
         dim = tl.arange(0, v_form.value.padded)
         split = tl.arange(0, splits)
         line = (tl.program_id(0).to(tl.int64) * heads + head) * splits + split
@@ -259,7 +259,7 @@ def _reduce(partial, out, starts, v_form: tl.constexpr, queries: tl.constexpr, s
         weight = tl.exp2(largest - tl.where(most == float("-inf"), 0.0, most))
         total = tl.sum(total * weight, 0)
         result = tl.sum(parts * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
-        line = ((start + place).to(tl.int64) * heads + head) * v_form.value.dims
+        line = ((start + nth).to(tl.int64) * heads + head) * v_form.value.dims
         tl.store(out + line + dim, result.to(out.dtype.element_ty), mask=dim < v_form.value.dims)
 
 

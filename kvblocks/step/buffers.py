@@ -34,7 +34,7 @@ from kvblocks.errors import OutOfMemory
 from kvblocks.manager import StepArrays
 from kvblocks.memory import mappable, room, zeroed
 from kvblocks.sizes import checked_size
-from kvblocks.step.upload import Upload, lane
+from kvblocks.step.upload import Upload, transport
 
 __all__ = ["StepBuffers"]
 
@@ -122,14 +122,14 @@ class StepBuffers(StepArrays):
                 for name, (dtype, shape) in shapes.items()
             }
 
-        way = lane(self.device)
+        carrier = transport(self.device)
         with torch.inference_mode(False):  # what is made in inference mode could not be filled outside of it
             self._host = _zeroed(size)
             tensors = carve(self._host)
             super().__init__(**{name: tensor.numpy() for name, tensor in tensors.items()}, uploads=True)
-            self._travels = way is not None
-            if way is not None:
-                self._to_device = Upload(way, self._host, self._pack_bytes(size))
+            self._travels = carrier is not None
+            if carrier is not None:
+                self._to_device = Upload(carrier, self._host, self._pack_bytes(size))
                 tensors = carve(self._to_device.image)
         self.input_ids = tensors["input_ids"]
         self.positions = tensors["positions"]

@@ -203,7 +203,7 @@ class PagedKVCache:
         return self._values.tensor
 
     @property
-    def places(self) -> tuple[BlockLayout, BlockLayout]:
+    def block_layouts(self) -> tuple[BlockLayout, BlockLayout]:
         """Where the bytes of a token lie in `key_cache` and in `value_cache`."""
         return self._keys.blocks, self._values.blocks
 
@@ -361,8 +361,6 @@ class PagedKVCache:
             raise TypeError(f"{name} is {given.dtype}, this cache holds {self.dtype}; convert it with .to()")
         if given.device != self.device:
             raise ValueError(f"{name} is on {given.device}, this cache on {self.device}; move it with .to()")
-        if given.layout is not torch.strided:
-            raise TypeError(f"{name} is {given.layout}; give a dense tensor")
         has_memory(name, given)
 
     def _indices(self, name: str, given: Indices, low: int, high: int, first: int | None = None) -> Tensor:
