@@ -88,12 +88,14 @@ def kernel_refuses(args: Arguments) -> str | None:
         return f"it takes no {cache.dtype}"
     if max(cache.head_dim, cache.v_head_dim) > module.MAX_HEAD_DIM:
         return f"head dims {cache.head_dim} and {cache.v_head_dim} pass {module.MAX_HEAD_DIM}"
-    group = args.query.shape[1] // cache.num_heads
-    if group > module.MAX_GROUP:
-        return f"{group} query heads for one of K and V pass {module.MAX_GROUP}"
-    nbytes = module.query_bytes(group, max(cache.head_dim, cache.v_head_dim), cache.dtype.itemsize)
+    queries_per_kv = args.query.shape[1] // cache.num_heads
+    if queries_per_kv > module.MAX_QUERIES_PER_KV:
+        return f"{queries_per_kv} query heads for one of K and V pass {module.MAX_QUERIES_PER_KV}"
+    nbytes = module.query_bytes(queries_per_kv, max(cache.head_dim, cache.v_head_dim), cache.dtype.itemsize)
     if nbytes > module.MAX_QUERY_BYTES:
-        return f"{group} query heads for one of K and V take {nbytes} bytes, which pass {module.MAX_QUERY_BYTES}"
+        return (
+            f"{queries_per_kv} query heads for one of K and V take {nbytes} bytes, which pass {module.MAX_QUERY_BYTES}"
+        )
     return None
 
 

@@ -483,21 +483,21 @@ def _attend(
         )
         return output.transpose(1, 2)
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
-    groups = heads // kv_heads
+    queries_per_kv = heads // kv_heads
     # The query heads of one K/V head and the queries make one axis, so that K and V are read once and not repeated.
-    grouped = query.view(rows, queries, kv_heads, groups, dim).permute(0, 2, 3, 1, 4).to(compute).mul(scale)
+    grouped = query.view(rows, queries, kv_heads, queries_per_kv, dim).permute(0, 2, 3, 1, 4).to(compute).mul(scale)
     scores = grouped.flatten(2, 3) @ keys.to(compute).transpose(2, 3)
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
-    scores = scores.view(rows, kv_heads, groups, queries, -1)
+    scores = scores.view(rows, kv_heads, queries_per_kv, queries, -1)
     if hidden is not None:
         scores.masked_fill_(hidden[:, None, None], -math.inf)
     if sinks is None:
         weights = scores.softmax(-1)
     else:
-        sinks = sinks.to(compute).view(kv_heads, groups, 1, 1)
+        sinks = sinks.to(compute).view(kv_heads, queries_per_kv, 1, 1)
         largest = torch.maximum(scores.amax(-1, keepdim=True), sinks)
         weights = scores.sub_(largest).exp_()
         weights.div_(weights.sum(-1, keepdim=True) + (sinks - largest).exp_())
-    output = (weights.flatten(2, 3) @ values.to(compute)).view(rows, kv_heads, groups, queries, -1)
+    output = (weights.flatten(2, 3) @ values.to(compute)).view(rows, kv_heads, queries_per_kv, queries, -1)
     return output.permute(0, 3, 1, 2, 4).flatten(2, 3).to(query.dtype)

@@ -48,7 +48,7 @@ class TokenLayout:
 
     @property
     def alignment(self) -> int:
-        """Of every run, as far as 16 bytes, in a cache whose address is a multiple of 16."""
+        """Bytes, at most 16, that the address of every run is a multiple of, if the cache's is a multiple of 16."""
         strides = [self.run_bytes, self.block_bytes]
         strides += [self.token_stride] if self.block_size > 1 else []
         strides += [self.head_stride] if self.heads > 1 else []
