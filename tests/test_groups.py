@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvblocks.attention import call
 from kvblocks.attention.call import paged_attention
 from kvblocks.config import CacheConfig, Chunk, Group, Window
 from kvblocks.engine import CacheEngine
@@ -249,6 +250,26 @@ def test_writing_takes_the_slots_of_the_caches_group_from_a_step() -> None:
             assert torch.equal(keys, rows[first : first + count])
             assert torch.equal(values, -rows[first : first + count])
         assert not torch.isin(rows[5:], blocks.key_cache).any()
+
+
+def test_what_layers_ask_of_a_step_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, query = prepared((None, Window(5)))
+    model.step.derived.clear()
+    asked: list[str] = []
+
+    def counting(name: str, made: Any) -> Any:
+        return lambda *given: asked.append(name) or made(*given)
+
+    monkeypatch.setattr(call, "_listed", counting("rows", call._listed))
+    monkeypatch.setattr(PagedKVCache, "_indices", counting("slots", PagedKVCache._indices))
+    monkeypatch.setattr(
+        PagedKVCache, "gather", lambda self, table, count: self._mover.gather(table.long(), count, None)
+    )
+    nothing = torch.zeros(1, KV_HEADS, DIM, dtype=torch.float64)
+    for layer in [*model.engine, *model.engine]:
+        layer.write(nothing, nothing, model.step)
+        paged_attention(query, layer, model.step)
+    assert sorted(asked) == ["rows", "rows", "slots", "slots"]  # for each of the two groups
 
 
 def test_a_step_that_does_not_fit_is_not_written() -> None:

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from kvblocks import __version__
-from kvblocks.cli.extras import UsageError
 from kvblocks.cli.plan import add_plan_parser
 from kvblocks.cli.replay import add_replay_parser
+from kvblocks.errors import UsageError
 from kvblocks.sizes import LAYOUTS, parse_size
 
 __all__ = ["main"]
