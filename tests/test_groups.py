@@ -258,7 +258,11 @@ def test_what_layers_ask_of_a_step_is_asked_once(monkeypatch: pytest.MonkeyPatch
     asked: list[str] = []
 
     def counting(name: str, made: Any) -> Any:
-        return lambda *given: asked.append(name) or made(*given)
+        def counted(*given: Any) -> Any:
+            asked.append(name)
+            return made(*given)
+
+        return counted
 
     monkeypatch.setattr(call, "_listed", counting("rows", call._listed))
     monkeypatch.setattr(PagedKVCache, "_indices", counting("slots", PagedKVCache._indices))
