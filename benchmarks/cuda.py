@@ -18,8 +18,8 @@ from harness import Row, compare, machine, report
 from storage import by_token
 from torch import Tensor
 
-from kvblocks import BlockManager, CacheConfig, PagedKVCache, StepBuffers, paged_attention
-from kvblocks.storage.cache import LAYOUTS
+from kvblocks import BlockManager, CacheConfig, CacheEngine, PagedKVCache, StepBuffers, paged_attention
+from kvblocks.sizes import LAYOUTS
 
 HEADS, DIM, BLOCK = 8, 128, 16
 QUERY_HEADS, LAYERS = 32, 32
@@ -144,9 +144,7 @@ class Batch:
         )
         # Layers share memory, as all of it would not fit; not so few that a device's caches would hold it.
         layers = min(LAYERS, -(-_FLUSH_BYTES * LAYERS // config.memory_bytes("bfloat16")))
-        self.caches = PagedKVCache.layers(
-            layers, config.num_gpu_blocks, HEADS, DIM, BLOCK, "bfloat16", "cuda", layout="NHD"
-        )
+        self.caches = CacheEngine(config.replace(num_layers=layers), "bfloat16", "cuda", layout="NHD")
         for cache in self.caches:
             cache.key_cache.normal_()
             cache.value_cache.normal_()
@@ -166,7 +164,7 @@ class Batch:
         q, k, v = self.qkv[:, :QUERY_HEADS], self.qkv[:, QUERY_HEADS:-HEADS], self.qkv[:, -HEADS:]
         for layer in range(LAYERS):
             cache = self.caches[layer % len(self.caches)]
-            cache.write(k, v, self.step.slot_mapping[: self.size])
+            cache.write(k, v, self.step)
             out = paged_attention(q, cache, self.step)
         return out
 

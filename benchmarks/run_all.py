@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 QUICK = {
     "allocation.py": ["--repeats", "2", "--blocks", "131072"],
     "attention.py": ["--quick"],
+    "layers.py": ["--quick"],
     "cuda.py": ["--quick"],
     "decode_step.py": ["--batches", "32", "256", "--rounds", "3"],
     "generate.py": ["--prompts", "4", "--new", "16", "--repeats", "1", "--long", "256", "--beam-prompt", "256"],

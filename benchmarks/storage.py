@@ -13,7 +13,8 @@ import torch
 from harness import Row, compare, machine, report
 from torch import Tensor
 
-from kvblocks.storage.cache import LAYOUTS, PagedKVCache
+from kvblocks.sizes import LAYOUTS
+from kvblocks.storage.cache import PagedKVCache
 
 HEADS, DIM, BLOCK = 8, 128, 16
 

@@ -25,7 +25,7 @@ def main() -> None:
         """The most likely token after each sequence, on the device; nothing waits for it."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            engine[layer].write(k, v, step.slot_mapping[: len(k)])
+            engine[layer].write(k, v, step)
             return paged_attention(q, engine[layer], step)
 
         engine.move(step)

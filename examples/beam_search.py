@@ -39,7 +39,7 @@ def main() -> None:
     step = StepBuffers.for_config(config, max_seqs=WIDTH, max_tokens=64, max_seq_len=100)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        engine[layer].write(k, v, step.slot_mapping[: len(k)])
+        engine[layer].write(k, v, step)
         return paged_attention(q, engine[layer], step)
 
     def one_pass(seqs: list[int], count: int) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from kvblocks import BlockManager, CacheConfig, CacheEngine, NoFreeBlocks, StepBuffers, paged_attention
 
+MAX_SEQS, MAX_TOKENS = 8, 48  # of one pass
+
 
 @dataclass
 class Request:
@@ -29,22 +31,19 @@ class Request:
 class Engine:
     """Answers requests, several in each pass of the model."""
 
-    def __init__(self, model: TinyModel, num_blocks: int, max_seqs: int = 8, max_tokens: int = 48) -> None:
+    def __init__(self, model: TinyModel, num_blocks: int) -> None:
         config = CacheConfig(
             num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=DIM, num_gpu_blocks=num_blocks, block_size=4
         )
-        self.model, self.max_tokens, self.max_seqs = model, max_tokens, max_seqs
+        self.model = model
         self.caches = CacheEngine(config, torch.float32, "cpu", layout="NHD")
         self.manager = BlockManager.for_config(config)
         self.step = StepBuffers.for_config(
-            config, max_seqs=max_seqs, max_tokens=max_tokens, max_seq_len=config.max_tokens
+            config, max_seqs=MAX_SEQS, max_tokens=MAX_TOKENS, max_seq_len=config.max_tokens
         )
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_passes = 0
-
-    def add(self, request: Request) -> None:
-        self.waiting.append(request)
 
     def run(self) -> None:
         """Passes until every request is answered."""
@@ -54,7 +53,7 @@ class Engine:
 
     def admit(self) -> None:
         """Let the first of those who wait in, as long as there are blocks for all of its tokens."""
-        while self.waiting and len(self.running) < self.max_seqs:
+        while self.waiting and len(self.running) < MAX_SEQS:
             request = self.waiting[0]
             try:
                 if request.num_preempted:
@@ -70,12 +69,18 @@ class Engine:
     def one_pass(self) -> None:
         """Run the model over what each sequence has left to compute, as far as it fits into one pass."""
         while True:
-            batch = self.batch()
-            seqs, counts = [request.seq for request, _, _ in batch], [count for _, count, _ in batch]
+            lengths = self.manager.lengths([request.seq for request in self.running])
+            left, room, counts = (lengths.num_tokens - lengths.num_computed).tolist(), MAX_TOKENS, []
+            for missing in left:
+                counts.append(min(missing, room))
+                room -= counts[-1]
+            batch = [row for row in zip(self.running, counts, left, strict=True) if row[1]]
             try:
-                step_id = self.manager.prepare(seqs, counts, self.step)
+                step_id = self.manager.prepare([row[0].seq for row in batch], [row[1] for row in batch], self.step)
                 break
             except NoFreeBlocks:
+                if len(self.running) == 1:
+                    raise  # as above
                 self.preempt_newest()
         step = self.step
         self.caches.move(step)
@@ -83,25 +88,13 @@ class Engine:
         self.manager.commit(step_id)
         self.num_passes += 1
         best = logits[step.query_start_loc[1 : len(batch) + 1] - 1].argmax(1).tolist()
-        for (request, _, whole), token in zip(batch, best, strict=True):
-            if whole:  # of a prompt that is not through yet the logits mean nothing
+        for (request, count, missing), token in zip(batch, best, strict=True):
+            if count == missing:  # of a prompt that is not through yet the logits mean nothing
                 self.accept(request, token)
 
-    def batch(self) -> list[tuple[Request, int, bool]]:
-        """Of each request how many tokens the next pass computes, and whether these are all it has."""
-        lengths = self.manager.lengths([request.seq for request in self.running])
-        batch, room = [], self.max_tokens
-        for request, left in zip(self.running, lengths.num_tokens - lengths.num_computed, strict=True):
-            count = min(int(left), room)
-            if count:
-                batch.append((request, count, count == left))
-                room -= count
-        return batch
-
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache = self.caches[layer]
-        cache.write(k, v, self.step.slot_mapping[: len(k)])
-        return paged_attention(q, cache, self.step)
+        self.caches[layer].write(k, v, self.step)
+        return paged_attention(q, self.caches[layer], self.step)
 
     def accept(self, request: Request, token: int) -> None:
         request.answer.append(token)
@@ -114,8 +107,6 @@ class Engine:
     def preempt_newest(self) -> None:
         """Take the newest request's blocks away; it keeps its tokens, and is the next to be resumed."""
         request = self.running.pop()
-        if not self.running:
-            raise RuntimeError("one sequence alone does not fit into the pool; give it more blocks")
         self.manager.preempt(request.seq)
         request.num_preempted += 1
         self.waiting.appendleft(request)
@@ -124,20 +115,17 @@ class Engine:
 def main() -> None:
     model = TinyModel()
     engine = Engine(model, num_blocks=26)
-    common = list(b"A block is the K and V of four tokens. ")
-    requests = [Request(common + list(text), 24) for text in (b"What is a slot?", b"Who frees it?", b"Why?", b"When?")]
-    for request in requests:
-        engine.add(request)
+    common = b"A block is the K and V of four tokens. "
+    requests = [Request(list(common + text), 24) for text in (b"What is a slot?", b"Who frees it?", b"Why?", b"When?")]
+    engine.waiting.extend(requests)
     engine.run()
     for request in requests:
-        print(
-            f"{len(request.prompt)} prompt tokens, {request.num_cached} of them found in the prefix cache, "
-            f"preempted {request.num_preempted} times, answer {request.answer[:6]}..."
-        )
         assert request.answer == model.greedy(request.prompt, 24), "not what the model says without a cache"
-    print(f"{engine.num_passes} passes for {sum(len(r.answer) for r in requests)} tokens; all as without a cache")
-    assert any(request.num_cached for request in requests)
-    assert any(request.num_preempted for request in requests)
+        print(
+            f"{len(request.prompt)} prompt tokens, {request.num_cached} cached, preempted {request.num_preempted} times"
+        )
+    print(f"{engine.num_passes} passes for {4 * 24} tokens; all as without a cache")
+    assert all(any(numbers) for numbers in zip(*[(r.num_cached, r.num_preempted) for r in requests], strict=True))
     assert engine.manager.num_free_blocks == 26
 
 

@@ -29,7 +29,7 @@ def main() -> None:
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache = engine[layer]
-        cache.write(k, v, step.slot_mapping[cache.group][: len(k)])
+        cache.write(k, v, step)
         return paged_attention(q, cache, step)
 
     prompt = list(b"The window slides over the text.")

@@ -79,9 +79,29 @@ __all__ = [
 ]
 _NEED_TRANSFORMERS = ("Pool", "generate")
 
-# What cannot be had is not offered, so that `from kvblocks import *` and `dir` work; asked for by name it says why.
+
+class _WithoutTransformers:
+    """Says what to install to whoever writes `from kvblocks import generate` without transformers.
+
+    Python drops what `__getattr__` says then, and looks for a submodule of that name before it gives up.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        package, _, last = name.rpartition(".")
+        if package == __name__ and last in _NEED_TRANSFORMERS:
+            raise ModuleNotFoundError(_needs_transformers(last), name="transformers")
+
+
+def _needs_transformers(name: str) -> str:
+    return f'kvblocks.{name} needs transformers, which is not installed; run: pip install "kvblocks[generate]"'
+
+
+# What cannot be had is not offered, so that `from kvblocks import *`, `dir` and `hasattr` work; asked for by name it
+# says why.
 if (sys.modules["transformers"] if "transformers" in sys.modules else find_spec("transformers")) is None:
     __all__[:] = [name for name in __all__ if name not in _NEED_TRANSFORMERS]
+    sys.meta_path.append(_WithoutTransformers)
 
 
 def __getattr__(name: str) -> Any:
@@ -92,8 +112,7 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "transformers":
             raise
-        needs = f'kvblocks.{name} needs transformers, which is not installed; run: pip install "kvblocks[generate]"'
-        raise ModuleNotFoundError(needs, name="transformers") from None
+        raise AttributeError(_needs_transformers(name)) from None
     value = globals()[name] = getattr(home, name)
     return value
 

@@ -1,20 +1,30 @@
-"""Checks of what callers give: integers, sizes, devices, index arrays, and whether a tensor has memory.
+"""Checks of what callers give that need torch: devices, index arrays, and whether a tensor has memory.
 
 Each returns what it was given in the form that is used, or raises an error that names it. Imports torch and numpy.
+Integers and sizes are checked in `kvblocks.sizes`, without them.
 """
 
-import operator
-from typing import Any, SupportsIndex, TypeAlias
+from collections.abc import Callable, Hashable
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-__all__ = ["Indices", "checked_device", "checked_indices", "checked_integer", "checked_size", "has_memory"]
+__all__ = ["Indices", "checked_device", "checked_indices", "dense", "has_memory", "once"]
+
+_Made = TypeVar("_Made")
 
 # An int64 or int32 tensor or numpy array, or a list of ints.
 Indices: TypeAlias = Any
+
+
+def dense(name: str, given: Tensor) -> Tensor:
+    """`given`, which must be strided: sparse and nested tensors have no sizes or strides to ask for."""
+    if given.is_nested or given.layout is not torch.strided:
+        raise TypeError(f"{name} is {'nested' if given.is_nested else given.layout}; give a dense tensor")
+    return given
 
 
 def has_memory(name: str, given: Tensor) -> Tensor:
@@ -24,9 +34,9 @@ def has_memory(name: str, given: Tensor) -> Tensor:
     that autograd makes, and tensors whose storage was made smaller (as FSDP does).
 
     Raises:
-        TypeError: it has not.
+        TypeError: it has not, or is not dense.
     """
-    count = given.numel()
+    count = dense(name, given).numel()
     if count == 0 or not given.is_cpu:
         return given
     end = given.storage_offset() + count
@@ -44,6 +54,20 @@ def has_memory(name: str, given: Tensor) -> Tensor:
     if not there:
         raise TypeError(f"{name} is a {type(given).__name__} without memory for its elements; give a plain tensor")
     return given
+
+
+def once(step: Any, key: Hashable, make: Callable[[], _Made]) -> _Made:
+    """What `make` checks or reads off the arrays of a step, made for the first layer of a pass and kept for the others.
+
+    A step that can keep it has a dict `derived`, which is emptied when the step is filled again; for any other step it
+    is made each time.
+    """
+    kept: dict[Hashable, _Made] | None = getattr(step, "derived", None)
+    if kept is None:
+        return make()
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]
 
 
 def checked_indices(name: str, given: Indices) -> Tensor:
@@ -74,19 +98,6 @@ def _array(name: str, given: Indices) -> np.ndarray[Any, Any]:
     if array.dtype.kind != "i":
         raise TypeError(f"{name} is a {type(given).__name__} of {array.dtype}; give integers")
     return array.astype(np.int64)
-
-
-def checked_integer(name: str, value: SupportsIndex) -> int:
-    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an integer")
-    return operator.index(value)
-
-
-def checked_size(name: str, value: SupportsIndex) -> int:
-    number = checked_integer(name, value)
-    if not 1 <= number < 2**31:
-        raise ValueError(f"{name}={number} is outside 1..{2**31 - 1}")
-    return number
 
 
 def checked_device(given: torch.device | str) -> torch.device:

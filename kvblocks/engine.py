@@ -9,17 +9,16 @@ from typing import Self, SupportsIndex
 
 import torch
 
-from kvblocks.checks import Indices, checked_device, checked_integer
+from kvblocks.checks import Indices, checked_device
 from kvblocks.config import CacheConfig, Group
 from kvblocks.errors import OutOfMemory
 from kvblocks.manager import BlockManager
-from kvblocks.sizes import budget
+from kvblocks.sizes import budget, checked_integer
 from kvblocks.step import StepBuffers
 from kvblocks.storage.cache import (
     PagedKVCache,
     copy_blocks,
     free_memory,
-    together,
     zero_blocks,
 )
 
@@ -43,9 +42,9 @@ class CacheEngine:
 
     With several layer groups the layers that have the same place in their groups share memory: a block of the pool
     belongs to one group at a time. Each layer has its own `PagedKVCache` all the same, which knows its group and how
-    far that attends: `paged_attention` reads the group's block table by itself, and `write` is given the group's slots,
-    `step.slot_mapping[cache.group]`. Where layers differ in heads or dims, those of a group lie one after
-    the other inside each block; on CUDA such blocks are moved by torch operations, not by the kernels.
+    far that attends: given a step, `write` and `paged_attention` take the group's slots and block table. Where layers
+    differ in heads or dims, those of a group lie one after the other inside each block; on CUDA such blocks are moved
+    by torch operations, not by the kernels.
 
     Raises:
         OutOfMemory: the layers do not all fit; none stays allocated.
@@ -75,30 +74,8 @@ class CacheEngine:
             raise TypeError(f"config is a {type(config).__name__}; give a CacheConfig")
         self._config = config
         self._reaches = tuple(group.reach for group in config.groups)
-        self._places = [0] * config.num_layers
-        self._group_of = [0] * config.num_layers
-        for g, group in enumerate(config.groups):
-            for place, layer in enumerate(group.layers):
-                self._places[layer], self._group_of[layer] = place, g
-        if len(set(config.layer_shapes)) > 1:
-            layers = [group.layers for group in config.groups]
-            config.memory_bytes(dtype)  # past 64 bits an OverflowError
-            caches, self._mover = PagedKVCache.packed(
-                config.layer_shapes,
-                layers,
-                config.num_gpu_blocks,
-                config.block_size,
-                dtype,
-                device,
-                layout=layout,
-                prefault=prefault,
-            )
-            self._caches = tuple(caches)
-        else:
-            self._caches = self._alike(dtype, device, layout, prefault)
-            self._mover = together(self._distinct())
-        for cache, index in zip(self._caches, self._group_of, strict=True):
-            cache.group, cache.num_groups, cache.reach = index, len(self._reaches), self._reaches[index]
+        caches, self._mover = PagedKVCache.for_config(config, dtype, device, layout=layout, prefault=prefault)
+        self._caches = tuple(caches)
         _log.info(
             "KV cache on %s: %d blocks x %d layers = %.1f MB",
             self.device,
@@ -106,30 +83,6 @@ class CacheEngine:
             len(self),
             self.memory_bytes / 1e6,
         )
-
-    def _alike(
-        self, dtype: torch.dtype | str, device: torch.device | str, layout: str, prefault: bool
-    ) -> tuple[PagedKVCache, ...]:
-        config = self._config
-        return tuple(
-            PagedKVCache.layers(
-                config.num_layers,
-                config.num_gpu_blocks,
-                config.num_kv_heads,
-                config.head_dim,
-                config.block_size,
-                dtype,
-                device,
-                layout=layout,
-                v_head_dim=config.v_head_dim,
-                prefault=prefault,
-                places=self._places,
-            )
-        )
-
-    def _distinct(self) -> list[PagedKVCache]:
-        """One cache of each place, which together are all memory there is."""
-        return list(dict(zip(self._places, self._caches, strict=True)).values())
 
     @classmethod
     def for_device(
@@ -155,7 +108,8 @@ class CacheEngine:
                 an INFO line of the logger "kvblocks" says how much that is.
 
         Memory that torch's allocator holds without using it is given back first, and counts as free. On CPU the free
-        memory is what the machine, the process's cgroups and its limits leave.
+        memory is what the machine, the process's cgroups and its limits leave; what caches of this process were given
+        and have not touched yet counts as taken.
 
         Raises:
             OutOfMemory: not even one block fits.
@@ -163,9 +117,9 @@ class CacheEngine:
             NotImplementedError: the device does not say how much is free.
             TypeError, OverflowError: as for `CacheConfig.for_memory` and `PagedKVCache`.
         """
-        place = checked_device(device)
-        if place.type not in ("cpu", "cuda"):
-            raise NotImplementedError(f"{place} does not say how much memory is free; use CacheConfig.for_memory")
+        target = checked_device(device)
+        if target.type not in ("cpu", "cuda"):
+            raise NotImplementedError(f"{target} does not say how much memory is free; use CacheConfig.for_memory")
         one = CacheConfig(
             num_layers=num_layers,
             num_kv_heads=num_kv_heads,
@@ -175,14 +129,14 @@ class CacheEngine:
             v_head_dim=v_head_dim,
             groups=groups,
         )
-        free = free_memory(place)
+        free, limit = free_memory(target)
         share = budget(memory, free)
         # Each tensor of a CUDA device is rounded up.
-        usable = min(share, free - 2 * one.layers_per_group * _ROUNDING) if place.type == "cuda" else share
+        usable = min(share, free - 2 * one.layers_per_group * _ROUNDING) if target.type == "cuda" else share
         if usable < one.block_bytes(dtype):
             raise OutOfMemory(
-                f"{place} has {free} bytes free, and memory={memory!r} of them holds no block of "
-                f"{one.block_bytes(dtype)} bytes",
+                f"{target} has {free} bytes free, and memory={memory!r} of them holds no block of "
+                f"{one.block_bytes(dtype)} bytes. The limit is {limit}",
                 one.block_bytes(dtype),
                 free,
                 0,
@@ -199,13 +153,13 @@ class CacheEngine:
         )
         _log.info(
             "KV cache on %s: %.1f MB of the %.1f MB that are free (memory=%s), %.1f MB in reserve",
-            place,
+            target,
             config.memory_bytes(dtype) / 1e6,
             free / 1e6,
             memory,
             (free - config.memory_bytes(dtype)) / 1e6,
         )
-        return cls(config, dtype, place, layout=layout)
+        return cls(config, dtype, target, layout=layout)
 
     @property
     def config(self) -> CacheConfig:
@@ -258,7 +212,9 @@ class CacheEngine:
         index = checked_integer("layer", layer)
         if not 0 <= index < len(self):
             raise IndexError(f"layer {index} is outside 0..{len(self) - 1}")
-        return self._group_of[index]
+        group = self._caches[index].group
+        assert group is not None
+        return group
 
     def get_all_caches(self) -> list[PagedKVCache]:
         """The caches of all layers, in order, in a list of the caller's own."""

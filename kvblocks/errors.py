@@ -11,11 +11,16 @@ __all__ = [
     "TooManySequences",
     "UnknownModel",
     "UnsupportedModel",
+    "UsageError",
 ]
 
 
 class KVBlocksError(Exception):
-    """The base of all errors below. Each has one of Python's own as a second base, by which it can be caught too."""
+    """The base of all errors below.
+
+    Each has one of Python's own as a second base, by which it can be caught too; `UsageError`, which the commands catch
+    themselves, has none.
+    """
 
 
 class OutOfMemory(KVBlocksError, MemoryError):
@@ -132,3 +137,7 @@ class MissingField(UnknownModel):
 
 class UnsupportedModel(KVBlocksError, ValueError):
     """A model that cannot be served from the paged cache; the message says why."""
+
+
+class UsageError(KVBlocksError):
+    """What was asked for cannot be done; the message is one sentence for the person who asked. Exit code 2."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvblocks.config import itemsize
+from kvblocks.sizes import checked_integer
 
 __all__ = ["Format", "dtype_name", "format_of", "itemsize_of", "narrower"]
 
@@ -98,8 +99,7 @@ def format_of(
         if zero_point:
             raise ValueError("zero_point=True without group_size: zero points are kept one to a group")
         return Format(name, bits)
-    if isinstance(group_size, bool) or not isinstance(group_size, int):
-        raise TypeError(f"group_size={group_size!r} is of type {type(group_size).__name__}; give an integer")
+    group_size = checked_integer("group_size", group_size)
     if group_size < 1:
         raise ValueError(f"group_size={group_size} is below 1; it counts the numbers that share a scale")
     if bits > 8:

@@ -61,7 +61,7 @@ class StepArrays:
     Args:
         input_ids, positions: int64 [max_tokens]; pads 0.
         slot_mapping: int64 [max_tokens]; pads -1.
-        block_table: int32 [max_seqs, max_blocks_per_seq]; pads 0.
+        block_table: int32 [max_seqs, max_blocks_per_seq]; pads -1.
         seq_lens: int32 [max_seqs]: tokens of each row, this step's included; pads 0.
         query_start_loc: int32 [max_seqs + 1]; pads repeat `num_tokens`.
         copies: int64 [max_seqs * groups, 2]: (source, target) blocks, the first `num_copies` rows.
@@ -140,8 +140,8 @@ class BlockManager:
             sequence has one block table for each; all draw from one pool. A block that nothing in its group's reach
             needs any more is given back at `commit`.
         max_seqs: sequences and pins that may exist at once, at most 2**24.
-        max_nodes: nodes of the prefix tree that may exist at once, by default `num_blocks`: one for each published
-            block of tokens, and for those before it also where only a window of a prompt is left. When they are spent,
+        max_nodes: nodes of the prefix tree that may exist at once, by default `num_blocks`. Each published block has
+            one. A prefix of which only a window is kept keeps the nodes of its ancestors too. When no node is left,
             sequences stop publishing.
         max_open_steps: steps that may be prepared and not yet committed or aborted.
         prefix_caching: whether computed blocks are published and hit.

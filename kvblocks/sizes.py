@@ -1,4 +1,7 @@
-"""Sizes, lengths and shares as people write them. Imports nothing but the standard library."""
+"""Integers, and sizes, lengths and shares as people write them: what is asked of them, in one place for all callers.
+
+Imports nothing but the standard library.
+"""
 
 import re
 from decimal import Decimal
@@ -6,11 +9,46 @@ from fractions import Fraction
 from operator import index
 from typing import SupportsIndex
 
-__all__ = ["budget", "checked_bytes", "parse_length", "parse_share", "parse_size"]
+__all__ = [
+    "LAYOUTS",
+    "budget",
+    "checked_bytes",
+    "checked_integer",
+    "checked_size",
+    "parse_length",
+    "parse_share",
+    "parse_size",
+]
+
+LAYOUTS = ("HDN", "NHD", "HND", "X")  # of the blocks of a cache; `PagedKVCache` says what they are
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGTP", 1)}
 _UNITS |= {f"{prefix}{rest}": 1024**power for power, prefix in enumerate("KMGTP", 1) for rest in ("", "IB")}
+
+
+def checked_integer(name: str, value: SupportsIndex, low: int | None = None, high: int | None = None) -> int:
+    """`value` as an int of Python's, in low..high where these are given.
+
+    Raises:
+        TypeError: it is no integer; a bool is none.
+        ValueError: it is out of bounds.
+    """
+    bounds = "" if low is None else f" in {low}..{high}"
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = index(value)
+    except TypeError:
+        raise TypeError(f"{name}={value!r:.60} is of type {type(value).__name__}; give an integer{bounds}") from None
+    if low is not None and high is not None and not low <= number <= high:
+        raise ValueError(f"{name}={number} is outside {low}..{high}")
+    return number
+
+
+def checked_size(name: str, value: SupportsIndex) -> int:
+    """A size or a count: an integer in 1..2**31 - 1, as all that compiled code counts with."""
+    return checked_integer(name, value, 1, 2**31 - 1)
 
 
 def parse_size(text: str, name: str = "") -> int:

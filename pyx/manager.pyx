@@ -28,7 +28,7 @@ from core.sequences cimport (
     core_reset, core_set_tokens, core_take_back, core_trim, core_unpin, Counters, Fault, find, has_room, Marks, Seq,
 )
 from core.admission cimport core_admit, core_pin, core_resume, hit_limit, longest_hit, most_ever, plan_admission
-from core.arrays cimport PATCH_WORDS, int32_array, int64_array, max_patches, Pack, pack_step
+from core.arrays cimport PADDING, PATCH_WORDS, int32_array, int64_array, max_patches, Pack, pack_step
 from core.steps cimport core_abort, core_commit, core_prepare
 from core.audit cimport audit_core, Finding
 from kvblocks.step_arrays cimport Arrays, TableRow
@@ -128,7 +128,7 @@ cdef class StepArrays:
     Args:
         input_ids, positions: int64 [max_tokens]; pads 0.
         slot_mapping: int64 [max_tokens]; pads -1.
-        block_table: int32 [max_seqs, max_blocks_per_seq]; pads 0.
+        block_table: int32 [max_seqs, max_blocks_per_seq]; pads -1.
         seq_lens: int32 [max_seqs]: tokens of each row, this step's included; pads 0.
         query_start_loc: int32 [max_seqs + 1]; pads repeat `num_tokens`.
         copies: int64 [max_seqs * groups, 2]: (source, target) blocks, the first `num_copies` rows.
@@ -201,7 +201,7 @@ cdef class StepArrays:
         memset(a.positions, 0, max_tokens * sizeof(int64_t))
         for i in range(groups * max_tokens):
             a.slot_mapping[i] = -1
-        memset(a.block_table, 0, groups * max_seqs * max_blocks * sizeof(int32_t))
+        memset(a.block_table, PADDING, groups * max_seqs * max_blocks * sizeof(int32_t))
         memset(a.seq_lens, 0, max_seqs * sizeof(int32_t))
         memset(a.query_start_loc, 0, (max_seqs + 1) * sizeof(int32_t))
         if a.kv_indices != NULL:
@@ -308,8 +308,8 @@ cdef class BlockManager:
             sequence has one block table for each; all draw from one pool. A block that nothing in its group's reach
             needs any more is given back at `commit`.
         max_seqs: sequences and pins that may exist at once, at most 2**24.
-        max_nodes: nodes of the prefix tree that may exist at once, by default `num_blocks`: one for each published
-            block of tokens, and for those before it also where only a window of a prompt is left. When they are spent,
+        max_nodes: nodes of the prefix tree that may exist at once, by default `num_blocks`. Each published block has
+            one. A prefix of which only a window is kept keeps the nodes of its ancestors too. When no node is left,
             sequences stop publishing.
         max_open_steps: steps that may be prepared and not yet committed or aborted.
         prefix_caching: whether computed blocks are published and hit.

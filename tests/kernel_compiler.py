@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from kernel_helpers import moved_by
 from test_attention import Case
-from test_attention_cuda import request_of
+from test_attention_cuda import arguments_of
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kvblocks.attention.backends import kernel_way
+from kvblocks.attention.backends import on_triton
 from kvblocks.kernels import kernels
-from kvblocks.storage.cache import LAYOUTS
+from kvblocks.sizes import LAYOUTS
 from kvblocks.storage.movers import WithTriton
 
 CAPABILITY = int(sys.argv[1])
@@ -85,9 +85,9 @@ def main() -> None:
             case = Case(
                 rows_of, 16, groups=4, head_dim=128, v_head_dim=128, dtype=torch.bfloat16, options=dict(options)
             )
-            kernel_way(request_of(case.build()), splits=splits)
+            on_triton(arguments_of(case.build()), splits=splits)
     label = "prefill float32"
-    kernel_way(request_of(Case([(80, 80)], 16, head_dim=80, v_head_dim=64, with_sinks=True).build()), splits=1)
+    on_triton(arguments_of(Case([(80, 80)], 16, head_dim=80, v_head_dim=64, with_sinks=True).build()), splits=1)
     print(json.dumps(compiled))
 
 

@@ -63,13 +63,13 @@ def padded(values: list[int], size: int, pad: int) -> list[int]:
 
 def read_model_step(step: ModelStep) -> StepView:
     """What a StepBuffers of this size holds once the model's step is written to it."""
-    empty_rows = [[0] * step.max_blocks_per_seq] * (step.max_seqs - step.num_seqs)
+    empty_rows = [[-1] * step.max_blocks_per_seq] * (step.max_seqs - step.num_seqs)
     starts = [[0, *accumulate(len(row) for row in rows)] for rows in step.pages]
     return StepView(
         padded(step.input_ids, step.max_tokens, 0),
         padded(step.positions, step.max_tokens, 0),
         [padded(slots, step.max_tokens, -1) for slots in step.slot_mapping],
-        [[padded(row, step.max_blocks_per_seq, 0) for row in rows] + empty_rows for rows in step.block_table],
+        [[padded(row, step.max_blocks_per_seq, -1) for row in rows] + empty_rows for rows in step.block_table],
         [padded(ends, step.max_seqs + 1, ends[-1]) for ends in starts],
         [[block for row in rows for block in row] for rows in step.pages],
         padded(step.last_page_len, step.max_seqs, 0),

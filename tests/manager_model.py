@@ -960,7 +960,7 @@ class ModelManager:
         step.positions = [position for row in rows for position in range(row.start, row.end)]
         each = range(len(self.groups))
         step.slot_mapping = [[slot for row in rows for slot in row.slots[g]] for g in each]
-        step.block_table = [[[max(0, r[g]) for r in row.sequence.table] for row in rows] for g in each]
+        step.block_table = [[[r[g] for r in row.sequence.table] for row in rows] for g in each]
         step.seq_lens = [row.end for row in rows]
         step.query_start_loc = [0]
         for row in rows:

@@ -16,7 +16,8 @@ from torch import Tensor
 from kvblocks.attention import call
 from kvblocks.attention.call import paged_attention
 from kvblocks.cpu_attention import attend, best_isa
-from kvblocks.storage.cache import LAYOUTS, PagedKVCache
+from kvblocks.sizes import LAYOUTS
+from kvblocks.storage.cache import PagedKVCache
 
 # These tensors are tiny, and threads would only wait for each other.
 torch.set_num_threads(1)

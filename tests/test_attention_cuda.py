@@ -16,25 +16,25 @@ from torch import Tensor
 from kvblocks import paged_attention
 from kvblocks.attention import backends as attention_cuda
 from kvblocks.attention import call as attention
-from kvblocks.attention.backends import kernel_refuses, kernel_way, varlen_refuses, varlen_way, way
-from kvblocks.attention.request import Request
+from kvblocks.attention.arguments import Arguments
+from kvblocks.attention.backends import kernel_for, kernel_refuses, on_triton, on_varlen, varlen_refuses
 from kvblocks.kernels import kernels
 from kvblocks.kernels.launch import INTERPRETED
+from kvblocks.sizes import LAYOUTS
 from kvblocks.storage import cache as storage
-from kvblocks.storage.cache import LAYOUTS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
-def request_of(built: Built) -> Request:
+def arguments_of(built: Built) -> Arguments:
     options: dict[str, Any] = dict.fromkeys(("window", "chunk", "softcap")) | built.case.options
     scale = options.pop("scale", built.cache.head_dim**-0.5)
-    return Request(built.query, built.cache, built.step, built.step.block_table, scale, sinks=built.sinks, **options)
+    return Arguments(built.query, built.cache, built.step, built.step.block_table, scale, sinks=built.sinks, **options)
 
 
 def check(case: Case, splits: int | None) -> None:
     built = case.build()
-    output = kernel_way(request_of(built), splits=splits)
+    output = on_triton(arguments_of(built), splits=splits)
     assert output.dtype == case.dtype
     eps = torch.finfo(case.dtype).eps
     # Beside rounding the output, the weights are rounded to the cache's dtype before they meet V.
@@ -118,17 +118,17 @@ def test_scores_far_above_the_sinks(device: str) -> None:
 @pytest.mark.parametrize(("options", "low"), [({"window": 6}, 5), ({"window": 6, "chunk": 16}, 5), ({"chunk": 3}, 2)])
 def test_blocks_out_of_reach_are_never_read(options: dict[str, int], low: int, splits: int, device: str) -> None:
     built = Case([(37, 3), (29, 1)], options=options, device=device).build()
-    expected = kernel_way(request_of(built), splits=splits)
+    expected = on_triton(arguments_of(built), splits=splits)
     for row, (seq_len, query_len) in enumerate(built.case.rows):
         unreached = (seq_len - query_len - low) // 4
         # A value that is read and then given no weight would bring its NaN along.
         gone = built.step.block_table[row, :unreached].long()
         built.cache.key_cache[gone] = math.nan
         built.cache.value_cache[gone] = math.nan
-    assert torch.equal(kernel_way(request_of(built), splits=splits), expected)
+    assert torch.equal(on_triton(arguments_of(built), splits=splits), expected)
     for row, (seq_len, query_len) in enumerate(built.case.rows):
         built.step.block_table[row, : (seq_len - query_len - low) // 4] = -5
-    assert torch.equal(kernel_way(request_of(built), splits=splits), expected)
+    assert torch.equal(on_triton(arguments_of(built), splits=splits), expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -141,23 +141,23 @@ def test_a_block_that_does_not_exist_is_zeros(entry: int, device: str) -> None:
         built.keys[row][8:12] = 0
         built.values[row][8:12] = 0
     for splits in (1, 4):
-        output = kernel_way(request_of(built), splits=splits)
+        output = on_triton(arguments_of(built), splits=splits)
         torch.testing.assert_close(output.double(), built.dense(), rtol=5e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_length_past_the_table_reads_no_other_table(device: str) -> None:
     built = Case([(12, 1), (9, 1)], device=device).build()
-    expected = kernel_way(request_of(built))
+    expected = on_triton(arguments_of(built))
     columns = built.step.block_table.shape[1] - 1
     # What lies behind a row of this table is a block that holds NaN.
     wide = torch.full((4, columns + 3), int(built.step.block_table[1, 0]), dtype=torch.int32, device=device)
     built.cache.key_cache[wide[0, 0].long()] = math.nan
     wide[:, :columns] = built.step.block_table[:, :columns]
     longer = replace(built.step, seq_lens=torch.tensor([13 + 8, 9], dtype=torch.int32, device=device))
-    request = replace(request_of(built), step=longer, table=wide[:, :columns])
+    args = replace(arguments_of(built), step=longer, table=wide[:, :columns])
     query = built.query[:1]
-    one = kernel_way(replace(request, query=query, step=replace(longer, num_seqs=1, num_tokens=1)))
+    one = on_triton(replace(args, query=query, step=replace(longer, num_seqs=1, num_tokens=1)))
     assert expected.isfinite().all()
     assert one.isfinite().all()
 
@@ -180,31 +180,31 @@ def test_what_a_graph_was_captured_for_serves_smaller_batches(device: str) -> No
             step, num_seqs=4, num_tokens=4, max_seq_len=48, block_table=table, seq_lens=lens, query_start_loc=starts
         )
         for splits in (1, 4):
-            output = kernel_way(replace(request_of(built), step=captured, table=table), splits=splits)
+            output = on_triton(replace(arguments_of(built), step=captured, table=table), splits=splits)
             torch.testing.assert_close(output.double(), built.dense(), rtol=5e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_queries_with_strides(device: str) -> None:
     built = Case([(9, 4), (6, 1)], device=device).build()
-    expected = kernel_way(request_of(built))
+    expected = on_triton(arguments_of(built))
     wide = torch.cat([built.query, built.query, built.query], 1)[:, 4:8]
-    assert torch.equal(kernel_way(replace(request_of(built), query=wide)), expected)
+    assert torch.equal(on_triton(replace(arguments_of(built), query=wide)), expected)
     apart = torch.stack([built.query, built.query], 3).flatten(2)[:, :, ::2]
-    assert torch.equal(kernel_way(replace(request_of(built), query=apart)), expected)
+    assert torch.equal(on_triton(replace(arguments_of(built), query=apart)), expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_small_arrays_with_strides(device: str) -> None:
     built = Case([(9, 4), (6, 1)], with_sinks=True, device=device).build()
-    expected = kernel_way(request_of(built))
+    expected = on_triton(arguments_of(built))
     assert built.sinks is not None
     sinks, lens, starts = (
         torch.stack([array, torch.zeros_like(array)], 1)[:, 0]
         for array in (built.sinks, built.step.seq_lens, built.step.query_start_loc)
     )
     step = replace(built.step, seq_lens=lens, query_start_loc=starts)
-    assert torch.equal(kernel_way(replace(request_of(built), sinks=sinks, step=step)), expected)
+    assert torch.equal(on_triton(replace(arguments_of(built), sinks=sinks, step=step)), expected)
 
 
 def test_what_is_launched_depends_on_no_length(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +224,7 @@ def test_what_is_launched_depends_on_no_length(monkeypatch: pytest.MonkeyPatch) 
     table = torch.zeros(3, 1024, dtype=torch.int32)
     for longest in (9, 2000, 4096):
         launched.append([])
-        kernel_way(replace(request_of(built), table=table, step=replace(built.step, max_seq_len=longest)))
+        on_triton(replace(arguments_of(built), table=table, step=replace(built.step, max_seq_len=longest)))
     assert len(launched[0]) == 2  # split, and put together
     assert launched[0] == launched[1] == launched[2]
 
@@ -247,8 +247,9 @@ def test_varlen_attn_is_told_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     case = Case([(9, 3), (21, 1)], dtype=torch.float16, options={"window": 5, "scale": 0.3}, padding=2)
     built = case.build()
-    assert way(request_of(built)) is varlen_way
-    output = varlen_way(request_of(built))
+    built.cache.group = 0  # of an engine, in a group that gives no block in front of the window back
+    assert kernel_for(arguments_of(built)) is on_varlen
+    output = on_varlen(arguments_of(built))
     assert output[:4].eq(1).all()
     assert output[4:].eq(0).all()
     [call] = varlen.calls
@@ -260,7 +261,7 @@ def test_varlen_attn_is_told_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> N
     assert call["window_size"] == (4, 0)
     assert call["enable_gqa"]
     assert call["key"].shape == (built.cache.num_blocks, 4, 2, 16)
-    varlen_way(replace(request_of(built), window=None))
+    on_varlen(replace(arguments_of(built), window=None))
     assert varlen.calls[1]["window_size"] == (-1, 0)
 
 
@@ -278,6 +279,7 @@ def test_torch_has_the_function_that_is_called() -> None:
         ({"v_head_dim": 8}, "16 and 8"),
         ({"head_dim": 12, "v_head_dim": 12}, "12 and 12"),
         ({"block_size": 64}, "64 tokens are loaded whole"),
+        ({"options": {"window": 4}}, "in front of a window"),
         ({"options": {"chunk": 4}}, "no chunk"),
         ({"options": {"softcap": 4.0}}, "no softcap"),
         ({"with_sinks": True}, "no sinks"),
@@ -288,9 +290,9 @@ def test_what_varlen_attn_cannot_do_goes_on_to_the_kernel(
 ) -> None:
     monkeypatch.setattr(attention_cuda, "_varlen", lambda: (Varlen(), lambda: "FA3"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    request = request_of(Case([(9, 3)], **({"dtype": torch.float16} | changes)).build())
-    assert reason in (varlen_refuses(request) or "")
-    assert way(request) is kernel_way
+    args = arguments_of(Case([(9, 3)], **({"dtype": torch.float16} | changes)).build())
+    assert reason in (varlen_refuses(args) or "")
+    assert kernel_for(args) is on_triton
 
 
 def test_which_way_is_taken_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -300,7 +302,7 @@ def test_which_way_is_taken_is_logged_once(monkeypatch: pytest.MonkeyPatch, capl
     small, odd = (Case([(9, 3)], dtype=dtype).build() for dtype in (torch.float16, torch.float64))
     with caplog.at_level(logging.INFO, logger="kvblocks"):
         for built in (small, odd, small, odd):
-            way(request_of(built))
+            kernel_for(arguments_of(built))
     assert [record.getMessage() for record in caplog.records] == [
         "paged attention runs on kvblocks' Triton kernel (not varlen_attn: FA3 pages on compute capability 9 only)",
         "paged attention runs on plain torch, which waits for the device (not varlen_attn: FA3 pages on compute "
@@ -310,14 +312,14 @@ def test_which_way_is_taken_is_logged_once(monkeypatch: pytest.MonkeyPatch, capl
 
 
 def test_what_the_kernel_cannot_do_is_left_to_torch() -> None:
-    assert way(request_of(Case([(3, 1)], head_dim=264, v_head_dim=8, dtype=torch.float16).build())) is None
-    assert way(request_of(Case([(3, 1)], kv_heads=1, groups=129, dtype=torch.float16).build())) is None
+    assert kernel_for(arguments_of(Case([(3, 1)], head_dim=264, v_head_dim=8, dtype=torch.float16).build())) is None
+    assert kernel_for(arguments_of(Case([(3, 1)], kv_heads=1, groups=129, dtype=torch.float16).build())) is None
     large = Case([(3, 1)], kv_heads=1, groups=71, head_dim=256, v_head_dim=8)
-    assert "131072 bytes, which pass 32768" in (kernel_refuses(request_of(large.build())) or "")
-    assert way(request_of(large.build())) is None
+    assert "131072 bytes, which pass 32768" in (kernel_refuses(arguments_of(large.build())) or "")
+    assert kernel_for(arguments_of(large.build())) is None
     built = Case([(3, 1)], dtype=torch.float16).build()
     elsewhere = replace(built.step, seq_lens=built.step.seq_lens.to("meta"))
-    assert way(replace(request_of(built), step=elsewhere)) is None
+    assert kernel_for(replace(arguments_of(built), step=elsewhere)) is None
 
 
 class OnCuda(Tensor):
@@ -330,20 +332,20 @@ class OnCuda(Tensor):
 def test_the_public_call_hands_its_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
     built = Case([(9, 3), (7, 1)], with_sinks=True).build()
     built.step.block_table = torch.stack([torch.full_like(built.step.block_table, -1), built.step.block_table])
-    requests: list[Request] = []
+    asked: list[Arguments] = []
 
-    def by_kernel(request: Request) -> Tensor:
-        requests.append(request)
-        return kernel_way(replace(request, query=request.query.as_subclass(Tensor)))
+    def by_kernel(args: Arguments) -> Tensor:
+        asked.append(args)
+        return on_triton(replace(args, query=args.query.as_subclass(Tensor)))
 
-    monkeypatch.setattr(attention, "way", lambda request: by_kernel)
+    monkeypatch.setattr(attention, "kernel_for", lambda args: by_kernel)
     query = built.query.as_subclass(OnCuda)
     options: dict[str, Any] = {"window": 5, "chunk": 8, "softcap": 3, "scale": 1, "sinks": built.sinks}
     output = paged_attention(query, built.cache, built.step, group=1, **options)
-    [request] = requests
-    assert (request.window, request.chunk, request.softcap, request.scale) == (5, 8, 3.0, 1.0)
-    assert isinstance(request.scale, float)
-    assert isinstance(request.softcap, float)
+    [args] = asked
+    assert (args.window, args.chunk, args.softcap, args.scale) == (5, 8, 3.0, 1.0)
+    assert isinstance(args.scale, float)
+    assert isinstance(args.softcap, float)
     expected = paged_attention(built.query, built.cache, built.step, group=1, **options)
     torch.testing.assert_close(output, expected, rtol=5e-5, atol=5e-5)
     # What the device holds is not looked at, unless checks are asked for.
@@ -352,7 +354,7 @@ def test_the_public_call_hands_its_arguments_on(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(storage, "CHECKED", True)
     with pytest.raises(ValueError, match="row 0 of the step has 3 queries and seq_lens=1"):
         paged_attention(query, built.cache, built.step, group=1, **options)
-    assert len(requests) == 2
+    assert len(asked) == 2
 
 
 @pytest.mark.cuda
@@ -364,13 +366,13 @@ def test_varlen_attn_on_a_device(dtype: torch.dtype) -> None:
     except (ImportError, RuntimeError) as error:
         pytest.skip(f"FlashAttention 3 is not there: {error}")
     try:
-        reason = varlen_refuses(request_of(built))
+        reason = varlen_refuses(arguments_of(built))
         if reason is not None:
             pytest.skip(reason)
         for window in (None, 7):
             built.case.options = {"window": window} if window else {}
-            assert way(request_of(built)) is varlen_way
-            output = varlen_way(request_of(built))
+            assert kernel_for(arguments_of(built)) is on_varlen
+            output = on_varlen(arguments_of(built))
             tolerance = 4 * torch.finfo(dtype).eps
             torch.testing.assert_close(output.double(), built.dense(), rtol=tolerance, atol=tolerance)
     finally:

@@ -19,7 +19,7 @@ from kvblocks import demo
 from kvblocks.cli import generate as cli_generate
 from kvblocks.cli import main as cli
 from kvblocks.generation.verify import Verdict
-from kvblocks.storage.cache import LAYOUTS
+from kvblocks.sizes import LAYOUTS
 
 # These tensors are tiny, and threads would only wait for each other.
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ from test_step import Engine, buffers_over, snapshot
 from torch import Tensor
 
 from kvblocks import BlockManager, CacheConfig, CacheEngine, PagedKVCache, StepBuffers, paged_attention
-from kvblocks.storage.cache import LAYOUTS
+from kvblocks.sizes import LAYOUTS
 
 pytestmark = pytest.mark.cuda
 

@@ -3,7 +3,11 @@
 import gc
 import logging
 import mmap
+import os
+import re
+import resource
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
@@ -20,7 +24,8 @@ from kvblocks import memory
 from kvblocks.config import CacheConfig, Group
 from kvblocks.engine import CacheEngine
 from kvblocks.errors import OutOfMemory
-from kvblocks.storage.cache import LAYOUTS
+from kvblocks.sizes import LAYOUTS
+from kvblocks.step import StepBuffers
 
 configs = st.builds(
     CacheConfig,
@@ -301,7 +306,7 @@ def test_many_threads_get_the_same_caches() -> None:
 
 @pytest.fixture
 def half_a_gibibyte_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda: 512 << 20)
+    monkeypatch.setattr(memory, "room", lambda: memory.Room(512 << 20, "a test"))
 
 
 @pytest.mark.usefixtures("half_a_gibibyte_free")
@@ -346,6 +351,63 @@ def test_for_device_takes_a_share_of_what_is_free(
 def test_for_device_says_what_it_cannot_take(given: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         CacheEngine.for_device(2, 64, 4, "bfloat16", "cpu", memory=given)
+
+
+def test_what_caches_were_promised_is_taken() -> None:
+    """Nobody touches the memory of these caches, and still they do not get it three times."""
+    free = memory.available_memory()
+    engines = [CacheEngine.for_device(8, 128, 4, "bfloat16", "cpu", memory="60%") for _ in range(3)]
+    shares = [engine.memory_bytes / free for engine in engines]
+    assert shares == pytest.approx([0.6, 0.24, 0.096], abs=0.05)  # what else the machine does moves them a little
+
+
+def limited(nbytes: int) -> None:
+    """In a child: an engine past RLIMIT_DATA says so, and what it says fits does fit."""
+    used = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10  # type: ignore[index]
+    resource.setrlimit(resource.RLIMIT_DATA, (used + nbytes, resource.RLIM_INFINITY))
+    config = CacheConfig(num_layers=2, num_kv_heads=8, head_dim=128, num_gpu_blocks=8192)  # 1 GiB
+    with pytest.raises(OutOfMemory, match=r"The limit is RLIMIT_DATA \(ulimit -d\)") as caught:
+        CacheEngine(config, "bfloat16", "cpu")
+    fits = caught.value.blocks_that_fit
+    assert 0 < caught.value.free <= nbytes
+    assert CacheEngine(config.replace(num_gpu_blocks=fits * 9 // 10), "bfloat16", "cpu").memory_bytes > nbytes // 2
+
+
+def test_a_limit_of_the_process_is_named_and_what_is_said_to_fit_fits() -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            limited(256 << 20)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_refusal_that_no_limit_explains_does_not_contradict_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with locked memory: less is mapped than the limits that can be read would allow."""
+    config = CacheConfig(num_layers=2, num_kv_heads=8, head_dim=128, num_gpu_blocks=64)  # 2 MiB for each tensor
+    mapped = memory._mapped
+
+    def refusing(nbytes: int) -> mmap.mmap:
+        if nbytes > 1 << 20:
+            raise OSError(11, "Resource temporarily unavailable")
+        return mapped(nbytes)
+
+    def failing(nbytes: int, *, prefault: bool = False) -> Tensor:
+        raise MemoryError("one of the mappings, though one of all would be given")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "_mapped", refusing)
+        with pytest.raises(OutOfMemory, match=r"has 1048576 available: 8 blocks fit\. .* locked memory") as caught:
+            CacheEngine(config, "bfloat16", "cpu")
+        assert (caught.value.free, caught.value.blocks_that_fit) == (1 << 20, 8)
+        with pytest.raises(OutOfMemory, match=r"step buffers .* and 1048576 are available.* temporarily unavail"):
+            StepBuffers(8, 1 << 20, 8)
+    monkeypatch.setattr(memory, "zeroed", failing)
+    with pytest.raises(OutOfMemory, match="63 blocks fit"):
+        CacheEngine(config, "bfloat16", "cpu")
 
 
 @pytest.mark.cuda

@@ -18,7 +18,7 @@ from kvblocks.errors import NoFreeBlocks
 from kvblocks.generation.generator import Generator, Request, Token
 from kvblocks.generation.verify import verify
 from kvblocks.integrations.transformers import kv_shape
-from kvblocks.storage.cache import LAYOUTS
+from kvblocks.sizes import LAYOUTS
 
 # These tensors are tiny, and threads would only wait for each other.
 torch.set_num_threads(1)

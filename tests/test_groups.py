@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvblocks.attention import call
 from kvblocks.attention.call import paged_attention
 from kvblocks.config import CacheConfig, Chunk, Group, Window
 from kvblocks.engine import CacheEngine
-from kvblocks.errors import NoFreeBlocks
+from kvblocks.errors import MovesPending, NoFreeBlocks
 from kvblocks.manager import BlockManager
 from kvblocks.step.buffers import StepBuffers
 from kvblocks.storage import PagedKVCache
@@ -93,10 +94,9 @@ class Model:
         for layer, blocks in enumerate(self.engine):
             group = self.engine.group_of(layer)
             rows = torch.cat([self.kv(layer, tokens[i][: ends[i]], ends[i] - lens[i]) for i in range(len(seqs))])
-            slots = step.slot_mapping[group][: step.num_tokens]
-            self.poison(blocks, slots)
-            blocks.write(rows[:, :KV_HEADS], rows[:, KV_HEADS : 2 * KV_HEADS], slots)
+            self.poison(blocks, step.slot_mapping[group][: step.num_tokens])
             # Neither group nor reach is named: the cache knows both.
+            blocks.write(rows[:, :KV_HEADS], rows[:, KV_HEADS : 2 * KV_HEADS], step)
             out = paged_attention(rows[:, 2 * KV_HEADS :].contiguous(), blocks, step)
             right = torch.cat([self.expected(layer, tokens[i][: ends[i]], ends[i] - lens[i]) for i in range(len(seqs))])
             torch.testing.assert_close(out, right)
@@ -170,8 +170,7 @@ def prepared(reaches: tuple[Any, ...]) -> tuple[Model, Tensor]:
     model.engine.move(model.step)
     nothing = torch.zeros(1, KV_HEADS, DIM, dtype=torch.float64)
     for blocks in model.engine:
-        assert blocks.group is not None
-        blocks.write(nothing, nothing, model.step.slot_mapping[blocks.group][:1])
+        blocks.write(nothing, nothing, model.step)
     return model, torch.zeros(1, HEADS, DIM, dtype=torch.float64)
 
 
@@ -197,7 +196,7 @@ def test_a_cache_knows_its_group_and_how_far_it_attends() -> None:
     ],
 )
 def test_attending_further_than_the_group_keeps_is_an_error(reach: Any, options: dict[str, Any]) -> None:
-    """Out there the table is padded with block 0, which is another sequence's."""
+    """Out there the table is padding, and the blocks are other sequences'."""
     model, query = prepared((None, reach))
     with pytest.raises(ValueError, match=rf"reach further than {re.escape(str(reach))}, for which .* keeps blocks"):
         paged_attention(query, model.engine[1], model.step, **options)
@@ -236,6 +235,82 @@ def test_a_wrong_group_is_an_error() -> None:
     manager.prepare([manager.admit([1])[0]], [1], step)
     with pytest.raises(ValueError, match="the step has 1 layer groups, and the engine of this cache 2"):
         paged_attention(query, model.engine[0], step)
+
+
+def test_writing_takes_the_slots_of_the_caches_group_from_a_step() -> None:
+    model = Model((None, Window(5)), 12, 4, "NHD")
+    seqs = [model.manager.admit([1, 2, 3])[0], model.manager.admit([4, 5])[0]]
+    model.manager.prepare(seqs, [3, 2], model.step)
+    rows = torch.randn(7, KV_HEADS, DIM, dtype=torch.float64)  # two more than there are tokens, for a fixed shape
+    for blocks in model.engine:
+        blocks.write(rows, -rows, model.step)
+        table = model.step.block_table[blocks.group]
+        for first, count, row in ((0, 3, 0), (3, 2, 1)):
+            keys, values = blocks.gather(table[row, :1], count)
+            assert torch.equal(keys, rows[first : first + count])
+            assert torch.equal(values, -rows[first : first + count])
+        assert not torch.isin(rows[5:], blocks.key_cache).any()
+
+
+def test_what_layers_ask_of_a_step_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, query = prepared((None, Window(5)))
+    model.step.derived.clear()
+    asked: list[str] = []
+
+    def counting(name: str, made: Any) -> Any:
+        def counted(*given: Any) -> Any:
+            asked.append(name)
+            return made(*given)
+
+        return counted
+
+    monkeypatch.setattr(call, "_listed", counting("rows", call._listed))
+    monkeypatch.setattr(PagedKVCache, "_indices", counting("slots", PagedKVCache._indices))
+    monkeypatch.setattr(
+        PagedKVCache, "gather", lambda self, table, count: self._mover.gather(table.long(), count, None)
+    )
+    nothing = torch.zeros(1, KV_HEADS, DIM, dtype=torch.float64)
+    for layer in [*model.engine, *model.engine]:
+        layer.write(nothing, nothing, model.step)
+        paged_attention(query, layer, model.step)
+    assert sorted(asked) == ["rows", "rows", "slots", "slots"]  # for each of the two groups
+
+
+def test_a_step_that_does_not_fit_is_not_written() -> None:
+    model = Model((None, Window(5)), 12, 4, "NHD")
+    cache, rows = model.engine[1], torch.zeros(3, KV_HEADS, DIM, dtype=torch.float64)
+    model.manager.prepare([model.manager.admit([1, 2, 3])[0]], [3], model.step)
+    for count in (2, 65):
+        some = torch.zeros(count, KV_HEADS, DIM, dtype=torch.float64)
+        with pytest.raises(ValueError, match=f"have {count} rows; the step has num_tokens=3, and no more than 64"):
+            cache.write(some, some, model.step)
+    alone = PagedKVCache(12, KV_HEADS, DIM, 4, "float64", "cpu")
+    with pytest.raises(ValueError, match="the step has 2 layer groups, and this cache is of 1; take the cache of"):
+        alone.write(rows, rows, model.step)
+    model.step.slot_mapping[1, 2] = 48  # what the first layer of a pass would write is checked
+    with pytest.raises(ValueError, match=r"step.slot_mapping\[2\]=48 is outside -1..47"):
+        cache.write(rows, rows, model.step)
+    assert all(layer.key_cache.isnan().all() for layer in model.engine)
+
+
+def test_a_step_whose_blocks_were_not_moved_is_not_written() -> None:
+    config = CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_gpu_blocks=4)
+    engine, manager, step = CacheEngine(config, "float32", "cpu"), BlockManager.for_config(config), StepBuffers(2, 8, 1)
+    seq, _ = manager.admit([1, 2])
+    step_id = manager.prepare([seq], [2], step)
+    engine.move(step)
+    manager.commit(step_id)
+    [fork] = manager.fork(seq)
+    manager.append([seq, fork], [3, 4])
+    manager.prepare([fork], [1], step)
+    assert step.num_copies == 1
+    row = torch.ones(1, 1, 8)
+    with pytest.raises(MovesPending, match=r"call engine.move\(step\) first"):
+        engine[0].write(row, row, step)
+    assert not engine[0].key_cache.any()
+    engine.move(step)
+    engine[0].write(row, row, step)
+    assert engine[0].key_cache.sum() == 8
 
 
 @pytest.mark.parametrize(

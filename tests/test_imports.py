@@ -1,6 +1,7 @@
 """Which module may import which: read off the source, without running it."""
 
 import ast
+import builtins
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from conftest import package_folder
+
+from kvblocks import errors
 
 # From the ground up. A module imports only what lies on its own floor or below; `kvblocks` itself, which hands out
 # names when they are first used, stands above all but what runs it.
@@ -81,3 +84,18 @@ def test_no_modules_import_each_other() -> None:
         TopologicalSorter(edges).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_every_error_is_in_one_module() -> None:
+    """An error is a class whose base is one: Python's, or one of `errors`."""
+    bases = {name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, Exception)}
+    bases |= set(errors.__all__)
+    found = {
+        name: node.name
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+        and any(isinstance(base, ast.Name) and base.id in bases for base in node.bases)
+    }
+    assert found.keys() == {"kvblocks.errors"}
+    assert all(issubclass(getattr(errors, name), errors.KVBlocksError) for name in errors.__all__)

@@ -16,7 +16,8 @@ from torch import Tensor
 from kvblocks import memory
 from kvblocks.config import CacheConfig, itemsize
 from kvblocks.kernels import kernels
-from kvblocks.storage.cache import LAYOUTS, PagedKVCache
+from kvblocks.sizes import LAYOUTS
+from kvblocks.storage.cache import PagedKVCache
 from kvblocks.storage.movers import WithTorch, WithTriton
 
 DTYPES = [

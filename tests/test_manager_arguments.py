@@ -66,6 +66,7 @@ def test_step_buffers_name_what_is_wrong() -> None:
         StepBuffers(1, 1, 1, device="meta")
     with pytest.raises(OutOfMemory):
         StepBuffers(2**31 - 1, 1, 2**31 - 1)
+    assert StepBuffers(100, 1, 1, groups=np.int8(2)).slot_mapping.shape == (2, 1)  # 2 * 100 is past an int8
     with torch.device("meta"):  # a default device is for models, not for the host's side of a step
         assert StepBuffers(1, 1, 1).input_ids.is_cpu
 

@@ -391,7 +391,7 @@ def test_what_slides_out_of_a_window_is_given_back(engine: Engine) -> None:
     assert manager.num_free_blocks == 16 - 6
     manager.append([seq], [8])
     engine.prepare(seq)
-    assert [row[0][:4] for row in engine.view().block_table] == [[0, 2, 4, 6], [0, 0, 5, 7]]
+    assert [row[0][:4] for row in engine.view().block_table] == [[0, 2, 4, 6], [-1, -1, 5, 7]]
     assert engine.view().kv_indices == [[0, 2, 4, 6], [5, 7]]
 
 

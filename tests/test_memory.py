@@ -81,6 +81,12 @@ def test_what_cannot_be_mapped_is_a_memory_error() -> None:
         memory.zeroed(1 << 60)
 
 
+@pytest.fixture(autouse=True)
+def nothing_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the caches of other tests were given is theirs."""
+    monkeypatch.setattr(memory, "_given", {})
+
+
 def procfs(root: Path, *, available: int | None, cgroup: str = "", mounts: str = "") -> Path:
     (root / "self").mkdir(parents=True)
     lines = "MemTotal: 1 kB\n" + ("" if available is None else f"MemAvailable:   {available >> 10} kB\n")
@@ -151,6 +157,50 @@ def test_this_machine_has_some_memory_and_less_than_it_has_in_all() -> None:
 
 def test_the_limit_of_the_address_space_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     proc = procfs(tmp_path / "proc", available=8 * GIB)
-    (proc / "self/statm").write_text(f"{GIB // mmap.PAGESIZE} 1 1 1 0 1 0\n")
-    monkeypatch.setattr(resource, "getrlimit", lambda which: (3 * GIB, resource.RLIM_INFINITY))
-    assert memory.available_memory(proc) == 2 * GIB
+    (proc / "self/status").write_text(f"VmSize:\t {GIB >> 10} kB\nVmData:\t {GIB >> 11} kB\n")
+    limits = {resource.RLIMIT_AS: 3 * GIB, resource.RLIMIT_DATA: 3 * GIB}
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (limits[which], resource.RLIM_INFINITY))
+    assert memory.room(proc) == (2 * GIB, "RLIMIT_AS (ulimit -v)")
+    limits[resource.RLIMIT_DATA] = 2 * GIB
+    assert memory.room(proc) == (3 * GIB // 2, "RLIMIT_DATA (ulimit -d)")
+
+
+def test_where_the_kernel_never_overcommits_its_limit_counts(tmp_path: Path) -> None:
+    proc = procfs(tmp_path / "proc", available=8 * GIB)
+    with open(proc / "meminfo", "a") as file:
+        file.write(f"CommitLimit: {5 * GIB >> 10} kB\nCommitted_AS: {GIB >> 10} kB\n")
+    (proc / "sys/vm").mkdir(parents=True)
+    for mode, left in (("0", 8 * GIB), ("1", 8 * GIB), ("2", 4 * GIB)):
+        (proc / "sys/vm/overcommit_memory").write_text(f"{mode}\n")
+        assert memory.room(proc).nbytes == left
+    assert memory.room(proc).limit == "CommitLimit (vm.overcommit_memory=2)"
+
+
+def test_what_was_given_and_not_touched_counts_as_taken(tmp_path: Path) -> None:
+    proc = procfs(tmp_path / "proc", available=8 * GIB)
+    before = memory.promised()
+    tensor = memory.zeroed(GIB + 5)
+    assert memory.promised() - before == GIB + 5
+    assert memory.available_memory(proc) == 8 * GIB - before - GIB - 5
+    tensor[: 64 << 20] = 1
+    assert memory.promised() - before <= GIB + 5 - (64 << 20)
+    view = tensor[7:9]
+    del tensor
+    assert memory.promised() > before
+    del view
+    gc.collect()
+    assert memory.promised() == before
+
+
+def test_how_much_can_be_mapped_is_found_by_asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped = memory._mapped
+
+    def limited(nbytes: int) -> mmap.mmap:
+        if nbytes > 1234 * mmap.PAGESIZE:
+            raise OSError(12, "Cannot allocate memory")
+        return mapped(nbytes)
+
+    monkeypatch.setattr(memory, "_mapped", limited)
+    assert memory.mappable(GIB) == 1234 * mmap.PAGESIZE
+    assert memory.mappable(1234 * mmap.PAGESIZE - 1) == 1234 * mmap.PAGESIZE - 1
+    assert memory.mappable(0) == 0

@@ -280,11 +280,19 @@ def test_without_transformers_all_else_is_offered() -> None:
         import kvblocks
         assert BlockManager and "generate" not in kvblocks.__all__ and "generate" not in dir(kvblocks)
         inspect.getmembers(kvblocks)
-        try:
-            kvblocks.generate
-        except ModuleNotFoundError as error:
-            assert "needs transformers" in str(error)
-        else:
-            raise AssertionError("generate without transformers")
+        assert not hasattr(kvblocks, "generate") and not hasattr(kvblocks, "Pool")
+        said = []
+        for code in ("kvblocks.generate", "from kvblocks import generate", "from kvblocks import Pool", "kvblocks.x"):
+            try:
+                exec(code)
+            except (AttributeError, ModuleNotFoundError) as error:
+                said.append((type(error).__name__, str(error)))
+        needs = 'kvblocks.{} needs transformers, which is not installed; run: pip install "kvblocks[generate]"'
+        assert said == [
+            ("AttributeError", needs.format("generate")),
+            ("ModuleNotFoundError", needs.format("generate")),
+            ("ModuleNotFoundError", needs.format("Pool")),
+            ("AttributeError", "module 'kvblocks' has no attribute 'x'"),
+        ], said
     """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

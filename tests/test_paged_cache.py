@@ -815,7 +815,7 @@ def test_memory_is_what_it_takes_at_most() -> None:
     assert late.engine.memory_bytes <= 1 << 20
     assert late.engine.dtype == torch.float32
     small = PagedCache(llama_config(), memory=100)
-    with pytest.raises(ValueError, match="memory_bytes=100"):
+    with pytest.raises(ValueError, match="memory=100 holds no block"):
         small.update(*states(1, 3, torch.Generator()), 0)
 
 

@@ -4,6 +4,7 @@ Models have the layers, windows, chunks and longest sequences of the published c
 heads, on which groups do not depend.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import tiny_models
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Cohere2Config,
     Gemma2Config,
@@ -54,7 +56,6 @@ SMALL: dict[str, Any] = {
 # Where a plan's groups are not those of `kvblocks.generate`, and why.
 GROUPED_OTHERWISE = {
     "gpt_neo": "transformers' cache keeps every token of its local layers; the plan counts their window",
-    "mimo_v2_flash": "its sliding layers have more heads; generation keeps equally many bytes for every layer",
 }
 
 
@@ -145,6 +146,34 @@ def test_every_architecture_is_grouped_alike(name: str) -> None:
             raise
         pytest.skip(str(error))
     assert (planned == groups) == (name not in GROUPED_OTHERWISE)
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "mimo_v2_flash"])
+def test_layers_of_unlike_shapes_have_the_same_groups_and_bytes_everywhere(name: str) -> None:
+    config, model = tiny_models.build(name)
+    planned = plan(config, dtype="float32", memory="64MiB").cache_config()
+    assert len(set(planned.layer_shapes)) > 1
+    with kvblocks.generate(model, [[5, 6, 7]], max_new_tokens=1, num_blocks=16) as run:
+        made = [run.generator.engine.config]
+    made += [cache_config(config, "64MiB", torch.float32), PagedCache(config, num_blocks=1).engine.config]
+    made += [kvblocks.Pool(given, num_blocks=1).config for given in (config, model)]
+    for each in made:
+        assert each.groups == planned.groups
+        assert each.layer_shapes == planned.layer_shapes
+        assert each.block_bytes("float32") == planned.block_bytes("float32")
+
+
+def test_gemma_4_26b_has_the_groups_of_its_plan() -> None:
+    values = json.loads((Path(__file__).parent / "data/configs/gemma-4-26b-a4b-nvfp4.json").read_text())
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    planned = plan(config, memory="64GiB").cache_config()
+    made = cache_config(config, "64GiB", torch.bfloat16)
+    assert (made.groups, made.layer_shapes) == (planned.groups, planned.layer_shapes)
+    assert {len(group.layers) for group in made.groups} == {
+        2,
+        3,
+        5,
+    }  # a full layer keeps half of what a windowed one does
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -13,16 +13,18 @@ from kernel_helpers import DEVICES
 from torch import Tensor
 
 from kvblocks import BlockManager, Chunk, NoFreeBlocks, StepBuffers, Window
+from kvblocks.checks import once
 from kvblocks.kernels import kernels
 from kvblocks.kernels.launch import INTERPRETED
+from kvblocks.manager import StepArrays
 from kvblocks.step import buffers as step_buffers
-from kvblocks.step.upload import Event, Lane
+from kvblocks.step.upload import Event, Transport
 
 ARRAYS = ("input_ids", "positions", "slot_mapping", "block_table", "seq_lens", "query_start_loc")
 PAGES = ("kv_indptr", "kv_last_page_len")
 
 
-class LateLane(Lane):
+class LateTransport(Transport):
     """CPU memory as a device that does nothing before it is waited for, and then in order."""
 
     def __init__(self, with_kernel: bool = INTERPRETED) -> None:
@@ -46,7 +48,7 @@ class LateLane(Lane):
         if self.with_kernel and module is not None:
             self.queue.append(lambda: module.apply_patches(image, packed, patches_at, count, longest))
         else:
-            self.queue.append(lambda: Lane.apply(self, image, packed, host, patches_at, count, longest))
+            self.queue.append(lambda: Transport.apply(self, image, packed, host, patches_at, count, longest))
 
     def run(self, until: Callable[[], bool]) -> None:
         while self.queue and not until():
@@ -57,23 +59,23 @@ class LateLane(Lane):
 
 
 class LateEvent:
-    def __init__(self, lane: LateLane) -> None:
-        self.lane, self.pending = lane, 0
+    def __init__(self, transport: LateTransport) -> None:
+        self.transport, self.pending = transport, 0
 
     def record(self) -> None:
         self.pending += 1
-        self.lane.queue.append(self.reached)
+        self.transport.queue.append(self.reached)
 
     def reached(self) -> None:
         self.pending -= 1
 
     def synchronize(self) -> None:
-        self.lane.run(lambda: self.pending == 0)
+        self.transport.run(lambda: self.pending == 0)
 
 
-def buffers_over(way: Lane | None, **sizes: Any) -> StepBuffers:
+def buffers_over(way: Transport | None, **sizes: Any) -> StepBuffers:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_buffers, "lane", lambda device: way)
+        patch.setattr(step_buffers, "transport", lambda device: way)
         return StepBuffers(**{"max_seqs": 5, "max_tokens": 24, "max_blocks_per_seq": 9, **sizes})
 
 
@@ -158,7 +160,7 @@ def test_a_late_device_sees_every_step_as_the_host_has_it(
     with_kernel: bool, seed: int, kv_indices: bool, groups: int
 ) -> None:
     """Two managers make the same calls. On the device each pass reads the image when its turn comes, not before."""
-    way = LateLane(with_kernel)
+    way = LateTransport(with_kernel)
     there = Engine(seed, buffers_over(way, kv_indices=kv_indices, groups=groups))
     here = Engine(seed, buffers_over(None, kv_indices=kv_indices, groups=groups))
     expected: list[dict[str, list[Any]]] = []
@@ -180,7 +182,7 @@ def admitted(manager: BlockManager, lengths: list[int]) -> list[int]:
 
 
 def test_a_decode_step_carries_what_changed_and_not_the_tables() -> None:
-    way = LateLane()
+    way = LateTransport()
     buffers = buffers_over(way, max_seqs=64, max_tokens=8192, max_blocks_per_seq=512)
     manager = BlockManager(64 * 16, 16)
     seqs = admitted(manager, [15 * 16] * 64)
@@ -196,7 +198,7 @@ def test_a_decode_step_carries_what_changed_and_not_the_tables() -> None:
 
 
 def test_the_host_is_two_steps_ahead_and_no_more() -> None:
-    way = LateLane()
+    way = LateTransport()
     buffers = buffers_over(way)
     manager = BlockManager(24, 4)
     passes: list[int] = []
@@ -209,7 +211,7 @@ def test_the_host_is_two_steps_ahead_and_no_more() -> None:
 
 
 def test_after_an_upload_that_failed_the_next_one_brings_everything() -> None:
-    way = LateLane()
+    way = LateTransport()
     there, here = buffers_over(way), buffers_over(None)
     managers = [BlockManager(24, 4), BlockManager(24, 4)]
     for manager, buffers in zip(managers, (there, here), strict=True):
@@ -233,7 +235,7 @@ def test_after_an_upload_that_failed_the_next_one_brings_everything() -> None:
 
 
 def test_tensors_stay_where_they_are() -> None:
-    way = LateLane()
+    way = LateTransport()
     buffers = buffers_over(way, kv_indices=True)
     tensors = [getattr(buffers, name) for name in (*ARRAYS, *PAGES, "kv_indices")]
     places = [tensor.data_ptr() for tensor in tensors]
@@ -250,12 +252,27 @@ def test_on_the_host_nothing_is_carried() -> None:
     manager = BlockManager(8, 4)
     manager.prepare(admitted(manager, [5]), 5, buffers)
     assert buffers.positions[:5].tolist() == [0, 1, 2, 3, 4]
+    wide, narrow = np.zeros(4, np.int64), np.zeros(4, np.int32)
+    arrays = StepArrays(wide, wide, wide, narrow.reshape(2, 2), narrow[:2], narrow[:3], wide.reshape(2, 2))
     with pytest.raises(RuntimeError, match="without uploads=True"):
-        buffers._pack(0, 0)
+        arrays._pack(0, 0)
+
+
+def test_what_layers_derived_from_a_step_is_forgotten_when_it_is_filled_again() -> None:
+    buffers, manager = StepBuffers(2, 8, 4), BlockManager(8, 4)
+    seqs, made = admitted(manager, [3, 2]), iter(range(9))
+    manager.prepare(seqs, [3, 1], buffers)
+    assert [once(buffers, "lengths", lambda: next(made)) for _ in range(3)] == [0, 0, 0]
+    with pytest.raises(ValueError, match="99"):  # nothing was filled, so nothing is forgotten
+        manager.prepare(seqs, [99, 1], buffers)
+    assert once(buffers, "lengths", lambda: next(made)) == 0
+    manager.prepare(seqs[1:], [1], buffers)
+    assert once(buffers, "lengths", lambda: next(made)) == 1
+    assert [once(None, "lengths", lambda: next(made)) for _ in range(2)] == [2, 3]
 
 
 def test_buffers_made_in_inference_mode_are_filled_outside_of_it() -> None:
-    way = LateLane()
+    way = LateTransport()
     with torch.inference_mode():
         buffers = buffers_over(way)
     manager = BlockManager(8, 4)
@@ -285,5 +302,5 @@ def test_the_kernel_applies_patches_as_the_host_does(longest: int, device: str) 
     module.apply_patches(there, packed.to(device), words + words % 2, len(rows), longest)
     assert torch.equal(there.cpu(), expected)
     host = packed[words + words % 2 :].clone().view(torch.int64)
-    Lane(torch.device("cpu")).apply(image, packed, host, 0, len(rows), longest)
+    Transport(torch.device("cpu")).apply(image, packed, host, 0, len(rows), longest)
     assert torch.equal(image, expected)

@@ -19,11 +19,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kvblocks import memory
+from kvblocks.attention import paged_attention
 from kvblocks.config import CacheConfig
 from kvblocks.errors import OutOfMemory
+from kvblocks.manager import BlockManager
+from kvblocks.sizes import LAYOUTS
+from kvblocks.step import StepBuffers
 from kvblocks.storage import cache as storage
 from kvblocks.storage import movers
-from kvblocks.storage.cache import LAYOUTS, PagedKVCache
+from kvblocks.storage.cache import PagedKVCache
 
 DTYPES = [
     torch.float8_e4m3fn,
@@ -281,7 +285,7 @@ def test_errors_name_the_value_and_the_bound() -> None:
         ({"num_heads": -1}, ValueError, "num_heads=-1"),
         ({"head_dim": 2**31}, ValueError, "head_dim=2147483648"),
         ({"block_size": True}, TypeError, "block_size=True is a bool"),
-        ({"v_head_dim": 1.5}, TypeError, r"v_head_dim=1\.5 is a float"),
+        ({"v_head_dim": 1.5}, TypeError, r"v_head_dim=1\.5 is of type float; give an integer in 1\.\.2147483647"),
         ({"dtype": "float4"}, TypeError, "float4"),
         ({"dtype": torch.complex64}, TypeError, "complex64"),
         ({"layout": "nhd"}, ValueError, "layout='nhd' is unknown; use one of HDN, NHD, HND, X"),
@@ -449,7 +453,7 @@ def test_available_memory_is_asked_first(shape: Shape, free: int) -> None:
         v_head_dim=shape.v_head_dim,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "available_memory", lambda: free)
+        patch.setattr(memory, "room", lambda: memory.Room(free, "a test"))
         if config.memory_bytes(shape.dtype) <= free:
             assert shape.cache().memory_bytes == config.memory_bytes(shape.dtype)
             return
@@ -462,7 +466,7 @@ def test_available_memory_is_asked_first(shape: Shape, free: int) -> None:
 
 
 def test_what_the_system_refuses_is_out_of_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda: 2**62)
+    monkeypatch.setattr(memory, "room", lambda: memory.Room(2**62, "a test"))
     with pytest.raises(OutOfMemory, match="blocks fit"):
         PagedKVCache(2**31 - 1, 512, 128, 128, "bfloat16", "cpu")
 
@@ -637,3 +641,35 @@ def test_outputs_that_share_memory_are_refused() -> None:
     with pytest.raises(TypeError, match="two tensors"):
         cache.gather([0], 2, out=(out,))  # type: ignore[arg-type]
     assert out.eq(1).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|nested tensors|NestedTensor).*")
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda t: torch.nested.nested_tensor(list(t)), "nested"),
+        (lambda t: torch.nested.nested_tensor(list(t), layout=torch.jagged), "nested"),
+        (lambda t: t.to_sparse(), "torch.sparse_coo"),
+        (lambda t: t.reshape(len(t), -1).to_sparse_csr(), "torch.sparse_csr"),
+    ],
+)
+def test_tensors_that_are_not_dense_are_refused(make: Callable[[Tensor], Tensor], name: str) -> None:
+    cache, rows, slots = small(), torch.ones(2, 2, 8), torch.tensor([[0, 1], [2, 3]])
+    odd, odd_slots = make(rows), make(slots)
+    step, manager = StepBuffers(1, 4, 4), BlockManager(cache.num_blocks, cache.block_size)
+    manager.prepare([manager.admit([1, 2])[0]], [2], step)
+    calls: dict[str, Callable[[], object]] = {
+        "keys": lambda: cache.write(odd, rows, [0, 1]),
+        "values": lambda: cache.write(rows, odd, [0, 1]),
+        "slot_mapping": lambda: cache.write(rows, rows, odd_slots),
+        "block_table": lambda: cache.gather(odd_slots, 2),
+        r"out\[0\]": lambda: cache.gather([0], 2, out=(odd, rows)),
+        "pairs": lambda: cache.copy_blocks(odd_slots),
+        "ids": lambda: cache.zero_blocks(odd_slots),
+        "query": lambda: paged_attention(odd, cache, step),
+        "sinks": lambda: paged_attention(rows, cache, step, sinks=odd),
+    }
+    for what, call in calls.items():
+        with pytest.raises(TypeError, match=f"^{what} is {name}; give a dense tensor"):
+            call()
+    assert not cache.key_cache.any()

@@ -1,7 +1,7 @@
 """Which kernel attends on a CUDA device, and calling it: torch's `varlen_attn` where its backend pages, else our own.
 
 Nothing here waits for the device, so all of it can be captured in a CUDA graph. Arguments were checked by
-`kvblocks.attention.call`. Imports torch, the request, and the kernels.
+`kvblocks.attention.call`. Imports torch, the arguments, and the kernels.
 """
 
 import functools
@@ -14,11 +14,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from kvblocks.attention.request import Request, Way
+from kvblocks.attention.arguments import Arguments, Kernel
 from kvblocks.kernels import kernels
 from kvblocks.storage.cache import PagedKVCache
 
-__all__ = ["kernel_way", "varlen_way", "way"]
+__all__ = ["kernel_for", "on_triton", "on_varlen"]
 
 _log = logging.getLogger("kvblocks")
 
@@ -31,17 +31,17 @@ _VARLEN_HEAD_DIMS = range(8, 257, 8)
 _PAGING = {"FA3": 9}
 
 
-def way(request: Request) -> Way | None:
-    """What computes the request, the fastest first; None leaves it to plain torch. Each choice is logged once."""
+def kernel_for(args: Arguments) -> Kernel | None:
+    """Which kernel does it, the fastest first; None leaves it to plain torch. Each choice is logged once."""
     reasons: list[str] = []
-    step = request.step
-    if any(lens.device != request.cache.device for lens in (step.seq_lens, step.query_start_loc)):
+    step = args.step
+    if any(lens.device != args.cache.device for lens in (step.seq_lens, step.query_start_loc)):
         _say("plain torch, which waits for the device", "the step's lengths are not on it")
         return None
-    for name, refuses, run in (("varlen_attn", varlen_refuses, varlen_way), ("Triton", kernel_refuses, kernel_way)):
-        reason = refuses(request)
+    for name, refuses, run in (("varlen_attn", varlen_refuses, on_varlen), ("Triton", kernel_refuses, on_triton)):
+        reason = refuses(args)
         if reason is None:
-            _say(f"torch's {name}" if run is varlen_way else "kvblocks' Triton kernel", "; ".join(reasons))
+            _say(f"torch's {name}" if run is on_varlen else "kvblocks' Triton kernel", "; ".join(reasons))
             return run
         reasons.append(f"not {name}: {reason}")
     _say("plain torch, which waits for the device", "; ".join(reasons))
@@ -53,12 +53,12 @@ def _say(what: str, why: str) -> None:
     _log.info("paged attention runs on %s%s", what, f" ({why})" if why else "")
 
 
-def varlen_refuses(request: Request) -> str | None:
+def varlen_refuses(args: Arguments) -> str | None:
     """Why torch's `varlen_attn` cannot serve, if so."""
     found = _varlen()
     if found is None:
         return f"torch {torch.__version__} has none that takes a block table"
-    cache, backend = request.cache, found[1]()
+    cache, backend = args.cache, found[1]()
     if backend not in _PAGING:
         return f"the active backend, {backend or 'FA2'}, takes no block table"
     if torch.cuda.get_device_capability(cache.device)[0] != _PAGING[backend]:
@@ -71,37 +71,39 @@ def varlen_refuses(request: Request) -> str | None:
         return f"head dims {cache.head_dim} and {cache.v_head_dim} are not one multiple of 8 up to 256"
     if cache.block_size not in _VARLEN_BLOCK_SIZES:
         return f"blocks of {cache.block_size} tokens are loaded whole, unwritten slots too"
-    if request.window is not None and request.step.block_table.ndim == 3:
-        return "it loads what lies in front of a window, where a group's table names another sequence's block"
+    if args.window is not None and (cache.group is None or cache.reach is not None):
+        return "it loads what lies in front of a window, where a group's table is padding and names no block"
     for name in ("chunk", "softcap", "sinks"):
-        if getattr(request, name) is not None:
+        if getattr(args, name) is not None:
             return f"it knows no {name}"
     return None
 
 
-def kernel_refuses(request: Request) -> str | None:
+def kernel_refuses(args: Arguments) -> str | None:
     """Why our Triton kernel cannot serve, if so."""
-    module, cache = kernels("attention"), request.cache
+    module, cache = kernels("attention"), args.cache
     if module is None:
         return "Triton is not installed"
     if cache.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it takes no {cache.dtype}"
     if max(cache.head_dim, cache.v_head_dim) > module.MAX_HEAD_DIM:
         return f"head dims {cache.head_dim} and {cache.v_head_dim} pass {module.MAX_HEAD_DIM}"
-    group = request.query.shape[1] // cache.num_heads
-    if group > module.MAX_GROUP:
-        return f"{group} query heads for one of K and V pass {module.MAX_GROUP}"
-    nbytes = module.query_bytes(group, max(cache.head_dim, cache.v_head_dim), cache.dtype.itemsize)
+    queries_per_kv = args.query.shape[1] // cache.num_heads
+    if queries_per_kv > module.MAX_QUERIES_PER_KV:
+        return f"{queries_per_kv} query heads for one of K and V pass {module.MAX_QUERIES_PER_KV}"
+    nbytes = module.query_bytes(queries_per_kv, max(cache.head_dim, cache.v_head_dim), cache.dtype.itemsize)
     if nbytes > module.MAX_QUERY_BYTES:
-        return f"{group} query heads for one of K and V take {nbytes} bytes, which pass {module.MAX_QUERY_BYTES}"
+        return (
+            f"{queries_per_kv} query heads for one of K and V take {nbytes} bytes, which pass {module.MAX_QUERY_BYTES}"
+        )
     return None
 
 
-def varlen_way(request: Request) -> Tensor:
+def on_varlen(args: Arguments) -> Tensor:
     found = _varlen()
     if found is None:
         raise RuntimeError("torch has no varlen_attn that takes a block table")
-    query, cache, step = request.query, request.cache, request.step
+    query, cache, step = args.query, args.cache, args.step
     out = query.new_zeros(*query.shape[:2], cache.v_head_dim)
     found[0](
         out,
@@ -111,38 +113,38 @@ def varlen_way(request: Request) -> Tensor:
         step.query_start_loc[: step.num_seqs + 1],
         None,
         step.max_query_len,
-        request.reach,
-        scale=request.scale,
-        window_size=(-1 if request.window is None else request.window - 1, 0),
+        args.longest,
+        scale=args.scale,
+        window_size=(-1 if args.window is None else args.window - 1, 0),
         enable_gqa=query.shape[1] != cache.num_heads,
         seqused_k=step.seq_lens[: step.num_seqs],
-        block_table=request.table[: step.num_seqs],
+        block_table=args.table[: step.num_seqs],
     )
     return out
 
 
-def kernel_way(request: Request, *, splits: int | None = None) -> Tensor:
+def on_triton(args: Arguments, *, splits: int | None = None) -> Tensor:
     """Our Triton kernel; `splits` as for `kvblocks.kernels.attention.attend`."""
     module = kernels("attention")
     if module is None:
         raise RuntimeError("Triton is not installed, so its kernels cannot attend; `pip install triton`")
-    query, cache, step = request.query, request.cache, request.step
-    capacity = request.table.shape[1] * cache.block_size
+    query, cache, step = args.query, args.cache, args.step
+    capacity = args.table.shape[1] * cache.block_size
     out: Tensor = module.attend(
         query if query.stride(2) == 1 else query.contiguous(),
         (cache.key_cache, cache.value_cache),
         _forms(cache),
-        request.table if request.table.stride(1) == 1 else request.table.contiguous(),
+        args.table if args.table.stride(1) == 1 else args.table.contiguous(),
         step.seq_lens.contiguous(),
         step.query_start_loc.contiguous(),
         num_seqs=step.num_seqs,
         max_query_len=step.max_query_len,
         max_seq_len=capacity,  # not the step's: a capture must launch what the pass before it compiled and loaded
-        scale=request.scale,
-        window=request.window if (request.window or capacity) < capacity else None,
-        chunk=request.chunk if (request.chunk or capacity) < capacity else None,
-        softcap=request.softcap,
-        sinks=None if request.sinks is None else request.sinks.contiguous(),
+        scale=args.scale,
+        window=args.window if (args.window or capacity) < capacity else None,
+        chunk=args.chunk if (args.chunk or capacity) < capacity else None,
+        softcap=args.softcap,
+        sinks=None if args.sinks is None else args.sinks.contiguous(),
         splits=splits,
     )
     return out
@@ -159,16 +161,16 @@ def _forms(cache: PagedKVCache) -> tuple[Any, Any]:
         assert module is not None
         keys, values = (
             module.Form(
-                block_size=place.block_size,
-                heads=place.heads,
-                dims=place.runs * place.run_bytes // width,
-                run=place.run_bytes // width,
-                block=place.block_stride // width,
-                token_stride=place.token_stride // width,
-                head_stride=place.head_stride // width,
-                run_stride=place.run_stride // width,
+                block_size=layout.block_size,
+                heads=layout.heads,
+                dims=layout.runs * layout.run_bytes // width,
+                run=layout.run_bytes // width,
+                block=layout.block_stride // width,
+                token_stride=layout.token_stride // width,
+                head_stride=layout.head_stride // width,
+                run_stride=layout.run_stride // width,
             )
-            for place in cache.places
+            for layout in cache.block_layouts
         )
         found = _known[cache] = (keys, values)
     return found

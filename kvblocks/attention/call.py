@@ -4,20 +4,22 @@ Plain torch is the reference for the kernels, and what runs on CPU. On CUDA `bac
 written to the cache here. Imports torch, storage, and `backends`.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self, SupportsFloat, SupportsIndex
+from typing import SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from kvblocks.attention.backends import way
-from kvblocks.attention.request import Request, StepLike
-from kvblocks.checks import checked_size, has_memory
+from kvblocks.attention.arguments import Arguments, StepLike
+from kvblocks.attention.backends import kernel_for
+from kvblocks.checks import dense, has_memory, once
 from kvblocks.config import Chunk, Window
 from kvblocks.cpu_attention import attend
 from kvblocks.errors import MovesPending
+from kvblocks.sizes import checked_size
 from kvblocks.storage import cache as storage
 from kvblocks.storage.cache import PagedKVCache
 
@@ -85,7 +87,8 @@ def paged_attention(
     """
     if getattr(step, "waits", False):
         raise MovesPending("the step has blocks to copy before its pass: call engine.move(step) first", 0)
-    table = _table(cache, step, group)
+    index = _group(cache, step, group)
+    table = once(step, ("table", index), lambda: step.block_table if index is None else step.block_table[index])
     _check(query, cache, step, sinks)
     if softcap is not None and not 0 < _number("softcap", softcap) < math.inf:
         raise ValueError(f"softcap={softcap} must be above 0 and finite, or None")
@@ -95,22 +98,36 @@ def paged_attention(
     reach = _Reach.checked(window, chunk, cache.reach)
     if query.is_cuda and step.num_tokens:
         cap = None if softcap is None else float(softcap)
-        request = Request(query, cache, step, table, scale, reach.window, reach.chunk, cap, sinks)
-        run = way(request)
+        args = Arguments(query, cache, step, table, scale, reach.window, reach.chunk, cap, sinks)
+        run = kernel_for(args)
         if run is not None:
             if storage.CHECKED:
                 _rows(step, table, cache.block_size, reach)
-            return run(request)
+            return run(args)
     if query.is_cpu and str(query.dtype) in _COMPILED and step.num_tokens:
-        return _on_cpu(query, cache, step, table, scale, reach, softcap, sinks)
+        lists = once(step, ("lists", index), lambda: _lists(step, table))
+        return _on_cpu(query, cache, step, lists, scale, reach, softcap, sinks)
     return _on_torch(query, cache, step, table, scale, reach, softcap, sinks)
+
+
+def _lists(step: StepLike, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Block table, lengths and query starts in the form that the compiled kernel reads, and enough of them.
+
+    What is in them the kernel checks itself, each time: it decides where memory is read, and may have been written
+    meanwhile.
+    """
+    table = _ints("step.block_table", table)
+    lens, starts = _ints("step.seq_lens", step.seq_lens), _ints("step.query_start_loc", step.query_start_loc)
+    if not 0 <= step.num_seqs <= min(table.shape[0], lens.shape[0], starts.shape[0] - 1):
+        raise ValueError(f"the step's arrays hold fewer rows than num_seqs={step.num_seqs}")
+    return table, lens, starts
 
 
 def _on_cpu(
     query: Tensor,
     cache: PagedKVCache,
     step: StepLike,
-    table: Tensor,
+    lists: tuple[Tensor, Tensor, Tensor],
     scale: float,
     reach: "_Reach",
     softcap: float | None,
@@ -122,17 +139,14 @@ def _on_cpu(
         query = query.resolve_neg()
     if query.stride(2) != 1 and query.shape[2] > 1:
         query = query.contiguous()
-    table = _ints("step.block_table", table)
-    lens, starts = _ints("step.seq_lens", step.seq_lens), _ints("step.query_start_loc", step.query_start_loc)
-    num_seqs, num_tokens = step.num_seqs, step.num_tokens
-    if not 0 <= num_seqs <= min(table.shape[0], lens.shape[0], starts.shape[0] - 1):
-        raise ValueError(f"the step's arrays hold fewer rows than num_seqs={num_seqs}")
+    table, lens, starts = lists
+    num_tokens = step.num_tokens
     if sinks is not None:
         sinks = has_memory("sinks", sinks).to(torch.float32).contiguous()
     output = query.new_empty(*query.shape[:2], cache.v_head_dim)
     if num_tokens < output.shape[0]:
         output[num_tokens:] = 0
-    keys, values = cache.places
+    keys, values = cache.block_layouts
     size = query.itemsize
     held: list[Tensor] = []
 
@@ -157,7 +171,7 @@ def _on_cpu(
         table.shape[1],
         lens.data_ptr(),
         starts.data_ptr(),
-        num_seqs,
+        step.num_seqs,
         scale,
         reach.window or 0,
         reach.chunk or 0,
@@ -167,7 +181,7 @@ def _on_cpu(
         workspace,
     )
     if bad >= 0:
-        _rows(step, table, cache.block_size, reach)  # says which lengths do not fit
+        _listed(step, table.shape[1], cache.block_size, reach)  # says which lengths do not fit
         raise ValueError(f"row {bad} of the block table names a block outside of 0..{cache.num_blocks - 1}")
     return output
 
@@ -254,18 +268,16 @@ class _Reach:
     window: int | None
     chunk: int | None
 
-    @classmethod
-    def checked(cls, window: SupportsIndex | None, chunk: SupportsIndex | None, kept: Window | Chunk | None) -> Self:
+    @staticmethod
+    def checked(window: SupportsIndex | None, chunk: SupportsIndex | None, kept: Window | Chunk | None) -> "_Reach":
         """The reach that was asked for, by default `kept`, which is what the cache's group keeps blocks for."""
-        asked = cls(
+        if window is None and chunk is None:
+            return _whole(kept)
+        asked = _Reach(
             None if window is None else checked_size("window", window),
             None if chunk is None else checked_size("chunk", chunk),
         )
-        if kept is None:
-            return asked
-        if asked.window is None and asked.chunk is None:
-            return cls(kept.size, None) if isinstance(kept, Window) else cls(None, kept.size)
-        if not asked.within(kept):
+        if kept is not None and not asked.within(kept):
             raise ValueError(
                 f"window={asked.window} and chunk={asked.chunk} reach further than {kept}, for which the cache's layer "
                 "group keeps blocks; leave both out, or attend less far"
@@ -293,6 +305,14 @@ class _Reach:
         return hidden
 
 
+@functools.cache
+def _whole(kept: Window | Chunk | None) -> _Reach:
+    """All that a group keeps blocks for."""
+    if kept is None:
+        return _Reach(None, None)
+    return _Reach(kept.size, None) if isinstance(kept, Window) else _Reach(None, kept.size)
+
+
 @dataclass(frozen=True, slots=True)
 class _Row:
     """One sequence of the batch; its queries reach columns `first` to `last` of its block table, both included."""
@@ -315,8 +335,8 @@ def _number(name: str, value: float) -> float:
     return float(value)
 
 
-def _table(cache: PagedKVCache, step: StepLike, group: int | None) -> Tensor:
-    """The block table of the cache's layer group."""
+def _group(cache: PagedKVCache, step: StepLike, group: int | None) -> int | None:
+    """The cache's layer group as an index into the step's block tables; None where the step has one table."""
     tables = step.block_table
     groups = tables.shape[0] if tables.ndim == 3 else 1
     if cache.group is not None:
@@ -337,12 +357,13 @@ def _table(cache: PagedKVCache, step: StepLike, group: int | None) -> Tensor:
         group = 0
     if isinstance(group, bool) or not isinstance(group, int) or not 0 <= group < groups:
         raise ValueError(f"group={group!r} must be 0 to {groups - 1}: the step has {groups} layer groups")
-    return tables[group] if tables.ndim == 3 else tables
+    return group if tables.ndim == 3 else None
 
 
 def _check(query: Tensor, cache: PagedKVCache, step: StepLike, sinks: Tensor | None) -> None:
     if cache.dtype not in _FLOATS:
         raise TypeError(f"the cache holds {cache.dtype}; attention takes {', '.join(map(str, _FLOATS))}")
+    dense("query", query)
     if query.dtype != cache.dtype:
         raise TypeError(f"query is {query.dtype} and the cache {cache.dtype}; they must be the same")
     if query.ndim != 3 or query.shape[2] != cache.head_dim or not query.shape[1] or query.shape[1] % cache.num_heads:
@@ -352,8 +373,10 @@ def _check(query: Tensor, cache: PagedKVCache, step: StepLike, sinks: Tensor | N
         )
     if query.shape[0] < step.num_tokens:
         raise ValueError(f"query has {query.shape[0]} rows, fewer than the step's num_tokens={step.num_tokens}")
-    if sinks is not None and not isinstance(sinks, Tensor):
-        raise TypeError(f"sinks is a {type(sinks).__name__}; give a tensor")
+    if sinks is not None:
+        if not isinstance(sinks, Tensor):
+            raise TypeError(f"sinks is a {type(sinks).__name__}; give a tensor")
+        dense("sinks", sinks)
     for name, tensor in (("query", query), ("step.block_table", step.block_table), ("sinks", sinks)):
         if tensor is not None and tensor.device != cache.device:
             raise ValueError(f"{name} is on {tensor.device} and the cache on {cache.device}; move one of them")
@@ -362,6 +385,12 @@ def _check(query: Tensor, cache: PagedKVCache, step: StepLike, sinks: Tensor | N
 
 
 def _rows(step: StepLike, table: Tensor, block_size: int, reach: _Reach) -> list[_Row]:
+    """The rows of a pass, checked: listed once for all layers of equal reach, as on a device that waits for it."""
+    columns = table.shape[1]
+    return once(step, ("rows", columns, block_size, reach), lambda: _listed(step, columns, block_size, reach))
+
+
+def _listed(step: StepLike, columns: int, block_size: int, reach: _Reach) -> list[_Row]:
     starts = step.query_start_loc[: step.num_seqs + 1].tolist()
     lens = step.seq_lens[: step.num_seqs].tolist()
     if starts[0] != 0 or starts[-1] != step.num_tokens:
@@ -369,14 +398,14 @@ def _rows(step: StepLike, table: Tensor, block_size: int, reach: _Reach) -> list
             f"step.query_start_loc runs from {starts[0]} to {starts[-1]}; it must run from 0 to num_tokens="
             f"{step.num_tokens}"
         )
-    capacity = table.shape[1] * block_size
+    capacity = columns * block_size
     rows = []
     for index, (seq_len, start, stop) in enumerate(zip(lens, starts, starts[1:], strict=False)):
         query_len = stop - start
         if not 1 <= query_len <= seq_len or seq_len > capacity:
             raise ValueError(
                 f"row {index} of the step has {query_len} queries and seq_lens={seq_len}; there must be 1 to seq_lens "
-                f"queries, and {table.shape[1]} blocks of {block_size} hold {capacity} tokens"
+                f"queries, and {columns} blocks of {block_size} hold {capacity} tokens"
             )
         first = reach.start(seq_len - query_len) // block_size
         rows.append(_Row(index, start, query_len, seq_len, first, (seq_len - 1) // block_size))
@@ -454,21 +483,21 @@ def _attend(
         )
         return output.transpose(1, 2)
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
-    groups = heads // kv_heads
+    queries_per_kv = heads // kv_heads
     # The query heads of one K/V head and the queries make one axis, so that K and V are read once and not repeated.
-    grouped = query.view(rows, queries, kv_heads, groups, dim).permute(0, 2, 3, 1, 4).to(compute).mul(scale)
+    grouped = query.view(rows, queries, kv_heads, queries_per_kv, dim).permute(0, 2, 3, 1, 4).to(compute).mul(scale)
     scores = grouped.flatten(2, 3) @ keys.to(compute).transpose(2, 3)
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
-    scores = scores.view(rows, kv_heads, groups, queries, -1)
+    scores = scores.view(rows, kv_heads, queries_per_kv, queries, -1)
     if hidden is not None:
         scores.masked_fill_(hidden[:, None, None], -math.inf)
     if sinks is None:
         weights = scores.softmax(-1)
     else:
-        sinks = sinks.to(compute).view(kv_heads, groups, 1, 1)
+        sinks = sinks.to(compute).view(kv_heads, queries_per_kv, 1, 1)
         largest = torch.maximum(scores.amax(-1, keepdim=True), sinks)
         weights = scores.sub_(largest).exp_()
         weights.div_(weights.sum(-1, keepdim=True) + (sinks - largest).exp_())
-    output = (weights.flatten(2, 3) @ values.to(compute)).view(rows, kv_heads, groups, queries, -1)
+    output = (weights.flatten(2, 3) @ values.to(compute)).view(rows, kv_heads, queries_per_kv, queries, -1)
     return output.permute(0, 3, 1, 2, 4).flatten(2, 3).to(query.dtype)

@@ -1,4 +1,4 @@
-"""What the commands share: how wrong usage is said, packages that are extras, and files that plots are written to.
+"""What the commands share: packages that are extras, and files that plots are written to.
 
 Imports rich and matplotlib only to ask them.
 """
@@ -7,14 +7,12 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvblocks.errors import UsageError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["UsageError", "check_plot", "need", "save_plot"]
-
-
-class UsageError(Exception):
-    """What was asked for cannot be done; the message is one sentence for the person who asked. Exit code 2."""
+__all__ = ["check_plot", "need", "save_plot"]
 
 
 def need(command: str, package: str, what: str) -> None:

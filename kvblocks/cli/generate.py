@@ -22,9 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kvblocks import demo
-from kvblocks.cli.extras import UsageError
 from kvblocks.config import CacheConfig
-from kvblocks.errors import OutOfMemory
+from kvblocks.errors import OutOfMemory, UsageError
 from kvblocks.generation.generator import Request, blocks_needed
 from kvblocks.generation.request import Settings, check_request
 from kvblocks.generation.sampling import Choosers

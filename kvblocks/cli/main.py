@@ -10,14 +10,12 @@ import sys
 from collections.abc import Sequence
 
 from kvblocks import __version__
-from kvblocks.cli.extras import UsageError
 from kvblocks.cli.plan import add_plan_parser
 from kvblocks.cli.replay import add_replay_parser
-from kvblocks.sizes import parse_size
+from kvblocks.errors import UsageError
+from kvblocks.sizes import LAYOUTS, parse_size
 
-__all__ = ["LAYOUTS", "main"]
-
-LAYOUTS = ("NHD", "HND", "HDN", "X")
+__all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvblocks.cli import plan_tables as tables
-from kvblocks.cli.extras import UsageError, check_plot, need, save_plot
+from kvblocks.cli.extras import check_plot, need, save_plot
+from kvblocks.errors import UsageError
 
 if TYPE_CHECKING:
     from kvblocks.planner import Plan

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvblocks.cli.extras import UsageError, check_plot, need, save_plot
+from kvblocks.cli.extras import check_plot, need, save_plot
+from kvblocks.errors import UsageError
 
 if TYPE_CHECKING:
     from kvblocks.manager import BlockManager

@@ -26,7 +26,6 @@ from kvblocks.generation.sampling import Choice, Chooser, Choosers
 from kvblocks.integrations.transformers import PagedModel, Pool, longest_sequence, placeholder_tokens
 from kvblocks.integrations.transformers.backend import adapters
 from kvblocks.manager import BlockManager
-from kvblocks.models.grouping import blocks_held
 from kvblocks.step.buffers import StepBuffers
 
 __all__ = ["Generator", "Request", "Token", "blocks_needed", "most_tokens"]
@@ -514,8 +513,9 @@ class Generator:
 
 
 def blocks_needed(config: CacheConfig, num_tokens: int, max_batch_tokens: int) -> int:
-    """The blocks that a sequence holds at most, alone: in a group with a window what that and one pass take."""
-    return sum(blocks_held(group.reach, num_tokens, config.block_size, max_batch_tokens) for group in config.groups)
+    """The blocks that a sequence holds at most, alone, in passes of up to so many tokens; the manager's answer."""
+    manager = BlockManager.for_config(config.replace(num_gpu_blocks=1), max_seqs=1)
+    return max(manager.blocks_needed(num_tokens, reserve=reserve) for reserve in (1, max_batch_tokens))
 
 
 def most_tokens(config: CacheConfig) -> int:
@@ -523,10 +523,11 @@ def most_tokens(config: CacheConfig) -> int:
 
     Where every layer has a window or a chunk, that may be far more than the pool holds at once.
     """
+    manager = BlockManager.for_config(config.replace(num_gpu_blocks=1), max_seqs=1)
     low, high = 0, LONGEST
     while low < high:
         middle = (low + high + 1) // 2
-        if blocks_needed(config, middle, 1) <= config.num_gpu_blocks:
+        if manager.blocks_needed(middle, reserve=1) <= config.num_gpu_blocks:
             low = middle
         else:
             high = middle - 1

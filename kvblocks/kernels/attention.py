@@ -17,10 +17,10 @@ from torch import Tensor
 
 from kvblocks.kernels.launch import INTERPRETED, on_device_of, power_of_2
 
-__all__ = ["MAX_GROUP", "MAX_HEAD_DIM", "MAX_QUERY_BYTES", "Form", "attend", "query_bytes"]
+__all__ = ["MAX_HEAD_DIM", "MAX_QUERIES_PER_KV", "MAX_QUERY_BYTES", "Form", "attend", "query_bytes"]
 
 MAX_HEAD_DIM = 256  # of K and of V: tiles of more do not fit a multiprocessor's shared memory
-MAX_GROUP = 128  # query heads of one K/V head
+MAX_QUERIES_PER_KV = 128  # query heads of one K/V head
 MAX_QUERY_BYTES = 32768  # of a tile of queries, which shares that memory with K and V
 _SPLITS = (1, 2, 4, 8, 16, 32)
 _PROGRAMS = 2  # for each multiprocessor, that a batch of decodes is split into
@@ -103,7 +103,7 @@ def _attend(
     softcap,
     k_form: tl.constexpr,
     v_form: tl.constexpr,
-    group: tl.constexpr,
+    queries_per_kv: tl.constexpr,
     rows: tl.constexpr,
     keys: tl.constexpr,
     window: tl.constexpr,
@@ -115,12 +115,13 @@ def _attend(
     splits: tl.constexpr,
     dot: tl.constexpr,
 ):
-    """One K/V head of up to `rows // group` queries of one sequence, over one of `splits` parts of what they reach.
+    """One K/V head of up to `rows // queries_per_kv` queries of one sequence, over one part of what they reach.
 
+    That is cut into `splits` parts.
     With `short`, program i is sequence i, if that has no more queries than a tile takes, and the programs after those
     are padding. Else tiles are numbered over all sequences; those of at most `skipped` queries are left out.
     """
-    queries: tl.constexpr = rows // group
+    queries: tl.constexpr = rows // queries_per_kv
     v_padded: tl.constexpr = v_form.value.padded
     program = tl.program_id(0)
     head = tl.program_id(1)
@@ -142,17 +143,17 @@ def _attend(
         taken = split == 0
     if taken and first < query_len:
         item = tl.arange(0, rows)
-        place = first + item // group
-        valid = (item < queries * group) & (place < query_len)
-        token = (start + place).to(tl.int64)
-        query_heads = head * group + item % group
+        nth = first + item // queries_per_kv
+        valid = (item < queries * queries_per_kv) & (nth < query_len)
+        token = (start + nth).to(tl.int64)
+        query_heads = head * queries_per_kv + item % queries_per_kv
         dim = tl.arange(0, k_form.value.padded)
         q = tl.load(
             query + (token * query_token + query_heads.to(tl.int64) * query_head)[:, None] + dim[None, :],
             mask=valid[:, None] & (dim < k_form.value.dims)[None, :],
             other=0.0,
         ).to(dot)
-        position = seq_len - query_len + place
+        position = seq_len - query_len + nth
         # What any query of the tile reaches: positions low to high - 1.
         earliest = seq_len - query_len + first
         high = tl.minimum(tl.minimum(earliest + queries, seq_len), capacity)
@@ -222,11 +223,11 @@ def _attend(
             largest = new_largest
 
         inside = valid[:, None] & (v_dim < v_form.value.dims)[None, :]
-        heads = tl.num_programs(1) * group
+        heads = tl.num_programs(1) * queries_per_kv
         whole = True
         if splits > 1:
             whole = row == num_seqs
-            line = ((row * queries + place).to(tl.int64) * heads + query_heads) * splits + split
+            line = ((row * queries + nth).to(tl.int64) * heads + query_heads) * splits + split
             line = line * (v_form.value.dims + 2)
             tl.store(partial + line, largest, mask=valid & (row < num_seqs))
             tl.store(partial + line + 1, total, mask=valid & (row < num_seqs))
@@ -241,12 +242,12 @@ def _attend(
 def _reduce(partial, out, starts, v_form: tl.constexpr, queries: tl.constexpr, splits: tl.constexpr):
     """Put the parts of one head of one query together; sequences of more than `queries` queries had none."""
     row = tl.program_id(0) // queries
-    place = tl.program_id(0) % queries
+    nth = tl.program_id(0) % queries
     head = tl.program_id(1)
     heads = tl.num_programs(1)
     start = tl.load(starts + row)
     query_len = tl.load(starts + row + 1) - start
-    if query_len <= queries and place < query_len:
+    if query_len <= queries and nth < query_len:
         dim = tl.arange(0, v_form.value.padded)
         split = tl.arange(0, splits)
         line = (tl.program_id(0).to(tl.int64) * heads + head) * splits + split
@@ -259,13 +260,13 @@ def _reduce(partial, out, starts, v_form: tl.constexpr, queries: tl.constexpr, s
         weight = tl.exp2(largest - tl.where(most == float("-inf"), 0.0, most))
         total = tl.sum(total * weight, 0)
         result = tl.sum(parts * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
-        line = ((start + place).to(tl.int64) * heads + head) * v_form.value.dims
+        line = ((start + nth).to(tl.int64) * heads + head) * v_form.value.dims
         tl.store(out + line + dim, result.to(out.dtype.element_ty), mask=dim < v_form.value.dims)
 
 
-def query_bytes(group: int, head_dim: int, itemsize: int) -> int:
+def query_bytes(queries_per_kv: int, head_dim: int, itemsize: int) -> int:
     """Bytes of the least tile of queries: those of one token that read one K/V head, padded."""
-    return max(16, power_of_2(group)) * max(16, power_of_2(head_dim)) * itemsize
+    return max(16, power_of_2(queries_per_kv)) * max(16, power_of_2(head_dim)) * itemsize
 
 
 @functools.cache
@@ -306,12 +307,12 @@ def attend(
     """
     k, v = forms
     heads, kv_heads = query.shape[1], k.heads
-    group = heads // kv_heads
+    queries_per_kv = heads // kv_heads
     out = query.new_empty(query.shape[0], heads, v.dims)
     if not out.numel():
         return out
-    short_rows = max(16, power_of_2(group))
-    short_queries = short_rows // group
+    short_rows = max(16, power_of_2(queries_per_kv))
+    short_queries = short_rows // queries_per_kv
     long_rows = max(64 if max(k.padded, v.padded) <= 128 else 32, short_rows)
     keys = max(16, min(64, _TILE_BYTES // (max(k.padded, v.padded) * query.itemsize)))
     if splits is None:
@@ -347,7 +348,7 @@ def attend(
             0.0 if softcap is None else softcap,
             k,
             v,
-            group,
+            queries_per_kv,
             rows,
             keys,
             window or 0,
@@ -365,7 +366,7 @@ def attend(
         mixed = max_query_len > short_queries
         if mixed:
             # A row's tiles begin at `starts[row] // queries + row`: no more than this many begin.
-            tiles = query.shape[0] // (long_rows // group) + num_seqs + 1
+            tiles = query.shape[0] // (long_rows // queries_per_kv) + num_seqs + 1
             launch(tiles, long_rows, short=False, skipped=short_queries if splits > 1 else 0, splits=1)
         if not mixed or splits > 1:
             padding = 0 if mixed else -(-query.shape[0] // short_queries)

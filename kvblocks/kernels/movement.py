@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvblocks.kernels.launch import on_device_of, power_of_2
 
-__all__ = ["Forms", "Place", "copy_blocks", "forms", "gather", "write", "zero_blocks"]
+__all__ = ["Forms", "TokenLayout", "copy_blocks", "forms", "gather", "write", "zero_blocks"]
 
 # By the alignment of the rows that are moved, in bytes.
 Forms: TypeAlias = "dict[int, _Form]"
@@ -30,7 +30,7 @@ _UNITS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TokenLayout:
     """Where the bytes of a token lie in a cache of blocks; K or V of one layer, in bytes and counts.
 
     A token has `heads` heads of `runs` runs of `run_bytes` contiguous bytes; blocks are `block_bytes` apart, tokens of
@@ -48,7 +48,7 @@ class Place:
 
     @property
     def alignment(self) -> int:
-        """Of every run, as far as 16 bytes, in a cache whose address is a multiple of 16."""
+        """Bytes, at most 16, that the address of every run is a multiple of, if the cache's is a multiple of 16."""
         strides = [self.run_bytes, self.block_bytes]
         strides += [self.token_stride] if self.block_size > 1 else []
         strides += [self.head_stride] if self.heads > 1 else []
@@ -89,29 +89,29 @@ class _Form:
 
     @classmethod
     @functools.lru_cache(4096)
-    def of(cls, place: Place, align: int) -> Self:
+    def of(cls, layout: TokenLayout, align: int) -> Self:
         """For rows whose address and strides are multiples of `align` bytes."""
-        width = min(align, place.alignment, 8)
-        run = place.run_bytes // width
-        units = place.heads * place.runs * run
-        turned = place.token_stride == place.run_bytes < _SECTOR_BYTES and run & (run - 1) == 0
+        width = min(align, layout.alignment, 8)
+        run = layout.run_bytes // width
+        units = layout.heads * layout.runs * run
+        turned = layout.token_stride == layout.run_bytes < _SECTOR_BYTES and run & (run - 1) == 0
         if turned:
-            tokens = min(32, max(8, power_of_2(place.block_size)))
+            tokens = min(32, max(8, power_of_2(layout.block_size)))
             columns = max(run, min(power_of_2(units), _TURNED_TILE_BYTES // width // tokens))
-            vector = min(_power_in(place.block_size), tokens, 16 // width) if run == 1 else 1
+            vector = min(_power_in(layout.block_size), tokens, 16 // width) if run == 1 else 1
         else:
             columns = min(power_of_2(units), _TILE_BYTES // width)
             tokens, vector = _TILE_BYTES // width // columns, 1
         return cls(
             unit=_UNITS[width],
-            block_size=place.block_size,
+            block_size=layout.block_size,
             units=units,
-            head=place.runs * run,
+            head=layout.runs * run,
             run=run,
-            block=place.block_bytes // width,
-            token_stride=place.token_stride // width,
-            head_stride=place.head_stride // width,
-            run_stride=place.run_stride // width,
+            block=layout.block_bytes // width,
+            token_stride=layout.token_stride // width,
+            head_stride=layout.head_stride // width,
+            run_stride=layout.run_stride // width,
             together=align // width,
             turned=turned,
             tokens=tokens,
@@ -125,9 +125,9 @@ def _alignment(*numbers: int) -> int:
     return _power_in(functools.reduce(operator.or_, numbers, 16))
 
 
-def forms(place: Place) -> Forms:
-    """What `write` and `gather` take of a place, made once."""
-    return {align: _Form.of(place, align) for align in (1, 2, 4, 8, 16)}
+def forms(layout: TokenLayout) -> Forms:
+    """What `write` and `gather` take of a layout, made once."""
+    return {align: _Form.of(layout, align) for align in (1, 2, 4, 8, 16)}
 
 
 def _power_in(number: int) -> int:
@@ -153,12 +153,12 @@ def _store(cache, data, block, offset, there, first, form: tl.constexpr):
         runs: tl.constexpr = form.value.columns // form.value.run
         run = first + tl.arange(0, runs) * form.value.run
         there = there[None, :] & (run < form.value.units)[:, None]
-        place = token[None, :] + _in_cache(run, form)[:, None]
+        at = token[None, :] + _in_cache(run, form)[:, None]
         if form.value.run == 1:
-            tl.store(place, tl.trans(data), mask=there)
+            tl.store(at, tl.trans(data), mask=there)
         else:
             data = tl.permute(tl.reshape(data, (form.value.tokens, runs, form.value.run)), (1, 0, 2))
-            tl.store(place[:, :, None] + tl.arange(0, form.value.run)[None, None, :], data, mask=there[:, :, None])
+            tl.store(at[:, :, None] + tl.arange(0, form.value.run)[None, None, :], data, mask=there[:, :, None])
     else:
         column = first + tl.arange(0, form.value.columns)
         there = there[:, None] & (column < form.value.units)[None, :]
@@ -173,12 +173,12 @@ def _load(cache, block, offset, there, first, form: tl.constexpr):
         runs: tl.constexpr = form.value.columns // form.value.run
         run = first + tl.arange(0, runs) * form.value.run
         there = there[None, :] & (run < form.value.units)[:, None]
-        place = token[None, :] + _in_cache(run, form)[:, None]
+        at = token[None, :] + _in_cache(run, form)[:, None]
         if form.value.run == 1:
-            data = tl.trans(tl.load(place, mask=there, other=0))
+            data = tl.trans(tl.load(at, mask=there, other=0))
         else:
-            place = place[:, :, None] + tl.arange(0, form.value.run)[None, None, :]
-            data = tl.permute(tl.load(place, mask=there[:, :, None], other=0), (1, 0, 2))
+            at = at[:, :, None] + tl.arange(0, form.value.run)[None, None, :]
+            data = tl.permute(tl.load(at, mask=there[:, :, None], other=0), (1, 0, 2))
             data = tl.reshape(data, (form.value.tokens, form.value.columns))
     else:
         column = first + tl.arange(0, form.value.columns)
@@ -191,9 +191,9 @@ def _load(cache, block, offset, there, first, form: tl.constexpr):
 def _write_tile(cache, rows, row_stride, head_stride, slots, count, capacity, form: tl.constexpr):
     cache = cache.to(tl.pointer_type(form.value.unit), bitcast=True)
     rows = rows.to(tl.pointer_type(form.value.unit), bitcast=True)
-    place = tl.arange(0, form.value.tokens)
+    nth = tl.arange(0, form.value.tokens)
     start = tl.program_id(0).to(tl.int64) * form.value.tokens
-    token = start + place
+    token = start + nth
     slot = tl.load(slots + token, mask=token < count, other=-1).to(tl.int64)
     there = (slot >= 0) & (slot < capacity)
     first = tl.program_id(1) * form.value.columns
@@ -204,12 +204,12 @@ def _write_tile(cache, rows, row_stride, head_stride, slots, count, capacity, fo
     data = tl.load(rows + source, mask=there[:, None] & (column < form.value.units)[None, :], other=0)
     if form.value.vector > 1:
         # Consecutive slots that start at an aligned one are stored as one vector, each vector with one mask.
-        lead = place // form.value.vector * form.value.vector
+        lead = nth // form.value.vector * form.value.vector
         leader = tl.load(slots + start + lead, mask=start + lead < count, other=-1).to(tl.int64)
-        follows = there & (leader % form.value.vector == 0) & (slot == leader + place % form.value.vector)
+        follows = there & (leader % form.value.vector == 0) & (slot == leader + nth % form.value.vector)
         if tl.min(follows.to(tl.int32), 0) == 1:
             leader = leader // form.value.vector * form.value.vector  # itself, in a form that says it is aligned
-            offset = leader % form.value.block_size + place % form.value.vector
+            offset = leader % form.value.block_size + nth % form.value.vector
             _store(cache, data, leader // form.value.block_size, offset, leader >= 0, first, form)
         else:
             _store(cache, data, slot // form.value.block_size, slot % form.value.block_size, there, first, form)
@@ -347,25 +347,27 @@ def gather(
         _gather[grid](*caches, *out, table, count, num_blocks, k, v)
 
 
-def copy_blocks(addresses: Tensor, places: tuple[Place, Place], pairs: Tensor, num_blocks: int) -> None:
+def copy_blocks(addresses: Tensor, layouts: tuple[TokenLayout, TokenLayout], pairs: Tensor, num_blocks: int) -> None:
     """Block `pairs[i, 1]` becomes block `pairs[i, 0]` in all caches, for pairs of existing blocks.
 
     Args:
         addresses: int64 [layers * 2] on the device: of K and V of each layer in turn, multiples of 16.
-        places: how tokens lie in K and in V.
+        layouts: how tokens lie in K and in V.
         pairs: int64 or int32 [n, 2], n >= 1. A target appears once, and nowhere as a source.
         num_blocks: of each cache.
     """
-    _launch_blocks(addresses, places, pairs, num_blocks, True)
+    _launch_blocks(addresses, layouts, pairs, num_blocks, True)
 
 
-def zero_blocks(addresses: Tensor, places: tuple[Place, Place], ids: Tensor, num_blocks: int) -> None:
+def zero_blocks(addresses: Tensor, layouts: tuple[TokenLayout, TokenLayout], ids: Tensor, num_blocks: int) -> None:
     """All bytes of the blocks `ids` [n], n >= 1, that exist become zero; the rest as for `copy_blocks`."""
-    _launch_blocks(addresses, places, ids, num_blocks, False)
+    _launch_blocks(addresses, layouts, ids, num_blocks, False)
 
 
-def _launch_blocks(addresses: Tensor, places: tuple[Place, Place], ids: Tensor, num_blocks: int, copies: bool) -> None:
-    k_bytes, v_bytes = (place.block_bytes for place in places)
+def _launch_blocks(
+    addresses: Tensor, layouts: tuple[TokenLayout, TokenLayout], ids: Tensor, num_blocks: int, copies: bool
+) -> None:
+    k_bytes, v_bytes = (layout.block_bytes for layout in layouts)
     align = _alignment(k_bytes, v_bytes)
     width = min(align, 8)
     chunk = min(power_of_2(max(k_bytes, v_bytes)), _CHUNK_BYTES) // width

@@ -16,6 +16,7 @@ from kvblocks.models.architectures import MODEL_TYPES, TRANSLATED, read_fields
 from kvblocks.models.fields import MOST_LAYERS, Fields
 from kvblocks.models.hub import HubModel, hub_model
 from kvblocks.models.shapes import Layer, ModelCache, Reach, attention
+from kvblocks.sizes import checked_integer
 
 if TYPE_CHECKING:
     from kvblocks.models.gguf_file import GgufFile
@@ -115,12 +116,12 @@ def uniform(
     numbers = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     numbers |= {} if v_head_dim is None else {"v_head_dim": v_head_dim}
     numbers |= {} if num_attention_heads is None else {"num_attention_heads": num_attention_heads}
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; give an integer of at least 1")
-        most = MOST_LAYERS if name == "num_layers" else 2**31 - 1
-        if not 1 <= value <= most:
-            raise ValueError(f"{name}={value} is outside 1..{most}")
+    checked = {
+        name: checked_integer(name, value, 1, MOST_LAYERS if name == "num_layers" else 2**31 - 1)
+        for name, value in numbers.items()
+    }
+    num_layers, num_kv_heads, head_dim = (checked[name] for name in ("num_layers", "num_kv_heads", "head_dim"))
+    v_head_dim, num_attention_heads = checked.get("v_head_dim"), checked.get("num_attention_heads")
     if num_attention_heads is not None and num_attention_heads % num_kv_heads:
         raise ValueError(
             f"num_attention_heads={num_attention_heads} does not divide by num_kv_heads={num_kv_heads}; each head of K "

@@ -24,7 +24,7 @@ from kvblocks.planner.plans import Plan
 from kvblocks.planner.splits import Split, best_split, fewest_devices, splits
 from kvblocks.planner.text import amount, count
 from kvblocks.planner.weights import prediction_layers, weight_bytes
-from kvblocks.sizes import parse_length, parse_share, parse_size
+from kvblocks.sizes import checked_integer, parse_length, parse_share, parse_size
 
 __all__ = [
     "CARDS",
@@ -122,21 +122,21 @@ def plan(
     used = _share(utilization)
     source = read(model)
     if block_size is not None:
-        _integer("block_size", block_size, LONGEST)
+        block_size = checked_integer("block_size", block_size, 1, LONGEST)
     if tp is not None:
-        _integer("tp", tp, LONGEST)
+        tp = checked_integer("tp", tp, 1, LONGEST)
     card, cards = (None, None) if gpu is None else parse_gpu(gpu)
     if card is not None:
         if memory is not None:
             raise ValueError(f"memory={memory!r:.60} and gpu={gpu!r}: the card says its memory; give one of them")
         memory = card_memory(card)
-    _integer("max_groups", max_groups, LONGEST)
-    _integer("step_tokens", step_tokens, LONGEST)
-    _integer("encoder_tokens", encoder_tokens, LONGEST, 0)
-    length = _length(seq_len)
-    for name, value in (("seq_len", length), ("concurrency", concurrency), ("sequences", sequences)):
-        if value is not None:
-            _integer(name, value, LONGEST)
+    max_groups = checked_integer("max_groups", max_groups, 1, LONGEST)
+    step_tokens = checked_integer("step_tokens", step_tokens, 1, LONGEST)
+    encoder_tokens = checked_integer("encoder_tokens", encoder_tokens, 0, LONGEST)
+    length, concurrency, sequences = (
+        None if value is None else checked_integer(name, value, 1, LONGEST)
+        for name, value in (("seq_len", _length(seq_len)), ("concurrency", concurrency), ("sequences", sequences))
+    )
     _one_of("mla", mla, ("latent", "expanded"))
     _one_of("stored", stored, ("exact", "transformers"))
     shape = source.read(mla)
@@ -291,8 +291,7 @@ def _size(name: str, value: Any) -> int | None:
                 f"they are bytes"
             )
         return size
-    _integer(name, value, 2**63 - 1, 0)
-    return int(value)
+    return checked_integer(name, value, 0, 2**63 - 1)
 
 
 def _weights(weights: int | str | None, dtype: Any, source: Source, shape: ModelCache) -> tuple[int, str | None]:
@@ -333,13 +332,6 @@ def _checkpoint_note(stored: Checkpoint, config: Mapping[str, Any]) -> str:
         return f"{note}; {amount(stored.ahead)} of them are of layers for multi-token prediction"
     ahead = prediction_layers(config) if stored.ahead is None else 0
     return f"{note}; with {count(ahead, 'layer')} for multi-token prediction, where it holds them" if ahead else note
-
-
-def _integer(name: str, value: Any, high: int, low: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r:.60} is of type {type(value).__name__}; give an integer in {low}..{high}")
-    if not low <= value <= high:
-        raise ValueError(f"{name}={value} is outside {low}..{high}")
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:

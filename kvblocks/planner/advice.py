@@ -19,10 +19,10 @@ class Change:
     """A change of one setting with which the plan fits.
 
     Args:
-        what: it is, for the reader.
-        setting: its name, as `plan` takes it.
-        value: that it would have.
-        factor: how many times as much, or as little, of something that is: 1.03 is a small change.
+        what: the change in words.
+        setting: the argument of `plan` that changes.
+        value: its new value.
+        factor: the larger of the old and the new amount over the smaller one; 1.03 is a small change.
     """
 
     what: str

@@ -23,6 +23,7 @@ from kvblocks.models.grouping import (
 )
 from kvblocks.models.shapes import Kept, Layer, ModelCache, Stored
 from kvblocks.planner.parallel import check_tp
+from kvblocks.sizes import checked_integer
 
 __all__ = ["LONGEST", "Figures", "Settings", "Stage"]
 
@@ -36,25 +37,25 @@ class Settings:
     Args:
         model: what the model keeps.
         format: of K and V.
-        state_dtype: of what follows the model's own dtype; None where nothing does.
-        other_mla: what the model keeps with the other choice for latent attention; None where there is none.
-        memory: bytes of one device that may be used; None where it is not asked about.
+        state_dtype: dtype of the state that follows the model's own dtype; None where the model has no such state.
+        other_mla: what the model would keep with the other value of `mla`; None where `mla` changes nothing.
+        memory: bytes of one device that may be used; None for a plan without a memory.
         utilization: the share of the device's memory that `memory` is.
         block_size: tokens in a block.
         tp: devices over which heads are split.
         stages: layers of each pipeline stage.
         mla: "latent" or "expanded".
-        stored: whose caches `cache_bytes` counts.
+        stored: whose caches `cache_bytes` counts, "exact" or "transformers".
         weights: bytes of all of the model's weights; 0 where they are not counted.
         activations: bytes set aside on each device.
-        seq_len, concurrency: what is asked for: so many sequences of so many tokens, over all copies.
-        gpu: the name of the card that `memory` is of; None where it is none of the table.
-        gpus: cards there are; None where as many are meant as the split takes.
-        copies: of the model, each on devices of its own; figures are of one.
-        sequences: for how many state is set aside before blocks are counted.
-        encoder_tokens: of an encoder or an image, that cross-attention keeps.
-        max_groups: of layers that share a block table.
-        step_tokens: that one step writes for a sequence, at most.
+        seq_len, concurrency: what has to fit: `concurrency` sequences of `seq_len` tokens, over all copies.
+        gpu: name of the card whose memory `memory` is; None where no card was named.
+        gpus: number of cards; None for as many as the split takes.
+        copies: copies of the model, each on its own devices; figures are those of one copy.
+        sequences: sequences whose state is set aside before blocks are counted.
+        encoder_tokens: tokens of an encoder or an image whose K and V cross-attention keeps.
+        max_groups: layer groups at most; each has its own block table.
+        step_tokens: tokens that one step writes for a sequence, at most.
 
     Raises:
         ValueError: heads of queries that `tp` devices cannot share evenly.
@@ -543,11 +544,7 @@ class Figures:
 
 
 def _tokens(name: str, value: Any, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; give an integer in {low}..{LONGEST}")
-    if not low <= value <= LONGEST:
-        raise ValueError(f"{name}={value} is outside {low}..{LONGEST}")
-    return value
+    return checked_integer(name, value, low, LONGEST)
 
 
 def _most(holds: Callable[[int], bool]) -> int:

@@ -1,7 +1,7 @@
 """StepBuffers: the arrays of one forward pass as torch tensors at fixed addresses, on the host or on a device.
 
 The manager fills the arrays on the host; here they are allocated, carved into tensors and carried over. Imports torch,
-the compiled manager, `kvblocks.step.upload`, and storage for its checks.
+the compiled manager and `kvblocks.step.upload`.
 
 Who writes what on a CUDA device while somebody else may still read it, and why the two do not meet:
 
@@ -23,16 +23,18 @@ CUDA graph is captured after a `prepare`, never around one; its replay works on 
 """
 
 import math
-from typing import Self, SupportsIndex
+from collections.abc import Hashable
+from typing import Any, Self, SupportsIndex
 
 import torch
 
-from kvblocks.checks import checked_device, checked_size
+from kvblocks.checks import checked_device
 from kvblocks.config import CacheConfig
 from kvblocks.errors import OutOfMemory
 from kvblocks.manager import StepArrays
-from kvblocks.memory import available_memory
-from kvblocks.step.upload import Upload, lane
+from kvblocks.memory import mappable, room, zeroed
+from kvblocks.sizes import checked_size
+from kvblocks.step.upload import Upload, transport
 
 __all__ = ["StepBuffers"]
 
@@ -58,13 +60,15 @@ class StepBuffers(StepArrays):
         input_ids: int64 [max_tokens]. Pads 0; -1 where the token is a placeholder, for the caller to fill.
         positions: int64 [max_tokens]. Pads 0.
         slot_mapping: int64 [max_tokens], `block_id * block_size + offset`. Pads -1.
-        block_table: int32 [max_seqs, max_blocks_per_seq]. Pads 0.
+        block_table: int32 [max_seqs, max_blocks_per_seq]. Pads -1.
         seq_lens: int32 [max_seqs]: tokens of each sequence, those of this step included. Pads 0.
         query_start_loc: int32 [max_seqs + 1]: where each row's query tokens start. Pads repeat `num_tokens`.
         kv_indptr: int32 [max_seqs + 1], kv_indices: int32 [max_seqs * max_blocks_per_seq],
             kv_last_page_len: int32 [max_seqs]; None unless asked for. Blocks that a group does not reach
             are left out.
         num_seqs, num_tokens, num_copies, max_query_len, max_seq_len: ints on the host.
+        derived: what the layers of a pass have checked and read off these arrays, so that it is done once; emptied by
+            `prepare`.
 
     Raises:
         ValueError: a size is not 1 to 2**31 - 1, or there is no such device.
@@ -85,13 +89,14 @@ class StepBuffers(StepArrays):
         max_blocks_per_seq: SupportsIndex,
         *,
         device: str | torch.device = "cpu",
-        groups: int = 1,
+        groups: SupportsIndex = 1,
         kv_indices: bool = False,
     ) -> None:
         max_seqs = checked_size("max_seqs", max_seqs)
         max_tokens = checked_size("max_tokens", max_tokens)
         max_blocks_per_seq = checked_size("max_blocks_per_seq", max_blocks_per_seq)
-        each = () if checked_size("groups", groups) == 1 else (checked_size("groups", groups),)
+        groups = checked_size("groups", groups)
+        each = () if groups == 1 else (groups,)
         self.device = checked_device(device)
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "input_ids": (torch.int64, (max_tokens,)),
@@ -117,16 +122,14 @@ class StepBuffers(StepArrays):
                 for name, (dtype, shape) in shapes.items()
             }
 
-        free = available_memory()
-        if size > free:
-            raise OutOfMemory(f"step buffers of {size} bytes, and {free} are available", size, free, 0)
-        way = lane(self.device)
+        carrier = transport(self.device)
         with torch.inference_mode(False):  # what is made in inference mode could not be filled outside of it
-            self._host = torch.zeros(size, dtype=torch.uint8, device="cpu")
+            self._host = _zeroed(size)
             tensors = carve(self._host)
-            super().__init__(**{name: tensor.numpy() for name, tensor in tensors.items()}, uploads=way is not None)
-            if way is not None:
-                self._to_device = Upload(way, self._host, self._pack_bytes(size))
+            super().__init__(**{name: tensor.numpy() for name, tensor in tensors.items()}, uploads=True)
+            self._travels = carrier is not None
+            if carrier is not None:
+                self._to_device = Upload(carrier, self._host, self._pack_bytes(size))
                 tensors = carve(self._to_device.image)
         self.input_ids = tensors["input_ids"]
         self.positions = tensors["positions"]
@@ -138,6 +141,7 @@ class StepBuffers(StepArrays):
         self.kv_indices = tensors.get("kv_indices")
         self.kv_last_page_len = tensors.get("kv_last_page_len")
         self._copies_image = tensors["copies"]
+        self.derived: dict[Hashable, Any] = {}
 
     @classmethod
     def for_config(
@@ -183,8 +187,22 @@ class StepBuffers(StepArrays):
         return self._copies_image[: self.num_copies]
 
     def _upload(self) -> None:
+        self.derived.clear()
+        if not self._travels:
+            return
         try:
             self._to_device.send(self._pack)
         except BaseException:
             self._forget()  # what has arrived is not known: the next step brings everything
             raise
+
+
+def _zeroed(nbytes: int) -> torch.Tensor:
+    free, limit = room()
+    if nbytes <= free:
+        try:
+            return zeroed(nbytes)
+        except MemoryError as error:
+            free, limit = mappable(nbytes), f"what the system maps ({error})"
+    message = f"step buffers are {nbytes} bytes, and {free} are available. The limit is {limit}"
+    raise OutOfMemory(message, nbytes, free, 0)

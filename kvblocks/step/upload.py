@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvblocks.kernels import kernels
 
-__all__ = ["CudaLane", "Event", "Lane", "Pack", "Upload", "lane"]
+__all__ = ["CudaTransport", "Event", "Pack", "Transport", "Upload", "transport"]
 
 # Given the addresses of the host arrays and of memory to fill: the bytes that were filled, where in them (in int32) the
 # patches start, their number, and the words of the longest. See `StepArrays._pack`.
@@ -31,7 +31,7 @@ class Upload:
     """One device's image of a step, and two host images that take turns: a copy may run while the next one is packed.
 
     Args:
-        lane: enqueues the work.
+        transport: enqueues the work.
         host: the arrays, uint8, whose address goes to every `Pack`; a multiple of 8 bytes.
         pack_bytes: what a `Pack` fills at most.
 
@@ -39,16 +39,16 @@ class Upload:
         image: on the device, uint8, at one address for good; it starts as a copy of `host`.
     """
 
-    def __init__(self, lane: "Lane", host: Tensor, pack_bytes: int) -> None:
+    def __init__(self, transport: "Transport", host: Tensor, pack_bytes: int) -> None:
         size = -(-pack_bytes // 8) * 8
-        self._lane, self._address = lane, host.data_ptr()
-        self.image, self._landing = lane.memory(host.nbytes), lane.memory(size)
-        self._staging = [lane.pinned(size), lane.pinned(size)]
+        self._transport, self._address = transport, host.data_ptr()
+        self.image, self._landing = transport.memory(host.nbytes), transport.memory(size)
+        self._staging = [transport.pinned(size), transport.pinned(size)]
         self._words = self.image.view(torch.int32), self._landing.view(torch.int32)
         self._lists = [staging.view(torch.int64) for staging in self._staging]
-        self._events = [lane.event(), lane.event()]
+        self._events = [transport.event(), transport.event()]
         self._turn = 0
-        with lane.entered(self._events[0], [self.image, self._landing]):
+        with transport.entered(self._events[0], [self.image, self._landing]):
             self.image.copy_(host)
             self._events[0].record()
 
@@ -56,24 +56,24 @@ class Upload:
         """Pack what changed and enqueue its way into the image; waits only for the upload before the last one."""
         last, self._turn = self._events[self._turn], 1 - self._turn
         event, staging = self._events[self._turn], self._staging[self._turn]
-        with self._lane.entered(last, [self.image, self._landing]):
+        with self._transport.entered(last, [self.image, self._landing]):
             event.synchronize()
             nbytes, patches_at, count, longest = pack(self._address, staging.data_ptr())
             try:
-                self._lane.copy(self._landing[:nbytes], staging[:nbytes])
-                self._lane.apply(*self._words, self._lists[self._turn], patches_at, count, longest)
+                self._transport.copy(self._landing[:nbytes], staging[:nbytes])
+                self._transport.apply(*self._words, self._lists[self._turn], patches_at, count, longest)
             finally:
                 event.record()  # a copy that was enqueued before the error still reads the staging
 
 
-def lane(device: torch.device) -> "Lane | None":
-    """The way to a device; none leads to the CPU, where the host arrays are the image."""
+def transport(device: torch.device) -> "Transport | None":
+    """What carries arrays to a device; None for the CPU, where the host arrays are the image."""
     if device.type == "cpu":
         return None
-    return CudaLane(device) if device.type == "cuda" else Lane(device)
+    return CudaTransport(device) if device.type == "cuda" else Transport(device)
 
 
-class Lane:
+class Transport:
     """A device that has done what it was told when the call returns."""
 
     def __init__(self, device: torch.device) -> None:
@@ -109,7 +109,7 @@ class Lane:
             image[target : target + words] = packed[source : source + words]
 
 
-class CudaLane(Lane):
+class CudaTransport(Transport):
     """The device's current stream."""
 
     _stream: torch.cuda.Stream | None = None

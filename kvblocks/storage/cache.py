@@ -7,29 +7,41 @@ movers.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self, SupportsIndex
+from typing import Protocol, Self, SupportsIndex
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvblocks import memory
-from kvblocks.checks import Indices, checked_device, checked_indices, checked_integer, checked_size, has_memory
+from kvblocks.checks import Indices, checked_device, checked_indices, has_memory, once
 from kvblocks.config import CacheConfig, Chunk, Window, itemsize
-from kvblocks.errors import OutOfMemory
+from kvblocks.errors import MovesPending, OutOfMemory
 from kvblocks.movement import BlockLayout, first_outside
+from kvblocks.sizes import LAYOUTS, checked_integer, checked_size
 from kvblocks.storage.movers import Mover, Side, mover
 
-__all__ = ["LAYOUTS", "PagedKVCache"]
+__all__ = ["PagedKVCache", "StepSlots"]
 
 
 # Order of the axes of K: blocks, heads, dims, tokens of a block. X splits off x dims, 16 bytes together; its V is HDN.
 _KEY_AXES = {"HDN": "bhdt", "NHD": "bthd", "HND": "bhtd", "X": "bhdtx"}
 _VALUE_AXES = _KEY_AXES | {"X": "bhdt"}
-LAYOUTS = tuple(_KEY_AXES)
 
 # Whether indices that already lie on a device are brought to the host and checked, which waits for the device.
 CHECKED = os.environ.get("KVBLOCKS_CHECKED") == "1"
+
+
+class StepSlots(Protocol):
+    """What `PagedKVCache.write` reads of a step; `StepBuffers` is one.
+
+    `slot_mapping` is int64 [max_tokens], or one for each layer group, [groups, max_tokens]; -1 pads.
+    """
+
+    @property
+    def slot_mapping(self) -> Tensor: ...
+    @property
+    def num_tokens(self) -> int: ...
 
 
 class PagedKVCache:
@@ -105,80 +117,72 @@ class PagedKVCache:
         v_head_dim: SupportsIndex | None = None,
         prefault: bool = False,
     ) -> None:
-        shape = _Shape.checked(num_blocks, num_heads, head_dim, block_size, dtype, device, layout, v_head_dim)
+        kind = _checked_kind(dtype, device, layout)
+        config = CacheConfig(
+            num_layers=1,
+            num_kv_heads=checked_size("num_heads", num_heads),
+            head_dim=head_dim,
+            num_gpu_blocks=checked_size("num_blocks", num_blocks),
+            block_size=block_size,
+            v_head_dim=v_head_dim,
+        )
+        config.memory_bytes(dtype)  # past 64 bits an OverflowError
+        shape = _Shape(config.num_gpu_blocks, *config.layer_shapes[0], config.block_size, *kind)
         self._lay_out(shape, *shape.allocate(1, prefault))
 
     @classmethod
-    def layers(
+    def for_config(
         cls,
-        num_layers: SupportsIndex,
-        num_blocks: SupportsIndex,
-        num_heads: SupportsIndex,
-        head_dim: SupportsIndex,
-        block_size: SupportsIndex,
-        dtype: torch.dtype | str,
-        device: torch.device | str,
-        *,
-        layout: str = "HDN",
-        v_head_dim: SupportsIndex | None = None,
-        prefault: bool = False,
-        places: Sequence[int] | None = None,
-    ) -> list[Self]:
-        """`num_layers` caches of one shape, all of them or, with an error, none. Arguments and errors as for one.
-
-        Args:
-            places: for each layer the number of its memory, from 0 without gaps. Layers of one number share it, and
-                must never use the same block. By default each has its own.
-        """
-        count = checked_size("num_layers", num_layers)
-        shape = _Shape.checked(num_blocks, num_heads, head_dim, block_size, dtype, device, layout, v_head_dim)
-        chosen = range(count) if places is None else places
-        storages = shape.allocate(max(chosen) + 1, prefault)
-        caches = []
-        for place in chosen:
-            cache = cls.__new__(cls)
-            cache._lay_out(shape, storages[2 * place], storages[2 * place + 1])
-            caches.append(cache)
-        return caches
-
-    @classmethod
-    def packed(
-        cls,
-        shapes: Sequence[tuple[int, int, int]],
-        groups: Sequence[Sequence[int]],
-        num_blocks: SupportsIndex,
-        block_size: SupportsIndex,
+        config: CacheConfig,
         dtype: torch.dtype | str,
         device: torch.device | str,
         *,
         layout: str = "HDN",
         prefault: bool = False,
     ) -> tuple[list[Self], Mover]:
-        """Caches of layers that differ, inside blocks that they share; and what moves those blocks whole.
+        """The caches of all layers of `config`, or with an error none; and what moves whole blocks of all of them.
+
+        A block belongs to one group at a time, so that the layers at the same place in their groups share memory. Where
+        layers differ in heads or dims, those of a group lie inside each block one after the other, in the group's
+        order.
 
         Args:
-            shapes: (num_heads, head_dim, v_head_dim) of each layer.
-            groups: layers that use the same blocks: in these their K and V lie one after the other, in this order.
-                Those of another group begin at the same place, as a block belongs to one group at a time.
-            num_blocks, block_size, dtype, device, layout, prefault: as for one cache.
+            config: sizes and groups; what it says is not checked again.
+            dtype, device, layout, prefault: as for one cache.
 
         Errors are those of one cache.
         """
-        each = [_Shape.checked(num_blocks, h, k, block_size, dtype, device, layout, v) for h, k, v in shapes]
-        width = max(sum(each[layer].block_bytes for layer in group) for group in groups)
-        first = each[0]
-        [storage] = first.zeroed([first.num_blocks * width], width, prefault)
-        blocks = storage.view(first.num_blocks, width)
-        caches = [cls.__new__(cls) for _ in each]
-        for group in groups:
-            start = 0
-            for layer in group:
-                shape = each[layer]
-                middle, end = start + shape.key_bytes, start + shape.block_bytes
-                caches[layer]._lay_out(shape, blocks[:, start:middle], blocks[:, middle:end])
-                start = end
-        sizes = {"b": first.num_blocks, "h": 1, "d": width, "t": 1}
-        return caches, mover([Side(storage, "bthd", sizes, torch.uint8)])
+        first, *others = (
+            _Shape(config.num_gpu_blocks, heads, k_dim, v_dim, config.block_size, *_checked_kind(dtype, device, layout))
+            for heads, k_dim, v_dim in config.layer_shapes
+        )
+        shapes = [first, *others]
+        config.memory_bytes(dtype)  # past 64 bits an OverflowError
+        caches = [cls.__new__(cls) for _ in shapes]
+        if len(set(shapes)) == 1:
+            storages = first.allocate(config.layers_per_group, prefault)
+            for group in config.groups:
+                for place, layer in enumerate(group.layers):
+                    caches[layer]._lay_out(first, *storages[2 * place : 2 * place + 2])
+            longest = max(config.groups, key=lambda group: len(group.layers))
+            moves = mover([side for layer in longest.layers for side in (caches[layer]._keys, caches[layer]._values)])
+        else:
+            width = config.block_bytes(dtype)
+            [storage] = first.zeroed([first.num_blocks * width], width, prefault)
+            blocks = storage.view(first.num_blocks, width)
+            for group in config.groups:
+                start = 0
+                for layer in group.layers:
+                    middle, end = start + shapes[layer].key_bytes, start + shapes[layer].block_bytes
+                    caches[layer]._lay_out(shapes[layer], blocks[:, start:middle], blocks[:, middle:end])
+                    start = end
+            sizes = {"b": first.num_blocks, "h": 1, "d": width, "t": 1}
+            moves = mover([Side(storage, "bthd", sizes, torch.uint8)])
+        for index, group in enumerate(config.groups):
+            for layer in group.layers:
+                cache = caches[layer]
+                cache.group, cache.num_groups, cache.reach = index, len(config.groups), group.reach
+        return caches, moves
 
     @torch.inference_mode(False)  # views made in inference mode could not be written outside of it
     def _lay_out(self, shape: "_Shape", keys: Tensor, values: Tensor) -> None:
@@ -199,7 +203,7 @@ class PagedKVCache:
         return self._values.tensor
 
     @property
-    def places(self) -> tuple[BlockLayout, BlockLayout]:
+    def block_layouts(self) -> tuple[BlockLayout, BlockLayout]:
         """Where the bytes of a token lie in `key_cache` and in `value_cache`."""
         return self._keys.blocks, self._values.blocks
 
@@ -208,28 +212,34 @@ class PagedKVCache:
         """Bytes of `key_cache` and `value_cache` together."""
         return self._keys.nbytes + self._values.nbytes
 
-    def write(self, keys: Tensor, values: Tensor, slot_mapping: Indices) -> None:
-        """Put row i of `keys` and `values` into slot `slot_mapping[i]`; rows with slot -1 are skipped.
+    def write(self, keys: Tensor, values: Tensor, slot_mapping: Indices | StepSlots) -> None:
+        """Put row i of `keys` and `values` into slot i of `slot_mapping`; rows with slot -1 are skipped.
 
         A slot that comes twice keeps the later row on CPU, and elsewhere some mix of the two.
 
         Args:
             keys: [n, num_heads, head_dim], the cache's dtype and device, any strides.
             values: [n, num_heads, v_head_dim], likewise.
-            slot_mapping: [n], -1 to num_blocks * block_size - 1.
+            slot_mapping: the step that `BlockManager.prepare` filled for this pass. The slots of the cache's layer
+                group are taken, and checked once for all its layers; rows past `step.num_tokens` are padding and
+                skipped. Or slots [n], -1 to num_blocks * block_size - 1, checked in each call.
 
         Raises:
-            ValueError: a shape, device or slot that does not fit; nothing was written.
+            ValueError: a shape, device or slot that does not fit, or a step of other layer groups; nothing was written.
             TypeError: a dtype that does not fit; nothing was written.
+            MovesPending: blocks that the step has to copy first were not copied; see `CacheEngine.move`.
         """
         keys = self._rows("keys", keys, self.head_dim)
         values = self._rows("values", values, self.v_head_dim)
         if len(values) != len(keys):
             raise ValueError(f"keys has {len(keys)} rows and values {len(values)}; they must be the same tokens")
-        capacity = self.num_blocks * self.block_size
-        slots = self._indices("slot_mapping", slot_mapping, -1, capacity - 1)
-        if slots.shape != keys.shape[:1]:
-            raise ValueError(f"slot_mapping has shape {list(slots.shape)}; for {len(keys)} tokens give [{len(keys)}]")
+        count = keys.shape[0]
+        if hasattr(slot_mapping, "slot_mapping"):
+            slots = self._slots_of(slot_mapping, count)
+        else:
+            slots = self._indices("slot_mapping", slot_mapping, -1, self.num_blocks * self.block_size - 1)
+            if slots.shape != keys.shape[:1]:
+                raise ValueError(f"slot_mapping has shape {list(slots.shape)}; for {count} tokens give [{count}]")
         self._mover.write(keys, values, slots)
 
     def gather(
@@ -290,6 +300,30 @@ class PagedKVCache:
             f"v_head_dim={self.v_head_dim})"
         )
 
+    def _slots_of(self, step: StepSlots, count: int) -> Tensor:
+        """The slots of this pass's first `count` tokens in the cache's layer group, checked once a step."""
+        if getattr(step, "waits", False):
+            raise MovesPending("the step has blocks to copy before its pass: call engine.move(step) first", 0)
+        capacity = self.num_blocks * self.block_size
+
+        def checked() -> Tensor:
+            mapping = step.slot_mapping
+            groups = mapping.shape[0] if mapping.ndim == 2 else 1
+            if groups != self.num_groups:
+                raise ValueError(
+                    f"the step has {groups} layer groups, and this cache is of {self.num_groups}; take the cache of a "
+                    "CacheEngine made from the same CacheConfig, or give one group's slots: step.slot_mapping[group]"
+                )
+            mapping = mapping[self.group or 0] if mapping.ndim == 2 else mapping
+            if not step.num_tokens <= count <= mapping.shape[0]:
+                raise ValueError(
+                    f"keys and values have {count} rows; the step has num_tokens={step.num_tokens}, and no more than "
+                    f"{mapping.shape[0]} with padding"
+                )
+            return self._indices("step.slot_mapping", mapping[:count], -1, capacity - 1)
+
+        return once(step, ("slots", self.group, self.num_groups, capacity, self.device, count), checked)
+
     def _rows(self, name: str, rows: Tensor, head_dim: int) -> Tensor:
         """`rows` checked, and in a form that the movers read rightly."""
         self._same_kind(name, rows)
@@ -327,8 +361,6 @@ class PagedKVCache:
             raise TypeError(f"{name} is {given.dtype}, this cache holds {self.dtype}; convert it with .to()")
         if given.device != self.device:
             raise ValueError(f"{name} is on {given.device}, this cache on {self.device}; move it with .to()")
-        if given.layout is not torch.strided:
-            raise TypeError(f"{name} is {given.layout}; give a dense tensor")
         has_memory(name, given)
 
     def _indices(self, name: str, given: Indices, low: int, high: int, first: int | None = None) -> Tensor:
@@ -355,9 +387,19 @@ class PagedKVCache:
         return index.to(self.device, non_blocking=not index.is_pinned())
 
 
+def _checked_kind(
+    dtype: torch.dtype | str, device: torch.device | str, layout: str
+) -> tuple[torch.dtype, torch.device, str]:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown; use one of {', '.join(LAYOUTS)}")
+    itemsize(dtype)
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype.removeprefix("torch."))
+    return found, checked_device(device), layout
+
+
 @dataclass(frozen=True)
 class _Shape:
-    """What a cache was asked to be, checked."""
+    """What a cache is to be: numbers that a `CacheConfig` has checked."""
 
     num_blocks: int
     num_heads: int
@@ -368,52 +410,19 @@ class _Shape:
     device: torch.device
     layout: str
 
-    @classmethod
-    def checked(
-        cls,
-        num_blocks: SupportsIndex,
-        num_heads: SupportsIndex,
-        head_dim: SupportsIndex,
-        block_size: SupportsIndex,
-        dtype: torch.dtype | str,
-        device: torch.device | str,
-        layout: str,
-        v_head_dim: SupportsIndex | None,
-    ) -> Self:
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout={layout!r} is unknown; use one of {', '.join(LAYOUTS)}")
-        width = itemsize(dtype)
-        shape = cls(
-            num_blocks=checked_size("num_blocks", num_blocks),
-            num_heads=checked_size("num_heads", num_heads),
-            head_dim=checked_size("head_dim", head_dim),
-            v_head_dim=checked_size("v_head_dim", head_dim if v_head_dim is None else v_head_dim),
-            block_size=checked_size("block_size", block_size),
-            dtype=dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype.removeprefix("torch.")),
-            device=checked_device(device),
-            layout=layout,
-        )
-        if layout == "X" and shape.head_dim % (16 // width):
+    def __post_init__(self) -> None:
+        packed = 16 // self.dtype.itemsize
+        if self.layout == "X" and self.head_dim % packed:
             raise ValueError(
-                f"head_dim={shape.head_dim} does not divide by {16 // width}: layout X packs 16 bytes of K, which are "
-                f"{16 // width} elements of {shape.dtype}; use another layout"
+                f"head_dim={self.head_dim} does not divide by {packed}: layout X packs 16 bytes of K, which are "
+                f"{packed} elements of {self.dtype}; use another layout"
             )
-        return shape
 
     @torch.inference_mode(False)
     def allocate(self, num_layers: int, prefault: bool) -> list[Tensor]:
         """Zeroed storage for K, V of each layer in turn, uint8 [bytes]; OutOfMemory leaves none of it behind."""
-        config = CacheConfig(
-            num_layers=num_layers,
-            num_kv_heads=self.num_heads,
-            head_dim=self.head_dim,
-            num_gpu_blocks=self.num_blocks,
-            block_size=self.block_size,
-            v_head_dim=self.v_head_dim,
-        )
-        config.memory_bytes(self.dtype)  # past 64 bits an OverflowError
         sizes = [self.num_blocks * part for part in (self.key_bytes, self.block_bytes - self.key_bytes)] * num_layers
-        return self.zeroed(sizes, config.block_bytes(self.dtype), prefault)
+        return self.zeroed(sizes, self.block_bytes * num_layers, prefault)
 
     @property
     def key_bytes(self) -> int:
@@ -429,7 +438,7 @@ class _Shape:
         """Zeroed storages of so many bytes, uint8, that together hold `num_blocks` blocks of `block_bytes`, or none."""
         requested = sum(sizes)
         storages: list[Tensor] = []
-        fits = self.device.type != "cpu" or requested <= memory.available_memory()
+        fits = self.device.type != "cpu" or requested <= memory.room().nbytes
         try:
             for size in sizes if fits else ():
                 storages.append(_zeroed(size, self.device, prefault))
@@ -438,11 +447,13 @@ class _Shape:
         # Outside of `except`, so that no traceback keeps what was allocated.
         if not fits:
             storages.clear()
-            free = free_memory(self.device)
-            fitting = min(free // block_bytes, self.num_blocks)
+            free, limit = free_memory(self.device)
+            if free >= requested:
+                free, limit = _refused(self.device, requested, free)
+            fitting = min(free // block_bytes, self.num_blocks - 1)
             raise OutOfMemory(
                 f"{self.num_blocks} blocks of {block_bytes} bytes are {requested} bytes, and {self.device} has {free} "
-                f"available: {fitting} blocks fit",
+                f"available: {fitting} blocks fit. The limit is {limit}",
                 requested,
                 free,
                 fitting,
@@ -470,11 +481,6 @@ def zero_blocks(cache: PagedKVCache, moves: Mover, ids: Indices) -> None:
     moves.zero_blocks(index)
 
 
-def together(caches: Sequence[PagedKVCache]) -> Mover:
-    """What moves blocks in all `caches`, of one shape and device, at once."""
-    return mover([side for cache in caches for side in (cache._keys, cache._values)])
-
-
 def _check_pairs(pairs: list[list[int]]) -> None:
     sources, targets = {source for source, _ in pairs}, set[int]()
     for place, (_, target) in enumerate(pairs):
@@ -496,11 +502,22 @@ def _zeroed(nbytes: int, device: torch.device, prefault: bool) -> Tensor:
     return torch.zeros(nbytes, dtype=torch.uint8, device=device)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that caches on `device` can have now; 0 where it does not say."""
+def free_memory(device: torch.device) -> memory.Room:
+    """What caches on `device` can have now; 0 bytes where it does not say."""
     if device.type == "cpu":
-        return memory.available_memory()
+        return memory.room()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    return 0
+        return memory.Room(torch.cuda.mem_get_info(device)[0], "the device's memory")
+    return memory.Room(0, f"unknown, as {device} does not say how much it has")
+
+
+def _refused(device: torch.device, requested: int, free: int) -> memory.Room:
+    """What there is where as much as was asked for seemed to be free, and was refused."""
+    if device.type == "cpu":
+        return memory.Room(
+            memory.mappable(requested),
+            f"what the system maps, though {free} bytes seemed to be free: see locked memory (ulimit -l), "
+            "vm.overcommit_memory and vm.max_map_count",
+        )
+    return memory.Room(free, "torch's allocator, which rounds each tensor up and needs it in one piece")

@@ -151,10 +151,11 @@ class WithTriton:
         self._num_blocks = sides[0].blocks.num_blocks
         self._capacity = self._num_blocks * sides[0].blocks.block_size
         self._caches = tuple(on_torch.bits(side.tensor) for side in sides[:2])
-        self._places = tuple(
-            module.Place(**{name: getattr(side.blocks, name) for name in module.Place.__slots__}) for side in sides[:2]
+        self._layouts = tuple(
+            module.TokenLayout(**{name: getattr(side.blocks, name) for name in module.TokenLayout.__slots__})
+            for side in sides[:2]
         )
-        self._forms = tuple(module.forms(place) for place in self._places)
+        self._forms = tuple(module.forms(layout) for layout in self._layouts)
         addresses = [side.tensor.data_ptr() for side in sides]
         self._addresses = torch.tensor(addresses, dtype=torch.int64, device=sides[0].tensor.device)
 
@@ -177,11 +178,11 @@ class WithTriton:
 
     def copy_blocks(self, pairs: Tensor) -> None:
         if len(pairs):
-            self._kernels.copy_blocks(self._addresses, self._places, pairs, self._num_blocks)
+            self._kernels.copy_blocks(self._addresses, self._layouts, pairs, self._num_blocks)
 
     def zero_blocks(self, ids: Tensor) -> None:
         if len(ids):
-            self._kernels.zero_blocks(self._addresses, self._places, ids, self._num_blocks)
+            self._kernels.zero_blocks(self._addresses, self._layouts, ids, self._num_blocks)
 
 
 def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:

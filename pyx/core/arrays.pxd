@@ -23,6 +23,7 @@ cdef enum:
     PATCH_WORDS = 6   # of int32 in a patch: three int64
     ARRAYS = 10       # patches beside those of the groups, at most
     GROUPS_AT_ONCE = 8
+    PADDING = 0xFF    # each byte of what pads a block table: -1, which is no block
 
 
 cdef inline int64_t* int64_array(object array, str name, Py_ssize_t size, list views) except NULL:
@@ -77,13 +78,13 @@ cdef inline int32_t* cells_at(Arrays* a, int32_t g, Py_ssize_t i) noexcept nogil
 
 
 cdef inline void pack_row(Arrays* a, int32_t g, Py_ssize_t i, bint same, Pack* pack) noexcept nogil:
-    """Add what changed in row i of group g's table: the newly zeroed leading entries, and the changed tail."""
+    """Add what changed in row i of group g's table: leading entries that became padding, and the changed tail."""
     cdef const int32_t* cells = cells_at(a, g, i)
     cdef int32_t* zeros = &a.sent_zeros[g * a.max_seqs + i]
     cdef int32_t had = a.sent[i].length, has = a.rows[i].length
     cdef int32_t start = min(had, has) if same else 0, low = zeros[0] if same else 0
     cdef int32_t first = low
-    while low < has and cells[low] == 0:
+    while low < has and cells[low] == -1:
         low += 1
     zeros[0] = low
     if same:
@@ -143,9 +144,9 @@ cdef inline void rewrite_row(
         cells = cells_at(a, g, i)
         gone, low = first_row(c, g, computed), first_row(c, g, seq.num_computed)
         if gone < low:
-            memset(cells + gone, 0, (low - gone) * sizeof(int32_t))
+            memset(cells + gone, PADDING, (low - gone) * sizeof(int32_t))
         if a.rows[i].length > seq.num_rows:
-            memset(cells + seq.num_rows, 0, (a.rows[i].length - seq.num_rows) * sizeof(int32_t))
+            memset(cells + seq.num_rows, PADDING, (a.rows[i].length - seq.num_rows) * sizeof(int32_t))
         low = max(have, low)
         if c.num_groups == 1:
             memcpy(cells + low, seq.table + low, (seq.num_rows - low) * sizeof(int32_t))
@@ -256,7 +257,7 @@ cdef inline void pad_after(Arrays* a, Py_ssize_t num_seqs, Py_ssize_t num_tokens
         for i in range(num_tokens, a.num_tokens):
             a.slot_mapping[g * a.max_tokens + i] = -1
         for i in range(num_seqs, a.num_seqs):
-            memset(cells_at(a, g, i), 0, a.rows[i].length * sizeof(int32_t))
+            memset(cells_at(a, g, i), PADDING, a.rows[i].length * sizeof(int32_t))
     for i in range(num_seqs, a.num_seqs):
         memset(&a.rows[i], 0, sizeof(TableRow))
         a.seq_lens[i] = 0

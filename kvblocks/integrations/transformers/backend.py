@@ -127,7 +127,7 @@ class PagedModel:
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
         self._run(run, input_ids=token, position_ids=token)
         writing = [run.shapes[layer.index] for layer in self.layers if layer.writes]
-        shape = KVShape(len(writing), *(max(sizes) for sizes in zip(*writing, strict=True)))
+        shape = KVShape.of(writing)
         _measured[self.model] = shape
         return shape
 
@@ -314,8 +314,7 @@ def _attention(
         scaling = 1 / math.sqrt(queries.shape[2])
     keys, values, queries = _fitted(where, cache, keys, values, queries)
     if layer.writes:
-        slots = run.step.slot_mapping if run.step.num_groups == 1 else run.step.slot_mapping[group]
-        cache.write(keys, values, slots[: len(keys)])
+        cache.write(keys, values, run.step)
     output = paged_attention(
         queries, cache, run.step, scale=scaling, window=window, chunk=chunk, softcap=softcap, sinks=s_aux
     )

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
-from kvblocks.checks import checked_device, checked_size
+from kvblocks.checks import checked_device
 from kvblocks.config import Group, Window, itemsize
 from kvblocks.engine import CacheEngine
 from kvblocks.errors import UnsupportedModel
@@ -33,7 +33,7 @@ from kvblocks.integrations.transformers.layers import (
 from kvblocks.integrations.transformers.pool import Pool
 from kvblocks.integrations.transformers.rows import Blocks, Pass, Prompt, Rows, Sizes
 from kvblocks.manager import BlockManager
-from kvblocks.sizes import checked_bytes
+from kvblocks.sizes import checked_bytes, checked_size
 from kvblocks.storage.cache import PagedKVCache
 
 __all__ = ["PagedCache"]

@@ -38,12 +38,22 @@ __all__ = [
 
 
 class KVShape(NamedTuple):
-    """What a model's layers cache: heads count K/V heads, dims are of one head, the largest where layers differ."""
+    """What a model's layers cache: heads count K/V heads, dims are of one head, the largest where layers differ.
+
+    Attributes:
+        layers: (num_kv_heads, head_dim, v_head_dim) of each layer that has a cache; None where all are alike.
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     v_head_dim: int
+    layers: tuple[tuple[int, int, int], ...] | None = None
+
+    @classmethod
+    def of(cls, layers: Sequence[tuple[int, int, int]]) -> "KVShape":
+        heads, head_dim, v_head_dim = (max(sizes) for sizes in zip(*layers, strict=True))
+        return cls(len(layers), heads, head_dim, v_head_dim, tuple(layers) if len(set(layers)) > 1 else None)
 
 
 # Model types whose K and V of a token depend on more than the tokens before it, and what that is.
@@ -133,8 +143,8 @@ def model_layers(config: PreTrainedConfig) -> tuple[ModelLayer, ...]:
 def cache_groups(config: PreTrainedConfig, *, chunks: bool = True) -> tuple[Group, ...]:
     """The layers of a model that write K and V, by their place in the cache, in groups for `CacheConfig`.
 
-    The cache gives every layer the room of the largest. Where layers differ in heads or dims, these groups may
-    be others than a plan's, whose layers have the room that each needs.
+    Layers that cache more than others count for more, by the shapes that the config names; where it does not name them,
+    all count alike.
 
     Args:
         config: of the model.
@@ -144,10 +154,15 @@ def cache_groups(config: PreTrainedConfig, *, chunks: bool = True) -> tuple[Grou
     Raises:
         UnsupportedModel: as for `model_layers`.
     """
+    writing = [layer for layer in model_layers(config) if layer.writes]
+    try:
+        shapes = kv_shape(config).layers
+    except UnsupportedModel:
+        shapes = None
+    sizes = [1] * len(writing) if shapes is None else [heads * (k_dim + v_dim) for heads, k_dim, v_dim in shapes]
     layers = [
-        PagedLayer(layer.storage, _reach(layer, chunks), 1)
-        for layer in model_layers(config)
-        if layer.writes and layer.storage is not None
+        PagedLayer(place, _reach(layer, chunks), size)
+        for place, (layer, size) in enumerate(zip(writing, sizes, strict=True))
     ]
     longest = getattr(text_config(config), "max_position_embeddings", None)
     groups = layer_groups(layers, longest if isinstance(longest, int) and longest > 0 else None)
@@ -224,10 +239,14 @@ def kv_shape(config: PreTrainedConfig) -> KVShape:
     text = text_config(config)
     writing = [layer.index for layer in model_layers(config) if layer.writes]
     each = getattr(text, "per_layer_config", None)
-    if each is None or not getattr(text, "is_heterogeneous", False):
-        return KVShape(len(writing), *_layer_shape(text))
-    shapes = [_layer_shape(each[index]) for index in writing]
-    return KVShape(len(writing), *(max(sizes) for sizes in zip(*shapes, strict=True)))
+    if each is not None and getattr(text, "is_heterogeneous", False):
+        return KVShape.of([_layer_shape(each[index]) for index in writing])
+    heads, head_dim, v_head_dim = _layer_shape(text)
+    shapes = [(heads, head_dim, v_head_dim)] * len(writing)
+    if text.model_type == "mimo_v2_flash":  # its sliding layers have twice as many heads as the config says
+        kinds = text.layer_types
+        shapes = [(heads * (1 + (kinds[i] == "sliding_attention")), head_dim, v_head_dim) for i in writing]
+    return KVShape.of(shapes)
 
 
 def _layer_shape(config: Any) -> tuple[int, int, int]:
@@ -257,8 +276,6 @@ def _layer_shape(config: Any) -> tuple[int, int, int]:
         num_kv_heads = num_heads if read("num_key_value_heads") is None else number("num_key_value_heads")
     has_head_dim = read("head_dim") is not None
     head_dim = number("head_dim") if has_head_dim else number("hidden_size") // num_heads
-    if read("model_type") == "mimo_v2_flash" and "sliding_attention" in (read("layer_types") or ()):
-        num_kv_heads *= 2  # its sliding layers have twice as many as the config says, its full ones as many
     return num_kv_heads, head_dim, head_dim if read("v_head_dim") is None else number("v_head_dim")
 
 
@@ -272,6 +289,7 @@ def one_block(shape: KVShape, block_size: int, groups: Sequence[Group]) -> Cache
         block_size=block_size,
         v_head_dim=shape.v_head_dim,
         groups=groups,
+        layer_shapes=shape.layers,
     )
 
 
@@ -306,6 +324,7 @@ def cache_config(
         block_size=block_size,
         v_head_dim=shape.v_head_dim,
         groups=cache_groups(config),
+        layer_shapes=shape.layers,
     )
 
 

@@ -1,7 +1,7 @@
-"""The rows of a batch as sequences of a block manager: what a cache for transformers is made of, without transformers.
+"""The rows of a batch as sequences of a block manager: what a cache for transformers is made of, without its layers.
 
 Transformers counts in columns: every row of a batch has as many, and those on the left may be padding. Here a row is a
-sequence of its own tokens, and padding takes no slot. Imports torch, the manager and storage.
+sequence of its own tokens, and padding takes no slot. Imports torch, the manager, storage and the shapes of layers.
 """
 
 import os
@@ -16,8 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvblocks.config import CacheConfig, Group
+from kvblocks.config import Group
 from kvblocks.engine import CacheEngine
+from kvblocks.integrations.transformers.layers import KVShape, filling, one_block
 from kvblocks.manager import BlockManager
 from kvblocks.step.buffers import StepBuffers
 
@@ -65,7 +66,7 @@ class Sizes:
         likely_dtype: of K and V where none was asked for.
     """
 
-    shape: Callable[[], tuple[int, int, int, int]]
+    shape: Callable[[], KVShape]
     unequal: bool
     num_layers: int
     memory: int | None
@@ -122,15 +123,15 @@ class Blocks:
             assert self._sizes is not None
             sizes = self._sizes
             if sizes.num_blocks is None:
-                self._size(*sizes.shape()[1:], sizes.dtype or sizes.likely_dtype)
+                self._size(sizes.shape(), sizes.dtype or sizes.likely_dtype)
             assert sizes.num_blocks is not None
             groups = [group.reach for group in sizes.groups]
             self._manager = BlockManager(sizes.num_blocks, sizes.block_size, groups=groups)
             self._of_manager[id(self._manager)] = self
         return self._manager
 
-    def engine(self, shape: tuple[int, int, int] | None, dtype: torch.dtype, device: torch.device) -> CacheEngine:
-        """The storage, allocated for K and V of this shape (heads, dim of K, dim of V) the first time.
+    def engine(self, seen: tuple[int, int, int] | None, dtype: torch.dtype, device: torch.device) -> CacheEngine:
+        """The storage, allocated the first time, when K and V of this shape (heads, dim of K, dim of V) were seen.
 
         Raises:
             OutOfMemory: it does not fit.
@@ -145,22 +146,14 @@ class Blocks:
                 f"the model makes {dtype} on {device}, the cache was made for {sizes.dtype or dtype} on "
                 f"{sizes.device or device}; give PagedCache the model's dtype and device"
             )
-        shape = self._largest(shape)
+        shape = self._shape(seen)
         if sizes.num_blocks is None:
-            self._size(*shape, dtype)
+            self._size(shape, dtype)
         assert sizes.num_blocks is not None
-        config = CacheConfig(
-            num_layers=sizes.num_layers,
-            num_kv_heads=shape[0],
-            head_dim=shape[1],
-            num_gpu_blocks=sizes.num_blocks,
-            block_size=sizes.block_size,
-            v_head_dim=shape[2],
-            groups=sizes.groups,
-        )
+        config = one_block(shape, sizes.block_size, sizes.groups).replace(num_gpu_blocks=sizes.num_blocks)
         if sizes.memory is not None and config.memory_bytes(dtype) > sizes.memory:
             raise ValueError(
-                f"{sizes.num_blocks} blocks of {shape[0]} heads of {dtype} K [{shape[1]}] and V [{shape[2]}] are "
+                f"{sizes.num_blocks} blocks of {shape[1]} heads of {dtype} K [{shape[2]}] and V [{shape[3]}] are "
                 f"{config.memory_bytes(dtype)} bytes, and memory={sizes.memory}; the blocks were counted by the "
                 "config, which has another shape or dtype: give num_blocks, or dtype"
             )
@@ -182,36 +175,29 @@ class Blocks:
             return self._engine
         return self.engine(None, sizes.dtype or sizes.likely_dtype, sizes.device or torch.device("cpu"))
 
-    def _largest(self, seen: tuple[int, int, int] | None) -> tuple[int, int, int]:
-        """Heads and dims that serve every layer: those of the first where the config tells of no larger ones."""
-        assert self._sizes is not None
+    def _shape(self, seen: tuple[int, int, int] | None) -> KVShape:
+        """Heads and dims of the layers: as the config says, or all as the first was seen, where it says otherwise."""
+        sizes = self._sizes
+        assert sizes is not None
         try:
-            said = self._sizes.shape()[1:]
+            said = sizes.shape()
         except ValueError:
             if seen is None:
                 raise
-            return seen
-        if seen is None:
+            return KVShape(sizes.num_layers, *seen)
+        if seen is None or (said.layers is not None and seen in said.layers):
             return said
-        if self._sizes.unequal:
-            return max(said[0], seen[0]), max(said[1], seen[1]), max(said[2], seen[2])
-        return seen
+        if not sizes.unequal:
+            return KVShape(sizes.num_layers, *seen)
+        heads, k_dim, v_dim = (max(sides) for sides in zip(said[1:4], seen, strict=True))
+        return KVShape(sizes.num_layers, heads, k_dim, v_dim)
 
-    def _size(self, heads: int, head_dim: int, v_head_dim: int, dtype: torch.dtype) -> None:
+    def _size(self, shape: KVShape, dtype: torch.dtype) -> None:
         sizes = self._sizes
         assert sizes is not None
         assert sizes.memory is not None
-        config = CacheConfig.for_memory(
-            num_kv_heads=heads,
-            head_dim=head_dim,
-            num_layers=sizes.num_layers,
-            memory_bytes=sizes.memory,
-            dtype=dtype,
-            block_size=sizes.block_size,
-            v_head_dim=v_head_dim,
-            groups=sizes.groups,
-        )
-        sizes.num_blocks = config.num_gpu_blocks
+        one = one_block(shape, sizes.block_size, sizes.groups)
+        sizes.num_blocks = filling(one, sizes.memory, dtype).num_gpu_blocks
 
     def move(self, step: StepBuffers) -> None:
         if self._engine is not None:  # without it nothing has been written that could be copied
@@ -455,6 +441,7 @@ class Rows:
             step_id = manager.prepare([row.handle for row, _ in taking], [new for _, new in taking], step)
             slots = step.slot_mapping.view(groups, -1)[:, : step.num_tokens]
             tables = step.block_table.view(groups, step.max_seqs, -1)[:, : step.num_seqs, :num_blocks]
+            tables = tables.clamp(min=0)  # padding is gathered too, and masked afterwards
         try:
             if step_id is not None:
                 self.pool.move(step)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvblocks.storage.cache import PagedKVCache
 
-__all__ = ["Request", "StepLike", "Way"]
+__all__ = ["Arguments", "Kernel", "StepLike"]
 
 
 class StepLike(Protocol):
@@ -41,7 +41,7 @@ class StepLike(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class Arguments:
     """The arguments of a call, checked; `step` has at least one token."""
 
     query: Tensor
@@ -55,11 +55,11 @@ class Request:
     sinks: Tensor | None
 
     @property
-    def reach(self) -> int:
+    def longest(self) -> int:
         """Tokens that a row may have: now, or when a graph that is being captured is replayed."""
         if self.query.is_cuda and torch.cuda.is_current_stream_capturing():
             return self.table.shape[1] * self.cache.block_size
         return self.step.max_seq_len
 
 
-Way = Callable[[Request], Tensor]
+Kernel = Callable[[Arguments], Tensor]
