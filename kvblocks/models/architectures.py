@@ -147,7 +147,7 @@ _register("cpmant", read.cpmant)
 _register("hrm_text", read.hrm)
 _register("mllama_text_model", read.mllama, "cross_attention_layers")
 
-_register("axk1 deepseek_v2 deepseek_v3 glm4_moe_lite minicpm3 mistral4 youtu", read.latent, "kv_lora_rank")
+_register("axk1 deepseek_v2 deepseek_v3 glm4_moe_lite minicpm3 mistral4 sarvam_mla youtu", read.latent, "kv_lora_rank")
 # Types whose code comes with the weights, so that transformers has no class for them: attention like any other's, under
 # other names here and there.
 _register("kimi_k2", read.latent, "kv_lora_rank")
