@@ -159,8 +159,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "positions of its own": ("roberta", {"is_decoder": True}, "numbers its positions in its own way"),
     "recurrent": ("rwkv", {"attention_hidden_size": 64}, "keeps a recurrent state"),
     "no registry": (
-        "gptj",
-        {"rotary_dim": 8, "num_key_value_heads": None},
+        "gpt_neo",
+        {"num_layers": 4, "attention_types": [[["global"], 4]]},
         "does not use transformers' attention regis",
     ),
     "decoder half": (
