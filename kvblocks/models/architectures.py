@@ -61,6 +61,7 @@ def read_fields(fields: Fields, name: str | None = None) -> ModelCache:
         max_seq_len=_first(lengths),
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         uncached=_UNCACHED.get(fields.model_type),
+        model_type=fields.model_type,
     )
 
 

@@ -92,6 +92,7 @@ def measure(config: Mapping[str, Any], name: str | None) -> ModelCache:
         max_seq_len=_whole(text.get("max_position_embeddings")),
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         notes=(NOTE,),
+        model_type=model_type,
     )
 
 

@@ -5,6 +5,7 @@ Torch and transformers are imported only where a config leaves out what transfor
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -347,7 +348,9 @@ def _completed(config: dict[str, Any], missing: UnknownModel, name: str | None) 
         raise UnknownModel(f"{missing}, and the installed transformers has no such model_type")
     _refuse_sizeless(config, name)
     try:
-        completed: dict[str, Any] = kinds[config["model_type"]].from_dict(dict(config)).to_dict()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it reads names of before is what it is asked for
+            completed: dict[str, Any] = kinds[config["model_type"]].from_dict(dict(config)).to_dict()
     except Exception as error:  # its validators raise whatever they like
         reason = " ".join(str(error).split())
         raise UnknownModel(f"{missing}, and transformers refuses the config: {reason}") from error
