@@ -200,7 +200,7 @@ def test_the_title_names_both_dtypes() -> None:
     [
         ({"engine": "vLLM2"}, ValueError, "engine='vLLM2' is not one of kvblocks, vllm, sglang, llama.cpp"),
         ({"engine": None}, ValueError, "engine=None is not one of"),
-        ({"swa_full": True}, ValueError, "swa_full=True is llama.cpp's, and engine='kvblocks'"),
+        ({"swa_full": True}, ValueError, "engine='kvblocks': only llama.cpp has --swa-full"),
         ({"swa_full": 1, "engine": "llama.cpp"}, TypeError, "swa_full=1 is of type int; give a bool"),
         ({"engine": "vllm", "stored": "transformers"}, ValueError, "counts transformers' caches, and engine='vllm'"),
         ({"engine": "vllm", "step_tokens": 0}, ValueError, "step_tokens=0 is outside 1"),

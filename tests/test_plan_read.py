@@ -61,6 +61,11 @@ def test_every_way_to_name_a_model(tmp_path: Path) -> None:
         ("{}", UnknownModel, "has no model_type"),
         ('{"model_type": 5}', UnknownModel, "has no model_type"),
         (
+            '{"peft_type": "LORA", "base_model_name_or_path": "org/base"}',
+            UnknownModel,
+            "is an adapter's .* give the config of its base model, 'org/base'",
+        ),
+        (
             '{"model_type": "no_such"}',
             UnknownModel,
             "model_type='no_such' is not an architecture that the planner knows",

@@ -250,6 +250,11 @@ def _model_type(config: Mapping[str, Any], name: str | None) -> str:
             return found
     if given is None and config.keys() >= _PARAMS:
         return "params"
+    if given is None and config.get("peft_type") is not None:
+        raise UnknownModel(
+            f"{name or 'the config'} is an adapter's (peft_type={config['peft_type']!r:.60}), which keeps no cache "
+            f"of its own; give the config of its base model, {config.get('base_model_name_or_path')!r:.200}"
+        )
     if given is None:
         raise UnknownModel(
             f"{name or 'the config'} has no model_type, which says what its other fields mean; give a model's "

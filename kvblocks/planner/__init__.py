@@ -152,7 +152,7 @@ def plan(
     if not isinstance(swa_full, bool):
         raise TypeError(f"swa_full={swa_full!r:.60} is of type {type(swa_full).__name__}; give a bool")
     if swa_full and engine != "llama.cpp":
-        raise ValueError(f"swa_full=True is llama.cpp's, and engine={engine!r}")
+        raise ValueError(f"engine={engine!r}: only llama.cpp has --swa-full (swa_full)")
     if engine != "kvblocks" and stored != "exact":
         raise ValueError(f"stored={stored!r:.60} counts transformers' caches, and engine={engine!r}; give one of them")
     if step_tokens is None:

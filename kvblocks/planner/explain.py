@@ -338,7 +338,8 @@ def _card_notes(plan: Figures) -> list[str]:
             split += f", which holds {settings.each:,} of the {settings.concurrency:,} sequences"
         found = [f"note: {split}"]
     elif settings.gpus is None and plan.fits:
-        found = [f"note: {count(devices, settings.gpu + ' card')} needed, the fewest that hold what is asked for"]
+        cards = count(devices, settings.gpu + " card")
+        found = [f"note: {cards} needed, the fewest of 1, 2, 4 and whole nodes of 8 that hold what is asked for"]
     else:
         found = []
     if not settings.weights:
