@@ -110,6 +110,23 @@ def test_what_names_no_model(model: Any, error: type[Exception], message: str, t
         plan(model, dtype="bfloat16")
 
 
+def test_a_config_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a latent cache a second time, for what it would be with the other choice."""
+    calls: list[str] = []
+
+    def counted(fields: Fields, name: str | None = None) -> Any:
+        calls.append(fields.mla)
+        return read_fields(fields, name)
+
+    monkeypatch.setattr("kvblocks.models.read.read_fields", counted)
+    plan(LLAMA)
+    assert calls == ["latent"]
+    latent = {"model_type": "deepseek_v3", "num_hidden_layers": 2, "num_attention_heads": 4, "kv_lora_rank": 16}
+    latent |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "torch_dtype": "bfloat16"}
+    plan(latent, mla="expanded")
+    assert calls == ["latent", "latent", "expanded"]
+
+
 def test_a_folder_without_a_config(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="has no config"):
         plan(tmp_path)

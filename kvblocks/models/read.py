@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ class Source:
 
     Args:
         config: its config as a dict, text half and all; None for plain numbers and GGUF files.
-        read: makes the `ModelCache`, with a latent cache "latent" or "expanded".
+        read: makes the `ModelCache`, with a latent cache "latent" or "expanded"; called once for each.
         origin: the folder, the model on the hub or the GGUF file that has the weights; None where there is none.
     """
 
@@ -50,7 +50,7 @@ class Source:
         origin: "Path | HubModel | GgufFile | None" = None,
     ) -> None:
         self.config = config
-        self.read = read
+        self.read = cache(read)
         self.origin = origin
 
 
@@ -204,7 +204,9 @@ def _config(config: dict[str, Any], name: str | None, *, whole: bool = False) ->
             raise MissingField(text["model_type"], "text_config")
         if not settled and text["model_type"] in TRANSLATED:
             raise MissingField(text["model_type"], "transformers_version of 5 or more")
-        read_fields(Fields(text["model_type"], text), name)
+        source = Source(config, partial(_read_text, text, name))
+        source.read("latent")
+        return source
     except UnknownModel as problem:
         if not isinstance(problem, MissingField) and _is_unknown(config):
             return _measured(config, name)

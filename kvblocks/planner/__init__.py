@@ -169,7 +169,8 @@ def plan(
     if stored == "transformers" and shape.uncached is not None:
         raise ValueError(f"stored='transformers': {shape.uncached}")
     check_engine(engine, shape)
-    other = source.read("expanded" if mla == "latent" else "latent")
+    keeps_latents = any(kept.name == "latent" for layer in shape.layers for kept in layer.kept)
+    other = source.read("expanded" if keeps_latents else "latent")
     if stored == "transformers" and mla == "expanded" and other != shape:
         raise ValueError(
             f"stored='transformers' with mla='expanded': transformers' cache of {shape.name} keeps the latent and the "
