@@ -71,6 +71,7 @@ def test_every_way_to_name_a_model(tmp_path: Path) -> None:
             "model_type='no_such' is not an architecture that the planner knows",
         ),
         (b"\xff\xfe", ValueError, "is not JSON"),
+        (b'{"model_type": "llama", "num_hidden_layers": ' + b"9" * 5000 + b"}", ValueError, "is not JSON: Exceeds the"),
     ],
 )
 def test_files_that_are_no_configs(content: str | bytes, error: type[Exception], message: str, tmp_path: Path) -> None:
@@ -87,6 +88,7 @@ def test_files_that_are_no_configs(content: str | bytes, error: type[Exception],
         ("nowhere.json", FileNotFoundError, r"nowhere\.json is neither a folder"),
         ("a/b/c", FileNotFoundError, "a/b/c is neither a folder"),
         ("", FileNotFoundError, "has no config"),
+        ("a" * 5000, FileNotFoundError, r"^a{60} cannot be looked up: File name too long"),
         (5, TypeError, "model=5 is of type int; give a config"),
         (None, TypeError, "model=None is of type NoneType"),
         ({}, UnknownModel, "a dict of nothing has neither model_type"),

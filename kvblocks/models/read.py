@@ -75,7 +75,7 @@ def read(model: Any) -> Source:
             f"nor num_layers (for numbers)"
         )
     if isinstance(model, str | os.PathLike):
-        if Path(model).suffix == ".gguf" and Path(model).is_file():
+        if Path(model).suffix == ".gguf" and os.path.isfile(model):
             from kvblocks.models.gguf_file import GgufFile
 
             file = GgufFile(Path(model))
@@ -163,7 +163,11 @@ def _checked_numbers(model: Mapping[str, Any]) -> dict[str, Any]:
 def _config_file(model: "str | os.PathLike[str]") -> tuple[Path, str, Path | HubModel | None]:
     """The config.json of a folder, a file, or a hub id; a name for it; and where its weights are."""
     path = Path(model)
-    if path.is_dir():
+    try:
+        there = path.exists()
+    except OSError as error:  # a name that no file system takes, or a folder that must not be looked into
+        raise FileNotFoundError(f"{os.fspath(model):.60} cannot be looked up: {error.strerror}") from None
+    if there and path.is_dir():
         file = next((path / name for name in _CONFIG_FILES if (path / name).is_file()), None)
         if file is None:
             raise FileNotFoundError(f"{path} has no config.json")
@@ -182,7 +186,7 @@ def _config_file(model: "str | os.PathLike[str]") -> tuple[Path, str, Path | Hub
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:  # no text, no JSON, or a number with more digits than Python reads
         raise ValueError(f"{path} is not JSON: {error}") from None
     except RecursionError:
         raise ValueError(f"{path} nests deeper than any config does") from None

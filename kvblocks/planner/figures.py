@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Self
 
 from kvblocks.config import CacheConfig, Group
@@ -28,6 +28,7 @@ from kvblocks.planner.parallel import check_tp
 __all__ = ["LONGEST", "Figures", "Settings", "Stage"]
 
 LONGEST = 2**31 - 1  # tokens of a sequence, and blocks of a pool
+_groups = lru_cache(maxsize=64)(model_groups)  # which depend on the layers alone, and advice tries many splits of them
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ class Stage:
         stored = {(layer.reach, layer.index): layer for layer in self.paged}
         groups = tuple(
             BlockGroup(reach, tuple(stored[reach, index] for index in indices))
-            for reach, indices in model_groups(self.layers, s.model.max_seq_len, s.max_groups)
+            for reach, indices in _groups(self.layers, s.model.max_seq_len, s.max_groups)
         )
         return Layout(groups, s.block_size, s.step_tokens)
 
