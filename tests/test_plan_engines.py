@@ -89,7 +89,7 @@ def test_vllm_counts_a_whole_step_beside_a_window_by_default() -> None:
 
 
 def test_vllm_gives_small_pages_more_tokens() -> None:
-    """Gemma 4's full layers have pages twice as large as its windowed ones, whose blocks hold twice the tokens."""
+    """Gemma 4 26B's windowed layers have pages twice as large as its full ones, whose blocks hold twice the tokens."""
     config = CONFIGS / "gemma-4-26b-a4b-nvfp4.json"
     planned = plan(config, engine="vllm", dtype="bfloat16", step_tokens=1)
     sizes = {group.block_bytes for group in planned.stage.layout.groups}
@@ -97,6 +97,10 @@ def test_vllm_gives_small_pages_more_tokens() -> None:
     assert len(pages) == 2
     assert max(pages) % min(pages) == 0
     assert planned.block_bytes == 5 * max(pages) >= max(sizes)
+    layout = planned.stage.layout
+    for group in layout.groups:  # 640 tokens, shorter than the window
+        ratio = max(pages) // group.layers[0].block_bytes
+        assert layout.blocks_of(group, 640) == 640 // 16 // ratio
 
 
 def test_vllm_pages_that_do_not_divide_are_refused() -> None:
