@@ -1,7 +1,7 @@
 """How one number of a cache is stored: plain dtypes, and packed ones with their scales. No torch."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvblocks.config import itemsize
@@ -35,6 +35,7 @@ class Format:
         group_size: numbers of one head's vector that share a scale; None where scales are not kept per token.
         scale_dtype: of a scale, and of a zero point.
         zero_point: each group keeps one besides its scale.
+        values: the format of V, where it is not that of K; None where it is.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Format:
     group_size: int | None = None
     scale_dtype: str = "float16"
     zero_point: bool = False
+    values: "Format | None" = None
 
     @property
     def is_float(self) -> bool:
@@ -51,7 +53,7 @@ class Format:
     @property
     def is_dtype(self) -> bool:
         """Stored as one dtype, without packing and without scales in the cache."""
-        return self.bits >= 8 and self.group_size is None
+        return self.bits >= 8 and self.group_size is None and self.values is None
 
     def scales(self, dim: int) -> int:
         """Scales that one head's vector of `dim` numbers keeps."""
@@ -82,6 +84,12 @@ def format_of(
         ValueError: scales for a dtype that has none, or a group size that is not positive.
     """
     name = dtype_name(dtype)
+    if "," in name:
+        parts = name.split(",")
+        if len(parts) != 2:
+            raise ValueError(f"dtype={name!r:.60} names {len(parts)} dtypes; give one, or one for K and one for V")
+        both = [format_of(part.strip(), group_size, scale_dtype, zero_point) for part in parts]
+        return both[0] if both[0] == both[1] else replace(both[0], values=both[1])
     if name in _BLOCKED:
         bits, minimum = _BLOCKED[name]
         if group_size not in (None, _BLOCK):

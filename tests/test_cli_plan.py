@@ -108,6 +108,15 @@ def test_json_says_it_all(config: str, capsys: pytest.CaptureFixture[str]) -> No
     assert found["lines"][0]["name"] == "per token"
 
 
+def test_an_engine_and_two_dtypes(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--engine", "llama.cpp", "--dtype", "q8_0,q4_0", "--seq-len", "1000", "--step-tokens", "64"]
+    assert main(["plan", config, *asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["engine"], found["dtype"], found["block_size"]) == ("llama.cpp", "q8_0,q4_0", 256)
+    assert found["sequence_bytes"] == 1024 * 32 * 8 * (136 + 72)
+    assert any("src/llama-context.cpp" in note for note in found["notes"])
+
+
 def test_numbers_instead_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     numbers = ["--layers", "4", "--kv-heads", "2", "--head-dim", "16", "--v-head-dim", "8", "--dtype", "fp8"]
     assert main(["plan", *numbers, "--json"]) == 0
@@ -168,6 +177,9 @@ def _words(text: str) -> list[str]:
         (["CONFIG", "--seq-len", "long"], "--seq-len long is not a number of tokens; give one like 8192, 32k or 1M"),
         (["CONFIG", "--seq-len", "0"], "--seq-len 0 is outside 1..2147483647"),
         (["CONFIG", "--dtype", "q8_0", "--group-size", "16"], "--group-size 16: q8_0 has a scale for each 32 numbers"),
+        (["CONFIG", "--swa-full"], "--engine kvblocks: only llama.cpp has --swa-full"),
+        (["CONFIG", "--engine", "vllm", "--stored", "transformers"], "counts transformers' caches, and --engine vllm"),
+        (["CONFIG", "--dtype", "q8_0,q4_0,f16"], "names 3 dtypes; give one, or one for K and one for V"),
         (["CONFIG", "--encoder-tokens", "-1"], "--encoder-tokens -1 is outside"),
         (["CONFIG", "--weights-dtype", "fp8"], "--weights-dtype fp8 is for --weights auto"),
     ],

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvblocks import plan
 from kvblocks.cli.main import main
-from kvblocks.planner import CARDS, splits
+from kvblocks.planner import CARDS, smallest_changes, splits
 from kvblocks.planner.cards import card_memory, parse_gpu
 from kvblocks.planner.splits import best_split, fewest_devices
 
@@ -89,12 +89,25 @@ def test_as_many_cards_as_are_needed() -> None:
     assert planned.fits
     devices = planned.settings.tp * len(planned.settings.stages)
     assert f"{devices} h100 cards needed, the fewest" in planned.explain()
-    fewer = [(tp, pp) for tp in (1, 2, 4, 8, 16, 32) for pp in range(1, devices) if tp * pp < devices]
+    assert devices in (1, 2, 4) or devices % 8 == 0  # as people have them
+    fewer = [(tp, few // tp) for few in (1, 2, 4, 8, 16) if few < devices for tp in (1, 2, 4, 8) if few % tp == 0]
     assert fewer
     assert not any(plan(LLAMA_70B, memory=card_memory("h100"), tp=tp, pp=pp, **asked).fits for tp, pp in fewer)
     one = plan(LLAMA_70B, gpu="b300", **{**asked, "concurrency": 5})
     assert (one.settings.tp, one.settings.stages, one.fits) == (1, (80,), True)
     assert "1 b300 card needed" in one.explain()
+
+
+def test_a_model_of_several_nodes_runs_a_stage_on_each() -> None:
+    """61 layers of DeepSeek V3 that 9 cards would hold: two nodes of 8, not 9 stages of a card each."""
+    latent = {"model_type": "deepseek_v3", "num_hidden_layers": 61, "num_attention_heads": 128, "kv_lora_rank": 512}
+    latent |= {"qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "torch_dtype": "bfloat16"}
+    asked: dict[str, Any] = {"weights": "671GB", "seq_len": "32k", "concurrency": 16}
+    planned = plan(latent, gpu="h100", **asked)
+    assert (planned.settings.tp, planned.settings.stages) == (8, (31, 30))
+    assert plan(latent, memory=card_memory("h100"), pp=9, **asked).fits
+    changes = {change.setting: change.value for change in smallest_changes(plan(latent, memory="80GiB", **asked), 9)}
+    assert changes["pp"] == 16  # a power of two, as 61 layers do not divide
 
 
 def test_where_no_number_of_cards_does() -> None:

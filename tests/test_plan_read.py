@@ -61,11 +61,17 @@ def test_every_way_to_name_a_model(tmp_path: Path) -> None:
         ("{}", UnknownModel, "has no model_type"),
         ('{"model_type": 5}', UnknownModel, "has no model_type"),
         (
+            '{"peft_type": "LORA", "base_model_name_or_path": "org/base"}',
+            UnknownModel,
+            "is an adapter's .* give the config of its base model, 'org/base'",
+        ),
+        (
             '{"model_type": "no_such"}',
             UnknownModel,
             "model_type='no_such' is not an architecture that the planner knows",
         ),
         (b"\xff\xfe", ValueError, "is not JSON"),
+        (b'{"model_type": "llama", "num_hidden_layers": ' + b"9" * 5000 + b"}", ValueError, "is not JSON: Exceeds the"),
     ],
 )
 def test_files_that_are_no_configs(content: str | bytes, error: type[Exception], message: str, tmp_path: Path) -> None:
@@ -82,6 +88,7 @@ def test_files_that_are_no_configs(content: str | bytes, error: type[Exception],
         ("nowhere.json", FileNotFoundError, r"nowhere\.json is neither a folder"),
         ("a/b/c", FileNotFoundError, "a/b/c is neither a folder"),
         ("", FileNotFoundError, "has no config"),
+        ("a" * 5000, FileNotFoundError, r"^a{60} cannot be looked up: File name too long"),
         (5, TypeError, "model=5 is of type int; give a config"),
         (None, TypeError, "model=None is of type NoneType"),
         ({}, UnknownModel, "a dict of nothing has neither model_type"),
@@ -103,6 +110,23 @@ def test_files_that_are_no_configs(content: str | bytes, error: type[Exception],
 def test_what_names_no_model(model: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=message):
         plan(model, dtype="bfloat16")
+
+
+def test_a_config_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a latent cache a second time, for what it would be with the other choice."""
+    calls: list[str] = []
+
+    def counted(fields: Fields, name: str | None = None) -> Any:
+        calls.append(fields.mla)
+        return read_fields(fields, name)
+
+    monkeypatch.setattr("kvblocks.models.read.read_fields", counted)
+    plan(LLAMA)
+    assert calls == ["latent"]
+    latent = {"model_type": "deepseek_v3", "num_hidden_layers": 2, "num_attention_heads": 4, "kv_lora_rank": 16}
+    latent |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "torch_dtype": "bfloat16"}
+    plan(latent, mla="expanded")
+    assert calls == ["latent", "latent", "expanded"]
 
 
 def test_a_folder_without_a_config(tmp_path: Path) -> None:

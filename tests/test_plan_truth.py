@@ -24,6 +24,8 @@ def config(name: str) -> Path:
 
 def figure(planned: Plan, name: str) -> float:
     """A figure of the plan: by its name, or of a number of tokens."""
+    if name == "bytes a token and layer":
+        return planned.bytes_per_token / len(planned.model.layers)
     what, _, tokens = name.partition(" of ")
     if what == "bytes":
         return planned.cache_bytes(int(tokens))

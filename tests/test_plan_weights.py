@@ -82,11 +82,19 @@ def test_without_a_checkpoint_a_quantized_config_is_refused(folder: Path) -> Non
         ((8).to_bytes(8, "little") + b'{"a": 1}', "'a' has data_offsets=None"),
         ((30).to_bytes(8, "little") + b'{"a": {"data_offsets": [9, 3]}}'[:30] + b"}", "does not hold JSON"),
         ((31).to_bytes(8, "little") + b'{"a": {"data_offsets": [9, 3]}}', r"'a' has data_offsets=\[9, 3\]"),
+        ((32).to_bytes(8, "little") + b'{"a": {"data_offsets": [0, 10]}}', "is cut off: it has 40 of the 50 bytes"),
+        ((5000).to_bytes(8, "little") + b"[" * 5000, "does not hold JSON where it must"),
     ],
 )
 def test_files_that_are_none(content: bytes, message: str, folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=message):
+        plan(folder, weights="auto")
+
+
+def test_an_index_names_files_beside_it(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../other/model.safetensors"}}')
+    with pytest.raises(ValueError, match=r"names the file '\.\./other/model\.safetensors', which is not beside it"):
         plan(folder, weights="auto")
 
 

@@ -159,8 +159,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "positions of its own": ("roberta", {"is_decoder": True}, "numbers its positions in its own way"),
     "recurrent": ("rwkv", {"attention_hidden_size": 64}, "keeps a recurrent state"),
     "no registry": (
-        "gptj",
-        {"rotary_dim": 8, "num_key_value_heads": None},
+        "gpt_neo",
+        {"num_layers": 4, "attention_types": [[["global"], 4]]},
         "does not use transformers' attention regis",
     ),
     "decoder half": (
@@ -170,6 +170,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "bidirectional": ("bert", {}, "is causal; this model asks for a mask of its own"),
     "mask of its own": ("doge", {}, r"layer 0 \(DogeAttention\) makes a mask of its own"),
+    "runs layers twice": (
+        "dory",
+        {"head_dim": 16, "n_input_layers": 1, "n_output_layers": 1},
+        "runs some layers several times in a pass",
+    ),
     "attends twice": ("diffllama", {}, r"attended through kvblocks are \[0, 0, 1, 1, 2, 2, 3, 3\]; each of .* once"),
     "window in the cache only": ("moshi", {"sliding_window": 9}, "leaves its sliding window to transformers' cache"),
     "K and V repeated": (

@@ -22,6 +22,7 @@ CHUNK = 8
 # Taken by every config that has the field and gives it a value.
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
+    "unpadded_vocab_size": VOCABULARY,
     "max_position_embeddings": 256,
     "n_positions": 256,
     "hidden_size": 64,
@@ -165,6 +166,7 @@ INKLING: dict[str, Any] = {
     "d_rel": 8,
     "rel_extent": 32,
 }
+INKLING_LOOP = {"n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 3}
 DOTS3: dict[str, Any] = {
     **{name: SMALL[name] for name in SMALL if name.endswith(("_rank", "_head_dim")) and "linear" not in name},
     **{name: SMALL[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings")},
@@ -196,7 +198,7 @@ ALIKE: list[tuple[str, dict[str, Any]]] = [
     ("beam cohere2_moe flint kolibri1 mimo_v2_flash olmo3 vaultgemma", {"layer_types": BY_TURNS}),
     ("bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert", DECODER),
     ("rembert roberta roberta-prelayernorm roformer xlm-roberta xlm-roberta-xl", DECODER),
-    ("axk1 deepseek_v3 glm4_moe_lite minicpm3 youtu", {"num_key_value_heads": 4}),
+    ("axk1 deepseek_v3 glm4_moe_lite minicpm3 sarvam_mla youtu", {"num_key_value_heads": 4}),
     ("axk2 deepseek_v32 glm_moe_dsa", SPARSE_LATENT),
     ("mistral ministral3 moshi hunyuan_v1_dense hunyuan_v1_moe nemotron", {"head_dim": 16}),
     ("doge mixtral phi3 phimoe starcoder2 minimax", {"sliding_window": WINDOW}),
@@ -205,6 +207,7 @@ ALIKE: list[tuple[str, dict[str, Any]]] = [
     ("lfm2 lfm2_moe", {"layer_types": ["conv", FULL] * 2}),
     ("codegen gptj", {"rotary_dim": 8}),
     ("inkling_text inkling2_text", INKLING),
+    ("inkling2_loop_text", INKLING | INKLING_LOOP),
     ("dots3_note_text", DOTS3),
     ("gemma4_text", GEMMA4_SHARED),
     ("gemma4_unified_text", GEMMA4_UNIFIED),
@@ -235,6 +238,7 @@ OWN: dict[str, dict[str, Any]] = {name: fields for names, fields in ALIKE for na
         "o_groups": 2,
         "partial_rotary_factor": 0.5,
     },
+    "dory": {"layer_types": BY_TURNS, "n_input_layers": 1, "n_output_layers": 1},
     "dots1": {
         "layer_types": BY_TURNS,
         "n_routed_experts": 4,

@@ -24,7 +24,7 @@ _PLOT_POINTS = 200
 _ARGUMENTS = (
     "memory gpu utilization seq_len concurrency weights weights_dtype activations sequences encoder_tokens dtype "
 )
-_ARGUMENTS += "group_size scale_dtype zero_point block_size tp mla stored"
+_ARGUMENTS += "group_size scale_dtype zero_point block_size tp mla stored engine swa_full step_tokens"
 _NAMES = tuple(_ARGUMENTS.split())
 _EITHER = "|".join([*_NAMES, "pp"])
 _ARGUMENT = re.compile(rf"\b({_EITHER})=('[^']*'|\[[^\]]*\]|[^\s,;:)]+)")
@@ -59,7 +59,15 @@ def add_plan_parser(
     add("--encoder-tokens", type=int, default=0, metavar="N", help="that cross-attention keeps K and V for")
     stored = parser.add_argument_group("how it is stored")
     add = stored.add_argument
-    add("--dtype", metavar="DTYPE", help="of K and V: bfloat16, fp8, q8_0, int4, ... or auto (default: the config's)")
+    add(
+        "--engine",
+        choices=("kvblocks", "vllm", "sglang", "llama.cpp"),
+        default="kvblocks",
+        help="whose pages, paddings and packings are counted (default: %(default)s)",
+    )
+    add("--swa-full", action="store_true", help="llama.cpp's: windowed layers keep every token")
+    add("--step-tokens", type=count, metavar="N", help="of a sequence in one step (default: 1, or the engine's)")
+    add("--dtype", metavar="K[,V]", help="bfloat16, fp8, q8_0, int4, ... or auto; q8_0,q4_0 (default: the config's)")
     add("--group-size", type=count, metavar="N", help="numbers of one head that share a scale")
     add("--scale-dtype", default="float16", metavar="DTYPE", help="(default: %(default)s)")
     add("--zero-point", action="store_true", help="each group keeps one besides its scale")

@@ -84,8 +84,10 @@ def verify(model: Any, request: Request, tokens: Sequence[int]) -> Verdict:
     chooser = choosers[0] if choosers else None
     if chooser is not None and chooser.samples:
         raise ValueError("the tokens of this request are sampled, so greedy generation says nothing about them")
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
+    taken = inspect.signature(inner.forward).parameters
+    last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
     cache = DynamicCache(config=inner.config)
+    last["cache" if "cache" in taken else "past_key_values"] = cache  # transformers 5.24 gave it the shorter name
     ids = list(request.prompt)
     feed = ids
     verdict = Verdict()
@@ -93,7 +95,7 @@ def verify(model: Any, request: Request, tokens: Sequence[int]) -> Verdict:
     whole: Tensor | None = None
     for position in range(request.max_new_tokens):
         inputs = torch.tensor([feed], device=inner.device)
-        made = model(input_ids=inputs, past_key_values=cache, use_cache=True, **last).logits[0, -1]
+        made = model(input_ids=inputs, use_cache=True, **last).logits[0, -1]
         logits = made if chooser is None else chooser.scores(np.array(ids), made)
         steps.append(made)
         expected = int(logits.argmax())

@@ -61,6 +61,7 @@ def read_fields(fields: Fields, name: str | None = None) -> ModelCache:
         max_seq_len=_first(lengths),
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         uncached=_UNCACHED.get(fields.model_type),
+        model_type=fields.model_type,
     )
 
 
@@ -147,7 +148,7 @@ _register("cpmant", read.cpmant)
 _register("hrm_text", read.hrm)
 _register("mllama_text_model", read.mllama, "cross_attention_layers")
 
-_register("axk1 deepseek_v2 deepseek_v3 glm4_moe_lite minicpm3 mistral4 youtu", read.latent, "kv_lora_rank")
+_register("axk1 deepseek_v2 deepseek_v3 glm4_moe_lite minicpm3 mistral4 sarvam_mla youtu", read.latent, "kv_lora_rank")
 # Types whose code comes with the weights, so that transformers has no class for them: attention like any other's, under
 # other names here and there.
 _register("kimi_k2", read.latent, "kv_lora_rank")

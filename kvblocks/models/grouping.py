@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 from kvblocks.config import Chunk, Window
 from kvblocks.formats import format_of
@@ -75,6 +76,7 @@ class Layout:
     groups: tuple[BlockGroup, ...]
     block_size: int
     step_tokens: int = 1
+    pooled: ClassVar[bool] = True  # all groups draw blocks of one size from one pool
 
     @property
     def block_bytes(self) -> int:
@@ -90,6 +92,10 @@ class Layout:
 
     def held_bytes(self, num_tokens: int) -> int:
         return self.blocks(num_tokens) * self.block_bytes
+
+    def bytes_for(self, count: int, num_tokens: int) -> int:
+        """Bytes that `count` sequences take."""
+        return count * self.held_bytes(num_tokens)
 
 
 def blocks_held(reach: Reach, num_tokens: int, block_size: int, step_tokens: int = 1) -> int:

@@ -16,6 +16,7 @@ __all__ = ["NOTE", "measure", "tensors_held"]
 
 NOTE = "measured from transformers: no table knows this model_type; its cache was filled without memory and read off"
 _SHORT, _LONG, _CHECKED, _ENCODED = 6, 7, 11, 5  # tokens
+_CACHES = ("cache", "past_key_values", "cache_params")  # as transformers 5.24 calls it, and as it did before
 _LONGEST_WINDOW = 4096  # beyond which a window is not filled to see where it ends
 # Layers of transformers' caches that grow by the token, keep a window, keep a state, or keep nothing.
 _PLAIN_LAYERS = frozenset(
@@ -61,7 +62,7 @@ def measure(config: Mapping[str, Any], name: str | None) -> ModelCache:
             ids["input_ids"] = torch.zeros((1, _ENCODED), dtype=torch.long, device="meta")
         with torch.no_grad():
             output = model(**ids, use_cache=True)
-        found = output.get("past_key_values", output.get("cache_params"))
+        found = next((output[name] for name in _CACHES if output.get(name) is not None), None)
         if found is None:
             raise UnknownModel("it hands no cache back")
         return found
@@ -91,6 +92,7 @@ def measure(config: Mapping[str, Any], name: str | None) -> ModelCache:
         max_seq_len=_whole(text.get("max_position_embeddings")),
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         notes=(NOTE,),
+        model_type=model_type,
     )
 
 
@@ -108,7 +110,8 @@ def _built(config: Mapping[str, Any]) -> tuple[Any, Any]:
         )
     plain = {field: value for field, value in config.items() if field != "quantization_config"}
     made = kinds[config["model_type"]].from_dict(plain)
-    makers: list[Any] = [AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForSeq2SeqLM]
+    # Of types that are registered as both, the causal one keeps the same and needs nothing of an image's.
+    makers: list[Any] = [AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM]
     if made.is_encoder_decoder:
         makers.reverse()
     maker = next((maker for maker in makers if type(made) in maker._model_mapping), None)

@@ -5,8 +5,9 @@ Torch and transformers are imported only where a config leaves out what transfor
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ class Source:
 
     Args:
         config: its config as a dict, text half and all; None for plain numbers and GGUF files.
-        read: makes the `ModelCache`, with a latent cache "latent" or "expanded".
+        read: makes the `ModelCache`, with a latent cache "latent" or "expanded"; called once for each.
         origin: the folder, the model on the hub or the GGUF file that has the weights; None where there is none.
     """
 
@@ -50,7 +51,7 @@ class Source:
         origin: "Path | HubModel | GgufFile | None" = None,
     ) -> None:
         self.config = config
-        self.read = read
+        self.read = cache(read)
         self.origin = origin
 
 
@@ -75,7 +76,7 @@ def read(model: Any) -> Source:
             f"nor num_layers (for numbers)"
         )
     if isinstance(model, str | os.PathLike):
-        if Path(model).suffix == ".gguf" and Path(model).is_file():
+        if Path(model).suffix == ".gguf" and os.path.isfile(model):
             from kvblocks.models.gguf_file import GgufFile
 
             file = GgufFile(Path(model))
@@ -163,7 +164,11 @@ def _checked_numbers(model: Mapping[str, Any]) -> dict[str, Any]:
 def _config_file(model: "str | os.PathLike[str]") -> tuple[Path, str, Path | HubModel | None]:
     """The config.json of a folder, a file, or a hub id; a name for it; and where its weights are."""
     path = Path(model)
-    if path.is_dir():
+    try:
+        there = path.exists()
+    except OSError as error:  # a name that no file system takes, or a folder that must not be looked into
+        raise FileNotFoundError(f"{os.fspath(model):.60} cannot be looked up: {error.strerror}") from None
+    if there and path.is_dir():
         file = next((path / name for name in _CONFIG_FILES if (path / name).is_file()), None)
         if file is None:
             raise FileNotFoundError(f"{path} has no config.json")
@@ -182,7 +187,7 @@ def _config_file(model: "str | os.PathLike[str]") -> tuple[Path, str, Path | Hub
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:  # no text, no JSON, or a number with more digits than Python reads
         raise ValueError(f"{path} is not JSON: {error}") from None
     except RecursionError:
         raise ValueError(f"{path} nests deeper than any config does") from None
@@ -204,7 +209,9 @@ def _config(config: dict[str, Any], name: str | None, *, whole: bool = False) ->
             raise MissingField(text["model_type"], "text_config")
         if not settled and text["model_type"] in TRANSLATED:
             raise MissingField(text["model_type"], "transformers_version of 5 or more")
-        read_fields(Fields(text["model_type"], text), name)
+        source = Source(config, partial(_read_text, text, name))
+        source.read("latent")
+        return source
     except UnknownModel as problem:
         if not isinstance(problem, MissingField) and _is_unknown(config):
             return _measured(config, name)
@@ -250,6 +257,11 @@ def _model_type(config: Mapping[str, Any], name: str | None) -> str:
             return found
     if given is None and config.keys() >= _PARAMS:
         return "params"
+    if given is None and config.get("peft_type") is not None:
+        raise UnknownModel(
+            f"{name or 'the config'} is an adapter's (peft_type={config['peft_type']!r:.60}), which keeps no cache "
+            f"of its own; give the config of its base model, {config.get('base_model_name_or_path')!r:.200}"
+        )
     if given is None:
         raise UnknownModel(
             f"{name or 'the config'} has no model_type, which says what its other fields mean; give a model's "
@@ -348,7 +360,9 @@ def _completed(config: dict[str, Any], missing: UnknownModel, name: str | None) 
         raise UnknownModel(f"{missing}, and the installed transformers has no such model_type")
     _refuse_sizeless(config, name)
     try:
-        completed: dict[str, Any] = kinds[config["model_type"]].from_dict(dict(config)).to_dict()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it reads names of before is what it is asked for
+            completed: dict[str, Any] = kinds[config["model_type"]].from_dict(dict(config)).to_dict()
     except Exception as error:  # its validators raise whatever they like
         reason = " ".join(str(error).split())
         raise UnknownModel(f"{missing}, and transformers refuses the config: {reason}") from error

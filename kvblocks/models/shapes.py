@@ -47,7 +47,11 @@ class Kept:
         heads = self.heads if heads is None else heads
         if self.dtype is not None:
             return heads * self.dim * itemsize_of(self.dtype)
-        return heads * format.vector_bytes(self.dim)
+        return heads * self.stored_in(format).vector_bytes(self.dim)
+
+    def stored_in(self, format: Format) -> Format:
+        """The format of its numbers where K and V have formats of their own."""
+        return format.values if self.name == "V" and format.values is not None else format
 
     def entries(self, num_tokens: int, stored: Stored) -> int:
         """Entries kept of a sequence of `num_tokens` tokens."""
@@ -131,6 +135,7 @@ class ModelCache:
         dtype: what the model computes in; None where it is not known.
         notes: what a reader should know, one sentence each.
         uncached: why transformers keeps no cache for it, where it keeps none.
+        model_type: of its config, by which engines choose what they keep; None for plain numbers and GGUF files.
     """
 
     name: str
@@ -140,6 +145,7 @@ class ModelCache:
     dtype: str | None = None
     notes: tuple[str, ...] = ()
     uncached: str | None = None
+    model_type: str | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:

@@ -18,6 +18,14 @@ from kvblocks.models.shapes import ModelCache, Stored
 from kvblocks.planner.advice import Change, smallest_changes
 from kvblocks.planner.cards import CARDS, card_memory, parse_gpu
 from kvblocks.planner.checkpoint import Checkpoint, checkpoint_of
+from kvblocks.planner.engines import (
+    ENGINES,
+    Engine,
+    check_engine,
+    engine_block_size,
+    engine_notes,
+    engine_step_tokens,
+)
 from kvblocks.planner.figures import LONGEST, Settings
 from kvblocks.planner.parallel import stage_layers
 from kvblocks.planner.plans import Plan
@@ -28,6 +36,7 @@ from kvblocks.sizes import checked_integer, parse_length, parse_share, parse_siz
 
 __all__ = [
     "CARDS",
+    "ENGINES",
     "MODEL_TYPES",
     "Change",
     "MissingField",
@@ -67,7 +76,9 @@ def plan(
     scale_dtype: Any = "float16",
     zero_point: bool = False,
     max_groups: int = MOST_GROUPS,
-    step_tokens: int = 1,
+    step_tokens: int | None = None,
+    engine: Engine = "kvblocks",
+    swa_full: bool = False,
 ) -> Plan:
     """How much memory the cache of a model takes, and what fits into the memory there is.
 
@@ -76,8 +87,9 @@ def plan(
             id like "org/name" or "org/name@revision" (only its config.json is downloaded), or numbers:
             `{"num_layers": 32, "num_kv_heads": 8, "head_dim": 128}`, see `uniform`.
         dtype: of K and V: a `torch.dtype`, its name, "fp8", the packed "int4" and "int2", or as engines call them:
-            "fp8_e4m3", "fp8_e5m2", "q8_0", "q4_0". None for the config's, and bfloat16, with a note, where it names
-            none; "auto" for the one that a quantized checkpoint asks for (`kv_cache_scheme`), else as None.
+            "fp8_e4m3", "fp8_e5m2", "q8_0", "q4_0"; "q8_0,q4_0" is K in the first and V in the second. None for the
+            config's (float16 for llama.cpp), and bfloat16, with a note, where it names none; "auto" for the one that a
+            quantized checkpoint asks for (`kv_cache_scheme`), else as None.
         memory: bytes of one device, a size like "80GiB" ("80G" is the same, "80GB" is 80 * 1000**3), or a device whose
             free memory counts ("cuda:1", "cpu", or a `torch.device`).
         gpu: instead of memory: a card and how many there are, "h100:8"; see `CARDS`. Without a number, as many as hold
@@ -103,7 +115,12 @@ def plan(
             per token.
         scale_dtype, zero_point: what a group keeps.
         max_groups: block tables of a sequence, at most, as far as reaches allow.
-        step_tokens: that one step writes for a sequence, at most: what a window holds besides.
+        step_tokens: that one step writes for a sequence, at most: what a window holds besides; None for 1, and with an
+            engine for its own default (8192 for vLLM's --max-num-batched-tokens, 512 for llama.cpp's --ubatch-size).
+        engine: whose pages, paddings and packings are counted: "kvblocks", "vllm", "sglang" or "llama.cpp". Each rule
+            that the model meets is a note of `explain()` with the engine's file and function. It does not change
+            `cache_bytes` but for packed formats and llama.cpp's float32 state.
+        swa_full: llama.cpp's --swa-full: windowed layers keep every token.
 
     Returns:
         A frozen `Plan`. Its `fits` says whether what is asked for fits; where it does not, `explain()` what is missing.
@@ -131,6 +148,15 @@ def plan(
             raise ValueError(f"memory={memory!r:.60} and gpu={gpu!r}: the card says its memory; give one of them")
         memory = card_memory(card)
     max_groups = checked_integer("max_groups", max_groups, 1, LONGEST)
+    _one_of("engine", engine, ENGINES)
+    if not isinstance(swa_full, bool):
+        raise TypeError(f"swa_full={swa_full!r:.60} is of type {type(swa_full).__name__}; give a bool")
+    if swa_full and engine != "llama.cpp":
+        raise ValueError(f"engine={engine!r}: only llama.cpp has --swa-full (swa_full)")
+    if engine != "kvblocks" and stored != "exact":
+        raise ValueError(f"stored={stored!r:.60} counts transformers' caches, and engine={engine!r}; give one of them")
+    if step_tokens is None:
+        step_tokens = engine_step_tokens(engine)
     step_tokens = checked_integer("step_tokens", step_tokens, 1, LONGEST)
     encoder_tokens = checked_integer("encoder_tokens", encoder_tokens, 0, LONGEST)
     length, concurrency, sequences = (
@@ -142,7 +168,9 @@ def plan(
     shape = source.read(mla)
     if stored == "transformers" and shape.uncached is not None:
         raise ValueError(f"stored='transformers': {shape.uncached}")
-    other = source.read("expanded" if mla == "latent" else "latent")
+    check_engine(engine, shape)
+    keeps_latents = any(kept.name == "latent" for layer in shape.layers for kept in layer.kept)
+    other = source.read("expanded" if keeps_latents else "latent")
     if stored == "transformers" and mla == "expanded" and other != shape:
         raise ValueError(
             f"stored='transformers' with mla='expanded': transformers' cache of {shape.name} keeps the latent and the "
@@ -154,6 +182,8 @@ def plan(
     elif dtype is None and asks is not None:
         asked = f"the checkpoint asks for K and V in {asks} (kv_cache_scheme); dtype='auto' counts them so"
         shape, other = (replace(one, notes=(*one.notes, asked)) for one in (shape, other))
+    if dtype is None and engine == "llama.cpp":
+        dtype = "float16"  # whatever the model computes in
     if dtype is None and shape.dtype is None:
         assumed = "no dtype is named: K and V are taken to be bfloat16; give dtype where they are not"
         shape, other = (replace(one, dtype="bfloat16", notes=(*one.notes, assumed)) for one in (shape, other))
@@ -161,7 +191,11 @@ def plan(
     if weights_note is not None:
         shape, other = (replace(one, notes=(*one.notes, weights_note)) for one in (shape, other))
     kept_in = format_of(shape.dtype if dtype is None else dtype, group_size, scale_dtype, zero_point)
+    sources = engine_notes(engine, shape, kept_in, swa_full=swa_full, step_tokens=step_tokens)
+    shape, other = (replace(one, notes=(*one.notes, *sources)) for one in (shape, other))
     stages = stage_layers(shape, pp)
+    if block_size is None:
+        block_size = engine_block_size(engine, shape)
     if block_size is None:
         block_size = math.lcm(_BLOCK_SIZE, *(kept.every for layer in shape.layers for kept in layer.kept))
     for layer in shape.layers:
@@ -198,6 +232,8 @@ def plan(
             encoder_tokens=encoder_tokens,
             max_groups=max_groups,
             step_tokens=step_tokens,
+            engine=engine,
+            swa_full=swa_full,
         )
     )
     if card is None or tp is not None:

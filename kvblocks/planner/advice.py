@@ -91,6 +91,8 @@ def _other_stages(plan: Figures) -> Iterator[Change]:
     stages = len(plan.settings.stages)
     layers = plan.model.layers
     for pp in range(stages + 1, min(len(layers), _MOST_DEVICES) + 1):
+        if pp & (pp - 1) and len(layers) % pp:
+            continue  # stages are powers of two, or equally long: others are as fast as their longest, on odd devices
         try:
             split = stage_layers(plan.model, pp)
         except ValueError:

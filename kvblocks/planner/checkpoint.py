@@ -111,7 +111,12 @@ def _tensor_bytes(file: Path) -> dict[str, int]:
         if not 2 <= length <= min(_LONGEST_HEADER, file.stat().st_size - 8):
             raise ValueError(f"{file} is no safetensors file: a header of {length} bytes")
         header = _parsed(opened.read(length), file)
-    return {name: _span(tensor, name, file) for name, tensor in header.items() if name != "__metadata__"}
+    tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+    sizes = {name: _span(tensor, name, file) for name, tensor in tensors.items()}
+    there, needed = file.stat().st_size, 8 + length + max((t["data_offsets"][1] for t in tensors.values()), default=0)
+    if there < needed:
+        raise ValueError(f"{file} is cut off: it has {there:,} of the {needed:,} bytes that its header names")
+    return sizes
 
 
 def _span(tensor: Any, name: str, file: Path) -> int:
@@ -126,6 +131,9 @@ def _shards(index: Mapping[str, Any]) -> list[str]:
     names = index.get("weight_map")
     if not isinstance(names, Mapping) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{_INDEX} has no weight_map of tensors to files")
+    outside = next((name for name in names.values() if name in ("", "..") or "/" in name), None)
+    if outside is not None:
+        raise ValueError(f"{_INDEX} names the file {outside!r:.60}, which is not beside it")
     return sorted(set(names.values()))
 
 
@@ -143,7 +151,10 @@ def _json(file: Path) -> dict[str, Any]:
 def _parsed(text: bytes, file: Path) -> dict[str, Any]:
     try:
         found = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # no JSON, no text, a number past what Python reads, or nested too deep
         raise ValueError(f"{file} does not hold JSON where it must: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds a {type(found).__name__} where an object must be")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvblocks.config import Chunk
-from kvblocks.formats import itemsize_of
+from kvblocks.formats import Format, itemsize_of
 from kvblocks.models.grouping import BlockGroup
 from kvblocks.models.shapes import Kept, Layer, Reach
 from kvblocks.planner.advice import smallest_changes
@@ -44,6 +44,8 @@ def title(plan: Figures) -> str:
     """The model, and how it is stored."""
     settings = plan.settings
     parts = [count(len(plan.model.layers), "layer"), f"K and V in {_format_text(plan)}", f"blocks of {plan.block_size}"]
+    if settings.engine != "kvblocks":
+        parts.append(f"as {settings.engine} keeps it")
     if settings.tp > 1:
         parts.append(f"tp={settings.tp}")
     if len(settings.stages) > 1:
@@ -55,6 +57,8 @@ def title(plan: Figures) -> str:
 
 def _format_text(plan: Figures) -> str:
     format = plan.settings.format
+    if format.values is not None:
+        return plan.dtype
     if format.group_size is None:
         return format.name
     zero = " and zero point" if format.zero_point else ""
@@ -75,7 +79,7 @@ def lines(plan: Figures) -> list[Line]:
             found.append(
                 Line(
                     "per block",
-                    f"the largest of {len(stage.layout.groups)} groups",
+                    f"{_of_groups(stage)} of {len(stage.layout.groups)} groups",
                     f"{amount(stage.block_bytes)} per block",
                 )
             )
@@ -106,6 +110,7 @@ def _split_lines(plan: Figures) -> list[Line]:
         copies = f"{count(split.copies, 'copy', 'copies')} on " if settings.gpus else ""
         blocks = split.plan.num_blocks
         room = f"{blocks:,} blocks" if blocks else "room for no block" if split.plan.block_bytes else "state alone"
+        room = f"room for {split.plan.max_tokens:,} tokens" if blocks is None else room
         held = f"{split.sequences:,} sequences of {settings.reference_len:,} at once"
         marked = f"{held}, the best" if split is best and split.plan.fits else held
         what = (
@@ -115,8 +120,14 @@ def _split_lines(plan: Figures) -> list[Line]:
     return made
 
 
+def _of_groups(stage: Stage) -> str:
+    if not stage.layout.pooled:
+        return "all"
+    return "each" if stage.settings.engine == "vllm" else "the largest"
+
+
 def _group_line(stage: Stage, group: BlockGroup) -> Line:
-    size = stage.settings.block_size
+    size = stage.block_size
     chosen = {layer.index for layer in group.layers}
     layers = [layer for layer in stage.layers if layer.index in chosen]
     terms = _terms(stage, layers, reach=group.reach, only=True)
@@ -143,9 +154,10 @@ def _terms(stage: Stage, layers: Iterable[Layer], *, reach: Reach = None, only: 
         kept = [one for one in layer.kept if not only or one.reach == reach]
         for same in _alike(kept):
             here = stage.settings.heads(same[0].heads, same[0].queries)[0]
-            key = (here, same[0].dtype, same[0].every, tuple(one.dim for one in same))
+            sizes = tuple((one.dim, one.stored_in(stage.settings.format)) for one in same)
+            key = (here, same[0].dtype, same[0].every, sizes)
             numbers[key] = numbers.get(key, 0) + 1
-    return " + ".join(_term(stage, number, *key) for key, number in numbers.items())
+    return " + ".join(_term(number, *key) for key, number in numbers.items())
 
 
 def _alike(kept: Sequence[Kept]) -> list[list[Kept]]:
@@ -156,14 +168,14 @@ def _alike(kept: Sequence[Kept]) -> list[list[Kept]]:
     return list(found.values())
 
 
-def _term(stage: Stage, number: int, here: int, dtype: str | None, every: int, dims: tuple[int, ...]) -> str:
-    format = stage.settings.format
+def _term(number: int, here: int, dtype: str | None, every: int, sizes: tuple[tuple[int, Format], ...]) -> str:
+    dims, (_, format) = [dim for dim, _ in sizes], sizes[0]
     if dtype is not None:
         numbers = f"{_sum(dims)} × {itemsize_of(dtype)} B"
-    elif format.bits % 8 == 0 and format.group_size is None:
+    elif format.bits % 8 == 0 and format.group_size is None and format.values is None:
         numbers = f"{_sum(dims)} × {format.bits // 8} B"
     else:
-        numbers = f"{_sum([format.vector_bytes(dim) for dim in dims])} B"
+        numbers = f"{_sum([own.vector_bytes(dim) for dim, own in sizes])} B"
     rate = f" / {every} tokens" if every > 1 else ""
     return f"{count(number, 'layer')} × {count(here, 'head')} × {numbers}{rate}"
 
@@ -206,7 +218,7 @@ def _memory_lines(plan: Figures) -> list[Line]:
     room = (stage.room or 0) - settings.reserved * stage.state_bytes
     found.append(Line("memory for the cache", " - ".join(taken) if len(taken) > 1 else "", amount(room)))
     paged = [one for one in plan.stages if one.block_bytes]
-    if paged:
+    if paged and plan.num_blocks is not None:
         tight = min(paged, key=lambda one: one.num_blocks or 0)  # the stage that has the fewest, which may be another
         room = (tight.room or 0) - settings.reserved * tight.state_bytes
         whole = f"{room:,} B / {tight.block_bytes:,} B, whole blocks"
@@ -223,10 +235,13 @@ def _answers(plan: Figures) -> list[Line]:
         each = plan.sequence_bytes(length)
         blocks = plan.blocks_for(length)
         state = f" + {stage.state_bytes:,} B state" if stage.state_bytes else ""
+        terms = f"{count(blocks, 'block')} × {stage.block_bytes:,} B{state}"
+        if not stage.layout.pooled and len(stage.layout.groups) > 1:
+            terms = f"each group's own blocks{state}"
         found.append(
             Line(
                 f"sequence of {length:,}",
-                f"{count(blocks, 'block')} × {stage.block_bytes:,} B{state}",
+                terms,
                 f"{amount(each)}{_past(plan, length)}",
             )
         )
@@ -323,7 +338,8 @@ def _card_notes(plan: Figures) -> list[str]:
             split += f", which holds {settings.each:,} of the {settings.concurrency:,} sequences"
         found = [f"note: {split}"]
     elif settings.gpus is None and plan.fits:
-        found = [f"note: {count(devices, settings.gpu + ' card')} needed, the fewest that hold what is asked for"]
+        cards = count(devices, settings.gpu + " card")
+        found = [f"note: {cards} needed, the fewest of 1, 2, 4 and whole nodes of 8 that hold what is asked for"]
     else:
         found = []
     if not settings.weights:
@@ -375,6 +391,7 @@ def to_dict(plan: Figures) -> dict[str, Any]:
         "pp": list(settings.stages),
         "mla": settings.mla,
         "stored": settings.stored,
+        "engine": settings.engine,
         "bytes_per_token": plan.bytes_per_token,
         "block_bytes": plan.block_bytes,
         "state_bytes": plan.state_bytes,

@@ -4,10 +4,10 @@ Knows no config and no file: `kvblocks.models.read` makes the `ModelCache`, `kvb
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Self
 
 from kvblocks.config import CacheConfig, Group
@@ -22,12 +22,14 @@ from kvblocks.models.grouping import (
     uniform_bytes,
 )
 from kvblocks.models.shapes import Kept, Layer, ModelCache, Stored
+from kvblocks.planner.engines import Engine, engine_layers, engine_layout, hybrid_block_size
 from kvblocks.planner.parallel import check_tp
 from kvblocks.sizes import checked_integer
 
 __all__ = ["LONGEST", "Figures", "Settings", "Stage"]
 
 LONGEST = 2**31 - 1  # tokens of a sequence, and blocks of a pool
+_groups = lru_cache(maxsize=64)(model_groups)  # which depend on the layers alone, and advice tries many splits of them
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Settings:
         encoder_tokens: tokens of an encoder or an image whose K and V cross-attention keeps.
         max_groups: layer groups at most; each has its own block table.
         step_tokens: tokens that one step writes for a sequence, at most.
+        engine: whose pages, paddings and packings are counted.
+        swa_full: whether llama.cpp keeps every token in windowed layers.
 
     Raises:
         ValueError: heads of queries that `tp` devices cannot share evenly.
@@ -83,6 +87,8 @@ class Settings:
     encoder_tokens: int = 0
     max_groups: int = MOST_GROUPS
     step_tokens: int = 1
+    engine: Engine = "kvblocks"
+    swa_full: bool = False
 
     def __post_init__(self) -> None:
         check_tp(self.model, self.tp)
@@ -145,16 +151,23 @@ class Stage:
     @cached_property
     def state_bytes(self) -> int:
         """Of one sequence, whatever its length, cross-attention included."""
-        return self._state(LONGEST, "exact") + self.cross_bytes
+        in_pages = self.settings.engine == "vllm" and bool(self.paged)
+        return self.cross_bytes + (0 if in_pages else sum(self.layer_states))
+
+    @cached_property
+    def layer_states(self) -> tuple[int, ...]:
+        """Bytes of the state of each layer that keeps one."""
+        sizes = (self._state([layer], LONGEST, "exact") for layer in self.layers)
+        return tuple(size for size in sizes if size)
 
     @cached_property
     def cross_bytes(self) -> int:
         entries = sum(self.entry_bytes(kept) for layer in self.layers for kept in layer.cross)
         return entries * self.settings.encoder_tokens
 
-    def _state(self, num_tokens: int, stored: Stored) -> int:
+    def _state(self, layers: Sequence[Layer], num_tokens: int, stored: Stored) -> int:
         total = 0
-        for layer in self.layers:
+        for layer in layers:
             for state in layer.states:
                 dtype = state.dtype or self.settings.state_dtype
                 if dtype is None:
@@ -174,21 +187,32 @@ class Stage:
             for layer in self.layers
             for kept in layer.kept
         )
-        return kept + self._state(num_tokens, stored) + self.cross_bytes
+        return kept + self._state(self.layers, num_tokens, stored) + self.cross_bytes
 
     @cached_property
     def paged(self) -> tuple[PagedLayer, ...]:
         """What every layer puts into blocks, apart by reach."""
-        return paged_layers(self.layers, self.settings.block_size, self.entry_bytes)
+        return paged_layers(self.layers, self.block_size, self.entry_bytes)
+
+    @cached_property
+    def block_size(self) -> int:
+        """Tokens in a block: as it is set, or for vLLM as many more as its hybrids need."""
+        size = self.settings.block_size
+        if self.settings.engine != "vllm":
+            return size
+        return hybrid_block_size(paged_layers(self.layers, size, self.entry_bytes), self.layer_states, size)
 
     @cached_property
     def layout(self) -> Layout:
         """The stage's layers in the groups that the model gives them."""
         s = self.settings
+        if s.engine != "kvblocks":
+            states = self.layer_states if s.engine == "vllm" and self.paged else ()
+            return engine_layout(s.engine, self.paged, states, self.block_size, s.step_tokens)
         stored = {(layer.reach, layer.index): layer for layer in self.paged}
         groups = tuple(
             BlockGroup(reach, tuple(stored[reach, index] for index in indices))
-            for reach, indices in model_groups(self.layers, s.model.max_seq_len, s.max_groups)
+            for reach, indices in _groups(self.layers, s.model.max_seq_len, s.max_groups)
         )
         return Layout(groups, s.block_size, s.step_tokens)
 
@@ -200,7 +224,11 @@ class Stage:
         """Of one sequence in whole blocks, with its state."""
         if not num_tokens:
             return 0
-        return self.layout.blocks(num_tokens + self.extra_tokens) * self.block_bytes + self.state_bytes
+        return self.paged_bytes(1, num_tokens) + self.state_bytes
+
+    def paged_bytes(self, count: int, num_tokens: int) -> int:
+        """Of `count` sequences in whole blocks, without their state."""
+        return self.layout.bytes_for(count, num_tokens + self.extra_tokens)
 
     @cached_property
     def extra_tokens(self) -> int:
@@ -220,8 +248,10 @@ class Stage:
 
     @cached_property
     def num_blocks(self) -> int | None:
-        """Blocks that fit, or that what is asked for takes; None where neither is given."""
+        """Blocks that fit, or that what is asked for takes; None where neither is given, or there is no one pool."""
         s = self.settings
+        if not self.layout.pooled and len(self.layout.groups) > 1:
+            return None
         room = self.room
         if room is None:
             if s.seq_len is None or s.each is None:
@@ -240,7 +270,7 @@ class Stage:
             return False
         state = max(concurrency, self.settings.sequences or 0) * self.state_bytes
         within = self.settings.sequences is None or concurrency <= self.settings.sequences
-        return within and blocks * self.block_bytes + state <= self.room
+        return within and self.paged_bytes(concurrency, seq_len) + state <= self.room
 
 
 @dataclass(frozen=True)
@@ -263,8 +293,9 @@ class Figures:
         """One device of each pipeline stage."""
         found, start = [], 0
         for number in self.settings.stages:
-            layers = self.settings.model.layers[start : start + number]
-            found.append(Stage(self.settings, layers))
+            s = self.settings
+            layers = s.model.layers[start : start + number]
+            found.append(Stage(s, engine_layers(s.engine, layers, s.model, s.format, swa_full=s.swa_full)))
             start += number
         return tuple(found)
 
@@ -281,11 +312,13 @@ class Figures:
     @property
     def dtype(self) -> str:
         """Of K and V, as it was asked for."""
-        return self.settings.format.name
+        format = self.settings.format
+        return format.name if format.values is None else f"{format.name},{format.values.name}"
 
     @property
     def block_size(self) -> int:
-        return self.settings.block_size
+        """Tokens in a block, of the stage that takes the most."""
+        return self.stage.block_size
 
     @property
     def memory(self) -> int | None:
@@ -389,10 +422,7 @@ class Figures:
         count, length = _tokens("concurrency", concurrency, 1), _tokens("seq_len", seq_len, 1)
         state = max(count, self.settings.sequences or 0)
         return max(
-            stage.weights
-            + self.settings.activations
-            + count * (stage.sequence_bytes(length) - stage.state_bytes)
-            + state * stage.state_bytes
+            stage.weights + self.settings.activations + stage.paged_bytes(count, length) + state * stage.state_bytes
             for stage in self.stages
         )
 
@@ -475,6 +505,8 @@ class Figures:
             ValueError: nothing to page, not one block, something besides K and V in the blocks; which, it says.
             IndexError: no such stage.
         """
+        if self.settings.engine != "kvblocks":
+            raise ValueError(f"engine={self.settings.engine!r}: a CacheEngine keeps what engine='kvblocks' counts")
         chosen = self.stages[stage]
         layers = [layer for layer in chosen.layers if layer.kept]
         if not layers:
@@ -515,7 +547,7 @@ class Figures:
         if kept[0].reach != kept[1].reach:
             raise ValueError(f"layer {layer.index} of {self.model.name} keeps K and V of different reach")
         format = self.settings.format
-        dims = [one.dim if format.is_dtype else format.vector_bytes(one.dim) for one in kept]
+        dims = [one.dim if format.is_dtype else one.stored_in(format).vector_bytes(one.dim) for one in kept]
         return self.settings.heads(kept[0].heads, kept[0].queries)[0], dims[0], dims[1]
 
     def with_dtype(self, dtype: Any, group_size: int | None = None) -> Self:

@@ -61,14 +61,15 @@ def best_split(found: tuple[Split, ...]) -> Split:
 def fewest_devices(plan: Figures) -> Figures | None:
     """The plan with the fewest devices on which what is asked for fits, one copy; None where `MOST_DEVICES` do not do.
 
-    Heads are split first, over up to eight devices, then layers.
+    As people run them: one, two, four or eight devices, then whole nodes of eight. Heads are split first, over up to
+    eight devices, then layers.
     """
     memory, weights = plan.memory or 0, plan.settings.weights
-    for devices in range(1, MOST_DEVICES + 1):
+    for devices in (1, 2, 4, *range(_NODE, MOST_DEVICES + 1, _NODE)):
         if weights > memory * devices:
             continue
-        sizes = [tp for tp in _sizes(plan, devices) if devices % tp == 0]
-        for tp in sorted(sizes, key=lambda tp: (tp > _NODE, -tp)):
+        sizes = [tp for tp in _sizes(plan, min(devices, _NODE)) if _NODE % tp == 0 and devices % tp == 0]
+        for tp in sorted(sizes, reverse=True):
             try:
                 stages = stage_layers(plan.model, devices // tp)
             except ValueError:  # more stages than layers, or a layer apart from the one whose cache it reads

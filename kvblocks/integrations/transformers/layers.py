@@ -106,6 +106,8 @@ def model_layers(config: PreTrainedConfig) -> tuple[ModelLayer, ...]:
         raise UnsupportedModel(f"{name} is of an encoder-decoder; only decoder-only models are served")
     if getattr(text, "cross_attention_layers", None):
         raise UnsupportedModel(f"{name} has layers of cross-attention, whose K and V belong to no token")
+    if getattr(text, "n_recurrent_loops", 1) > 1:
+        raise UnsupportedModel(f"{name} runs some layers several times in a pass, each time with K and V of its own")
     try:
         kinds: Sequence[Any] = DynamicCache(config=text).layers
     except Exception as error:  # whatever a config lacks that transformers' own cache asks for
