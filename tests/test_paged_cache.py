@@ -24,7 +24,7 @@ from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 from kvblocks import BlockManager, CacheConfig, CacheEngine
 from kvblocks.errors import NoFreeBlocks
 from kvblocks.integrations.transformers import PagedCache, UnsupportedModel
-from kvblocks.integrations.transformers.rows import _unknown_ids
+from kvblocks.integrations.transformers.blocks import _unknown_ids
 
 # These tensors are tiny, and threads would only wait for each other.
 torch.set_num_threads(1)
