@@ -15,6 +15,8 @@ import torch
 
 __all__ = ["available_memory", "zeroed"]
 
+_HUGE_FROM = 64 << 20  # bytes of a mapping, 32 huge pages of 2 MiB: the first touch takes at most a 32nd of it
+
 
 def available_memory(proc: Path = Path("/proc")) -> int:
     """Bytes that this process can still touch: the least of what the machine, its cgroups and its own limit leave.
@@ -34,7 +36,9 @@ def zeroed(nbytes: int, *, prefault: bool = False) -> torch.Tensor:
     """Zeroed, page-aligned CPU memory as a uint8 tensor [nbytes].
 
     A private anonymous mapping: no page exists before it is touched, a fork's writes stay its own, and it goes with the
-    last tensor on it. Huge pages are asked for: a first touch then costs a fraction, and scattered blocks move faster.
+    last tensor on it. From 64 MiB on huge pages are asked for: touching all of it then costs a fraction, and scattered
+    blocks move faster. Below, they are declined: each layer's first tokens would take a huge page of its own, which is
+    more than the tokens of a small model need.
 
     Args:
         nbytes: at least 1.
@@ -48,7 +52,7 @@ def zeroed(nbytes: int, *, prefault: bool = False) -> torch.Tensor:
     except OSError as error:
         raise MemoryError(f"mmap of {nbytes} bytes: {error.strerror}") from None
     with contextlib.suppress(AttributeError, OSError):  # a system or a kernel without them: ordinary pages do
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        pages.madvise(mmap.MADV_HUGEPAGE if nbytes >= _HUGE_FROM else mmap.MADV_NOHUGEPAGE)
     memory = torch.frombuffer(pages, dtype=torch.uint8)
     if prefault:
         memory[:: mmap.PAGESIZE].zero_()

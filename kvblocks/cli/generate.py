@@ -30,7 +30,7 @@ from kvblocks.generation.request import Settings, check_request
 from kvblocks.generation.sampling import Choosers
 from kvblocks.generation.streams import block_of, generate
 from kvblocks.generation.verify import Verdict, verify
-from kvblocks.integrations.transformers import UnsupportedModel, check_model, longest_sequence
+from kvblocks.integrations.transformers import UnsupportedModel, longest_sequence, served
 
 __all__ = ["run"]
 
@@ -189,7 +189,7 @@ def _load(args: argparse.Namespace) -> _Served:
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype or "auto")
         torch.nn.Module.to(model, device=device).train(False)
-        check_model(model)
+        served(model)
     except Exception as error:  # a damaged file raises what its reader likes
         raise UsageError(f"--model {args.model} cannot be served: {_first_line(error)}") from None
     try:

@@ -25,8 +25,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "num_return_sequences": (1,),
     "guidance_scale": (1,),
     "diversity_penalty": (0,),
-    "encoder_repetition_penalty": (1,),
-    "encoder_no_repeat_ngram_size": (0,),
     "token_healing": (False,),
     "use_mtp": (False,),
     "penalty_alpha": (),
@@ -171,6 +169,7 @@ class Choosers:
         processors = self._model._get_logits_processor(
             config,
             input_ids_seq_length=len(request.prompt),
+            encoder_input_ids=torch.tensor([request.prompt], device=device),
             logits_processor=LogitsProcessorList(request.logits_processors),
             device=device,
         )

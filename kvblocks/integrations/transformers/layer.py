@@ -4,7 +4,7 @@ Imports transformers.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,15 +12,28 @@ from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
+from kvblocks.engine import CacheEngine
 from kvblocks.errors import UnsupportedModel
 from kvblocks.integrations.transformers.layers import ModelLayer, text_config
 from kvblocks.integrations.transformers.passes import Pass
 from kvblocks.integrations.transformers.rows import Rows
 from kvblocks.storage.cache import PagedKVCache
 
-__all__ = ["CacheState", "PagedLayer"]
+__all__ = ["CacheState", "LayerState", "PagedLayer", "check_states", "exchange"]
 
 _TAKES_VIEWS = {"gpt_neox_japanese"}  # model types that call `view` on K, which must be without gaps then
+
+
+class LayerState(Protocol):
+    """What the layers of one cache have in common, as far as a layer asks."""
+
+    recording: bool
+
+    def length(self, layer: ModelLayer) -> int:
+        """Columns that the layer has."""
+
+    def update(self, layer: ModelLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write K and V of new columns; returns those of all columns that the layer reaches."""
 
 
 class CacheState:
@@ -58,7 +71,7 @@ class CacheState:
                 f"layer {layer.index} begins a pass, but the one before has not ended: {self._how_far(run)}"
             )
         try:
-            _check_states(layer, keys, values)
+            check_states(layer, keys, values)
             if run is None:
                 run = rows.open(keys.shape[0], keys.shape[2], keys.device)
             elif (run.batch, run.count) != (keys.shape[0], keys.shape[2]):
@@ -68,21 +81,12 @@ class CacheState:
                 )
             if run.factor > 1 and not run.written:
                 _check_copies(keys, run.factor, len(rows.rows))
+            kept = keys.dtype
+            if torch.is_autocast_enabled(keys.device.type):
+                kept = rows.pool.dtype_of(torch.promote_types(keys.dtype, values.dtype))
             shape = (keys.shape[1], keys.shape[3], values.shape[3])
-            dtypes = keys.dtype, values.dtype
-            mixed = torch.is_autocast_enabled(keys.device.type)
-            kept = rows.pool.dtype_of(torch.promote_types(*dtypes)) if mixed else keys.dtype
-            engine, storage = rows.pool.engine(shape, kept, keys.device), layer.storage or 0
-            cache, group = engine[storage], engine.group_of(storage)
-            if mixed:
-                keys, values = keys.to(kept), values.to(kept)
-            _check_fit(layer, keys, shape, cache)
-            _write(cache, run, group, keys, values)
-            read = _read(cache, run, group, layer.window, shape)
-            if mixed:
-                read = read[0].to(dtypes[0]), read[1].to(dtypes[1])
-            if text_config(self.config).model_type in _TAKES_VIEWS:
-                read = read[0].contiguous(), read[1].contiguous()
+            engine = rows.pool.engine(shape, kept, keys.device)
+            read = exchange(self.config, engine, run, layer, keys, values)
         except BaseException:
             rows.abort()
             raise
@@ -90,6 +94,15 @@ class CacheState:
         if len(run.written) == self.num_layers:
             rows.finish()
         return read
+
+    @property
+    def recording(self) -> bool:
+        """Whether passes may be cut by `crop`, however far their windows moved on."""
+        return self.rows.recording
+
+    @recording.setter
+    def recording(self, value: bool) -> None:
+        self.rows.recording = value
 
     def _how_far(self, run: Pass) -> str:
         if run.dropped:
@@ -106,7 +119,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, state: CacheState, layer: ModelLayer) -> None:
+    def __init__(self, state: LayerState, layer: ModelLayer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._state = state
         self._layer = layer
@@ -124,18 +137,18 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     values = keys
 
     def __repr__(self) -> str:
-        return f"PagedCache layer {self._layer.index}"
+        return f"layer {self._layer.index} over blocks"
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The pool is allocated whole."""
 
     @property
     def record_past(self) -> bool:
-        return self._state.rows.recording
+        return self._state.recording
 
     @record_past.setter
     def record_past(self, value: bool) -> None:
-        self._state.rows.recording = value
+        self._state.recording = value
 
     @torch.compiler.disable  # type: ignore[untyped-decorator] # it knows tensors by address, and a trace has none
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -154,7 +167,31 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return -1 if self._layer.window is None else self._layer.window
 
 
-def _check_states(layer: ModelLayer, keys: Tensor, values: Tensor) -> None:
+def exchange(
+    config: PreTrainedConfig, engine: CacheEngine, run: Pass, layer: ModelLayer, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write K and V [rows, heads, new columns, dim] into the blocks; returns those of all columns within reach.
+
+    Under autocast they are kept in the engine's dtype, and returned in the one that they came in.
+    """
+    shape = (keys.shape[1], keys.shape[3], values.shape[3])
+    dtypes = keys.dtype, values.dtype
+    mixed = torch.is_autocast_enabled(keys.device.type)
+    storage = layer.storage or 0
+    cache, group = engine[storage], engine.group_of(storage)
+    if mixed:
+        keys, values = keys.to(engine.dtype), values.to(engine.dtype)
+    _check_fit(layer, keys, shape, cache)
+    _write(cache, run, group, keys, values)
+    read = _read(cache, run, group, layer.window, shape)
+    if mixed:
+        read = read[0].to(dtypes[0]), read[1].to(dtypes[1])
+    if text_config(config).model_type in _TAKES_VIEWS:
+        read = read[0].contiguous(), read[1].contiguous()
+    return read
+
+
+def check_states(layer: ModelLayer, keys: Tensor, values: Tensor) -> None:
     if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3] or not keys.shape[0]:
         raise UnsupportedModel(
             f"layer {layer.index} makes K {list(keys.shape)} and V {list(values.shape)}; served are [rows, heads, "

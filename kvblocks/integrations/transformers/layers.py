@@ -5,7 +5,7 @@ Knows no cache and no attention. Imports transformers.
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,8 +26,11 @@ from kvblocks.sizes import checked_bytes
 __all__ = [
     "KVShape",
     "ModelLayer",
+    "cache_argument",
     "cache_config",
     "cache_groups",
+    "check_prompts",
+    "check_splits",
     "filling",
     "kv_shape",
     "longest_sequence",
@@ -46,13 +49,15 @@ class KVShape(NamedTuple):
     v_head_dim: int
 
 
-# Model types whose K and V of a token depend on more than the tokens before it, and what that is.
-_NO_PROMPTS = {
+# Model types whose K and V of a token depend on more than the tokens before it, and what that is. Those of the first
+# are not served by steps either, which split prompts.
+_NO_SPLITS = {
     "cpmant": "puts tokens of its own before each prompt, so its columns are not the prompt's",
-    "git": "attends to padding and counts it as positions",
-    "prophetnet": "takes one token at a time once it has begun",
     "moshi": "attends past its window within a pass, so it matters how a prompt is split",
+    "prophetnet": "takes one token at a time once it has begun",
+    "xlm": "puts a mask token behind the tokens of each pass",
 }
+_NO_PROMPTS = {**_NO_SPLITS, "git": "attends to padding and counts it as positions"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +112,10 @@ def model_layers(config: PreTrainedConfig) -> tuple[ModelLayer, ...]:
             f"{name} has layers of type {', '.join(others)}; served are those that keep K and V and nothing else: "
             "full_attention, sliding_attention, chunked_attention"
         )
-    if getattr(_model_class(config), "_is_stateful", False):
+    kind_of_model = _model_class(config)
+    if kind_of_model is not None:
+        cache_argument(kind_of_model.forward)
+    if getattr(kind_of_model, "_is_stateful", False):
         raise UnsupportedModel(
             f"{name} is of a model that keeps a recurrent state, which a cache of K and V does not hold"
         )
@@ -164,7 +172,7 @@ def check_prompts(config: PreTrainedConfig) -> None:
     """Raise `UnsupportedModel` where no prompt can go on from what another one computed, though it begin alike."""
     text = text_config(config)
     reason = _NO_PROMPTS.get(text.model_type)
-    if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+    if _looks_ahead(text):
         reason = "attends to later tokens too"
     if _keeps_offsets(config):
         reason = "keeps in itself by how much an image shifted the positions of the prompt before (rope_deltas)"
@@ -172,6 +180,32 @@ def check_prompts(config: PreTrainedConfig) -> None:
         raise UnsupportedModel(
             f"{type(text).__name__} is of a model that {reason}; it shares no prompts: leave begin out"
         )
+
+
+def check_splits(config: PreTrainedConfig) -> None:
+    """Raise `UnsupportedModel` where it matters to K and V how a prompt is split into passes."""
+    text = text_config(config)
+    reason = "attends to later tokens too" if _looks_ahead(text) else _NO_SPLITS.get(text.model_type)
+    if reason is not None:
+        raise UnsupportedModel(f"{type(text).__name__} is of a model that {reason}; use model.generate with PagedCache")
+
+
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """The name by which a model's forward takes a cache: "cache", or "past_key_values" before transformers 5.24.
+
+    Raises:
+        UnsupportedModel: it takes none.
+    """
+    known = inspect.signature(forward).parameters
+    for name in ("cache", "past_key_values"):
+        if name in known:
+            return name
+    raise UnsupportedModel(f"{forward.__qualname__} takes no cache, so the model keeps its K and V elsewhere, or none")
+
+
+def _looks_ahead(text: Any) -> bool:
+    bidirectional = getattr(text, "use_bidirectional_attention", None) in (True, "all")
+    return bidirectional or not getattr(text, "is_causal", True)
 
 
 def _keeps_offsets(config: PreTrainedConfig) -> bool:
