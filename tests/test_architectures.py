@@ -120,7 +120,11 @@ def through_generate(model: PreTrainedModel) -> str:
     seen: list[list[Tensor]] = [[] for _ in prompts]
 
     def keep(number: int) -> LogitsProcessor:
-        return lambda ids, scores: seen[number].append(scores[0].clone()) or scores
+        def process(ids: Tensor, scores: Tensor) -> Tensor:
+            seen[number].append(scores[0].clone())
+            return scores
+
+        return process
 
     requests = [
         Request(tuple(prompt.tolist()), NEW, logits_processors=(keep(number),)) for number, prompt in enumerate(prompts)

@@ -158,7 +158,7 @@ LINEAR = ["linear_attention", "full_attention"] * 2
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "linear attention": ("qwen3_next", {"layer_types": LINEAR}, "layers of type linear_attention; served are"),
-    "recurrent": ("rwkv", {"attention_hidden_size": 64}, "takes no cache, so the model keeps its K and V elsewhere"),
+    "recurrent": ("rwkv", {"attention_hidden_size": 64}, "keeps a recurrent state"),
     "fewer layers than it says": (
         "bart",
         {"d_model": 64, "decoder_layers": 2},

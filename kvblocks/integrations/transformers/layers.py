@@ -113,12 +113,12 @@ def model_layers(config: PreTrainedConfig) -> tuple[ModelLayer, ...]:
             "full_attention, sliding_attention, chunked_attention"
         )
     kind_of_model = _model_class(config)
-    if kind_of_model is not None:
-        cache_argument(kind_of_model.forward)
     if getattr(kind_of_model, "_is_stateful", False):
         raise UnsupportedModel(
             f"{name} is of a model that keeps a recurrent state, which a cache of K and V does not hold"
         )
+    if kind_of_model is not None:
+        cache_argument(kind_of_model.forward)
     layers: list[ModelLayer] = []
     last: dict[str, ModelLayer] = {}  # who wrote last, by layer type: whose K and V a sharing layer reads
     shares = list(getattr(text, "kv_sharing_modes", None) or [None] * len(kinds))
