@@ -4,14 +4,15 @@ What its rows are is in `rows`, and how K and V go in and out in `layer`; here i
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from kvblocks.checks import checked_device, checked_size
@@ -19,12 +20,14 @@ from kvblocks.config import Group, Window, itemsize
 from kvblocks.engine import CacheEngine
 from kvblocks.errors import UnsupportedModel
 from kvblocks.integrations.transformers.blocks import Blocks, Sizes
+from kvblocks.integrations.transformers.images import images_of, positions_of, runs_of, without_images
 from kvblocks.integrations.transformers.layer import CacheState, PagedLayer
 from kvblocks.integrations.transformers.layers import (
     ModelLayer,
     cache_groups,
     check_prompts,
     counts_padding,
+    keeps_offsets,
     kv_shape,
     model_layers,
     placeholder_tokens,
@@ -193,6 +196,57 @@ class PagedCache(Cache):
         rows.begin(self._prompts(input_ids, attention_mask, salt, extra), reuse=reuse)
         return rows.columns
 
+    def begin_inputs(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], *, salt: bytes = b"", reuse: bool = True
+    ) -> dict[str, Any]:
+        """`begin` for what a processor made of texts and images; returns what to hand to `model.generate`.
+
+        An image that was found is not computed again, so its pixels are left out. One of which only a part was found is
+        computed whole. Images are told apart by their pixels. For models with M-RoPE (Qwen2-VL and those after it)
+        `position_ids` are added, as these models keep the offset of their positions outside the cache.
+
+        Args:
+            model: the model of the cache.
+            inputs: `input_ids` [rows, columns], `attention_mask`, `pixel_values`, and the model's own of
+                `image_grid_thw`, `token_type_ids`, `mm_token_type_ids`; as tensors.
+            salt, reuse: as for `begin`.
+
+        Raises:
+            ValueError: an input that is not taken, or placeholders and pixels that do not fit; or as for `begin`.
+            UnsupportedModel, TypeError, NoFreeBlocks: as for `begin`.
+
+        Example:
+            >>> inputs = processor(text=texts, images=images, return_tensors="pt")
+            >>> model.generate(**cache.begin_inputs(model, inputs), past_key_values=cache)
+        """
+        config = self._state.config
+        if model.config is not config:
+            raise ValueError(f"the cache was made for another model than this {type(model).__name__}; give its own")
+        given = dict(inputs)
+        for name, value in given.items():
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"{name} is a {type(value).__name__}; give tensors: return_tensors='pt'")
+        if given.get("input_ids") is None:
+            raise ValueError(f"inputs has {', '.join(sorted(given))}; input_ids must be among them")
+        ids = given["input_ids"]
+        mask = given["attention_mask"] = (
+            given["attention_mask"] if given.get("attention_mask") is not None else torch.ones_like(ids)
+        )
+        images = images_of(config, _matrix("input_ids", ids), given)
+        extra: list[list[tuple[int, bytes]]] = [[] for _ in range(len(ids))]
+        for image in images:
+            extra[image.row].append((image.first, image.digest))
+        given_positions = keeps_offsets(config)
+        prompts = self._prompts(ids, mask, salt, extra, positions_given=given_positions)
+        for number, prompt in enumerate(prompts):
+            own = [(image.first - prompt.pad, image.end - prompt.pad) for image in images if image.row == number]
+            prompts[number] = replace(prompt, whole=own)
+        if given_positions:
+            given["position_ids"] = positions_of(model, given, ids, mask)
+        rows = self._state.rows
+        rows.begin(prompts, reuse=reuse)
+        return without_images(given, images, rows.columns)
+
     def tell(self, sequences: Tensor | npt.NDArray[np.integer[Any]] | Sequence[Sequence[int]]) -> None:
         """Tell the ids of all that is held: what `generate` returned, padding and prompt included.
 
@@ -213,7 +267,9 @@ class PagedCache(Cache):
             raise ValueError(f"sequences has {len(ids)} rows, the cache holds {self.num_rows}")
         rows.tell([line[row.pad : rows.columns] for line, row in zip(ids, rows.rows, strict=True)])
 
-    def _prompts(self, input_ids: Any, attention_mask: Any, salt: bytes, extra: Any) -> list[Prompt]:
+    def _prompts(
+        self, input_ids: Any, attention_mask: Any, salt: bytes, extra: Any, *, positions_given: bool = False
+    ) -> list[Prompt]:
         ids = _matrix("input_ids", input_ids)
         if not isinstance(salt, bytes):
             raise TypeError(f"salt is a {type(salt).__name__}; give bytes")
@@ -227,7 +283,7 @@ class PagedCache(Cache):
                 raise ValueError(f"row {number} of attention_mask has a 0 to the right of a 1; pad on the left")
         _check_ids("input_ids", ids[held])
         pads = [int(line.argmax()) for line in held]
-        check_prompts(self._state.config)
+        check_prompts(self._state.config, positions_given=positions_given)
         if self._crosses(ids.shape[1]):
             salt += np.random.default_rng().bytes(16)
         shifts = counts_padding(self._state.config)
@@ -248,6 +304,7 @@ class PagedCache(Cache):
                 left,
                 salt + b"%d" % left if shifts and left else salt,
                 [(column - left, value) for column, value in pairs],
+                runs_of(self._state.config, line[left:]),
             )
             for line, left, pairs in zip(ids, pads, more, strict=True)
         ]

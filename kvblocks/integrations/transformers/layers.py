@@ -32,6 +32,7 @@ __all__ = [
     "check_prompts",
     "check_splits",
     "filling",
+    "keeps_offsets",
     "kv_shape",
     "longest_sequence",
     "model_layers",
@@ -168,17 +169,18 @@ def _reach(layer: ModelLayer, chunks: bool) -> Reach:
     return None if layer.window is None else Window(layer.window)
 
 
-def check_prompts(config: PreTrainedConfig) -> None:
+def check_prompts(config: PreTrainedConfig, *, positions_given: bool = False) -> None:
     """Raise `UnsupportedModel` where no prompt can go on from what another one computed, though it begin alike."""
     text = text_config(config)
     reason = _NO_PROMPTS.get(text.model_type)
     if _looks_ahead(text):
         reason = "attends to later tokens too"
-    if _keeps_offsets(config):
+    if not positions_given and keeps_offsets(config):
         reason = "keeps in itself by how much an image shifted the positions of the prompt before (rope_deltas)"
     if reason is not None:
         raise UnsupportedModel(
             f"{type(text).__name__} is of a model that {reason}; it shares no prompts: leave begin out"
+            + (", or call begin_inputs, which gives the positions" if reason.endswith("(rope_deltas)") else "")
         )
 
 
@@ -208,7 +210,7 @@ def _looks_ahead(text: Any) -> bool:
     return bidirectional or not getattr(text, "is_causal", True)
 
 
-def _keeps_offsets(config: PreTrainedConfig) -> bool:
+def keeps_offsets(config: PreTrainedConfig) -> bool:
     """Whether a model with M-RoPE (Qwen2-VL and those after it) holds the offset of its positions outside its cache.
 
     For a prompt of which a part is found, transformers takes the offset of the prompt before, whatever that was.

@@ -68,9 +68,14 @@ class Pass:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of a batch as `begin` is told of it: its ids without padding, and what else decides its K and V."""
+    """One row of a batch as `begin` is told of it: its ids without padding, and what else decides its K and V.
+
+    Attributes:
+        whole: half-open ranges of its tokens, each of an image: computed in one pass or found, never a part of it.
+    """
 
     ids: Ids
     pad: int
     salt: bytes = b""
     extra: Sequence[tuple[int, bytes]] = ()
+    whole: Sequence[tuple[int, int]] = ()

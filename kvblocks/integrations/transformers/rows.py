@@ -247,7 +247,7 @@ class Rows:
                     row = Row(handle, prompt.pad, cached)
                     self.rows.insert(number, row)
                 else:
-                    manager.extend([row.handle], prompt.ids[row.computed :], [len(prompt.ids) - row.computed])
+                    self._extend(row.handle, prompt, row.computed)
                     row.pad = prompt.pad
                 row.total = row.known = row.real = len(prompt.ids)
             self._prompts = list(prompts)
@@ -260,7 +260,8 @@ class Rows:
     def _align(self, reuse: bool) -> None:
         """Start from the column to which all rows are computed, with what windows reach before it."""
         while True:
-            self.columns = min(row.pad + row.computed for row in self.rows) if reuse else 0
+            found = min(row.pad + row.computed for row in self.rows) if reuse else 0
+            self.columns = self._before_images(found)
             lacking = [n for n, row in enumerate(self.rows) if self._first_held(row) > row.at(self.columns)]
             if not lacking:
                 return
@@ -273,7 +274,25 @@ class Rows:
                     salt=prompt.salt,
                     extra=[pair for pair in prompt.extra if pair[0] <= length],
                 )
-                self.pool.manager.extend([row.handle], prompt.ids[length + 1 :], [len(prompt.ids) - length - 1])
+                self._extend(row.handle, prompt, length + 1)
+
+    def _extend(self, handle: int, prompt: Prompt, start: int) -> None:
+        """Add a prompt's tokens from `start` on, and what they stand for beyond their ids."""
+        extra = [(position - start, value) for position, value in prompt.extra if position >= start]
+        self.pool.manager.extend([handle], prompt.ids[start:], [len(prompt.ids) - start], extra=[extra])
+
+    def _before_images(self, columns: int) -> int:
+        """The most columns, `columns` at most, that end inside of no row's image."""
+        while True:
+            inside = [
+                prompt.pad + first
+                for prompt in self._prompts
+                for first, end in prompt.whole
+                if prompt.pad + first < columns < prompt.pad + end
+            ]
+            if not inside:
+                return columns
+            columns = min(inside)
 
     def _first_held(self, row: Row) -> int:
         """The first token from which on each group has what windows reach."""
@@ -289,12 +308,15 @@ class Rows:
         if number >= min(len(self.rows), len(self._prompts)):
             return None
         row, old = self.rows[number], self._prompts[number]
-        if (old.salt, prompt.salt, *old.extra, *prompt.extra) != (prompt.salt, prompt.salt):
+        if old.salt != prompt.salt:
             return None
-        most = min(row.real, row.computed, len(prompt.ids) - 1)
+        differing = [position for position, _ in {*old.extra} ^ {*prompt.extra}]
+        most = min(row.real, row.computed, len(prompt.ids) - 1, *differing)
         same = self.pool.manager.tokens(row.handle)[:most] == prompt.ids[:most]
         alike = most if same.all() else int(same.argmin())
-        if alike < max(1, self._first_held(row)) or alike <= self.pool.manager.match(prompt.ids, salt=prompt.salt):
+        if alike < max(1, self._first_held(row)) or alike <= self.pool.manager.match(
+            prompt.ids, salt=prompt.salt, extra=prompt.extra
+        ):
             return None
         self.pool.manager.trim(row.handle, alike)
         return Row(row.handle, prompt.pad, alike, alike, alike, alike)
