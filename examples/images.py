@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfi
 from kvblocks.integrations.transformers import PagedCache
 
 IMAGE, COLUMNS = 5, 9  # the token that stands for an image, and how many of them one takes
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def tiny_llava() -> Any:
@@ -24,7 +24,8 @@ def tiny_llava() -> Any:
         vision_feature_layer=-1,
     )
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config).eval()
+    model = LlavaForConditionalGeneration(config)
+    model.train(False)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:

