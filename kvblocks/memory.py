@@ -24,6 +24,8 @@ __all__ = ["Room", "available_memory", "mappable", "promised", "room", "zeroed"]
 _PROC = Path("/proc")
 _LOOKED_AT = 1 << 30  # bytes of a mapping whose pages are asked for at once
 
+_HUGE_FROM = 64 << 20  # bytes of a mapping, 32 huge pages of 2 MiB: the first touch takes at most a 32nd of it
+
 
 class Room(NamedTuple):
     """How many bytes this process can still have, and what it is that ends there."""
@@ -77,7 +79,9 @@ def zeroed(nbytes: int, *, prefault: bool = False) -> torch.Tensor:
     """Zeroed, page-aligned CPU memory as a uint8 tensor [nbytes].
 
     A private anonymous mapping: no page exists before it is touched, a fork's writes stay its own, and it goes with the
-    last tensor on it. Huge pages are asked for: a first touch then costs a fraction, and scattered blocks move faster.
+    last tensor on it. From 64 MiB on huge pages are asked for: touching all of it then costs a fraction, and scattered
+    blocks move faster. Below, they are declined: each layer's first tokens would take a huge page of its own, which is
+    more than the tokens of a small model need.
 
     Args:
         nbytes: at least 1.
@@ -91,7 +95,7 @@ def zeroed(nbytes: int, *, prefault: bool = False) -> torch.Tensor:
     except OSError as error:
         raise MemoryError(f"mmap of {nbytes} bytes: {error.strerror}") from None
     with contextlib.suppress(AttributeError, OSError):  # a system or a kernel without them: ordinary pages do
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        pages.madvise(mmap.MADV_HUGEPAGE if nbytes >= _HUGE_FROM else mmap.MADV_NOHUGEPAGE)
     memory = torch.frombuffer(pages, dtype=torch.uint8)
     _given[id(pages)] = memory.data_ptr(), nbytes
     weakref.finalize(pages, _given.pop, id(pages)).atexit = False

@@ -1,4 +1,4 @@
-"""Every decoder architecture of transformers over blocks: through PagedCache, and through the attention backend.
+"""Every decoder architecture of transformers over blocks: through PagedCache, and through `kvblocks.generate`.
 
 What transformers' own cache generates is what must come out. `build/architectures.md` tells how each fared, and why
 those that are not served are not.
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import kvblocks
-from kvblocks.generation.generator import Request
+from kvblocks.generation.request import LogitsProcessor, Request
 from kvblocks.integrations.transformers import PagedCache, UnsupportedModel
 
 # These tensors are tiny, and threads would only wait for each other.
@@ -33,7 +33,7 @@ class Outcome:
 
     cache: str = ""
     prompts: str = ""
-    backend: str = ""
+    generate: str = ""
 
 
 _outcomes: dict[str, Outcome] = {}
@@ -60,13 +60,13 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def generate(model: PreTrainedModel, ids: Tensor, mask: Tensor, past: Any, new: int = NEW) -> tuple[Tensor, Tensor]:
-    """New tokens [rows, new] and their logits [rows, new, vocabulary], greedy."""
-    options: dict[str, Any] = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    """New tokens [rows, new] and their scores [rows, new, vocabulary], greedy."""
+    options: dict[str, Any] = {"do_sample": False, "output_scores": True, "return_dict_in_generate": True}
     made: Any = model
     out = made.generate(
         ids, attention_mask=mask, past_key_values=past, max_new_tokens=new, use_cache=True, pad_token_id=0, **options
     )
-    return out.sequences[:, -new:], torch.stack(out.logits, 1)
+    return out.sequences[:, -new:], torch.stack(out.scores, 1)
 
 
 def check(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> str:
@@ -113,32 +113,32 @@ def through_prompts(model: PreTrainedModel, expected: tuple[Tensor, Tensor]) -> 
     return outcome
 
 
-def through_backend(model: PreTrainedModel) -> str:
-    """Two ragged rows, in chunks; expected is what each gives alone, as the backend knows no padding."""
+def through_generate(model: PreTrainedModel) -> str:
+    """Two ragged rows, in chunks; expected is what each gives alone, as there is no padding here."""
     ids, mask = batch()
     prompts = [line[held.bool()] for line, held in zip(ids, mask, strict=True)]
-    logits: list[Tensor] = []
+    seen: list[list[Tensor]] = [[] for _ in prompts]
 
-    def choose(scores: Tensor) -> Tensor:
-        logits.append(scores.clone())
-        return scores.argmax(-1)
+    def keep(number: int) -> LogitsProcessor:
+        def process(ids: Tensor, scores: Tensor) -> Tensor:
+            seen[number].append(scores[0].clone())
+            return scores
 
-    requests = [Request(tuple(prompt.tolist()), NEW) for prompt in prompts]
-    got: dict[int, list[Tensor]] = {0: [], 1: []}
+        return process
+
+    requests = [
+        Request(tuple(prompt.tolist()), NEW, logits_processors=(keep(number),)) for number, prompt in enumerate(prompts)
+    ]
     try:
-        with kvblocks.generate(model, requests, block_size=4, max_batch_tokens=9, choose=choose) as run:
-            while run.num_unfinished:
-                if streams := run.step():
-                    for stream, line in zip(streams, logits.pop(), strict=True):
-                        got[stream.request_id].append(line)
+        with kvblocks.generate(model, requests, block_size=4, max_batch_tokens=9) as run:
+            tokens = run.run()
             run.generator.manager.audit()
             assert run.generator.manager.num_free_blocks == run.generator.manager.num_blocks
     except UnsupportedModel as error:
         return str(error)
-    for stream in run:
-        alone = prompts[stream.request_id][None]
-        expected = generate(model, alone, torch.ones_like(alone), DynamicCache(config=model.config))
-        check((torch.tensor([stream.tokens]), torch.stack(got[stream.request_id])[None]), expected)
+    for prompt, got, scores in zip(prompts, tokens, seen, strict=True):
+        expected = generate(model, prompt[None], torch.ones_like(prompt[None]), DynamicCache(config=model.config))
+        check((torch.tensor([got]), torch.stack(scores)[None]), expected)
     return IDENTICAL
 
 
@@ -148,25 +148,25 @@ def test_generates_what_transformers_own_cache_generates(name: str) -> None:
     model = build(name)
     outcome = _outcomes[name] = Outcome()
     if model.config.is_encoder_decoder:
-        outcome.cache = outcome.prompts = outcome.backend = "an encoder-decoder"
+        outcome.cache = outcome.prompts = outcome.generate = "an encoder-decoder"
         with pytest.raises(UnsupportedModel, match="encoder-decoder"):
             PagedCache(model.config)
         return
     try:
         expected = generate(model, *batch(), DynamicCache(config=model.config))
     except Exception as error:
-        outcome.cache = outcome.prompts = outcome.backend = f"not with DynamicCache either: {reason(error)}"
+        outcome.cache = outcome.prompts = outcome.generate = f"not with DynamicCache either: {reason(error)}"
         return
     outcome.cache = through_cache(model, expected)
     outcome.prompts = through_prompts(model, expected) if outcome.cache == IDENTICAL else outcome.cache
-    outcome.backend = through_backend(model)
+    outcome.generate = through_generate(model)
 
 
 def test_most_are_served_and_the_others_say_why() -> None:
     if set(_outcomes) != set(tiny_models.architectures()):
         pytest.skip("not all architectures were asked for")
-    lines = ["| architecture | PagedCache | with prompts told | attention backend |", "| --- | --- | --- | --- |"]
-    lines += [f"| {name} | {o.cache} | {o.prompts} | {o.backend} |" for name, o in sorted(_outcomes.items())]
+    lines = ["| architecture | PagedCache | with prompts told | kvblocks.generate |", "| --- | --- | --- | --- |"]
+    lines += [f"| {name} | {o.cache} | {o.prompts} | {o.generate} |" for name, o in sorted(_outcomes.items())]
     lines += [f"| {name} | {why} | | |" for name, why in sorted(tiny_models.LEFT_OUT.items())]
     table = Path(__file__).resolve().parent.parent / "build" / "architectures.md"
     table.parent.mkdir(exist_ok=True)
@@ -175,4 +175,4 @@ def test_most_are_served_and_the_others_say_why() -> None:
     served = {kind: sum(vars(o)[kind] == IDENTICAL for o in _outcomes.values()) for kind in vars(Outcome())}
     assert served["cache"] >= 135, f"see {table}"
     assert served["prompts"] >= 130, f"see {table}"
-    assert served["backend"] >= 95, f"see {table}"
+    assert served["generate"] >= 138, f"see {table}"

@@ -25,19 +25,22 @@ from kvblocks.sizes import LAYOUTS
 torch.set_num_threads(1)
 
 
+TINY = ["generate", "--model", "tiny"]
+
+
 def python(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], input=stdin, capture_output=True, text=True, timeout=120)
 
 
 def generate(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    assert cli.main(["generate", "--json", *arguments]) == 0
+    assert cli.main([*TINY, "--json", *arguments]) == 0
     report: dict[str, Any] = json.loads(capsys.readouterr().out)
     return report
 
 
 def test_the_whole_command() -> None:
     """As it is typed: answers, a table, and `identical` for every prompt, all within the time a person waits."""
-    done = python("-m", "kvblocks", "generate", "--max-new-tokens", "12")
+    done = python("-m", "kvblocks", *TINY, "--max-new-tokens", "12")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == f"  1  {demo.PROMPTS[0]}"
@@ -55,7 +58,7 @@ def test_identical_in_every_layout_with_memory_for_one_sequence_only(
     layout: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--max-new-tokens", "16", "--block-size", "5", "--layout", layout]
-    assert cli.main(["generate", "--kv-memory", "1", *arguments]) == 2
+    assert cli.main([*TINY, "--kv-memory", "1", *arguments]) == 2
     least = capsys.readouterr().err.split()[-1]
     report = generate(capsys, "--kv-memory", least, *arguments)
     assert report["preemptions"] > 0
@@ -64,7 +67,7 @@ def test_identical_in_every_layout_with_memory_for_one_sequence_only(
     assert [entry["verdict"]["identical"] for entry in report["completions"]] == [True] * len(demo.PROMPTS)
     # One block less, and the longest sequence would never fit.
     smaller = (report["num_blocks"] - 1) * report["pool_bytes"] // report["num_blocks"]
-    assert cli.main(["generate", "--kv-memory", str(smaller), *arguments]) == 2
+    assert cli.main([*TINY, "--kv-memory", str(smaller), *arguments]) == 2
 
 
 def test_json_says_it_all(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -106,13 +109,13 @@ def test_exit_code_of_a_difference(
     verdict: Verdict, code: int, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli_generate, "verify", lambda *_: verdict)
-    assert cli.main(["generate", "--max-new-tokens", "1"]) == code
+    assert cli.main([*TINY, "--max-new-tokens", "1"]) == code
     assert line in capsys.readouterr().out
-    assert cli.main(["generate", "--max-new-tokens", "1", "--json"]) == code
+    assert cli.main([*TINY, "--max-new-tokens", "1", "--json"]) == code
     entry = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["completions"][0]
     assert entry["verdict"]["position"] == 3
     assert entry["verdict"]["passed"] is (code == 0)
-    assert cli.main(["generate", "--max-new-tokens", "1", "--no-verify"]) == 0
+    assert cli.main([*TINY, "--max-new-tokens", "1", "--no-verify"]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +165,7 @@ def test_a_model_from_a_directory(
 
 def error(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> str:
     """The one sentence that goes with exit code 2."""
-    assert cli.main(["generate", *arguments]) == 2
+    assert cli.main([*TINY, *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("kvblocks: error: ")
@@ -218,7 +221,7 @@ def test_buffers_are_no_larger_than_the_prompts_need(capsys: pytest.CaptureFixtu
 
 
 def test_standard_output_that_takes_nothing() -> None:
-    command = [sys.executable, "-m", "kvblocks", "generate", "--max-new-tokens", "2", "--no-verify"]
+    command = [sys.executable, "-m", "kvblocks", *TINY, "--max-new-tokens", "2", "--no-verify"]
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
@@ -272,7 +275,7 @@ def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) 
 )
 def test_sizes(text: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli_generate, "run", lambda args: int(args.kv_memory))
-    assert cli.main(["generate", "--kv-memory", text]) == size
+    assert cli.main([*TINY, "--kv-memory", text]) == size
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -381,7 +384,7 @@ def test_what_is_shown_of_prompts_and_of_answers_without_text(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab" * 150)))
     monkeypatch.setattr(demo, "decode", lambda tokens: "")
-    assert cli.main(["generate", "--prompts", "-", "--max-new-tokens", "1", "--no-verify"]) == 0
+    assert cli.main([*TINY, "--prompts", "-", "--max-new-tokens", "1", "--no-verify"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"  1  {'ab' * 100}… (300 characters)"
     assert lines[1] == "  →  (no text: length after 1 token)"
@@ -392,5 +395,5 @@ def test_what_is_found_after_a_preemption_is_counted_apart(capsys: pytest.Captur
     assert report["preemptions"] > 0
     assert report["hit_tokens"] < report["prompt_tokens"]
     assert report["readmitted_hit_tokens"] > 0
-    assert cli.main(["generate", "--kv-memory", "640KiB", "--max-new-tokens", "48", "--no-verify"]) == 0
+    assert cli.main([*TINY, "--kv-memory", "640KiB", "--max-new-tokens", "48", "--no-verify"]) == 0
     assert f"re-admitted   {report['readmitted_hit_tokens']:,} cached tokens reused" in capsys.readouterr().out

@@ -15,6 +15,7 @@ SHOWS = {
     "asynchronous_decode": "as one step at a time: True",
     "beam_search": "without sharing they would hold 64",
     "chat": "of them computed in earlier turns",
+    "images": "2 of the images were left out",
     "sizing": "sequences of 8,192 tokens fit beside the weights",
     "smallest_engine": "all as without a cache",
     "speculative_decoding": "the same tokens as one at a time: True",

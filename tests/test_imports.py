@@ -21,7 +21,7 @@ FLOORS = [
     {"attention", "engine"},
     {"planner"},
     {"integrations"},
-    {"demo", "generation", "replay"},
+    {"demo", "generation", "replay", "smollm2"},
     {"cli"},
     {"__init__", "__main__"},
 ]

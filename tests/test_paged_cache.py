@@ -24,7 +24,7 @@ from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 from kvblocks import BlockManager, CacheConfig, CacheEngine
 from kvblocks.errors import NoFreeBlocks
 from kvblocks.integrations.transformers import PagedCache, UnsupportedModel
-from kvblocks.integrations.transformers.rows import _unknown_ids
+from kvblocks.integrations.transformers.blocks import _unknown_ids
 
 # These tensors are tiny, and threads would only wait for each other.
 torch.set_num_threads(1)
@@ -688,7 +688,7 @@ def test_salt_and_extra_keep_prompts_apart() -> None:
 
     assert [hit(), hit(), hit(salt=b"a"), hit(salt=b"a"), hit(salt=b"b")] == [0, 11, 0, 11, 0]
     image = [[(6, b"cat")]]
-    assert [hit(extra=image), hit(extra=image), hit(extra=[[(6, b"dog")]]), hit()] == [4, 8, 4, 8]
+    assert [hit(extra=image), hit(extra=image), hit(extra=[[(6, b"dog")]]), hit()] == [4, 11, 6, 8]
 
 
 def test_tell_refuses_what_is_not_so() -> None:

@@ -10,6 +10,7 @@ from test_streams import answers
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.generation.stopping_criteria import StopStringCriteria
 
 import kvblocks
 from kvblocks.generation.generator import Generator, Request
@@ -312,3 +313,28 @@ def test_a_generator_counts_what_it_holds() -> None:
         assert generator.manager.stats().preemptions > 0
         assert (generator.num_held, generator.num_unfinished) == (0, 0)
         check_all_given_back(generator)
+
+
+def test_stop_strings_look_at_the_last_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the answer: each token would cost as much as there are before it."""
+    seen: list[int] = []
+    plain = StopStringCriteria.__call__
+
+    def noted(self: Any, ids: Tensor, scores: Tensor, **options: Any) -> Any:
+        seen.append(ids.shape[1])
+        return plain(self, ids, scores, **options)
+
+    monkeypatch.setattr(StopStringCriteria, "__call__", noted)
+    request = Request(prompt(60), 20, stop_strings=("zzzzz",), temperature=0)
+    kvblocks.generate(tiny_llama(), [request], tokenizer=letters()).run()
+    assert seen == [len("zzzzz") + 1] * 20
+
+
+def test_a_generation_config_that_looks_at_the_prompt() -> None:
+    """As Blenderbot's, whose answers repeat nothing of the prompt."""
+    repeating = tuple(prompt(6)) * 3
+    for config in ({"encoder_no_repeat_ngram_size": 1}, {"encoder_repetition_penalty": 3.0}):
+        model = llama(**config)
+        [tokens] = kvblocks.generate(model, [repeating], max_new_tokens=10, stop_tokens=[]).run()
+        assert tokens == transformers_tokens(model, repeating)
+        assert tokens != answers(repeating, new=10)[0]

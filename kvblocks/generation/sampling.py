@@ -25,8 +25,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "num_return_sequences": (1,),
     "guidance_scale": (1,),
     "diversity_penalty": (0,),
-    "encoder_repetition_penalty": (1,),
-    "encoder_no_repeat_ngram_size": (0,),
     "token_healing": (False,),
     "use_mtp": (False,),
     "penalty_alpha": (),
@@ -90,8 +88,8 @@ class Chooser:
             token = int(scores.argmax())
         stops = False
         if self._stop is not None:
-            whole = self._tensor(np.append(ids, token), logits)
-            stops = bool(self._stop(whole, scores[None]))
+            last = ids[max(0, len(ids) - self._stop.maximum_token_len) :]  # a string reaches no further back
+            stops = bool(self._stop(self._tensor(np.append(last, token), logits), scores[None]))
         if self._logprobs is None:
             return Choice(token, stops)
         known = torch.log_softmax(logits.float(), -1)
@@ -171,6 +169,7 @@ class Choosers:
         processors = self._model._get_logits_processor(
             config,
             input_ids_seq_length=len(request.prompt),
+            encoder_input_ids=torch.tensor([request.prompt], device=device),
             logits_processor=LogitsProcessorList(request.logits_processors),
             device=device,
         )

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from kvblocks.config import CacheConfig
 from kvblocks.generation.generator import Generator, Request, blocks_needed
 from kvblocks.generation.request import Settings
-from kvblocks.integrations.transformers import PagedModel, Pool, cache_groups
+from kvblocks.integrations.transformers import Pool, cache_groups, served
 from kvblocks.integrations.transformers.backend import unwrapped
 from kvblocks.integrations.transformers.layers import filling, one_block
 
@@ -122,8 +122,9 @@ def generate(
 
 def block_of(model: PreTrainedModel, block_size: int) -> CacheConfig:
     """The sizes of a cache of one block for a model, as its layers make K and V."""
-    paged = PagedModel(model)
-    return one_block(paged.measure(), block_size, cache_groups(paged.model.config))
+    paged = served(model)
+    groups = cache_groups(paged.model.config, chunks=paged.attends_in_blocks)
+    return one_block(paged.measure(), block_size, groups)
 
 
 class Stream:

@@ -7,6 +7,7 @@ model's layers read the blocks in place; `kvblocks.generate` runs on that. Impor
 from kvblocks.errors import UnsupportedModel
 from kvblocks.integrations.transformers.backend import PagedModel, check_model
 from kvblocks.integrations.transformers.cache import PagedCache
+from kvblocks.integrations.transformers.cached import CachedModel, served
 from kvblocks.integrations.transformers.layers import (
     KVShape,
     cache_config,
@@ -18,6 +19,7 @@ from kvblocks.integrations.transformers.layers import (
 from kvblocks.integrations.transformers.pool import Pool
 
 __all__ = [
+    "CachedModel",
     "KVShape",
     "PagedCache",
     "PagedModel",
@@ -29,4 +31,5 @@ __all__ = [
     "kv_shape",
     "longest_sequence",
     "placeholder_tokens",
+    "served",
 ]

@@ -26,7 +26,7 @@ from kvblocks.integrations.transformers.layers import KVShape, ModelLayer, model
 from kvblocks.step.buffers import StepBuffers
 from kvblocks.storage.cache import PagedKVCache
 
-__all__ = ["PagedModel", "check_model"]
+__all__ = ["PagedModel", "check_model", "check_state"]
 
 NAME = "kvblocks"
 
@@ -69,17 +69,24 @@ def adapters(model: PreTrainedModel) -> bytes:
     return repr(sorted(states)).encode() if states else b""
 
 
-def check_model(model: PreTrainedModel) -> tuple[ModelLayer, ...]:
-    """The model's layers; raises `UnsupportedModel` for a model that is known not to work before it has run.
-
-    Served are decoders whose attention goes through transformers' attention registry and whose only state is K and V.
-    """
+def check_state(model: PreTrainedModel) -> tuple[ModelLayer, ...]:
+    """The model's layers; raises `UnsupportedModel` where it keeps anything but K and V of its tokens."""
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise UnsupportedModel(f"{name} is an encoder-decoder; only decoder-only models are served")
     layers = model_layers(model.config)
     if getattr(model, "_is_stateful", False):
         raise UnsupportedModel(f"{name} keeps a recurrent state between tokens, which a K/V cache does not hold")
+    return layers
+
+
+def check_model(model: PreTrainedModel) -> tuple[ModelLayer, ...]:
+    """The model's layers; raises `UnsupportedModel` for a model that is known not to work before it has run.
+
+    Served are decoders whose attention goes through transformers' attention registry and whose only state is K and V.
+    """
+    name = type(model).__name__
+    layers = check_state(model)
     if not all(part._can_set_attn_implementation() for part in model.modules() if isinstance(part, PreTrainedModel)):
         raise UnsupportedModel(
             f"{name} does not use transformers' attention registry, so its attention cannot be exchanged"
@@ -107,6 +114,8 @@ class PagedModel:
     Thread-safety: passes over one model wait for each other, also those of other `PagedModel`s. Who runs the model by
     itself in another thread meanwhile gets an `UnsupportedModel` that says so.
     """
+
+    attends_in_blocks = True
 
     def __init__(self, model: Any) -> None:
         self.model = unwrapped(model)

@@ -1,44 +1,47 @@
 """PagedCache: a transformers cache whose K and V lie in the blocks of a pool.
 
-What its rows are is in `rows`; here is the face that transformers sees, and K and V go in and out.
+What its rows are is in `rows`, and how K and V go in and out in `layer`; here is the face that transformers sees.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-from transformers import Cache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicCache
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
 from kvblocks.checks import checked_device
 from kvblocks.config import Group, Window, itemsize
 from kvblocks.engine import CacheEngine
 from kvblocks.errors import UnsupportedModel
+from kvblocks.integrations.transformers.blocks import Blocks, Sizes
+from kvblocks.integrations.transformers.images import images_of, positions_of, runs_of, without_images
+from kvblocks.integrations.transformers.layer import CacheState, PagedLayer
 from kvblocks.integrations.transformers.layers import (
     ModelLayer,
     cache_groups,
     check_prompts,
     counts_padding,
+    keeps_offsets,
     kv_shape,
     model_layers,
     placeholder_tokens,
     text_config,
     unscaled_length,
 )
+from kvblocks.integrations.transformers.passes import Prompt
 from kvblocks.integrations.transformers.pool import Pool
-from kvblocks.integrations.transformers.rows import Blocks, Pass, Prompt, Rows, Sizes
+from kvblocks.integrations.transformers.rows import Rows
 from kvblocks.manager import BlockManager
 from kvblocks.sizes import checked_bytes, checked_size
-from kvblocks.storage.cache import PagedKVCache
 
 __all__ = ["PagedCache"]
 
-_TAKES_VIEWS = {"gpt_neox_japanese"}  # model types that call `view` on K, which must be without gaps then
 _OF_CACHES = b"PagedCache:"  # keeps apart what models hand to caches and to attention, where both use a pool
 _LARGEST_TOKEN = (1 << 30) - 1  # ids above stand for tokens whose own are not known
 
@@ -113,11 +116,13 @@ class PagedCache(Cache):
         self._state.salt = b"" if pool is None else _OF_CACHES
 
     def _fill(self, config: PreTrainedConfig, described: Sequence[ModelLayer], rows: Rows) -> None:
-        state = _State(config, rows, sum(layer.writes for layer in described))
+        state = CacheState(config, rows, sum(layer.writes for layer in described))
         self._state = state
         self._finalizer = weakref.finalize(self, rows.clear)
         others = DynamicCache(config=text_config(config)).layers
-        super().__init__(layers=[_Layer(state, layer) if layer.writes else others[layer.index] for layer in described])
+        super().__init__(
+            layers=[PagedLayer(state, layer) if layer.writes else others[layer.index] for layer in described]
+        )
 
     # What is there
 
@@ -191,6 +196,57 @@ class PagedCache(Cache):
         rows.begin(self._prompts(input_ids, attention_mask, salt, extra), reuse=reuse)
         return rows.columns
 
+    def begin_inputs(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], *, salt: bytes = b"", reuse: bool = True
+    ) -> dict[str, Any]:
+        """`begin` for what a processor made of texts and images; returns what to hand to `model.generate`.
+
+        An image that was found is not computed again, so its pixels are left out. One of which only a part was found is
+        computed whole. Images are told apart by their pixels. For models with M-RoPE (Qwen2-VL and those after it)
+        `position_ids` are added, as these models keep the offset of their positions outside the cache.
+
+        Args:
+            model: the model of the cache.
+            inputs: `input_ids` [rows, columns], `attention_mask`, `pixel_values`, and the model's own of
+                `image_grid_thw`, `token_type_ids`, `mm_token_type_ids`; as tensors.
+            salt, reuse: as for `begin`.
+
+        Raises:
+            ValueError: an input that is not taken, or placeholders and pixels that do not fit; or as for `begin`.
+            UnsupportedModel, TypeError, NoFreeBlocks: as for `begin`.
+
+        Example:
+            >>> inputs = processor(text=texts, images=images, return_tensors="pt")
+            >>> model.generate(**cache.begin_inputs(model, inputs), past_key_values=cache)
+        """
+        config = self._state.config
+        if model.config is not config:
+            raise ValueError(f"the cache was made for another model than this {type(model).__name__}; give its own")
+        given = dict(inputs)
+        for name, value in given.items():
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"{name} is a {type(value).__name__}; give tensors: return_tensors='pt'")
+        if given.get("input_ids") is None:
+            raise ValueError(f"inputs has {', '.join(sorted(given))}; input_ids must be among them")
+        ids = given["input_ids"]
+        mask = given["attention_mask"] = (
+            given["attention_mask"] if given.get("attention_mask") is not None else torch.ones_like(ids)
+        )
+        images = images_of(config, _matrix("input_ids", ids), given)
+        extra: list[list[tuple[int, bytes]]] = [[] for _ in range(len(ids))]
+        for image in images:
+            extra[image.row].append((image.first, image.digest))
+        given_positions = keeps_offsets(config)
+        prompts = self._prompts(ids, mask, salt, extra, positions_given=given_positions)
+        for number, prompt in enumerate(prompts):
+            own = [(image.first - prompt.pad, image.end - prompt.pad) for image in images if image.row == number]
+            prompts[number] = replace(prompt, whole=own)
+        if given_positions:
+            given["position_ids"] = positions_of(model, given, ids, mask)
+        rows = self._state.rows
+        rows.begin(prompts, reuse=reuse)
+        return without_images(given, images, rows.columns)
+
     def tell(self, sequences: Tensor | npt.NDArray[np.integer[Any]] | Sequence[Sequence[int]]) -> None:
         """Tell the ids of all that is held: what `generate` returned, padding and prompt included.
 
@@ -211,7 +267,9 @@ class PagedCache(Cache):
             raise ValueError(f"sequences has {len(ids)} rows, the cache holds {self.num_rows}")
         rows.tell([line[row.pad : rows.columns] for line, row in zip(ids, rows.rows, strict=True)])
 
-    def _prompts(self, input_ids: Any, attention_mask: Any, salt: bytes, extra: Any) -> list[Prompt]:
+    def _prompts(
+        self, input_ids: Any, attention_mask: Any, salt: bytes, extra: Any, *, positions_given: bool = False
+    ) -> list[Prompt]:
         ids = _matrix("input_ids", input_ids)
         if not isinstance(salt, bytes):
             raise TypeError(f"salt is a {type(salt).__name__}; give bytes")
@@ -225,7 +283,7 @@ class PagedCache(Cache):
                 raise ValueError(f"row {number} of attention_mask has a 0 to the right of a 1; pad on the left")
         _check_ids("input_ids", ids[held])
         pads = [int(line.argmax()) for line in held]
-        check_prompts(self._state.config)
+        check_prompts(self._state.config, positions_given=positions_given)
         if self._crosses(ids.shape[1]):
             salt += np.random.default_rng().bytes(16)
         shifts = counts_padding(self._state.config)
@@ -246,6 +304,7 @@ class PagedCache(Cache):
                 left,
                 salt + b"%d" % left if shifts and left else salt,
                 [(column - left, value) for column, value in pairs],
+                runs_of(self._state.config, line[left:]),
             )
             for line, left, pairs in zip(ids, pads, more, strict=True)
         ]
@@ -260,7 +319,7 @@ class PagedCache(Cache):
     def activate_past_recording(self) -> None:
         """From here on a pass may be cut by the next `crop`, also where windows have moved on."""
         for layer in self.layers:
-            if isinstance(layer, _Layer):
+            if isinstance(layer, PagedLayer):
                 layer.record_past = True
 
     def reset_prefix_cache(self) -> None:
@@ -414,207 +473,3 @@ def _check_ids(name: str, ids: np.ndarray[Any, np.dtype[np.int64]]) -> None:
     if ids.size and (ids.min() < 0 or ids.max() > _LARGEST_TOKEN):
         bad = ids.min() if ids.min() < 0 else ids.max()
         raise ValueError(f"{name} holds {bad}; ids are 0 to {_LARGEST_TOKEN}")
-
-
-class _State:
-    """What the cache and its layers have in common. It does not refer to the cache, which is free to go."""
-
-    def __init__(self, config: PreTrainedConfig, rows: Rows, num_layers: int) -> None:
-        self.config = config
-        self.salt = b""
-        self.rows = rows
-        self.num_layers = num_layers
-
-    def settled(self, what: str) -> Rows:
-        """The rows, unless a pass is half done."""
-        if self.rows.running is not None:
-            raise RuntimeError(f"{what} was called inside a pass, {self._how_far(self.rows.running)}")
-        return self.rows
-
-    def select(self, what: str, indices: Sequence[int]) -> None:
-        rows = self.settled(what)
-        held = len(rows.rows) * rows.factor
-        if not indices or not all(0 <= index < held for index in indices):
-            raise ValueError(f"{what} names rows {list(indices)}; the cache holds rows 0 to {held - 1}")
-        rows.select([index // rows.factor for index in indices])
-
-    def length(self, layer: ModelLayer) -> int:
-        """Columns that the layer has, those of a running pass included once it has written them."""
-        run = self.rows.running
-        return self.rows.columns + (run.count if run is not None and layer.index in run.written else 0)
-
-    def update(self, layer: ModelLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write K and V of the new columns; returns those of all columns that the layer reaches."""
-        rows, run = self.rows, self.rows.running
-        if run is not None and (run.dropped or layer.index in run.written):
-            raise RuntimeError(
-                f"layer {layer.index} begins a pass, but the one before has not ended: {self._how_far(run)}"
-            )
-        try:
-            _check_states(layer, keys, values)
-            if run is None:
-                run = rows.open(keys.shape[0], keys.shape[2], keys.device)
-            elif (run.batch, run.count) != (keys.shape[0], keys.shape[2]):
-                raise UnsupportedModel(
-                    f"layer {layer.index} adds {keys.shape[2]} columns to {keys.shape[0]} rows, the layers before it "
-                    f"{run.count} to {run.batch}; all layers must add the same"
-                )
-            if run.factor > 1 and not run.written:
-                _check_copies(keys, run.factor, len(rows.rows))
-            shape = (keys.shape[1], keys.shape[3], values.shape[3])
-            dtypes = keys.dtype, values.dtype
-            mixed = torch.is_autocast_enabled(keys.device.type)
-            kept = rows.pool.dtype_of(torch.promote_types(*dtypes)) if mixed else keys.dtype
-            engine, storage = rows.pool.engine(shape, kept, keys.device), layer.storage or 0
-            cache, group = engine[storage], engine.group_of(storage)
-            if mixed:
-                keys, values = keys.to(kept), values.to(kept)
-            _check_fit(layer, keys, shape, cache)
-            _write(cache, run, group, keys, values)
-            read = _read(cache, run, group, layer.window, shape)
-            if mixed:
-                read = read[0].to(dtypes[0]), read[1].to(dtypes[1])
-            if text_config(self.config).model_type in _TAKES_VIEWS:
-                read = read[0].contiguous(), read[1].contiguous()
-        except BaseException:
-            rows.abort()
-            raise
-        run.written.add(layer.index)
-        if len(run.written) == self.num_layers:
-            rows.finish()
-        return read
-
-    def _how_far(self, run: Pass) -> str:
-        if run.dropped:
-            return "another cache on the same blocks began one meanwhile. Call abort() to go on from the pass before it"
-        return (
-            f"{len(run.written)} of {self.num_layers} layers have written. If it failed, call abort(); if these are "
-            "all that ever write, the model cannot be served"
-        )
-
-
-class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer, as transformers asks for it."""
-
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, state: _State, layer: ModelLayer) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._state = state
-        self._layer = layer
-        self.is_sliding = layer.window is not None
-        self.is_initialized = True
-
-    @property
-    def keys(self) -> Tensor | None:
-        raise UnsupportedModel(f"layer {self._layer.index}: the model reads K and V past `update`; they lie in blocks")
-
-    @keys.setter
-    def keys(self, value: Tensor | None) -> None:
-        """There are none; transformers' own constructor sets None."""
-
-    values = keys
-
-    def __repr__(self) -> str:
-        return f"PagedCache layer {self._layer.index}"
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """The pool is allocated whole."""
-
-    @property
-    def record_past(self) -> bool:
-        return self._state.rows.recording
-
-    @record_past.setter
-    def record_past(self, value: bool) -> None:
-        self._state.rows.recording = value
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator] # it knows tensors by address, and a trace has none
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self._state.update(self._layer, key_states, value_states)
-
-    def get_seq_length(self) -> int:
-        return self._state.length(self._layer)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns that `update` will return, and the number of the first."""
-        columns, window = self.get_seq_length(), self._layer.window
-        first = 0 if window is None else max(0, columns - window + 1)
-        return columns - first + query_length, first
-
-    def get_max_length(self) -> int:
-        return -1 if self._layer.window is None else self._layer.window
-
-
-def _check_states(layer: ModelLayer, keys: Tensor, values: Tensor) -> None:
-    if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3] or not keys.shape[0]:
-        raise UnsupportedModel(
-            f"layer {layer.index} makes K {list(keys.shape)} and V {list(values.shape)}; served are [rows, heads, "
-            "tokens, dim], alike but for dim"
-        )
-    if keys.requires_grad or values.requires_grad:
-        raise RuntimeError("K and V in blocks take part in no gradient; run the model under torch.inference_mode()")
-
-
-def _check_copies(keys: Tensor, factor: int, rows: int) -> None:
-    """Stop a batch of other prompts than the told ones: rows that were expanded have the same K but for rounding."""
-    copies = keys.reshape(rows, factor, *keys.shape[1:])
-    scale = copies.abs().amax()
-    if ((copies[:, 1:] - copies[:, :1]).abs().amax() > 0.02 * scale).item():
-        raise ValueError(
-            f"the batch has {len(keys)} rows and begin was told {rows} prompts, but rows that stand for one prompt "
-            "differ; tell begin the prompt of every row"
-        )
-
-
-def _check_fit(layer: ModelLayer, keys: Tensor, shape: tuple[int, int, int], cache: PagedKVCache) -> None:
-    holds = (cache.num_heads, cache.head_dim, cache.v_head_dim)
-    if any(size > most for size, most in zip(shape, holds, strict=True)):
-        raise UnsupportedModel(
-            f"layer {layer.index} makes {shape[0]} heads of K [{shape[1]}] and V [{shape[2]}], the cache holds "
-            f"{holds[0]} of [{holds[1]}] and [{holds[2]}], as the config and the layers before have it"
-        )
-    if keys.dtype != cache.dtype or keys.device != cache.device:
-        raise ValueError(
-            f"the model makes {keys.dtype} on {keys.device}, the cache holds {cache.dtype} on {cache.device}; give "
-            "PagedCache the model's dtype and device"
-        )
-
-
-def _write(cache: PagedKVCache, run: Pass, group: int, keys: Tensor, values: Tensor) -> None:
-    sides = []
-    for states, dim in ((keys, cache.head_dim), (values, cache.v_head_dim)):
-        rows = states[:: run.factor].transpose(1, 2).flatten(0, 1)
-        if run.chosen is not None:
-            rows = rows[run.chosen]
-        if rows.shape[1:] != (cache.num_heads, dim):
-            rows = pad(rows, (0, dim - rows.shape[2], 0, cache.num_heads - rows.shape[1]))
-        sides.append(rows)
-    cache.write(sides[0], sides[1], run.slots[group])
-
-
-def _read(
-    cache: PagedKVCache, run: Pass, group: int, window: int | None, shape: tuple[int, int, int]
-) -> tuple[Tensor, Tensor]:
-    """K and V [rows, heads, columns, dim] of the columns within reach; zeros where there is padding."""
-    after = run.before + run.count
-    first = 0 if window is None else max(0, run.before - window + 1)
-    skipped = 0 if run.places is not None else first // cache.block_size
-    tables = run.tables[group, :, skipped:]
-    length = tables.shape[1] * cache.block_size
-    start, stop = first - skipped * cache.block_size, after - skipped * cache.block_size
-    unpadded = len(tables) == 1 and run.places is None
-    sides = cache.gather(tables.flatten(), stop if unpadded else len(tables) * length)
-    result = []
-    for side, dim in zip(sides, shape[1:], strict=True):
-        if run.places is None or run.padding is None:
-            rows = side.view(len(tables), -1, *side.shape[1:])[:, start:stop]
-        else:
-            rows = side[run.places[:, first:]]
-            rows.masked_fill_(run.padding[:, first:, None, None], 0)
-        rows = rows[:, :, : shape[0], :dim]
-        if run.factor > 1:
-            rows = rows.repeat_interleave(run.factor, 0)
-        result.append(rows.transpose(1, 2))
-    return result[0], result[1]

@@ -5,7 +5,7 @@ Knows no cache and no attention. Imports transformers.
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,9 +26,13 @@ from kvblocks.sizes import checked_bytes
 __all__ = [
     "KVShape",
     "ModelLayer",
+    "cache_argument",
     "cache_config",
     "cache_groups",
+    "check_prompts",
+    "check_splits",
     "filling",
+    "keeps_offsets",
     "kv_shape",
     "longest_sequence",
     "model_layers",
@@ -56,13 +60,15 @@ class KVShape(NamedTuple):
         return cls(len(layers), heads, head_dim, v_head_dim, tuple(layers) if len(set(layers)) > 1 else None)
 
 
-# Model types whose K and V of a token depend on more than the tokens before it, and what that is.
-_NO_PROMPTS = {
+# Model types whose K and V of a token depend on more than the tokens before it, and what that is. Those of the first
+# are not served by steps either, which split prompts.
+_NO_SPLITS = {
     "cpmant": "puts tokens of its own before each prompt, so its columns are not the prompt's",
-    "git": "attends to padding and counts it as positions",
-    "prophetnet": "takes one token at a time once it has begun",
     "moshi": "attends past its window within a pass, so it matters how a prompt is split",
+    "prophetnet": "takes one token at a time once it has begun",
+    "xlm": "puts a mask token behind the tokens of each pass",
 }
+_NO_PROMPTS = {**_NO_SPLITS, "git": "attends to padding and counts it as positions"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +125,13 @@ def model_layers(config: PreTrainedConfig) -> tuple[ModelLayer, ...]:
             f"{name} has layers of type {', '.join(others)}; served are those that keep K and V and nothing else: "
             "full_attention, sliding_attention, chunked_attention"
         )
-    if getattr(_model_class(config), "_is_stateful", False):
+    kind_of_model = _model_class(config)
+    if getattr(kind_of_model, "_is_stateful", False):
         raise UnsupportedModel(
             f"{name} is of a model that keeps a recurrent state, which a cache of K and V does not hold"
         )
+    if kind_of_model is not None:
+        cache_argument(kind_of_model.forward)
     layers: list[ModelLayer] = []
     last: dict[str, ModelLayer] = {}  # who wrote last, by layer type: whose K and V a sharing layer reads
     shares = list(getattr(text, "kv_sharing_modes", None) or [None] * len(kinds))
@@ -177,21 +186,48 @@ def _reach(layer: ModelLayer, chunks: bool) -> Reach:
     return None if layer.window is None else Window(layer.window)
 
 
-def check_prompts(config: PreTrainedConfig) -> None:
+def check_prompts(config: PreTrainedConfig, *, positions_given: bool = False) -> None:
     """Raise `UnsupportedModel` where no prompt can go on from what another one computed, though it begin alike."""
     text = text_config(config)
     reason = _NO_PROMPTS.get(text.model_type)
-    if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+    if _looks_ahead(text):
         reason = "attends to later tokens too"
-    if _keeps_offsets(config):
+    if not positions_given and keeps_offsets(config):
         reason = "keeps in itself by how much an image shifted the positions of the prompt before (rope_deltas)"
     if reason is not None:
         raise UnsupportedModel(
             f"{type(text).__name__} is of a model that {reason}; it shares no prompts: leave begin out"
+            + (", or call begin_inputs, which gives the positions" if reason.endswith("(rope_deltas)") else "")
         )
 
 
-def _keeps_offsets(config: PreTrainedConfig) -> bool:
+def check_splits(config: PreTrainedConfig) -> None:
+    """Raise `UnsupportedModel` where it matters to K and V how a prompt is split into passes."""
+    text = text_config(config)
+    reason = "attends to later tokens too" if _looks_ahead(text) else _NO_SPLITS.get(text.model_type)
+    if reason is not None:
+        raise UnsupportedModel(f"{type(text).__name__} is of a model that {reason}; use model.generate with PagedCache")
+
+
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """The name by which a model's forward takes a cache: "cache", or "past_key_values" before transformers 5.24.
+
+    Raises:
+        UnsupportedModel: it takes none.
+    """
+    known = inspect.signature(forward).parameters
+    for name in ("cache", "past_key_values"):
+        if name in known:
+            return name
+    raise UnsupportedModel(f"{forward.__qualname__} takes no cache, so the model keeps its K and V elsewhere, or none")
+
+
+def _looks_ahead(text: Any) -> bool:
+    bidirectional = getattr(text, "use_bidirectional_attention", None) in (True, "all")
+    return bidirectional or not getattr(text, "is_causal", True)
+
+
+def keeps_offsets(config: PreTrainedConfig) -> bool:
     """Whether a model with M-RoPE (Qwen2-VL and those after it) holds the offset of its positions outside its cache.
 
     For a prompt of which a part is found, transformers takes the offset of the prompt before, whatever that was.

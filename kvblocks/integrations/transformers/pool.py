@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvblocks.engine import CacheEngine
-from kvblocks.integrations.transformers.backend import PagedModel
+from kvblocks.integrations.transformers.cached import served
 from kvblocks.integrations.transformers.layers import cache_groups, filling, kv_shape, one_block, text_config
 from kvblocks.manager import BlockManager
 
@@ -64,7 +64,7 @@ class Pool:
         if memory is not None and num_blocks is not None:
             raise ValueError(f"memory={memory!r} and num_blocks={num_blocks} both say how large the pool is; give one")
         if not isinstance(model, PreTrainedConfig):
-            paged = PagedModel(model)
+            paged = served(model)
             model = paged.model
             shape = paged.measure()
             dtype, device = dtype or model.dtype, device or model.device

@@ -1,295 +1,24 @@
 """The rows of a batch as sequences of a block manager: what a cache for transformers is made of, without its layers.
 
 Transformers counts in columns: every row of a batch has as many, and those on the left may be padding. Here a row is a
-sequence of its own tokens, and padding takes no slot. Imports torch, the manager, storage and the shapes of layers.
+sequence of its own tokens, and padding takes no slot. Imports torch and the manager.
 """
 
 import os
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
-from weakref import WeakValueDictionary
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvblocks.config import Group
-from kvblocks.engine import CacheEngine
-from kvblocks.integrations.transformers.layers import KVShape, filling, one_block
-from kvblocks.manager import BlockManager
-from kvblocks.step.buffers import StepBuffers
+from kvblocks.integrations.transformers.blocks import Blocks
+from kvblocks.integrations.transformers.passes import Ids, Pass, Prompt, Row
 
 _MOST_RECORDED = 6  # passes between two crops, where layers have windows: a manager has 8 steps open by default
 
-__all__ = ["Blocks", "Pass", "Prompt", "Row", "Rows", "Sizes"]
-
-Ids = npt.NDArray[np.int64]
-
-
-class _UnknownIds:
-    """Ids for tokens whose own were never told, above all real ones, each given once.
-
-    A manager shares a computed block only where its token ids are known. These are placeholder ids, each unique, so no
-    prompt can match them. When all are spent they start again, and each manager forgets the old ones first.
-    """
-
-    FIRST, END = 1 << 30, 1 << 31
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._next, self._round = self.FIRST, 0
-
-    def draw(self, count: int) -> tuple[Ids, int]:
-        """`count` ids, and how often all have been spent."""
-        with self._lock:
-            if self._next + count > self.END:
-                self._next, self._round = self.FIRST, self._round + 1
-            self._next += count
-            return np.arange(self._next - count, self._next), self._round
-
-
-_unknown_ids = _UnknownIds()
-
-
-@dataclass
-class Sizes:
-    """What a pool is to be, as far as it is known before the first K and V come.
-
-    Attributes:
-        shape: layers, heads and dims as the model's config has them; raises where it does not say.
-        dtype, device: those that were asked for.
-        groups: the layers by how far they attend.
-        unequal: whether layers differ in shape; where they do not, the first K and V show that of all.
-        likely_dtype: of K and V where none was asked for.
-    """
-
-    shape: Callable[[], KVShape]
-    unequal: bool
-    num_layers: int
-    memory: int | None
-    num_blocks: int | None
-    block_size: int
-    dtype: torch.dtype | None
-    device: torch.device | None
-    likely_dtype: torch.dtype
-    groups: tuple[Group, ...]
-
-
-class Blocks:
-    """The blocks that caches share: a manager, the storage of its blocks, and the arrays of the pass under way.
-
-    Passes follow each other: one that has begun and not ended when another cache begins its own has failed.
-    """
-
-    _of_manager: ClassVar["WeakValueDictionary[int, Blocks]"] = WeakValueDictionary()
-
-    def __init__(
-        self, sizes: Sizes | None, manager: BlockManager | None = None, engine: CacheEngine | None = None
-    ) -> None:
-        self.running: Rows | None = None
-        self.recorded: Rows | None = None  # whose passes may still be cut: their steps are open
-        self._sizes = sizes
-        self._manager = manager
-        self._engine = engine
-        self._buffers: StepBuffers | None = None
-        self._round = 0
-        if manager is not None:
-            self._of_manager[id(manager)] = self
-
-    @classmethod
-    def of(cls, manager: BlockManager, engine: CacheEngine) -> "Blocks":
-        """The pool of a manager, the same for every cache on it."""
-        pool = cls._of_manager.get(id(manager))
-        if pool is not None and pool._engine is not engine:
-            raise ValueError("another cache uses this manager with another engine; give the engine of that cache")
-        if manager.groups != tuple(group.reach for group in engine.config.groups):
-            raise ValueError(
-                f"the manager has layer groups {manager.groups} and the engine {engine.config.groups}; give the two of "
-                "one cache"
-            )
-        if (manager.num_blocks, manager.block_size) != (engine.num_blocks, engine.block_size):
-            raise ValueError(
-                f"the manager has {manager.num_blocks} blocks of {manager.block_size} tokens and the engine "
-                f"{engine.num_blocks} of {engine.block_size}; give the two of one cache"
-            )
-        return pool or cls(None, manager, engine)
-
-    @property
-    def manager(self) -> BlockManager:
-        if self._manager is None:
-            assert self._sizes is not None
-            sizes = self._sizes
-            if sizes.num_blocks is None:
-                self._size(sizes.shape(), sizes.dtype or sizes.likely_dtype)
-            assert sizes.num_blocks is not None
-            groups = [group.reach for group in sizes.groups]
-            self._manager = BlockManager(sizes.num_blocks, sizes.block_size, groups=groups)
-            self._of_manager[id(self._manager)] = self
-        return self._manager
-
-    def engine(self, seen: tuple[int, int, int] | None, dtype: torch.dtype, device: torch.device) -> CacheEngine:
-        """The storage, allocated the first time, when K and V of this shape (heads, dim of K, dim of V) were seen.
-
-        Raises:
-            OutOfMemory: it does not fit.
-            ValueError: it is more than the memory that was given, as K and V are not what the config said.
-        """
-        if self._engine is not None:
-            return self._engine
-        sizes = self._sizes
-        assert sizes is not None
-        if sizes.dtype not in (None, dtype) or sizes.device not in (None, device):
-            raise ValueError(
-                f"the model makes {dtype} on {device}, the cache was made for {sizes.dtype or dtype} on "
-                f"{sizes.device or device}; give PagedCache the model's dtype and device"
-            )
-        shape = self._shape(seen)
-        if sizes.num_blocks is None:
-            self._size(shape, dtype)
-        assert sizes.num_blocks is not None
-        config = one_block(shape, sizes.block_size, sizes.groups).replace(num_gpu_blocks=sizes.num_blocks)
-        if sizes.memory is not None and config.memory_bytes(dtype) > sizes.memory:
-            raise ValueError(
-                f"{sizes.num_blocks} blocks of {shape[1]} heads of {dtype} K [{shape[2]}] and V [{shape[3]}] are "
-                f"{config.memory_bytes(dtype)} bytes, and memory={sizes.memory}; the blocks were counted by the "
-                "config, which has another shape or dtype: give num_blocks, or dtype"
-            )
-        # NHD: a token's heads lie together, as transformers makes them and attention kernels read them.
-        self._engine = CacheEngine(config, dtype, device, layout="NHD")
-        return self._engine
-
-    def dtype_of(self, made: torch.dtype) -> torch.dtype:
-        """Of K and V as they are kept, where autocast makes others: what was asked for or is there, else `made`."""
-        if self._engine is not None:
-            return self._engine.dtype
-        return made if self._sizes is None or self._sizes.dtype is None else self._sizes.dtype
-
-    def allocated(self) -> CacheEngine:
-        """The storage, as far as it is known what it will be asked for."""
-        sizes = self._sizes
-        if self._engine is not None or sizes is None:
-            assert self._engine is not None
-            return self._engine
-        return self.engine(None, sizes.dtype or sizes.likely_dtype, sizes.device or torch.device("cpu"))
-
-    def _shape(self, seen: tuple[int, int, int] | None) -> KVShape:
-        """Heads and dims of the layers: as the config says, or all as the first was seen, where it says otherwise."""
-        sizes = self._sizes
-        assert sizes is not None
-        try:
-            said = sizes.shape()
-        except ValueError:
-            if seen is None:
-                raise
-            return KVShape(sizes.num_layers, *seen)
-        if seen is None or (said.layers is not None and seen in said.layers):
-            return said
-        if not sizes.unequal:
-            return KVShape(sizes.num_layers, *seen)
-        heads, k_dim, v_dim = (max(sides) for sides in zip(said[1:4], seen, strict=True))
-        return KVShape(sizes.num_layers, heads, k_dim, v_dim)
-
-    def _size(self, shape: KVShape, dtype: torch.dtype) -> None:
-        sizes = self._sizes
-        assert sizes is not None
-        assert sizes.memory is not None
-        one = one_block(shape, sizes.block_size, sizes.groups)
-        sizes.num_blocks = filling(one, sizes.memory, dtype).num_gpu_blocks
-
-    def move(self, step: StepBuffers) -> None:
-        if self._engine is not None:  # without it nothing has been written that could be copied
-            self._engine.move(step)
-
-    def unknown_ids(self, count: int) -> Ids:
-        ids, spent = _unknown_ids.draw(count)
-        if spent != self._round:
-            self.manager.reset_prefix_cache()
-            self._round = spent
-        return ids
-
-    def buffers(self, num_seqs: int, num_tokens: int, num_blocks: int, device: torch.device) -> StepBuffers:
-        """Step buffers of at least these sizes; they grow by doubling."""
-        old = self._buffers
-        had = (4, 64, 16) if old is None else (old.max_seqs, old.max_tokens, old.max_blocks_per_seq)
-        wanted = (num_seqs, num_tokens, num_blocks)
-        if old is None or old.device != device or any(map(int.__gt__, wanted, had)):
-            sizes = [size if need <= size else max(need, 2 * size) for need, size in zip(wanted, had, strict=True)]
-            self._buffers = old = StepBuffers(*sizes, device=device, groups=len(self.manager.groups))
-        return old
-
-    def begin(self, rows: "Rows") -> None:
-        """Make these the rows whose pass runs; that of others, still running, has failed."""
-        if self.running is not None and self.running is not rows:
-            self.running.drop()
-        if self.recorded is not None and self.recorded is not rows:
-            self.recorded.settle()
-        self.running = rows
-
-
-@dataclass(slots=True)
-class Row:
-    """One row of a batch.
-
-    Its tokens are half-open ranges from 0. `[0, real)` have ids that the user gave. `[0, known)` have any ids. The K
-    and V of `[0, computed)` are written, or are being written by the running pass. `[0, total)` are in the manager's
-    sequence.
-    """
-
-    handle: int
-    pad: int  # columns before its first token
-    computed: int = 0
-    total: int = 0
-    known: int = 0
-    real: int = 0
-
-    def at(self, columns: int) -> int:
-        """How many of its tokens lie in the first `columns` columns."""
-        return max(0, columns - self.pad)
-
-
-@dataclass(eq=False)
-class Pass:
-    """One forward pass over `count` new columns, from the first layer that writes to the last.
-
-    Attributes:
-        batch: rows of the tensors; `factor` of them stand for one row here, and hold the same.
-        before: columns that were there.
-        slots: int64 [groups, n]: where those new tokens go that have no K and V yet.
-        chosen: int64 [n]: which of the `rows * count` new tokens these are; None for all, in order.
-        tables: int32 [groups, rows, blocks].
-        places: int64 [rows, before + count]: where each column's token lies among all tokens of `tables`; None where
-            row i has column c at `i * blocks * block_size + c`.
-        padding: bool [rows, before + count], where `places` means nothing.
-        written: layers that have written.
-        saved: the rows as they were, None where the pass made them.
-    """
-
-    batch: int
-    factor: int
-    before: int
-    count: int
-    slots: Tensor
-    tables: Tensor
-    chosen: Tensor | None = None
-    places: Tensor | None = None
-    padding: Tensor | None = None
-    step_id: int | None = None
-    saved: list[Row] | None = None
-    written: set[int] = field(default_factory=set)
-    dropped: bool = False
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One row of a batch as `begin` is told of it: its ids without padding, and what else decides its K and V."""
-
-    ids: Ids
-    pad: int
-    salt: bytes = b""
-    extra: Sequence[tuple[int, bytes]] = ()
+__all__ = ["Rows"]
 
 
 class Rows:
@@ -519,7 +248,7 @@ class Rows:
                     row = Row(handle, prompt.pad, cached)
                     self.rows.insert(number, row)
                 else:
-                    manager.extend([row.handle], prompt.ids[row.computed :], [len(prompt.ids) - row.computed])
+                    self._extend(row.handle, prompt, row.computed)
                     row.pad = prompt.pad
                 row.total = row.known = row.real = len(prompt.ids)
             self._prompts = list(prompts)
@@ -532,7 +261,8 @@ class Rows:
     def _align(self, reuse: bool) -> None:
         """Start from the column to which all rows are computed, with what windows reach before it."""
         while True:
-            self.columns = min(row.pad + row.computed for row in self.rows) if reuse else 0
+            found = min(row.pad + row.computed for row in self.rows) if reuse else 0
+            self.columns = self._before_images(found)
             lacking = [n for n, row in enumerate(self.rows) if self._first_held(row) > row.at(self.columns)]
             if not lacking:
                 return
@@ -545,7 +275,25 @@ class Rows:
                     salt=prompt.salt,
                     extra=[pair for pair in prompt.extra if pair[0] <= length],
                 )
-                self.pool.manager.extend([row.handle], prompt.ids[length + 1 :], [len(prompt.ids) - length - 1])
+                self._extend(row.handle, prompt, length + 1)
+
+    def _extend(self, handle: int, prompt: Prompt, start: int) -> None:
+        """Add a prompt's tokens from `start` on, and what they stand for beyond their ids."""
+        extra = [(position - start, value) for position, value in prompt.extra if position >= start]
+        self.pool.manager.extend([handle], prompt.ids[start:], [len(prompt.ids) - start], extra=[extra])
+
+    def _before_images(self, columns: int) -> int:
+        """The most columns, `columns` at most, that end inside of no row's image."""
+        while True:
+            inside = [
+                prompt.pad + first
+                for prompt in self._prompts
+                for first, end in prompt.whole
+                if prompt.pad + first < columns < prompt.pad + end
+            ]
+            if not inside:
+                return columns
+            columns = min(inside)
 
     def _first_held(self, row: Row) -> int:
         """The first token from which on each group has what windows reach."""
@@ -561,12 +309,15 @@ class Rows:
         if number >= min(len(self.rows), len(self._prompts)):
             return None
         row, old = self.rows[number], self._prompts[number]
-        if (old.salt, prompt.salt, *old.extra, *prompt.extra) != (prompt.salt, prompt.salt):
+        if old.salt != prompt.salt:
             return None
-        most = min(row.real, row.computed, len(prompt.ids) - 1)
+        differing = [position for position, _ in {*old.extra} ^ {*prompt.extra}]
+        most = min(row.real, row.computed, len(prompt.ids) - 1, *differing)
         same = self.pool.manager.tokens(row.handle)[:most] == prompt.ids[:most]
         alike = most if same.all() else int(same.argmin())
-        if alike < max(1, self._first_held(row)) or alike <= self.pool.manager.match(prompt.ids, salt=prompt.salt):
+        if alike < max(1, self._first_held(row)) or alike <= self.pool.manager.match(
+            prompt.ids, salt=prompt.salt, extra=prompt.extra
+        ):
             return None
         self.pool.manager.trim(row.handle, alike)
         return Row(row.handle, prompt.pad, alike, alike, alike, alike)

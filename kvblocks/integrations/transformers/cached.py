@@ -1,0 +1,216 @@
+"""CachedModel: a model that attends by itself, over a cache whose K and V lie in the blocks of a step.
+
+For models whose layers cannot read the blocks in place (see `backend`). Rows of one length go through the model
+together, without padding. Scheduling is not here. Imports transformers.
+"""
+
+import inspect
+import logging
+from bisect import bisect_right
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from kvblocks.engine import CacheEngine
+from kvblocks.errors import UnsupportedModel
+from kvblocks.integrations.transformers.backend import PagedModel, check_state, unwrapped
+from kvblocks.integrations.transformers.layer import PagedLayer, check_states, exchange
+from kvblocks.integrations.transformers.layers import (
+    KVShape,
+    ModelLayer,
+    cache_argument,
+    check_splits,
+    text_config,
+)
+from kvblocks.integrations.transformers.passes import Pass
+from kvblocks.step.buffers import StepBuffers
+
+__all__ = ["CachedModel", "served"]
+
+_log = logging.getLogger("kvblocks")
+
+
+class CachedModel:
+    """A model over its own attention: what a step names is gathered for it, and what it makes is written.
+
+    Args:
+        model: a transformers model, or what torch.compile or PEFT made of one.
+
+    Attributes:
+        model: the transformers model.
+        layers: of it.
+
+    Raises:
+        UnsupportedModel: the model keeps more than K and V, takes no cache, makes K and V that depend on how a prompt
+            is split into passes, or is in training mode.
+    """
+
+    attends_in_blocks = False
+
+    def __init__(self, model: Any) -> None:
+        self.model = unwrapped(model)
+        self.layers = check_state(self.model)
+        check_splits(self.model.config)
+        if self.model.training:
+            raise UnsupportedModel(f"{type(self.model).__name__} is in training mode; call model.eval()")
+        self._call = model
+        self._arguments = frozenset(inspect.signature(self.model.forward).parameters)
+        self._cache_argument = cache_argument(self.model.forward)
+
+    @torch.inference_mode()
+    def measure(self) -> KVShape:
+        """What the layers hand to their cache: two rows of two tokens are run through the model, the first time.
+
+        Raises:
+            UnsupportedModel: a layer does what the cache cannot serve, or a token's logits depend on the one after it.
+        """
+        if self.model in _measured:
+            return _measured[self.model]
+        state = _Measured()
+        ids = torch.tensor([[0, 1], [0, 2]], device=self.model.device)
+        first, second = self._run(state, ids, 0, [0])[:, 0].float()
+        if not torch.allclose(first, second, rtol=0, atol=0.01 * float(first.abs().max()), equal_nan=True):
+            raise UnsupportedModel(f"{type(self.model).__name__} attends to later tokens too, which come after a pass")
+        shapes = [state.shapes[layer.index] for layer in self.layers if layer.writes]
+        shape = KVShape.of(shapes)
+        _measured[self.model] = shape
+        return shape
+
+    def forward(self, engine: CacheEngine, step: StepBuffers, wanted: Tensor) -> Tensor:
+        """As `PagedModel.forward`, in one pass of the model for each length and number of new tokens among the rows."""
+        lens = step.seq_lens[: step.num_seqs].tolist()
+        starts = step.query_start_loc[: step.num_seqs + 1].tolist()
+        alike: dict[tuple[int, int], list[int]] = {}
+        for row, length in enumerate(lens):
+            count = starts[row + 1] - starts[row]
+            alike.setdefault((length - count, count), []).append(row)
+        asked: dict[int, list[tuple[int, int]]] = {}  # by row: which of `wanted` lie in it, and where in its new tokens
+        for number, token in enumerate(wanted.tolist()):
+            row = bisect_right(starts, token) - 1
+            asked.setdefault(row, []).append((number, token - starts[row]))
+        found: dict[int, Tensor] = {}
+        for (before, count), rows in alike.items():
+            firsts = torch.tensor([starts[row] for row in rows], device=engine.device)[:, None]
+            tokens = firsts + torch.arange(count, device=engine.device)
+            here = [(number, line, at) for line, row in enumerate(rows) for number, at in asked.get(row, ())]
+            kept = sorted({at for _, _, at in here})
+            state = _Stepping(self.model.config, engine, self._pass(engine, step, rows, tokens, before))
+            logits = self._run(state, step.input_ids[tokens], before, kept)
+            found.update((number, logits[line, kept.index(at)]) for number, line, at in here)
+        made = [found[number] for number in range(len(found))]
+        return torch.stack(made) if made else torch.empty(0, device=engine.device)
+
+    def _pass(self, engine: CacheEngine, step: StepBuffers, rows: list[int], tokens: Tensor, before: int) -> Pass:
+        groups = step.num_groups
+        blocks = -(-(before + tokens.shape[1]) // engine.block_size)
+        slots = step.slot_mapping.view(groups, -1)[:, tokens.flatten()]
+        tables = step.block_table.view(groups, step.max_seqs, -1)[:, rows, :blocks]
+        tables = tables.clamp(min=0)  # padding is gathered too, and masked afterwards
+        return Pass(len(rows), 1, before, tokens.shape[1], slots, tables)
+
+    def _run(self, state: "_Stepping | _Measured", ids: Tensor, before: int, kept: list[int]) -> Tensor:
+        """Logits [rows, kept, vocabulary] of the columns `kept` of ids [rows, columns], after `before` others."""
+        rows, columns = ids.shape
+        inputs: dict[str, Any] = {"input_ids": ids, self._cache_argument: self._cache(state)}
+        if "use_cache" in self._arguments:
+            inputs["use_cache"] = True
+        if "attention_mask" in self._arguments:
+            inputs["attention_mask"] = ids.new_ones(rows, before + columns)
+        if "position_ids" in self._arguments:
+            inputs["position_ids"] = torch.arange(before, before + columns, device=ids.device).expand(rows, -1)
+        keeps = "logits_to_keep" in self._arguments
+        if keeps:
+            inputs["logits_to_keep"] = torch.tensor(kept, dtype=torch.int64, device=ids.device)
+        output = self._call(**inputs, return_dict=True)
+        missing = [layer.index for layer in self.layers if layer.writes and layer.index not in state.written]
+        if missing:
+            raise UnsupportedModel(
+                f"layers {missing} of {type(self.model).__name__} keep no K and V in the cache that the model is given"
+            )
+        logits: Tensor = output.logits
+        return logits if keeps else logits[:, kept]
+
+    def _cache(self, state: "_Stepping | _Measured") -> Cache:
+        others = DynamicCache(config=text_config(self.model.config)).layers
+        return Cache(
+            layers=[PagedLayer(state, layer) if layer.writes else others[layer.index] for layer in self.layers]
+        )
+
+
+class _Stepping:
+    """What the layers share in one pass of rows of one length."""
+
+    recording = False
+
+    def __init__(self, config: PreTrainedConfig, engine: CacheEngine, run: Pass) -> None:
+        self._config, self._engine, self._run = config, engine, run
+        self.written = run.written
+
+    def length(self, layer: ModelLayer) -> int:
+        return self._run.before + (self._run.count if layer.index in self.written else 0)
+
+    def update(self, layer: ModelLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        check_states(layer, keys, values)
+        if (keys.shape[0], keys.shape[2]) != (self._run.batch, self._run.count) or layer.index in self.written:
+            raise UnsupportedModel(
+                f"layer {layer.index} adds {keys.shape[2]} columns to {keys.shape[0]} rows, or adds them twice; the "
+                f"pass has {self._run.count} for each of {self._run.batch}"
+            )
+        read = exchange(self._config, self._engine, self._run, layer, keys, values)
+        self.written.add(layer.index)
+        return read
+
+
+class _Measured:
+    """What the layers make of two tokens: heads, dim of K, dim of V."""
+
+    recording = False
+
+    def __init__(self) -> None:
+        self.written: set[int] = set()
+        self.shapes: dict[int, tuple[int, int, int]] = {}
+
+    def length(self, layer: ModelLayer) -> int:
+        return 2 * (layer.index in self.written)
+
+    def update(self, layer: ModelLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        check_states(layer, keys, values)
+        if (keys.shape[0], keys.shape[2]) != (2, 2):
+            raise UnsupportedModel(
+                f"layer {layer.index} makes K and V {list(keys.shape)} of 2 rows of 2 tokens; served are [rows, heads, "
+                "tokens, dim]"
+            )
+        self.shapes[layer.index] = (keys.shape[1], keys.shape[3], values.shape[3])
+        self.written.add(layer.index)
+        return keys, values
+
+
+_measured: "WeakKeyDictionary[PreTrainedModel, KVShape]" = WeakKeyDictionary()
+
+
+def served(model: Any) -> PagedModel | CachedModel:
+    """A model as a step can run it: by layers that read the blocks, else over a cache that gathers them.
+
+    The choice is made by running a token or two, the first time, and stays with the model. Where layers do not read the
+    blocks, the logger "kvblocks" says at INFO why.
+
+    Raises:
+        UnsupportedModel: neither serves it.
+    """
+    inner = unwrapped(model)
+    if inner not in _measured:
+        try:
+            paged = PagedModel(model)
+            paged.measure()
+            return paged
+        except UnsupportedModel as error:
+            if inner.training:
+                raise
+            reason = str(error)
+        CachedModel(model).measure()
+        _log.info("%s attends by itself, to K and V gathered from the blocks: %s", type(inner).__name__, reason)
+    return CachedModel(model)
