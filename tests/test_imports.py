@@ -16,7 +16,7 @@ FLOORS = [
     {"kernels", "models", "storage"},
     {"step"},
     {"attention", "engine"},
-    {"planner"},
+    {"planner", "tiers"},
     {"integrations"},
     {"demo", "generation", "replay"},
     {"cli"},

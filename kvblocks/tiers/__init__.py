@@ -1,0 +1,6 @@
+"""Blocks outside of this process: what a store is, how an object says what it is, and stores."""
+
+from kvblocks.tiers.memory_store import MemoryStore
+from kvblocks.tiers.store import Buffer, Status, Store, StoreStats
+
+__all__ = ["Buffer", "MemoryStore", "Status", "Store", "StoreStats"]
