@@ -246,7 +246,7 @@ def test_faults_of_objects_that_nobody_asked_for() -> None:
 @FORMATS
 def test_whatever_a_store_does_only_right_bytes_are_verified(form: ObjectFormat) -> None:
     """Two thousand loads from a store in which everything goes wrong that can, into buffers that are used again."""
-    chances = {fault: 0.07 for fault in Fault if fault not in (Fault.SLOW, Fault.HANG, Fault.DEAD)}
+    chances: dict[Fault, float] = {fault: 0.07 for fault in Fault if fault not in (Fault.SLOW, Fault.HANG, Fault.DEAD)}
     store = FaultyStore(chances, seed=4)
     blocks = form.blocks(form.root(), np.arange(20 * 16), 16)
     payloads = [random.Random(i).randbytes(300) for i in range(20)]
