@@ -216,7 +216,7 @@ def test_a_fork_has_no_part_in_it(tmp_path: Path) -> None:
         store.store(["a"], [b"four"])
         if os.fork() == 0:
             try:
-                store.lookup(["a"])
+                os.write(1, f"{{store.lookup(['a'])}} in the fork\\n".encode())
             except ValueError as error:
                 os.write(1, f"{{error}}\\n".encode())
             store.close()
@@ -489,6 +489,23 @@ def test_writes_that_take_less_than_they_were_given_go_on(tmp_path: Path, monkey
     with DiskStore(tmp_path, 1 << 20) as store:
         assert put(store, "a", "b", nbytes=9001) == [OK, OK]
         assert get(store, "a", "b", nbytes=9001) == [OK, OK]
+
+
+def test_of_two_that_store_one_key_the_one_that_began_later_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Segment.write
+    with DiskStore(tmp_path, 1 << 20) as store:
+
+        def slow(segment: Segment, slot: int, view: memoryview) -> bool:
+            monkeypatch.setattr(Segment, "write", write)
+            assert put(store, "a") == [OK]
+            return write(segment, slot, view)
+
+        monkeypatch.setattr(Segment, "write", slow)
+        assert store.store(["a"], [content("earlier")]) == [OK]
+        assert get(store, "a") == [OK]
+        assert len(store._areas[8 * PAGE][0].free) == FEWEST_SLOTS - 1
 
 
 def test_what_is_read_is_never_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
