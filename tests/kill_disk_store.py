@@ -96,11 +96,11 @@ def main(folder: Path, rounds: int, seed: int, capacity: int = AMPLE) -> None:
         lines = killed(folder, capacity, folder.with_suffix(".journal"), seed + number, chance.random() * 0.25)
         begun: dict[int, int] = {}
         for line in lines:
-            what, key, version = line.split()
+            what, noted, version = line.split()
             if what == "begin":
-                begun[int(key)] = int(version)
+                begun[int(noted)] = int(version)
             else:
-                state[int(key)] = begun.pop(int(key))
+                state[int(noted)] = begun.pop(int(noted))
                 stored += int(version) > 0
         with DiskStore(folder, capacity) as store:
             for key in KEYS:
