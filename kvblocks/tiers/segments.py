@@ -13,6 +13,7 @@ import errno
 import hashlib
 import mmap
 import os
+import re
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -51,11 +52,7 @@ def is_full(error: OSError) -> bool:
 
 def segment_files(folder: Path) -> list[Path]:
     """All files in a folder that segments are made of, or were being made of."""
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix in (".slots", ".index", ".new") and path.name.partition(".")[0].isdecimal()
-    )
+    return sorted(path for path in folder.iterdir() if re.fullmatch(r"[1-9][0-9]*\.(slots|index|new)", path.name))
 
 
 @dataclass(frozen=True)
@@ -249,7 +246,14 @@ class Segment:
             return None
         if used ^ turned != _ALL:
             used = sequence
-        return Record(raw[_RECORD.size : end].decode(), length, sequence, used, stored_ns)
+        try:
+            key = raw[_RECORD.size : end].decode()
+        except UnicodeDecodeError:
+            key = ""
+        # Somebody made such a record by hand; counting on from these numbers, ours would not fit any more.
+        if not key or max(sequence, used) >= 2**62:
+            return None
+        return Record(key, length, sequence, used, stored_ns)
 
     def _move(self, call: Callable[[int, Sequence[memoryview], int], int], slot: int, view: memoryview) -> bool:
         reads, offset = call is os.preadv, slot * self.slot_bytes
