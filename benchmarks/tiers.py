@@ -1,11 +1,14 @@
-"""A `DiskStore` against the disk itself: objects of 1 MiB stored and loaded, and plain O_DIRECT writes and reads.
+"""Blocks on their way out: into host memory against memcpy, and a `DiskStore` against the disk itself.
 
-Run `python benchmarks/tiers.py [--folder FOLDER]`, the folder on the disk in question. All contenders move the same
-memory with as many threads and take turns. `store alone` is `DiskStore.store` and `load` of one batch; with checksums
+Run `python benchmarks/tiers.py [--folder FOLDER]`, the folder on the disk in question. Blocks go into slots of a
+`HostArena` and back on one thread; memcpy copies as many bytes for each block, in one piece. For the disk there are
+objects of 1 MiB, and plain O_DIRECT writes and reads: all contenders move the same memory with as many threads and take
+turns. `store alone` is `DiskStore.store` and `load` of one batch; with checksums
 each object is sealed before it is stored and verified after it was loaded, with xxh3-128 or under a secret.
 """
 
 import argparse
+import ctypes
 import mmap
 import os
 import tempfile
@@ -14,8 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from harness import RESULTS, Row, compare, machine, report
 
+from kvblocks import CacheConfig, CacheEngine
+from kvblocks.memory import zeroed
+from kvblocks.storage.host import HEADER_BYTES, HostArena
 from kvblocks.tiers import Block, DiskStore, ObjectFormat, Status
 
 OBJECT, BLOCK_SIZE = 1 << 20, 16
@@ -89,6 +96,40 @@ def check(statuses: list[Status]) -> None:
         raise ValueError(f"the store answered {set(statuses)}")
 
 
+def moves(heads: int, dim: int, mebibytes: int, repeats: int) -> list[Row]:
+    """Blocks of 8 layers in bfloat16, in a random order, so that no piece follows on the one before."""
+    config = CacheConfig.for_memory(
+        num_layers=8, num_kv_heads=heads, head_dim=dim, memory_bytes=mebibytes << 20, dtype="bfloat16"
+    )
+    engine = CacheEngine(config, "bfloat16", "cpu", layout="NHD", prefault=True)
+    count, nbytes = engine.num_blocks, engine.group_bytes()
+    arena = HostArena(count, nbytes, pinned=False)
+    arena.buffer[:] = bytes(arena.memory_bytes)
+    pairs = torch.stack([torch.randperm(count), torch.randperm(count)], 1)
+    flat = zeroed(count * nbytes, prefault=True)  # huge pages, as the other two have
+    sources = [flat.data_ptr() + block * nbytes for block in pairs[:, 0].tolist()]
+    targets = [arena.address + HEADER_BYTES + slot * arena.slot_bytes for slot in pairs[:, 1].tolist()]
+
+    def memcpy(to: list[int], source: list[int]) -> None:
+        for i in range(count):
+            ctypes.memmove(to[i], source[i], nbytes)
+
+    piece = engine.memory_of(0)[0][1]
+    what = f"{count} blocks of {len(engine.memory_of(0))} pieces of {piece // 1024} KiB"
+    gibibytes = count * nbytes / 2**30
+    each = {
+        f"{what} into slots": {
+            "kvblocks": lambda: engine.copy_to_host(arena, pairs),
+            "memcpy": lambda: memcpy(targets, sources),
+        },
+        f"{what} out of slots": {
+            "kvblocks": lambda: engine.copy_from_host(arena, pairs),
+            "memcpy": lambda: memcpy(sources, targets),
+        },
+    }
+    return [Row(workload, compare(calls, repeats), gibibytes, "GiB/s") for workload, calls in each.items()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=RESULTS, help="on the disk to measure (default: %(default)s)")
@@ -96,6 +137,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    rows = [row for heads, dim in ((8, 128), (2, 64)) for row in moves(heads, dim, options.mebibytes, options.repeats)]
+    report(
+        "Blocks and host memory",
+        rows,
+        ours="kvblocks",
+        workload="8 layers in bfloat16, blocks of 16 tokens, NHD, one thread; wall time, medians",
+        about=machine(("kvblocks", "torch")),
+        name="tiers-moves",
+    )
+    disk(options)
+
+
+def disk(options: argparse.Namespace) -> None:
     count, threads = options.mebibytes, options.threads
     memory = memoryview(mmap.mmap(-1, count * OBJECT))
     buffers = [memory[i * OBJECT : (i + 1) * OBJECT] for i in range(count)]

@@ -309,8 +309,8 @@ def test_bits_that_turn_in_a_table_are_misses(tmp_path: Path) -> None:
         put(store, "a", "b", "c", nbytes=100)
     index = tmp_path / "1.index"
     before, chance, missing = index.read_bytes(), random.Random(3), 0
-    places = [*range(48), *(PAGE + slot * 512 + i for slot in range(4) for i in range(60))]
-    for place in chance.sample(places, 80):
+    places = [*range(24), *range(40, 48), *(PAGE + slot * 512 + i for slot in range(4) for i in range(60))]
+    for place in [*range(24, 40), *chance.sample(places, 60)]:  # those sixteen say how large slots are, and how many
         spoilt = bytearray(before)
         spoilt[place] ^= 1 << chance.randrange(8)
         index.write_bytes(spoilt)
@@ -325,6 +325,16 @@ def test_bits_that_turn_in_a_table_are_misses(tmp_path: Path) -> None:
                 put(store, "a", "b", "c", nbytes=100)
             before = index.read_bytes()
     assert missing > 30
+
+
+def test_a_bit_that_turns_in_the_recency_changes_no_order(tmp_path: Path) -> None:
+    with DiskStore(tmp_path, 1 << 20) as store:
+        put(store, "a", "b", "c")
+    with open(tmp_path / "1.index", "r+b") as file:
+        file.seek(PAGE + 16 + 6)  # of the first record: it would be the most recent by far
+        file.write(b"\x01")
+    with DiskStore(tmp_path, 1 << 20) as store:
+        assert [found.key for found in store.objects()] == ["a", "b", "c"]
 
 
 def test_bits_that_turn_in_slots_are_seen_by_who_verifies(tmp_path: Path) -> None:
