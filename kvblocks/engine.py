@@ -9,10 +9,11 @@ from typing import Self, SupportsIndex
 
 import torch
 
-from kvblocks.checks import Indices, checked_device
+from kvblocks.checks import Indices, checked_device, checked_indices
 from kvblocks.config import CacheConfig, Group
 from kvblocks.errors import OutOfMemory
 from kvblocks.manager import BlockManager
+from kvblocks.movement import copy_slots, first_outside
 from kvblocks.sizes import budget, checked_integer
 from kvblocks.step import StepBuffers
 from kvblocks.storage.cache import (
@@ -21,6 +22,7 @@ from kvblocks.storage.cache import (
     free_memory,
     zero_blocks,
 )
+from kvblocks.storage.host import HEADER_BYTES, HostArena
 
 __all__ = ["CacheEngine"]
 
@@ -235,6 +237,100 @@ class CacheEngine:
 
     def __repr__(self) -> str:
         return f"CacheEngine({self.config!r}, dtype={self.dtype}, device='{self.device}', layout={self.layout!r})"
+
+    def memory_of(self, block: SupportsIndex, group: SupportsIndex = 0) -> list[tuple[int, int]]:
+        """Where the bytes of a block lie that belong to the layers of one group, in the order in which it leaves.
+
+        These are K, then V of each layer in the order of `config.groups[group].layers`, whatever the layout. A block of
+        the pool may have more memory, of layers that only other groups have there; that is not among them.
+
+        Args:
+            block: 0 to num_blocks - 1.
+            group: an index into `config.groups`.
+
+        Returns:
+            (address, bytes) of each piece, on the engine's device.
+
+        Raises:
+            ValueError: no such block or group.
+            TypeError: one of them is not an integer.
+        """
+        index = checked_integer("block", block)
+        if not 0 <= index < self.num_blocks:
+            raise ValueError(f"block={index} is outside 0..{self.num_blocks - 1}")
+        pieces = self._pieces_of(group)
+        return [(first + index * stride, nbytes) for first, stride, nbytes in pieces.tolist()]
+
+    def group_bytes(self, group: SupportsIndex = 0) -> int:
+        """Bytes of one block that belong to the layers of a group: those of `memory_of` together.
+
+        Raises:
+            ValueError, TypeError: as for `memory_of`.
+        """
+        return int(self._pieces_of(group)[:, 2].sum())
+
+    def copy_to_host(self, arena: HostArena, pairs: Indices, group: SupportsIndex = 0) -> None:
+        """Copy blocks of a group into slots of host memory, behind the slots' headers, and wait until that is done.
+
+        Args:
+            arena: whose slots have room for `group_bytes(group)`.
+            pairs: [n, 2] of (block, slot). Made in this order, where a slot comes twice.
+            group: an index into `config.groups`.
+
+        Raises:
+            ValueError: a block, slot or group that does not exist, an arena with too little room, or pairs that lie
+                on a device; nothing was copied.
+            TypeError: not integers, or not an arena.
+            NotImplementedError: the engine is not on CPU.
+        """
+        self._copy_slots(arena, pairs, group, True)
+
+    def copy_from_host(self, arena: HostArena, pairs: Indices, group: SupportsIndex = 0) -> None:
+        """`copy_to_host`, the other way: what lies in slots goes into blocks; (block, slot) again."""
+        self._copy_slots(arena, pairs, group, False)
+
+    def _pieces_of(self, group: SupportsIndex) -> torch.Tensor:
+        """int64 [pieces, 3]: the address of the first block's piece, bytes to the next block, bytes of the piece."""
+        index = checked_integer("group", group)
+        if not 0 <= index < len(self._config.groups):
+            raise ValueError(f"group={index} is outside 0..{len(self._config.groups) - 1}")
+        pieces = []
+        for layer in self._config.groups[index].layers:
+            cache = self._caches[layer]
+            for tensor, lie in zip((cache.key_cache, cache.value_cache), cache.block_layouts, strict=True):
+                pieces.append((tensor.data_ptr(), lie.block_stride, lie.block_bytes))
+        return torch.tensor(pieces, dtype=torch.int64)
+
+    def _copy_slots(self, arena: HostArena, pairs: Indices, group: SupportsIndex, to_slots: bool) -> None:
+        if not isinstance(arena, HostArena):
+            raise TypeError(f"arena is a {type(arena).__name__}; give a HostArena")
+        if self.device.type != "cpu":
+            raise NotImplementedError(f"blocks of an engine on {self.device} are not copied to host slots yet")
+        pieces = self._pieces_of(group)
+        nbytes = int(pieces[:, 2].sum())
+        if nbytes > arena.payload_bytes:
+            raise ValueError(f"a block of group {group} has {nbytes} bytes and a slot room for {arena.payload_bytes}")
+        given = checked_indices("pairs", pairs)
+        if not given.is_cpu:
+            raise ValueError(f"pairs is on {given.device}; move it with .to()")
+        if given.ndim != 2 or given.shape[1] != 2:
+            raise ValueError(f"pairs has shape {list(given.shape)}; give (block, slot) pairs, [n, 2]")
+        for column, (name, count) in enumerate((("block", self.num_blocks), ("slot", arena.num_slots))):
+            ids = given[:, column].contiguous()
+            bad = first_outside(ids.data_ptr(), len(ids), 0, count - 1)
+            if bad >= 0:
+                raise ValueError(f"pairs[{bad}] names {name} {int(ids[bad])}, which is outside 0..{count - 1}")
+        copy_slots(
+            pieces.data_ptr(),
+            len(pieces),
+            self.num_blocks,
+            arena.address + HEADER_BYTES,
+            arena.slot_bytes,
+            arena.num_slots,
+            given.data_ptr(),
+            len(given),
+            to_slots,
+        )
 
     def move(self, step: StepBuffers) -> None:
         """Do all that a step needs moved before its pass, and mark it as done. Call it right after `prepare`, always.

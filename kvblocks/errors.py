@@ -6,8 +6,10 @@ __all__ = [
     "MissingField",
     "MovesPending",
     "NoFreeBlocks",
+    "NotConforming",
     "OutOfMemory",
     "StaleSequence",
+    "StoreInUse",
     "TooManySequences",
     "UnknownModel",
     "UnsupportedModel",
@@ -84,6 +86,25 @@ class StaleSequence(KVBlocksError, LookupError):
     def __init__(self, message: str, handle: int) -> None:
         super().__init__(message, handle)
         self.handle = handle
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class NotConforming(KVBlocksError, AssertionError):
+    """A store does something else than the interface of stores says."""
+
+
+class StoreInUse(KVBlocksError, RuntimeError):
+    """Another store, of this process or another one, has a folder of blocks open; nothing of it was touched.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, message: str, path: str) -> None:
+        super().__init__(message, path)
+        self.path = path
 
     def __str__(self) -> str:
         return str(self.args[0])

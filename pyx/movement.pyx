@@ -8,7 +8,7 @@ keep the memory alive; an index outside the cache is skipped, so that it can nev
 cimport cython
 from libc.stdint cimport int64_t, uint64_t
 
-__all__ = ["BlockLayout", "first_outside"]
+__all__ = ["BlockLayout", "copy_slots", "first_outside"]
 
 cdef extern from *:
     r"""
@@ -175,6 +175,44 @@ def first_outside(size_t address, int64_t count, int64_t low, int64_t high):
                 found = i
                 break
     return found
+
+
+def copy_slots(size_t pieces, int64_t num_pieces, int64_t num_blocks, size_t slots, int64_t slot_stride,
+               int64_t num_slots, size_t pairs, int64_t count, bint to_slots):
+    """Copy blocks into slots or back: for each (block, slot) of `pairs`, in order, the pieces that make up the block.
+
+    A slot has the pieces one after the other, without gaps. Pairs that name a block or a slot which is not there are
+    skipped.
+
+    Args:
+        pieces, num_pieces: address of contiguous int64 [num_pieces, 3]: where the piece of block 0 lies, the bytes from
+            there to that of the next block, and its length.
+        num_blocks: blocks there are.
+        slots, slot_stride, num_slots: where the bytes of slot 0 begin, the bytes to the next slot, slots there are.
+        pairs, count: address of contiguous int64 [count, 2].
+        to_slots: whether bytes go from blocks to slots.
+
+    Thread-safety: releases the GIL; calls that write the same bytes must not overlap.
+    """
+    cdef const int64_t* piece = <const int64_t*> pieces
+    cdef const int64_t* pair = <const int64_t*> pairs
+    cdef int64_t i, j, block, slot
+    cdef char* at
+    cdef char* own
+    with nogil:
+        for i in range(count):
+            block, slot = pair[2 * i], pair[2 * i + 1]
+            if block < 0 or block >= num_blocks or slot < 0 or slot >= num_slots:
+                continue
+            at = <char*> slots + slot * slot_stride
+            for j in range(num_pieces):
+                own = <char*> <size_t> piece[3 * j] + block * piece[3 * j + 1]
+                if to_slots:
+                    kvb_copy(at, own, piece[3 * j + 2], True)
+                else:
+                    kvb_copy(own, at, piece[3 * j + 2], True)
+                at += piece[3 * j + 2]
+        kvb_fence()
 
 
 @cython.final

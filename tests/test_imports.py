@@ -19,7 +19,7 @@ FLOORS = [
     {"kernels", "models", "storage"},
     {"step"},
     {"attention", "engine"},
-    {"planner"},
+    {"planner", "tiers"},
     {"integrations"},
     {"demo", "generation", "replay", "smollm2"},
     {"cli"},

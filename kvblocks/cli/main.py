@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from kvblocks import __version__
+from kvblocks.cli.cache import add_cache_parser
 from kvblocks.cli.plan import add_plan_parser
 from kvblocks.cli.replay import add_replay_parser
 from kvblocks.errors import UsageError
@@ -19,8 +20,8 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line, `sys.argv` by default. Returns the exit code: 0 fine, 1 tokens differ or a plan
-    does not fit, 2 wrong usage."""
+    """Run a command line, `sys.argv` by default. Returns the exit code: 0 fine, 1 tokens differ, a plan
+    does not fit or a cache is damaged, 2 wrong usage."""
     args = _parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     add_plan_parser(commands, _count)
     add_replay_parser(commands, _count)
+    add_cache_parser(commands)
     return parser
 
 

@@ -1,5 +1,6 @@
-"""Tensors that hold the blocks: `cache` has one layer's, `movers` and `on_torch` move blocks."""
+"""What holds blocks: `cache` the tensors of a layer, `host` memory of the host. `movers`, `on_torch` move blocks."""
 
 from kvblocks.storage.cache import PagedKVCache
+from kvblocks.storage.host import HostArena
 
-__all__ = ["PagedKVCache"]
+__all__ = ["HostArena", "PagedKVCache"]

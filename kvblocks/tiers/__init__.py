@@ -1,0 +1,8 @@
+"""Blocks outside of this process: what a store is, how an object says what it is, and stores."""
+
+from kvblocks.tiers.disk import DiskStore
+from kvblocks.tiers.memory_store import MemoryStore
+from kvblocks.tiers.objects import Block, ObjectFormat
+from kvblocks.tiers.store import Buffer, Status, Store, StoreStats
+
+__all__ = ["Block", "Buffer", "DiskStore", "MemoryStore", "ObjectFormat", "Status", "Store", "StoreStats"]
