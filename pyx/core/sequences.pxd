@@ -21,7 +21,7 @@ from core.memory cimport MAX_GENERATION, MAX_GROUPS, MAX_INT32, SLOT_BITS, SLOT_
 from core.ints cimport at, Ints
 from core.text cimport (
     PAGE_REFS, add_extras, clear_text, cut_extras, cut_text, drop_extras, extend_text, grow_text, kvb_same, Mark,
-    own_placeholders, page_of, Paging, place_in_tail, share_text, take_extras, Text, token_at,
+    own_placeholders, page_of, Paging, share_text, take_extras, Text, token_at,
 )
 from core.tree cimport node_at, Tree, tree_drop
 from core.pool cimport Pool, pool_free, pool_step, release_table, unpublish
@@ -299,7 +299,10 @@ cdef inline bint core_append(Core* c, const Ints* seqs, const Ints* tokens, Faul
     cdef int64_t token
     cdef Seq* seq
     cdef Text* x
+    cdef int32_t* target
     cdef const Paging* p = &c.pool.tree.paging
+    cdef bint by_mask = p.token_shift >= 0
+    cdef int32_t low_bits = <int32_t>(min(p.page_size, MAX_INT32 + <int64_t>1) - 1)
     c.serial += 1
     for i in range(n):
         seq = find(c, at(seqs, i), i, f)
@@ -321,7 +324,8 @@ cdef inline bint core_append(Core* c, const Ints* seqs, const Ints* tokens, Faul
     for i in range(n):
         x = &of(c, seqs, i).text
         check(x.num_tokens < x.capacity and x.tail[PAGE_REFS] == 1, b"a text writes into pages of its own")
-        place_in_tail(p, x, x.num_tokens)[0] = <int32_t>at(tokens, i) if tokens != NULL else -1
+        target = x.tail + (x.num_tokens & low_bits if by_mask else x.num_tokens % p.page_size)
+        target[0] = <int32_t>at(tokens, i) if tokens != NULL else -1
         x.num_tokens += 1
         if tokens == NULL:
             x.num_unknown += 1

@@ -211,16 +211,10 @@ cdef inline int32_t* token_at(const Paging* p, const Text* x, int32_t position) 
     return x.pages[position // p.page_size] + position % p.page_size
 
 
-cdef inline int32_t* place_in_tail(const Paging* p, const Text* x, int32_t position) noexcept nogil:
-    if p.token_shift >= 0:
-        return x.tail + (position & (p.page_size - 1))
-    return x.tail + position % p.page_size
-
-
 cdef inline int32_t late_token(const Paging* p, const Text* x, int32_t position) noexcept nogil:
     """A token that is likely to be among the last: without the list of pages if it lies in `tail`."""
-    if x.tail != NULL and page_of(p, position) == page_of(p, x.num_tokens):
-        return place_in_tail(p, x, position)[0]
+    if x.tail != NULL and p.token_shift >= 0 and (position ^ x.num_tokens) < p.page_size:
+        return x.tail[position & (p.page_size - 1)]
     return token_at(p, x, position)[0]
 
 
