@@ -191,3 +191,13 @@ def test_later_where_there_is_no_room_for_another_sequence() -> None:
     assert manager.can_admit([1]) is Admission.LATER
     manager.free([seq])
     assert manager.can_admit([1]) is Admission.NOW
+
+
+def test_now_heeds_the_watermark_as_admit_does() -> None:
+    manager = BlockManager(4, 4, watermark=0.5)
+    seq, _ = manager.admit([1])
+    assert manager.can_admit([1] * 8) is Admission.LATER
+    with pytest.raises(NoFreeBlocks):
+        manager.admit([1] * 8)
+    manager.free([seq])
+    assert manager.can_admit([1] * 8) is Admission.NOW
