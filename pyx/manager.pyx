@@ -386,8 +386,7 @@ cdef class BlockManager:
         t.nodes = <char*>map_zeroed(<size_t>t.max_nodes + 1, t.width)
         t.tokens = <int32_t*>map_zeroed(<size_t>t.max_nodes + 1, size * sizeof(int32_t))
         t.lines = <Line*>map_zeroed(t.num_lines, sizeof(Line))
-        cdef size_t key_bytes = (<size_t>size + 2 if prefix_caching else 1) * sizeof(uint32_t)
-        t.key = <uint32_t*>grab(key_bytes)
+        t.key = <uint32_t*>map_zeroed(<size_t>size + 2, sizeof(uint32_t))
         if (
             p.blocks == NULL or p.stack == NULL or p.queue == NULL or p.steps == NULL or c.seqs == NULL
             or t.nodes == NULL or t.tokens == NULL or t.lines == NULL or t.key == NULL
@@ -395,8 +394,11 @@ cdef class BlockManager:
             raise MemoryError(f"no memory to keep books of num_blocks={blocks} blocks of block_size={size} tokens")
         node_at(t, 0).hash = t.seal
         node_at(t, 0).uses = 1
-        cdef bytes key = os.urandom(key_bytes)
+        # A block that is larger is hashed only once a text has filled it: then `make_key` makes the rest.
+        t.key_made = min(<int64_t>size + 2, 65536)
+        cdef bytes key = os.urandom(t.key_made * sizeof(uint32_t))
         memcpy(t.key, PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
+        t.seed[0], t.seed[1], t.seed[2], t.seed[3] = struct.unpack("QQQQ", os.urandom(32))
         _managers.add(self)
 
     @classmethod
@@ -434,7 +436,7 @@ cdef class BlockManager:
         unmap(c.pool.tree.tokens, <size_t>c.pool.tree.max_nodes + 1, c.block_size * sizeof(int32_t))
         unmap(c.pool.tree.lines, c.pool.tree.num_lines, sizeof(Line))
         free(c.pool.steps)
-        free(c.pool.tree.key)
+        unmap(c.pool.tree.key, <size_t>c.block_size + 2, sizeof(uint32_t))
 
     def __reduce__(self):
         raise TypeError("a BlockManager cannot be pickled or copied: its handles name this one")

@@ -173,3 +173,31 @@ def test_an_empty_sequence_comes_back() -> None:
     manager.preempt(seq)
     assert manager.resume(seq) == 0
     manager.audit()
+
+
+def test_chunks_of_coprime_sizes_are_not_walked_token_by_token() -> None:
+    """The ends of both chunks meet once in two billion tokens, at the last of as many tokens as their product."""
+    manager = BlockManager(1, 1, groups=(Chunk(46337), Chunk(46327)))
+    assert 46337 * 46327 < 2**31 - 1
+    assert manager.blocks_needed(46337 * 46327, reserve=1) == 46337 + 46327
+    assert manager.blocks_needed(46337 * 46327 - 1, reserve=1) == 46337 + 46327 - 1
+    assert manager.blocks_needed(2**31 - 1, max_new_tokens=1, reserve=1) == 46337 + 46327
+
+
+def test_later_where_there_is_no_room_for_another_sequence() -> None:
+    manager = BlockManager(8, 4, max_seqs=1)
+    assert manager.can_admit([1]) is Admission.NOW
+    seq, _ = manager.admit([1])
+    assert manager.can_admit([1]) is Admission.LATER
+    manager.free([seq])
+    assert manager.can_admit([1]) is Admission.NOW
+
+
+def test_now_heeds_the_watermark_as_admit_does() -> None:
+    manager = BlockManager(4, 4, watermark=0.5)
+    seq, _ = manager.admit([1])
+    assert manager.can_admit([1] * 8) is Admission.LATER
+    with pytest.raises(NoFreeBlocks):
+        manager.admit([1] * 8)
+    manager.free([seq])
+    assert manager.can_admit([1] * 8) is Admission.NOW

@@ -101,8 +101,22 @@ def test_step_buffers_for_no_config_are_an_error() -> None:
 
 
 def test_the_largest_block_is_a_block() -> None:
-    manager = BlockManager(1, 2**31 - 1, prefix_caching=False)
-    assert manager.can_admit(TOKENS).name == "NOW"
+    for caching in (False, True):
+        manager = BlockManager(1, 2**31 - 1, prefix_caching=caching)
+        assert manager.can_admit(TOKENS).name == "NOW"
+
+
+def test_a_block_of_many_tokens_is_found_by_all_of_them() -> None:
+    """The key of its hash is made when the first one is full."""
+    size = 70_001
+    manager, step = BlockManager(4, size), StepBuffers(1, size, 4)
+    text = np.arange(size + 1)
+    seq, _ = manager.admit(text, reserve=size)
+    manager.commit(manager.prepare([seq], size, step))
+    assert manager.match(text) == size
+    text[size - 2] += 1
+    assert manager.match(text) == 0
+    manager.audit()
 
 
 class Rounds:

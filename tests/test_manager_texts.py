@@ -93,3 +93,25 @@ def test_random_families(seed: int) -> None:
         for one, text in texts.items():
             assert np.array_equal(manager.tokens(one), text)
         manager.audit()
+
+
+def test_relatives_write_extra_bytes_apart() -> None:
+    """Extra bytes of one block lie in one piece of memory that grows in place, unless a relative reads it too."""
+    manager, step = BlockManager(64, 16), StepBuffers(max_seqs=1, max_tokens=64, max_blocks_per_seq=8)
+    parent, _ = manager.admit([7] * 4, extra=[(0, b"image")])
+    for _ in range(4):  # from the second one on there is room to grow
+        manager.append([parent], [7], extra=[[(0, b"a")]])
+    child = manager.fork(parent)[0]
+    manager.append([parent, child], [7, 7], extra=[[(0, b"p")], [(0, b"c")]])
+    manager.trim(child, 8)
+    manager.append([child], [7], extra=[[(0, b"d")]])
+    before = [(0, b"image"), *[(4 + i, b"a") for i in range(4)], (8, b"p")]
+    manager.extend([parent], [7] * 7, [7])
+    manager.extend([child], [7] * 7, [7])
+    run(manager, step, parent, 16)
+    assert manager.match([7] * 17, extra=before) == 16
+    assert manager.match([7] * 17, extra=[*before[:-1], (8, b"d")]) == 0
+    run(manager, step, child, 16)
+    assert manager.match([7] * 17, extra=[*before[:-1], (8, b"d")]) == 16
+    assert manager.match([7] * 17, extra=before) == 16
+    manager.audit()

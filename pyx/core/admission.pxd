@@ -34,6 +34,20 @@ cdef inline int64_t repeats_after(const Core* c, int64_t step) noexcept nogil:
     return period
 
 
+cdef inline int64_t tokens_to_skip(const Core* c, int64_t position, int64_t end, int64_t step) noexcept nogil:
+    """Tokens after which a whole step holds at least as much as one at `position`, the steps between them likewise.
+
+    Up to the next start of a chunk, of two steps that begin at one place of their blocks the later one holds no less.
+    So only the last of each such place need be looked at.
+    """
+    cdef int64_t period = least_multiple(step, c.block_size), limit = end - step + 1
+    cdef int32_t g
+    for g in range(c.num_groups):
+        if c.reaches[g].chunk:
+            limit = min(limit, position - position % c.reaches[g].chunk + c.reaches[g].chunk)
+    return max(<int64_t>0, (limit - 1 - position) // period - 1) * period
+
+
 cdef inline int64_t most_held(const Core* c, int64_t position, int64_t end, int64_t step) noexcept nogil:
     """The most blocks that a sequence alone holds while it computes its tokens [position, end), `step` at a time.
 
@@ -49,6 +63,7 @@ cdef inline int64_t most_held(const Core* c, int64_t position, int64_t end, int6
     while position < end:
         most = max(most, held_by(c, position, min(position + step, end)))
         position += step if step > 1 else c.block_size - position % c.block_size
+        position += tokens_to_skip(c, position, end, step)
     return most
 
 

@@ -5,6 +5,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #define KVB_HUGE ((size_t)2 << 20)
 #ifdef NDEBUG
@@ -24,7 +25,7 @@ static inline void *kvb_grab_zeroed(size_t n, size_t width) { return kvb_fails()
 static inline void *kvb_regrow(void *p, size_t n) { return kvb_fails() ? NULL : realloc(p, n); }
 /* n zeroed items; what is at least a huge page starts on one. Unmapped with the same sizes. */
 static void *kvb_map(size_t n, size_t width) {
-    size_t size, slack, head;
+    size_t size, slack, head, page;
     char *base;
     if (kvb_fails() || __builtin_mul_overflow(n, width, &size)) return NULL;
     slack = size >= KVB_HUGE ? KVB_HUGE : 0;
@@ -35,7 +36,8 @@ static void *kvb_map(size_t n, size_t width) {
         head = (KVB_HUGE - (uintptr_t)base % KVB_HUGE) % KVB_HUGE;
         if (head) munmap(base, head);
         base += head;
-        size = (size + 4095) / 4096 * 4096;
+        page = (size_t)sysconf(_SC_PAGESIZE);
+        size = (size + page - 1) / page * page;
         if (slack - head) munmap(base + size, slack - head);
 #ifdef MADV_HUGEPAGE
         madvise(base, size, MADV_HUGEPAGE);

@@ -12,7 +12,7 @@
 #define KVB_PAGE 1024   /* tokens that a page has at least: what a fork copies when it writes for the first time */
 #endif
 
-struct kvb_blob { int64_t refs; char *bytes; };
+struct kvb_blob { int64_t refs, room; char *bytes; };
 
 /* Leading elements of a and b that are equal. */
 static inline int64_t kvb_same(const int32_t *a, const int32_t *b, int64_t n) {

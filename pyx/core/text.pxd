@@ -20,6 +20,7 @@ cdef extern from "core/text.h" nogil:
         LEAST_PAGE "KVB_PAGE"
     ctypedef struct Blob "struct kvb_blob":     # bytes shared by sequences and nodes
         int64_t refs
+        int64_t room        # bytes that there is memory for
         char* bytes
     int64_t kvb_same(const int32_t* a, const int32_t* b, int64_t n)
 
@@ -66,7 +67,7 @@ cdef struct Text:       # what a sequence says
 cdef inline Blob* blob_new(size_t size) noexcept nogil:
     cdef Blob* blob = <Blob*>grab(sizeof(Blob) + size)
     if blob != NULL:
-        blob.refs = 1
+        blob.refs, blob.room = 1, size
         blob.bytes = <char*>blob + sizeof(Blob)
     return blob
 
@@ -102,12 +103,15 @@ cdef inline int64_t add_extras(
 ) noexcept nogil:
     """Make in `made` the extras of a text with those of tokens that are to be added; `x` stays as it is.
 
+    Where `x` alone names its last blob and that has the room, the new bytes go behind those that `x` reads.
+
     0, -1 when memory is out, or the number of bytes that is too large for one block.
     """
     cdef int32_t i = 0, j, index, first = <int32_t>((x.num_tokens + marks[0].position) // block_size)
     cdef int64_t kept, size, start
     cdef Extra* last
     cdef Blob* blob
+    cdef Blob* last_blob = NULL
     made.extras = <Extra*>grab((<size_t>x.num_extras + count) * sizeof(Extra))
     if made.extras == NULL:
         return -1
@@ -117,7 +121,7 @@ cdef inline int64_t add_extras(
     kept = 0
     if x.num_extras and x.extras[x.num_extras - 1].index == first:   # that block is made anew, longer
         made.num_extras -= 1
-        kept = x.extras[x.num_extras - 1].size
+        kept, last_blob = x.extras[x.num_extras - 1].size, x.extras[x.num_extras - 1].blob
     while i < count:
         index, size = <int32_t>((x.num_tokens + marks[i].position) // block_size), kept
         start = <int64_t>index * block_size - x.num_tokens
@@ -125,12 +129,17 @@ cdef inline int64_t add_extras(
         while j < count and marks[j].position < start + block_size:
             size += ENTRY + marks[j].size
             j += 1
-        blob = blob_new(size) if size <= MAX_INT32 else NULL
+        blob = NULL
+        if kept and size <= last_blob.room and last_blob.refs == 1:
+            blob = last_blob
+            blob.refs += 1
+        elif size <= MAX_INT32:
+            blob = blob_new(size + kept // 2)   # so that many additions copy each byte a few times only
         if blob == NULL:
             drop_extras(made, first)
             return -1 if size <= MAX_INT32 else size
-        if kept:
-            memcpy(blob.bytes, x.extras[x.num_extras - 1].blob.bytes, kept)
+        if kept and blob != last_blob:
+            memcpy(blob.bytes, last_blob.bytes, kept)
         size = kept
         while i < j:
             size += put_entry(blob.bytes + size, marks[i].position - start, marks[i].bytes, marks[i].size)

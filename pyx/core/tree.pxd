@@ -57,7 +57,9 @@ cdef struct Tree:
     Line* lines
     uint32_t num_lines
     uint64_t spread     # all ones; zero makes every hash equal (a test hook)
-    uint32_t* key
+    uint32_t* key       # [block_size + 2]
+    int64_t key_made    # words of it that are there: all but those of a block too large for most texts to fill
+    uint64_t[4] seed    # of the others
     uint64_t seal       # hash of the root
     uint64_t twist
 
@@ -73,6 +75,16 @@ cdef inline int32_t* tokens_at(const Tree* t, int32_t n) noexcept nogil:
 
 cdef inline uint32_t line_of(const Tree* t, uint64_t h) noexcept nogil:
     return <uint32_t>((h >> 32) * t.num_lines >> 32)
+
+
+cdef inline void make_key(Tree* t) noexcept nogil:
+    """Make the words of the key that are not there yet, from the seed and their place: a full block is to be hashed."""
+    cdef int64_t i
+    cdef uint64_t word
+    for i in range(t.key_made, <int64_t>t.block_size + 2):
+        word = kvb_fold(t.seed[0] + i, t.seed[1])
+        t.key[i] = <uint32_t>kvb_fold(word ^ t.seed[2], t.seed[3] + i)
+    t.key_made = <int64_t>t.block_size + 2
 
 
 cdef inline uint8_t tag_of(uint64_t h) noexcept nogil:
@@ -110,6 +122,8 @@ cdef inline uint64_t tree_hash(
     const Tree* t, uint64_t parent, const int32_t* tokens, Extra* extra
 ) noexcept nogil:
     cdef uint64_t h
+    if t.key_made <= t.block_size:
+        make_key(<Tree*>t)
     kvb_nh(tokens, t.key, t.block_size, 1, &h)
     return chain(t, parent, h, extra)
 
@@ -242,6 +256,8 @@ cdef inline int32_t hash_run(
     cdef int32_t j, n = min(min(RUN, limit - first), block_run(&t.paging, first))
     cdef uint32_t slots
     cdef const Line* line
+    if t.key_made <= t.block_size:
+        make_key(<Tree*>t)
     kvb_nh(block_at(&t.paging, x, first), t.key, t.block_size, n, hashes)
     for j in range(n):
         parent = hashes[j] = chain(t, parent, hashes[j], extra_of(x, first + j))
