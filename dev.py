@@ -62,7 +62,7 @@ def fail(message: str) -> SystemExit:
 
 def environment() -> dict[str, str]:
     """The environment of every command: .venv comes first, and nothing makes Python or pip look or write elsewhere."""
-    ignored = {"PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "KVBLOCKS_CHECKED_BUILD"}
+    ignored = {"PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "KVBLOCKS_CHECKED"}
     kept = {name: value for name, value in os.environ.items() if name not in ignored}
     path = os.pathsep.join([str(VENV / "bin"), os.environ.get("PATH", os.defpath)])
     return kept | {"PATH": path, "VIRTUAL_ENV": str(VENV), "PIP_USER": "0"}
@@ -262,15 +262,13 @@ def build_checked(state: State, tree: Path = CHECKED_TREE, changes: dict[str, st
     say(f"compiling the {what} build in {tree}")
     state.set(what, None)
     command = [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"]
-    run_setup(f"the {what} build", command, cc | {"KVBLOCKS_CHECKED_BUILD": "1"} | (changes or {}), cwd=tree)
+    run_setup(f"the {what} build", command, cc | {"KVBLOCKS_CHECKED": "1"} | (changes or {}), cwd=tree)
     state.set(what, fingerprint(tree))
 
 
-def run_tests(tree: Path, arguments: Sequence[str], *, checked: bool) -> int:
+def run_tests(tree: Path, arguments: Sequence[str]) -> int:
     """pytest on the tests of `tree`, which find the kvblocks of `tree` in their own processes and all they start."""
     changes = {"PYTHONPATH": str(tree), "KVBLOCKS_TESTED_BUILD": str(tree / "kvblocks")}
-    if checked:
-        changes["KVBLOCKS_CHECKED_BUILD"] = "1"
     return run([PYTHON, "-m", "pytest", *arguments], changes, cwd=tree)
 
 
@@ -314,11 +312,11 @@ def test(arguments: Sequence[str]) -> int:
     started = time.monotonic()
     if checked:
         say("pytest on the checked build")
-        results = {"pytest": run_tests(CHECKED_TREE, arguments, checked=True)}
+        results = {"pytest": run_tests(CHECKED_TREE, arguments)}
     else:
         results = lint()
         say("pytest")
-        results["pytest"] = run_tests(ROOT, arguments, checked=False)
+        results["pytest"] = run_tests(ROOT, arguments)
     failed = {name: status for name, status in results.items() if status}
     for name, status in failed.items():
         say(f"{name} failed with exit status {status}")

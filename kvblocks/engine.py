@@ -42,7 +42,7 @@ class CacheEngine:
         dtype, device, layout, prefault: as for `PagedKVCache`, the default of `layout` too. Give "NHD" to run a model:
             flash-attn, torch's `varlen_attn` and FlashInfer read it.
 
-    With several layer groups the layers that have the same place in their groups share memory: a block of the pool
+    With several layer groups the i-th layers of all groups share memory, as a block of the pool
     belongs to one group at a time. Each layer has its own `PagedKVCache` all the same, which knows its group and how
     far that attends: given a step, `write` and `paged_attention` take the group's slots and block table. Where layers
     differ in heads or dims, those of a group lie one after the other inside each block; on CUDA such blocks are moved
@@ -239,7 +239,7 @@ class CacheEngine:
         return f"CacheEngine({self.config!r}, dtype={self.dtype}, device='{self.device}', layout={self.layout!r})"
 
     def memory_of(self, block: SupportsIndex, group: SupportsIndex = 0) -> list[tuple[int, int]]:
-        """Where the bytes of a block lie that belong to the layers of one group, in the order in which it leaves.
+        """Where the bytes of a block lie that belong to the layers of one group, in the order that stores keep.
 
         These are K, then V of each layer in the order of `config.groups[group].layers`, whatever the layout. A block of
         the pool may have more memory, of layers that only other groups have there; that is not among them.
@@ -286,7 +286,7 @@ class CacheEngine:
         self._copy_slots(arena, pairs, group, True)
 
     def copy_from_host(self, arena: HostArena, pairs: Indices, group: SupportsIndex = 0) -> None:
-        """`copy_to_host`, the other way: what lies in slots goes into blocks; (block, slot) again."""
+        """Copy slots of host memory into blocks of a group. Arguments and errors are those of `copy_to_host`."""
         self._copy_slots(arena, pairs, group, False)
 
     def _pieces_of(self, group: SupportsIndex) -> torch.Tensor:
@@ -335,8 +335,8 @@ class CacheEngine:
     def move(self, step: StepBuffers) -> None:
         """Do all that a step needs moved before its pass, and mark it as done. Call it right after `prepare`, always.
 
-        Today that is the copy of each block that the step writes and may not, as others hold it or it is published. A
-        second call, or one after the step was aborted, does nothing.
+        What is moved is `step.copies`: a block that others hold too, or that is published, is copied before the step
+        writes to it. A second call, or one after the step was aborted, does nothing.
 
         Args:
             step: filled by `BlockManager.prepare`, on this engine's device.

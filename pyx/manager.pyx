@@ -7,7 +7,7 @@ the work, and a fault becomes an exception. Knows no torch and moves no K or V.
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
@@ -113,6 +113,11 @@ class Stats(NamedTuple):
     merged: int
     copies: int
     peak_used_blocks: int
+
+
+cdef struct Prompt:     # what `admit` and its like were given
+    Ints tokens
+    Text text           # emptied once a sequence has taken it over
 
 
 cdef int64_t bounded(object value, str name, int64_t low, int64_t high) except? -1:
@@ -367,13 +372,12 @@ cdef class BlockManager:
         c.unused_seq = -1
         t.max_nodes = nodes if prefix_caching else 0
         t.fresh = 1
-        t.spread = ~<uint64_t>0
-        t.seal, t.twist = struct.unpack("QQ", os.urandom(16))
+        t.seal, t.seed = struct.unpack("QQ", os.urandom(16))
         t.num_groups = c.num_groups
         t.width = (NODE_HEAD + c.num_groups * sizeof(int32_t) + 7) & ~<size_t>7
         t.num_lines = <uint32_t>t.max_nodes // 6 + 1
         p.queue_mask = 1
-        # Room for holes too, as far as a place in the queue still is an int32.
+        # Room for holes too, as far as an index of the queue still is an int32.
         while p.queue_mask < MAX_INT32 and p.queue_mask < <uint32_t>blocks + <uint32_t>blocks // 2:
             p.queue_mask = 2 * p.queue_mask + 1
         # Zeroed memory that is not touched before it is used: a large pool costs nothing until it fills.
@@ -398,7 +402,7 @@ cdef class BlockManager:
         t.key_made = min(<int64_t>size + 2, 65536)
         cdef bytes key = os.urandom(t.key_made * sizeof(uint32_t))
         memcpy(t.key, PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
-        t.seed[0], t.seed[1], t.seed[2], t.seed[3] = struct.unpack("QQQQ", os.urandom(32))
+        t.key_seed[0], t.key_seed[1], t.key_seed[2], t.key_seed[3] = struct.unpack("QQQQ", os.urandom(32))
         _managers.add(self)
 
     @classmethod
@@ -501,21 +505,15 @@ cdef class BlockManager:
             TooManySequences: `max_seqs` are there.
             ValueError, TypeError: `tokens`, `extra`, `reserve` or `max_hit` is not as above.
         """
-        cdef Text text
-        cdef Ints t
+        cdef Prompt prompt
         cdef Fault f
         cdef int64_t seq, num_cached = 0, limit = optional(reserve, "reserve"), longest = optional(max_hit, "max_hit")
-        t.owned = NULL
-        t.viewed = False
-        memset(&text, 0, sizeof(Text))
         try:
-            open_ints(tokens, "tokens", &t)
-            self.open_text(&t, salt, extra, &text, False)
+            self.open_prompt(tokens, salt, extra, &prompt, False)
             with nogil, self.lock:
-                seq = core_admit(&self.core, &text, limit, longest, &f, &num_cached)
+                seq = core_admit(&self.core, &prompt.text, limit, longest, &f, &num_cached)
         finally:
-            self.close_text(&text)
-            close_ints(&t)
+            self.close_prompt(&prompt)
         if seq == 0:
             raise self.error(&f)
         try:
@@ -532,26 +530,20 @@ cdef class BlockManager:
         the longest hit would not fit.
         """
         cdef int64_t longest = optional(max_hit, "max_hit")
-        cdef Text text
-        cdef Ints t
+        cdef Prompt prompt
         cdef int32_t hit = 0
         cdef int32_t* path = NULL
-        t.owned = NULL
-        t.viewed = False
-        memset(&text, 0, sizeof(Text))
         try:
-            open_ints(tokens, "tokens", &t)
-            self.open_text(&t, salt, extra, &text, True)
-            path = <int32_t*>grab(<size_t>blocks_for(text.num_tokens, self.core.block_size) * sizeof(int32_t))
+            self.open_prompt(tokens, salt, extra, &prompt, True)
+            path = <int32_t*>grab(<size_t>blocks_for(prompt.text.num_tokens, self.core.block_size) * sizeof(int32_t))
             if path == NULL:
-                raise MemoryError(f"no memory to match {text.num_tokens} tokens")
+                raise MemoryError(f"no memory to match {prompt.text.num_tokens} tokens")
             with nogil, self.lock:
-                hit = tree_walk(&self.core.pool.tree, &text, hit_limit(&self.core, &text, longest), path)
+                hit = tree_walk(&self.core.pool.tree, &prompt.text, hit_limit(&self.core, &prompt.text, longest), path)
                 hit = longest_hit(&self.core, path, hit)
         finally:
             free(path)
-            self.close_text(&text)
-            close_ints(&t)
+            self.close_prompt(&prompt)
         return hit * self.core.block_size
 
     def blocks_needed(self, num_tokens, *, reserve=None, max_new_tokens=1):
@@ -584,35 +576,29 @@ cdef class BlockManager:
         with `max_new_tokens` tokens in steps of at most `reserve`. NOW: `admit` with the same arguments succeeds now.
         LATER: once blocks or sequences are freed.
         """
-        cdef Text text
-        cdef Ints t
+        cdef Prompt prompt
         cdef Fault f
         cdef int64_t limit = optional(reserve, "reserve"), longest = optional(max_hit, "max_hit"), needed
         cdef int64_t new = bounded(max_new_tokens, "max_new_tokens", 1, MAX_INT32)
         cdef int32_t hit, target
         cdef int32_t* path = NULL
         cdef bint now = False
-        t.owned = NULL
-        t.viewed = False
-        memset(&text, 0, sizeof(Text))
         try:
-            open_ints(tokens, "tokens", &t)
-            self.open_text(&t, salt, extra, &text, True)
+            self.open_prompt(tokens, salt, extra, &prompt, True)
             with nogil:
-                needed = most_ever(&self.core, text.num_tokens, new, limit)
-            if needed > self.core.pool.num_blocks or text.num_tokens + new - 1 > MAX_INT32:
+                needed = most_ever(&self.core, prompt.text.num_tokens, new, limit)
+            if needed > self.core.pool.num_blocks or prompt.text.num_tokens + new - 1 > MAX_INT32:
                 return Admission.NEVER
-            path = <int32_t*>grab(<size_t>blocks_for(text.num_tokens, self.core.block_size) * sizeof(int32_t))
+            path = <int32_t*>grab(<size_t>blocks_for(prompt.text.num_tokens, self.core.block_size) * sizeof(int32_t))
             if path == NULL:
-                raise MemoryError(f"no memory to match {text.num_tokens} tokens")
+                raise MemoryError(f"no memory to match {prompt.text.num_tokens} tokens")
             with nogil, self.lock:
                 now = has_room(&self.core, 1, &f) and plan_admission(
-                    &self.core, &text, limit, longest, path, &hit, &target, &f, True
+                    &self.core, &prompt.text, limit, longest, path, &hit, &target, &f, True
                 )
         finally:
             free(path)
-            self.close_text(&text)
-            close_ints(&t)
+            self.close_prompt(&prompt)
         return Admission.NOW if now else Admission.LATER
 
     def preempt(self, seq):
@@ -669,21 +655,15 @@ cdef class BlockManager:
         Raises:
             ValueError: no block of it is published.
         """
-        cdef Text text
-        cdef Ints t
+        cdef Prompt prompt
         cdef Fault f
         cdef int64_t handle = 0
-        t.owned = NULL
-        t.viewed = False
-        memset(&text, 0, sizeof(Text))
         try:
-            open_ints(tokens, "tokens", &t)
-            self.open_text(&t, salt, extra, &text, True)
+            self.open_prompt(tokens, salt, extra, &prompt, True)
             with nogil, self.lock:
-                handle = core_pin(&self.core, &text, &f)
+                handle = core_pin(&self.core, &prompt.text, &f)
         finally:
-            self.close_text(&text)
-            close_ints(&t)
+            self.close_prompt(&prompt)
         if handle == 0:
             raise self.error(&f)
         try:
@@ -1108,9 +1088,17 @@ cdef class BlockManager:
                 raise self.error(&f)
         return array[:n]
 
+    cdef int open_prompt(self, tokens, salt, extra, Prompt* out, bint borrow) except -1:
+        """Take a prompt out of Python, as `open_text` does; closed with `close_prompt`, also after an error."""
+        out.tokens.owned = NULL
+        out.tokens.viewed = False
+        memset(&out.text, 0, sizeof(Text))
+        open_ints(tokens, "tokens", &out.tokens)
+        return self.open_text(&out.tokens, salt, extra, &out.text, borrow)
+
     cdef int open_text(self, const Ints* t, salt, extra, Text* out, bint borrow) except -1:
-        """Take tokens and extra bytes out of Python; closed with `close_text` unless a sequence took it over. Where
-        `borrow` allows it, tokens of 32 bits are read in place, as long as `t` is open."""
+        """Take tokens and extra bytes out of Python. Where `borrow` allows it, tokens of 32 bits are read in place, as
+        long as `t` is open."""
         cdef const Paging* p = &self.core.pool.tree.paging
         cdef Py_ssize_t start, bad
         cdef int32_t i
@@ -1170,12 +1158,13 @@ cdef class BlockManager:
             out.num_extras += 1
         return 0
 
-    cdef void close_text(self, Text* text) noexcept:
-        if text.num_extras:
+    cdef void close_prompt(self, Prompt* prompt) noexcept:
+        if prompt.text.num_extras:
             with self.lock:
-                clear_text(text)
+                clear_text(&prompt.text)
         else:
-            clear_text(text)
+            clear_text(&prompt.text)
+        close_ints(&prompt.tokens)
 
     cdef object error(self, const Fault* f):
         """The exception of a fault."""

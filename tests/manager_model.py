@@ -111,7 +111,7 @@ class Seq:
     num_prepared: int = 0  # end of the newest open step's range; num_computed when no step is open
     reserved: int = 0
     num_published: int = 0  # leading rows of the table that are in the tree
-    tip: Node | None = None  # the node of the last of them
+    last_node: Node | None = None  # the node of the last of them
     may_publish: bool = True
     preempted: bool = False
     freed: bool = False  # its handle is gone, its blocks stay until its last open step closes
@@ -557,7 +557,7 @@ class ModelManager:
         for sequence in self._all_sequences():
             sequence.may_publish = False
             sequence.num_published = 0
-            sequence.tip = None
+            sequence.last_node = None
         self.pins = {handle: ([], self._root(b"")) for handle in self.pins}  # nobody could reach what they held
 
     # Blocks
@@ -617,7 +617,7 @@ class ModelManager:
     def _let_go(self, sequence: Seq) -> None:
         """Release all blocks, and the node that was published last."""
         self._drop_from_end(sequence, 0)
-        self._stand_on(sequence, None)
+        self._set_last_node(sequence, None)
 
     def _slide(self, sequence: Seq) -> None:
         """Give back what no token from `num_computed` on reaches."""
@@ -698,7 +698,7 @@ class ModelManager:
             for g, own in enumerate(row):
                 if own != GONE:
                     self._hang(sequence, node, g, own)
-            self._stand_on(sequence, node)
+            self._set_last_node(sequence, node)
             sequence.num_published += 1
 
     def _hang(self, sequence: Seq, node: Node, g: int, own: int) -> None:
@@ -723,16 +723,16 @@ class ModelManager:
         return self.refs[block] == 1
 
     def _parent_node(self, sequence: Seq, index: int) -> Node:
-        return self._root(sequence.salt) if sequence.tip is None else sequence.tip
+        return self._root(sequence.salt) if sequence.last_node is None else sequence.last_node
 
     def _unpublish(self, block: int) -> None:
         node = self.node_of.pop(block)
         node.blocks[node.blocks.index(block)] = None
         self._prune(node)
 
-    def _stand_on(self, sequence: Seq, node: Node | None) -> None:
+    def _set_last_node(self, sequence: Seq, node: Node | None) -> None:
         """Make `node` the one that the sequence published last."""
-        before, sequence.tip = sequence.tip, node
+        before, sequence.last_node = sequence.last_node, node
         if before is not None:
             self._prune(before)
 
@@ -745,8 +745,8 @@ class ModelManager:
             node = node.parent
 
     def _holders(self) -> list[Node]:
-        tips = [sequence.tip for sequence in self._all_sequences() if sequence.tip is not None]
-        return tips + [node for _, node in self.pins.values()]
+        last_nodes = [sequence.last_node for sequence in self._all_sequences() if sequence.last_node is not None]
+        return last_nodes + [node for _, node in self.pins.values()]
 
     def _all_nodes(self) -> list[Node]:
         return [node for root in self.roots.values() for node in _descendants(root)]
@@ -777,7 +777,7 @@ class ModelManager:
 
     def _occupy(self, sequence: Seq, hit: list[Node], target: int) -> None:
         sequence.table = self._hold_path(hit)
-        sequence.tip = hit[-1] if hit else None
+        sequence.last_node = hit[-1] if hit else None
         cached = len(hit) * self.block_size
         sequence.num_cached = sequence.num_computed = sequence.num_prepared = cached
         sequence.num_published = len(hit)
@@ -808,7 +808,7 @@ class ModelManager:
             num_prepared=computed,
             reserved=computed,
             num_published=parent.num_published,
-            tip=parent.tip,
+            last_node=parent.last_node,
             may_publish=parent.may_publish,
         )
 
@@ -833,9 +833,9 @@ class ModelManager:
         sequence.num_prepared = min(sequence.num_prepared, num_tokens)
         sequence.reserved = min(sequence.reserved, num_tokens)
         while sequence.num_published > num_tokens // self.block_size:
-            assert sequence.tip is not None
+            assert sequence.last_node is not None
             sequence.num_published -= 1
-            self._stand_on(sequence, sequence.tip.parent if sequence.num_published else None)
+            self._set_last_node(sequence, sequence.last_node.parent if sequence.num_published else None)
         self._drop_from_end(sequence, self._blocks_for(sequence.reserved))
 
     def _must_rest(self, sequence: Seq) -> None:
@@ -1005,15 +1005,15 @@ class ModelManager:
             _require(3, bool(alive), "a node has neither block nor child nor holder")
             _require(3, len(node.key[0]) == self.block_size and UNKNOWN not in node.key[0], "a node's tokens are wrong")
         for sequence in self._all_sequences():
-            tip = sequence.tip
+            last = sequence.last_node
             for index in reversed(range(sequence.num_published)):
-                assert tip is not None
+                assert last is not None
                 key = self._block_key(sequence.tokens, sequence.extra, index)
-                _require(3, tip.key == key, f"the tokens of block {index} of {sequence.handle} are not its node's")
+                _require(3, last.key == key, f"the tokens of block {index} of {sequence.handle} are not its node's")
                 found = [self.node_of.get(block) for block in sequence.table[index] if block != GONE]
-                _require(3, all(node is tip for node in found), f"block {index} of {sequence.handle} is not published")
-                tip = tip.parent
-            at_root = tip is None or tip.parent is None
+                _require(3, all(node is last for node in found), f"block {index} of {sequence.handle} is not published")
+                last = last.parent
+            at_root = last is None or last.parent is None
             _require(3, at_root, f"{sequence.handle} stands deeper in the tree than it published")
 
         for node in reachable:

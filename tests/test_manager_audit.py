@@ -43,8 +43,8 @@ Poke = tuple[str, str | int, int]
 SWAPPED: list[Poke] = [  # the cached blocks, 2 then 1 then 0, come as 1 then 2 then 0
     ("queue", 0, -1),
     ("queue", 1, 1),
-    ("place", 2, 1),
-    ("place", 1, -1),
+    ("link", 2, 1),
+    ("link", 1, -1),
 ]
 
 
@@ -58,7 +58,7 @@ SWAPPED: list[Poke] = [  # the cached blocks, 2 then 1 then 0, come as 1 then 2 
         ([("table", "other", 100)], 1),
         ([("num_rows", "other", -1)], 1),
         ([("num_cached", 0, 1)], 1),
-        ([("place", 1, 1)], 1),
+        ([("link", 1, 1)], 1),
         ([("queue", 1, 1)], 1),
         ([("num_waiting", 0, 1)], 2),
         ([("block_node", "held", 1)], 3),
@@ -70,7 +70,7 @@ SWAPPED: list[Poke] = [  # the cached blocks, 2 then 1 then 0, come as 1 then 2 
         ([("node_uses", 0, 5)], 3),
         ([("passed", 0, 1)], 3),
         ([("num_nodes", 0, 1)], 3),
-        ([("tip", "first", 1)], 3),
+        ([("last_node", "first", 1)], 3),
         (SWAPPED, 4),
         ([("reserved", "other", 4)], 5),
         ([("num_computed", "first", 1000)], 5),
@@ -111,7 +111,7 @@ def fill_the_pool(manager: BlockManager, handles: dict[str, int], step: StepBuff
     [
         ([("refs", "held", -1)], end_all, "a block is held as often as it is released"),
         ([("refs", 0, -1)], admit_again, "a shared block is held or cached"),
-        ([("place", 1, 1)], admit_again, "the queue has a cached block where the block says"),
+        ([("link", 1, 1)], admit_again, "the queue has a cached block where the block says"),
         ([("refs", 0, 1)], fill_the_pool, "a block that is evicted is held by nobody"),
         ([("node_uses", 3, 1), ("node_block", 3, 5)], fill_the_pool, "a published block hangs on its node"),
     ],

@@ -157,21 +157,9 @@ def _forms(cache: PagedKVCache) -> tuple[Any, Any]:
     """How K and V lie in memory, in elements, as the kernel's constants."""
     found = _known.get(cache)
     if found is None:
-        module, width = kernels("attention"), cache.dtype.itemsize
+        module = kernels("attention")
         assert module is not None
-        keys, values = (
-            module.Form(
-                block_size=layout.block_size,
-                heads=layout.heads,
-                dims=layout.runs * layout.run_bytes // width,
-                run=layout.run_bytes // width,
-                block=layout.block_stride // width,
-                token_stride=layout.token_stride // width,
-                head_stride=layout.head_stride // width,
-                run_stride=layout.run_stride // width,
-            )
-            for layout in cache.block_layouts
-        )
+        keys, values = (module.Form.of(layout, cache.dtype.itemsize) for layout in cache.block_layouts)
         found = _known[cache] = (keys, values)
     return found
 

@@ -236,8 +236,8 @@ def _on_torch(
                 first = reach.start(before + low) - row.first * cache.block_size
                 last = before + high - row.first * cache.block_size
             if len(batch) > 1 or high - low > 1:
-                places = origin + torch.arange(first, last, device=query.device)
-                hidden = reach.hidden(places[:, None, :], (position + queries)[:, :, None])
+                positions = origin + torch.arange(first, last, device=query.device)
+                hidden = reach.hidden(positions[:, None, :], (position + queries)[:, :, None])
             output[start + queries] = _attend(
                 query[start + queries], keys[:, :, first:last], values[:, :, first:last], hidden, scale, softcap, sinks
             )

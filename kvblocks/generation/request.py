@@ -52,7 +52,7 @@ class Request:
 
 
 class Settings(TypedDict, total=False):
-    """The fields of a request that `kvblocks.generate` takes for every prompt that is none."""
+    """Fields of a `Request` that `kvblocks.generate` takes as keywords, for prompts that are no requests themselves."""
 
     salt: bytes
     temperature: float | None
@@ -71,7 +71,7 @@ class Token(NamedTuple):
     """One new token of a request.
 
     Attributes:
-        finish: with the last one why it is: "stop" or "length"; else None.
+        finish: with the last token of a request, why it ended: "stop" or "length"; else None.
         logprob, top: its log-probability, and the (token, log-probability) of the best ones, if these were asked for.
     """
 

@@ -271,7 +271,7 @@ class Generation:
         extra: Iterable[tuple[int, bytes]] | None = None,
         **settings: Unpack[Settings],
     ) -> Stream:
-        """A request that arrives now; what is not given is as `generate` was told. The first stream, of n answers.
+        """Add a request while others run; what is not given is as for `generate`. Its stream, of n answers the first.
 
         Raises:
             ValueError, TypeError: as for `Generator.add`.

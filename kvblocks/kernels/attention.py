@@ -2,7 +2,7 @@
 
 What they compute is said by `kvblocks.paged_attention`, whose plain torch path is their reference. Lengths
 and tables are read on the device only, so a launch can be captured in a CUDA graph and replayed on other batches.
-Imports torch and Triton.
+Imports torch, Triton and the layout of blocks.
 """
 
 import functools
@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvblocks.kernels.launch import INTERPRETED, on_device_of, power_of_2
+from kvblocks.movement import BlockLayout
 
 __all__ = ["MAX_HEAD_DIM", "MAX_QUERIES_PER_KV", "MAX_QUERY_BYTES", "Form", "attend", "query_bytes"]
 
@@ -32,7 +33,7 @@ _LOG2_E = tl.constexpr(math.log2(math.e))
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How K or V of one layer lies in memory, in elements; a constant of the kernels, which read it through `value`.
+    """A `BlockLayout` in elements; a constant of the kernels, which read its fields through `value`.
 
     A head has `dims` dims, of which `run` lie together; runs are `run_stride` apart, tokens of a block `token_stride`,
     heads `head_stride`, blocks `block`.
@@ -46,6 +47,20 @@ class Form:
     token_stride: int
     head_stride: int
     run_stride: int
+
+    @classmethod
+    def of(cls, layout: BlockLayout, itemsize: int) -> Self:
+        """For K or V of one layer whose elements have `itemsize` bytes."""
+        return cls(
+            block_size=layout.block_size,
+            heads=layout.heads,
+            dims=layout.runs * layout.run_bytes // itemsize,
+            run=layout.run_bytes // itemsize,
+            block=layout.block_stride // itemsize,
+            token_stride=layout.token_stride // itemsize,
+            head_stride=layout.head_stride // itemsize,
+            run_stride=layout.run_stride // itemsize,
+        )
 
     @property
     def value(self) -> Self:
@@ -185,11 +200,11 @@ def _attend(
         v_base = v_cache + head.to(tl.int64) * v_form.value.head_stride
         blocks = table + row.to(tl.int64) * table_stride
         for key in range(from_key, to_key, keys):
-            key_place = key + tl.arange(0, keys)
-            there = (key_place >= low) & (key_place < to_key)
-            block = tl.load(blocks + key_place // k_form.value.block_size, mask=there, other=-1).to(tl.int64)
+            key_position = key + tl.arange(0, keys)
+            there = (key_position >= low) & (key_position < to_key)
+            block = tl.load(blocks + key_position // k_form.value.block_size, mask=there, other=-1).to(tl.int64)
             there = there & (block >= 0) & (block < num_blocks)
-            offset = (key_place % k_form.value.block_size).to(tl.int64)
+            offset = (key_position % k_form.value.block_size).to(tl.int64)
             # Slots that nobody has written may hold NaN: they are not loaded, as 0 * NaN would be NaN.
             k = tl.load(
                 k_base
@@ -208,11 +223,11 @@ def _attend(
             scores = tl.dot(q, k, input_precision="ieee") * scale
             if has_softcap:
                 scores = softcap * (1 - 2 / (tl.exp(2 * (scores / softcap)) + 1))  # softcap * tanh(scores / softcap)
-            seen = (key_place[None, :] <= position[:, None]) & (key_place < to_key)[None, :]
+            seen = (key_position[None, :] <= position[:, None]) & (key_position < to_key)[None, :]
             if window > 0:
-                seen = seen & (key_place[None, :] > position[:, None] - window)
+                seen = seen & (key_position[None, :] > position[:, None] - window)
             if chunk > 0:
-                seen = seen & (key_place[None, :] // chunk == position[:, None] // chunk)
+                seen = seen & (key_position[None, :] // chunk == position[:, None] // chunk)
             scores = tl.where(seen, scores * _LOG2_E, float("-inf"))
             new_largest = tl.maximum(largest, tl.max(scores, 1))
             safe = tl.where(new_largest == float("-inf"), 0.0, new_largest)

@@ -3,7 +3,7 @@
 K and V are moved as integers of 1 to 8 bytes, so that every bit survives, in one launch for both. Nothing here
 allocates, waits or reads a value on the host: a launch can be captured in a CUDA graph. What is out of range is skipped
 (zeros, in what `gather` returns), as in `kvblocks.storage.on_torch`, which these kernels equal bit for bit.
-Imports torch and Triton.
+Imports torch, Triton and the layout of blocks.
 """
 
 import functools
@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kvblocks.kernels.launch import on_device_of, power_of_2
+from kvblocks.movement import BlockLayout
 
-__all__ = ["Forms", "TokenLayout", "copy_blocks", "forms", "gather", "write", "zero_blocks"]
+__all__ = ["Forms", "copy_blocks", "forms", "gather", "write", "zero_blocks"]
 
 # By the alignment of the rows that are moved, in bytes.
 Forms: TypeAlias = "dict[int, _Form]"
@@ -27,33 +28,6 @@ _TURNED_TILE_BYTES = 8192
 _CHUNK_BYTES = 8192
 _SECTOR_BYTES = 32  # the least that an access to the device's memory moves
 _UNITS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLayout:
-    """Where the bytes of a token lie in a cache of blocks; K or V of one layer, in bytes and counts.
-
-    A token has `heads` heads of `runs` runs of `run_bytes` contiguous bytes; blocks are `block_bytes` apart, tokens of
-    a block `token_stride`, heads `head_stride`, the runs of a head `run_stride`. In rows the runs of a head touch.
-    """
-
-    block_size: int
-    heads: int
-    runs: int
-    run_bytes: int
-    block_bytes: int
-    token_stride: int
-    head_stride: int
-    run_stride: int
-
-    @property
-    def alignment(self) -> int:
-        """Bytes, at most 16, that the address of every run is a multiple of, if the cache's is a multiple of 16."""
-        strides = [self.run_bytes, self.block_bytes]
-        strides += [self.token_stride] if self.block_size > 1 else []
-        strides += [self.head_stride] if self.heads > 1 else []
-        strides += [self.run_stride] if self.runs > 1 else []
-        return _alignment(*strides)
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # one object for each, as a launch looks its constants up
@@ -89,29 +63,39 @@ class _Form:
 
     @classmethod
     @functools.lru_cache(4096)
-    def of(cls, layout: TokenLayout, align: int) -> Self:
-        """For rows whose address and strides are multiples of `align` bytes."""
-        width = min(align, layout.alignment, 8)
-        run = layout.run_bytes // width
-        units = layout.heads * layout.runs * run
-        turned = layout.token_stride == layout.run_bytes < _SECTOR_BYTES and run & (run - 1) == 0
+    def of(cls, counts: tuple[int, int, int], nbytes: tuple[int, int, int, int, int], align: int) -> Self:
+        """For rows whose address and strides are multiples of `align` bytes; counts and bytes as `forms` gives them."""
+        block_size, heads, runs = counts
+        run_bytes, block_stride, token_stride, head_stride, run_stride = nbytes
+        # The address of every run is a multiple of this if the cache's is a multiple of 16.
+        aligned = _alignment(
+            run_bytes,
+            block_stride,
+            token_stride if block_size > 1 else 0,
+            head_stride if heads > 1 else 0,
+            run_stride if runs > 1 else 0,
+        )
+        width = min(align, aligned, 8)
+        run = run_bytes // width
+        units = heads * runs * run
+        turned = token_stride == run_bytes < _SECTOR_BYTES and run & (run - 1) == 0
         if turned:
-            tokens = min(32, max(8, power_of_2(layout.block_size)))
+            tokens = min(32, max(8, power_of_2(block_size)))
             columns = max(run, min(power_of_2(units), _TURNED_TILE_BYTES // width // tokens))
-            vector = min(_power_in(layout.block_size), tokens, 16 // width) if run == 1 else 1
+            vector = min(_power_in(block_size), tokens, 16 // width) if run == 1 else 1
         else:
             columns = min(power_of_2(units), _TILE_BYTES // width)
             tokens, vector = _TILE_BYTES // width // columns, 1
         return cls(
             unit=_UNITS[width],
-            block_size=layout.block_size,
+            block_size=block_size,
             units=units,
-            head=layout.runs * run,
+            head=runs * run,
             run=run,
-            block=layout.block_bytes // width,
-            token_stride=layout.token_stride // width,
-            head_stride=layout.head_stride // width,
-            run_stride=layout.run_stride // width,
+            block=block_stride // width,
+            token_stride=token_stride // width,
+            head_stride=head_stride // width,
+            run_stride=run_stride // width,
             together=align // width,
             turned=turned,
             tokens=tokens,
@@ -125,9 +109,11 @@ def _alignment(*numbers: int) -> int:
     return _power_in(functools.reduce(operator.or_, numbers, 16))
 
 
-def forms(layout: TokenLayout) -> Forms:
-    """What `write` and `gather` take of a layout, made once."""
-    return {align: _Form.of(layout, align) for align in (1, 2, 4, 8, 16)}
+def forms(layout: BlockLayout) -> Forms:
+    """What `write` and `gather` take of a layout without gaps; the same objects for pools of any number of blocks."""
+    counts = (layout.block_size, layout.heads, layout.runs)
+    nbytes = (layout.run_bytes, layout.block_stride, layout.token_stride, layout.head_stride, layout.run_stride)
+    return {align: _Form.of(counts, nbytes, align) for align in (1, 2, 4, 8, 16)}
 
 
 def _power_in(number: int) -> int:
@@ -347,7 +333,7 @@ def gather(
         _gather[grid](*caches, *out, table, count, num_blocks, k, v)
 
 
-def copy_blocks(addresses: Tensor, layouts: tuple[TokenLayout, TokenLayout], pairs: Tensor, num_blocks: int) -> None:
+def copy_blocks(addresses: Tensor, layouts: tuple[BlockLayout, BlockLayout], pairs: Tensor, num_blocks: int) -> None:
     """Block `pairs[i, 1]` becomes block `pairs[i, 0]` in all caches, for pairs of existing blocks.
 
     Args:
@@ -359,13 +345,13 @@ def copy_blocks(addresses: Tensor, layouts: tuple[TokenLayout, TokenLayout], pai
     _launch_blocks(addresses, layouts, pairs, num_blocks, True)
 
 
-def zero_blocks(addresses: Tensor, layouts: tuple[TokenLayout, TokenLayout], ids: Tensor, num_blocks: int) -> None:
+def zero_blocks(addresses: Tensor, layouts: tuple[BlockLayout, BlockLayout], ids: Tensor, num_blocks: int) -> None:
     """All bytes of the blocks `ids` [n], n >= 1, that exist become zero; the rest as for `copy_blocks`."""
     _launch_blocks(addresses, layouts, ids, num_blocks, False)
 
 
 def _launch_blocks(
-    addresses: Tensor, layouts: tuple[TokenLayout, TokenLayout], ids: Tensor, num_blocks: int, copies: bool
+    addresses: Tensor, layouts: tuple[BlockLayout, BlockLayout], ids: Tensor, num_blocks: int, copies: bool
 ) -> None:
     k_bytes, v_bytes = (layout.block_bytes for layout in layouts)
     align = _alignment(k_bytes, v_bytes)

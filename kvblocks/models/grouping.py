@@ -40,7 +40,7 @@ class PagedLayer:
     """What one layer puts into the blocks of one group.
 
     Args:
-        index: the layer's place in the model.
+        index: the layer's index in the model.
         reach: how far it attends.
         block_bytes: of one block of its tokens.
     """
@@ -151,7 +151,7 @@ def layer_groups(
 def model_groups(
     layers: Sequence[Layer], longest: int | None, max_groups: int = MOST_GROUPS
 ) -> tuple[tuple[Reach, tuple[int, ...]], ...]:
-    """`layer_groups` of a model's layers: of each group the reach, and the layers by their place in the model.
+    """`layer_groups` of a model's layers: of each group the reach, and the layers by their index in the model.
 
     Bytes are those of the whole model in bfloat16, whatever it is stored in and over however many devices.
     """

@@ -107,7 +107,7 @@ class Layer:
     """One layer of a model.
 
     Args:
-        index: its place in the model.
+        index: its index in the model.
         kind: its name, as transformers' `layer_types` has it.
         kept: what grows with the sequence.
         states: what does not.

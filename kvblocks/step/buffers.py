@@ -24,7 +24,7 @@ CUDA graph is captured after a `prepare`, never around one; its replay works on 
 
 import math
 from collections.abc import Hashable
-from typing import Any, Self, SupportsIndex
+from typing import Any, Self, SupportsIndex, TypeAlias
 
 import torch
 
@@ -39,6 +39,7 @@ from kvblocks.step.upload import Upload, transport
 __all__ = ["StepBuffers"]
 
 _ALIGNMENT = 256  # bytes; what CUDA allocations have, so that every tensor of an image is as well aligned as its own
+_Field: TypeAlias = tuple[torch.dtype, tuple[int, ...]]
 
 
 class StepBuffers(StepArrays):
@@ -96,41 +97,18 @@ class StepBuffers(StepArrays):
         max_tokens = checked_size("max_tokens", max_tokens)
         max_blocks_per_seq = checked_size("max_blocks_per_seq", max_blocks_per_seq)
         groups = checked_size("groups", groups)
-        each = () if groups == 1 else (groups,)
         self.device = checked_device(device)
-        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "input_ids": (torch.int64, (max_tokens,)),
-            "positions": (torch.int64, (max_tokens,)),
-            "slot_mapping": (torch.int64, (*each, max_tokens)),
-            "copies": (torch.int64, (groups * max_seqs, 2)),
-            "block_table": (torch.int32, (*each, max_seqs, max_blocks_per_seq)),
-            "seq_lens": (torch.int32, (max_seqs,)),
-            "query_start_loc": (torch.int32, (max_seqs + 1,)),
-        }
-        if kv_indices:
-            shapes["kv_indptr"] = (torch.int32, (*each, max_seqs + 1))
-            shapes["kv_indices"] = (torch.int32, (*each, max_seqs * max_blocks_per_seq))
-            shapes["kv_last_page_len"] = (torch.int32, (max_seqs,))
-        offsets, size = {}, 0
-        for name, (dtype, shape) in shapes.items():
-            offsets[name] = size
-            size += -(-dtype.itemsize * math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
-
-        def carve(image: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {
-                name: image[offsets[name] :][: dtype.itemsize * math.prod(shape)].view(dtype).view(shape)
-                for name, (dtype, shape) in shapes.items()
-            }
-
+        fields = _fields(groups, max_seqs, max_tokens, max_blocks_per_seq, kv_indices)
+        size = sum(map(_aligned_bytes, fields.values()))
         carrier = transport(self.device)
         with torch.inference_mode(False):  # what is made in inference mode could not be filled outside of it
             self._host = _zeroed(size)
-            tensors = carve(self._host)
+            tensors = _carve(self._host, fields)
             super().__init__(**{name: tensor.numpy() for name, tensor in tensors.items()}, uploads=True)
             self._travels = carrier is not None
             if carrier is not None:
                 self._to_device = Upload(carrier, self._host, self._pack_bytes(size))
-                tensors = carve(self._to_device.image)
+                tensors = _carve(self._to_device.image, fields)
         self.input_ids = tensors["input_ids"]
         self.positions = tensors["positions"]
         self.slot_mapping = tensors["slot_mapping"]
@@ -195,6 +173,46 @@ class StepBuffers(StepArrays):
         except BaseException:
             self._forget()  # what has arrived is not known: the next step brings everything
             raise
+
+
+def _fields(
+    groups: int, max_seqs: int, max_tokens: int, max_blocks_per_seq: int, kv_indices: bool
+) -> dict[str, _Field]:
+    """The arrays of a step, in the order in which they lie in its image."""
+    each = () if groups == 1 else (groups,)
+    fields: dict[str, _Field] = {
+        "input_ids": (torch.int64, (max_tokens,)),
+        "positions": (torch.int64, (max_tokens,)),
+        "slot_mapping": (torch.int64, (*each, max_tokens)),
+        "copies": (torch.int64, (groups * max_seqs, 2)),
+        "block_table": (torch.int32, (*each, max_seqs, max_blocks_per_seq)),
+        "seq_lens": (torch.int32, (max_seqs,)),
+        "query_start_loc": (torch.int32, (max_seqs + 1,)),
+    }
+    if kv_indices:
+        fields["kv_indptr"] = (torch.int32, (*each, max_seqs + 1))
+        fields["kv_indices"] = (torch.int32, (*each, max_seqs * max_blocks_per_seq))
+        fields["kv_last_page_len"] = (torch.int32, (max_seqs,))
+    return fields
+
+
+def _nbytes(field: _Field) -> int:
+    dtype, shape = field
+    return dtype.itemsize * math.prod(shape)
+
+
+def _aligned_bytes(field: _Field) -> int:
+    return -(-_nbytes(field) // _ALIGNMENT) * _ALIGNMENT
+
+
+def _carve(image: torch.Tensor, fields: dict[str, _Field]) -> dict[str, torch.Tensor]:
+    """A tensor for each field, one after the other in the bytes of `image`."""
+    tensors, offset = {}, 0
+    for name, field in fields.items():
+        dtype, shape = field
+        tensors[name] = image[offset:][: _nbytes(field)].view(dtype).view(shape)
+        offset += _aligned_bytes(field)
+    return tensors
 
 
 def _zeroed(nbytes: int) -> torch.Tensor:

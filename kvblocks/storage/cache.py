@@ -142,7 +142,7 @@ class PagedKVCache:
     ) -> tuple[list[Self], Mover]:
         """The caches of all layers of `config`, or with an error none; and what moves whole blocks of all of them.
 
-        A block belongs to one group at a time, so that the layers at the same place in their groups share memory. Where
+        A block belongs to one group at a time, so that the i-th layers of all groups share memory. Where
         layers differ in heads or dims, those of a group lie inside each block one after the other, in the group's
         order.
 
@@ -162,8 +162,8 @@ class PagedKVCache:
         if len(set(shapes)) == 1:
             storages = first.allocate(config.layers_per_group, prefault)
             for group in config.groups:
-                for place, layer in enumerate(group.layers):
-                    caches[layer]._lay_out(first, *storages[2 * place : 2 * place + 2])
+                for index, layer in enumerate(group.layers):
+                    caches[layer]._lay_out(first, *storages[2 * index : 2 * index + 2])
             longest = max(config.groups, key=lambda group: len(group.layers))
             moves = mover([side for layer in longest.layers for side in (caches[layer]._keys, caches[layer]._values)])
         else:
@@ -376,9 +376,9 @@ class PagedKVCache:
             count = host.numel() if first is None else min(first, host.numel())
             bad = first_outside(host.data_ptr(), count, low, high)
             if bad >= 0:
-                place = ", ".join(str(int(i)) for i in np.unravel_index(bad, tuple(host.shape)))
+                where = ", ".join(str(int(i)) for i in np.unravel_index(bad, tuple(host.shape)))
                 raise ValueError(
-                    f"{name}[{place}]={int(host.view(-1)[bad])} is outside {low}..{high}; this cache has "
+                    f"{name}[{where}]={int(host.view(-1)[bad])} is outside {low}..{high}; this cache has "
                     f"{self.num_blocks} blocks of {self.block_size} slots"
                 )
         if index.device == self.device:
@@ -483,11 +483,11 @@ def zero_blocks(cache: PagedKVCache, moves: Mover, ids: Indices) -> None:
 
 def _check_pairs(pairs: list[list[int]]) -> None:
     sources, targets = {source for source, _ in pairs}, set[int]()
-    for place, (_, target) in enumerate(pairs):
+    for index, (_, target) in enumerate(pairs):
         if target in targets:
-            raise ValueError(f"pairs[{place}] has target {target} a second time; a block can become one copy only")
+            raise ValueError(f"pairs[{index}] has target {target} a second time; a block can become one copy only")
         if target in sources:
-            raise ValueError(f"pairs[{place}] has target {target}, which is also a source; copy it in a later call")
+            raise ValueError(f"pairs[{index}] has target {target}, which is also a source; copy it in a later call")
         targets.add(target)
 
 

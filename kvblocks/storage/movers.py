@@ -151,10 +151,7 @@ class WithTriton:
         self._num_blocks = sides[0].blocks.num_blocks
         self._capacity = self._num_blocks * sides[0].blocks.block_size
         self._caches = tuple(on_torch.bits(side.tensor) for side in sides[:2])
-        self._layouts = tuple(
-            module.TokenLayout(**{name: getattr(side.blocks, name) for name in module.TokenLayout.__slots__})
-            for side in sides[:2]
-        )
+        self._layouts = tuple(side.blocks for side in sides[:2])
         self._forms = tuple(module.forms(layout) for layout in self._layouts)
         addresses = [side.tensor.data_ptr() for side in sides]
         self._addresses = torch.tensor(addresses, dtype=torch.int64, device=sides[0].tensor.device)

@@ -11,7 +11,7 @@ from core.tree cimport kvb_prefetch, node_at, tree_walk
 from core.pool cimport acquire, pool_free, take
 from core.sequences cimport (
     LIVE, NO_BLOCKS, NO_MEMORY, NOT_PREEMPTED, NOTHING_TO_PIN, PIN, PREEMPTED, WATERMARK, blocks_for, Core, fail,
-    Fault, find, first_row, grow_table, has_room, note_peak, open_seq, Seq, stand_on, touch,
+    Fault, find, first_row, grow_table, has_room, note_peak, open_seq, Seq, set_last_node, touch,
 )
 
 
@@ -173,8 +173,8 @@ cdef inline int32_t* path_of(const Core* c, int32_t* table, int32_t capacity) no
 cdef inline void occupy(Core* c, Seq* seq, const int32_t* nodes, int32_t hit, int32_t target) noexcept nogil:
     """Hold the hit and take the blocks for the rest; they are there, and the table has room."""
     cdef int64_t i
-    cdef int32_t tip = nodes[hit - 1] if hit else 0
-    stand_on(&c.pool.tree, seq, tip)
+    cdef int32_t last_node = nodes[hit - 1] if hit else 0
+    set_last_node(&c.pool.tree, seq, last_node)
     hold_hit(c, seq.table, nodes, hit)
     seq.num_rows = blocks_for(target, c.block_size)
     for i in range(<int64_t>hit * c.num_groups, <int64_t>seq.num_rows * c.num_groups):
@@ -263,7 +263,7 @@ cdef inline int64_t core_pin(Core* c, const Text* x, Fault* f) noexcept nogil:
         fail(f, NOTHING_TO_PIN, 0, x.num_tokens, c.block_size)
         return 0
     seq = open_seq(c, PIN)
-    stand_on(&c.pool.tree, seq, path[n - 1])
+    set_last_node(&c.pool.tree, seq, path[n - 1])
     hold_hit(c, table, path, n)
     seq.table = table
     seq.table_capacity = limit

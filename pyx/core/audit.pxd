@@ -28,11 +28,11 @@ cdef enum State:
 
 
 cdef inline bint audit_pool(Core* c, int32_t* counts, int32_t* order, char* state, Finding* out) noexcept nogil:
-    """Invariants 1 and 2. Leaves each cached block's place in the LRU list in `order`."""
+    """Invariants 1 and 2. Leaves each cached block's index in the LRU list in `order`."""
     cdef Pool* p = &c.pool
     cdef int32_t i, b, free_blocks = 0, held = 0, waiting = 0
     cdef int64_t j
-    cdef uint32_t k, place
+    cdef uint32_t k, index
     cdef Step* step
     for i in range(c.fresh_seq):
         for j in range(<int64_t>c.seqs[i].num_rows * c.num_groups):
@@ -60,11 +60,11 @@ cdef inline bint audit_pool(Core* c, int32_t* counts, int32_t* order, char* stat
         free_blocks += 1
     i = 0
     for k in range(p.queue_tail - p.queue_head):
-        place = (p.queue_head + k) & p.queue_mask
-        b = p.queue[place]
+        index = (p.queue_head + k) & p.queue_mask
+        b = p.queue[index]
         if b == -1:
             continue
-        if b < 0 or b >= p.fresh or state[b] != NOWHERE or p.blocks[b].place != <int32_t>place:
+        if b < 0 or b >= p.fresh or state[b] != NOWHERE or p.blocks[b].link != <int32_t>index:
             return broken(out, 1, b"the queue of cached blocks is torn", b)
         state[b] = CACHED
         order[b] = i
@@ -79,7 +79,7 @@ cdef inline bint audit_pool(Core* c, int32_t* counts, int32_t* order, char* stat
                 return broken(out, 1, b"a waiting block is free, published, or waits twice", b)
             state[b] = WAITING
             waiting += 1
-            b = p.blocks[b].place
+            b = p.blocks[b].link
     for b in range(p.num_blocks):
         if b < p.fresh and p.blocks[b].refs != counts[b] or b >= p.fresh and counts[b]:
             return broken(out, 1, b"a block's count is not the number of references to it", b)
@@ -143,7 +143,7 @@ cdef inline bint audit_tree(
     cdef Pool* p = &c.pool
     cdef Tree* t = &p.tree
     cdef int32_t i, n, b, g, used = 0, found = 0
-    cdef uint32_t line, place
+    cdef uint32_t line, first
     cdef int64_t passed = 0
     for n in range(1, t.fresh):
         if node_at(t, n).uses:
@@ -151,8 +151,8 @@ cdef inline bint audit_tree(
             if not audit_node(c, n, counts, order, uses, out):
                 return False
     for i in range(c.fresh_seq):
-        if c.seqs[i].kind != UNUSED and c.seqs[i].tip > 0 and c.seqs[i].tip < t.fresh:
-            uses[c.seqs[i].tip] += 1
+        if c.seqs[i].kind != UNUSED and c.seqs[i].last_node > 0 and c.seqs[i].last_node < t.fresh:
+            uses[c.seqs[i].last_node] += 1
     for n in range(t.fresh):
         if node_at(t, n).uses != uses[n] + (n == 0):  # nothing may end the root
             return broken(out, 3, b"a node is not used as often as it notes; node:", n)
@@ -168,8 +168,8 @@ cdef inline bint audit_tree(
             if tag_of(node_at(t, n).hash) != t.lines[line].tags[i]:
                 return broken(out, 3, b"the table has another tag than the node; node:", n)
             found += 1
-            place = line_of(t, node_at(t, n).hash)
-            passed += line - place if line >= place else <int64_t>t.num_lines - place + line
+            first = line_of(t, node_at(t, n).hash)
+            passed += line - first if line >= first else <int64_t>t.num_lines - first + line
         passed -= t.lines[line].passed
     if found != used:
         return broken(out, 3, b"the table does not find every node; found:", found)
@@ -198,7 +198,7 @@ cdef inline bint audit_sequences(Core* c, Finding* out) noexcept nogil:
         seq = &c.seqs[i]
         x = &seq.text
         if seq.kind == UNUSED:
-            if seq.num_rows or seq.handle > 0 or seq.tip:
+            if seq.num_rows or seq.handle > 0 or seq.last_node:
                 return broken(out, 5, b"a slot without a sequence holds blocks; slot:", i)
             continue
         used += 1
@@ -226,7 +226,7 @@ cdef inline bint audit_sequences(Core* c, Finding* out) noexcept nogil:
             return broken(out, 5, b"a sequence miscounts its placeholders; slot:", i)
         if seq.published * bs > seq.num_computed or seq.published > seq.num_rows:
             return broken(out, 3, b"a sequence published more than it computed; slot:", i)
-        n = seq.tip
+        n = seq.last_node
         for j in range(seq.published - 1, -1, -1):
             if n <= 0 or n >= c.pool.tree.fresh:
                 return broken(out, 3, b"a sequence's published blocks are no path of the tree; slot:", i)

@@ -20,7 +20,7 @@ cdef enum:
 cdef struct Block:      # 12 bytes
     int32_t refs        # table entries, pins and pending copy sources that name it
     int32_t node        # where it is published, 0: nowhere
-    int32_t place       # in the queue; or the next that waits for a step; scratch of `plan_in_place` while it is held
+    int32_t link        # in the queue; or the next that waits for a step; scratch of `plan_in_place` while it is held
 
 
 cdef struct Row:        # one sequence in one open step
@@ -68,7 +68,7 @@ cdef struct Pool:
 
 cdef inline Step* pool_step(const Pool* p, int32_t i) noexcept nogil:
     """The i-th oldest open step."""
-    check(0 <= i < p.max_steps, b"a step has a place in the ring")
+    check(0 <= i < p.max_steps, b"a step is one of the ring's")
     return &p.steps[(p.first_step + i) % p.max_steps]
 
 
@@ -84,27 +84,27 @@ cdef inline void queue_compact(Pool* p) noexcept nogil:
         b = p.queue[(p.queue_head + i) & p.queue_mask]
         if b >= 0:
             p.queue[end & p.queue_mask] = b
-            p.blocks[b].place = <int32_t>(end & p.queue_mask)
+            p.blocks[b].link = <int32_t>(end & p.queue_mask)
             end += 1
     p.queue_tail = end
 
 
 cdef inline void queue_append(Pool* p, int32_t b) noexcept nogil:
-    cdef uint32_t place
+    cdef uint32_t index
     if p.queue_tail - p.queue_head > p.queue_mask:
         queue_compact(p)
-    place = p.queue_tail & p.queue_mask
+    index = p.queue_tail & p.queue_mask
     check(p.queue_tail - p.queue_head <= p.queue_mask, b"the queue has room for every cached block")
-    p.queue[place] = b
-    p.blocks[b].place = <int32_t>place
+    p.queue[index] = b
+    p.blocks[b].link = <int32_t>index
     p.queue_tail += 1
     p.num_cached += 1
 
 
 cdef inline void queue_remove(Pool* p, int32_t b) noexcept nogil:
-    check(0 <= p.blocks[b].place <= <int64_t>p.queue_mask, b"a cached block has a place in the queue")
-    check(p.queue[p.blocks[b].place] == b, b"the queue has a cached block where the block says")
-    p.queue[p.blocks[b].place] = -1
+    check(0 <= p.blocks[b].link <= <int64_t>p.queue_mask, b"a cached block is in the queue")
+    check(p.queue[p.blocks[b].link] == b, b"the queue has a cached block where the block says")
+    p.queue[p.blocks[b].link] = -1
     p.num_cached -= 1
 
 
@@ -183,11 +183,11 @@ cdef inline void settle(Pool* p, int32_t b, int64_t step_id) noexcept nogil:
     for i in range(p.num_steps - 1 if step_id else -1, -1, -1):
         step = pool_step(p, i)
         if step.id <= step_id:
-            p.blocks[b].place = -1
+            p.blocks[b].link = -1
             if step.wait_head < 0:
                 step.wait_head = b
             else:
-                p.blocks[step.wait_tail].place = b
+                p.blocks[step.wait_tail].link = b
             step.wait_tail = b
             p.num_waiting += 1
             return
@@ -222,7 +222,7 @@ cdef inline void close_waiting(Pool* p, const Step* step) noexcept nogil:
     """Settle again what waited for a step that has left the ring."""
     cdef int32_t b = step.wait_head, following
     while b >= 0:
-        following = p.blocks[b].place
+        following = p.blocks[b].link
         check(b < p.fresh and p.num_waiting > 0, b"a block that waits for a step is counted")
         p.num_waiting -= 1
         settle(p, b, step.id)

@@ -6,8 +6,8 @@
 #   [ 0 ........ num_computed ) [ ....... num_prepared ) [ ....... reserved ) [ ...... num_tokens )
 #     K and V written             in open steps            a slot exists        known, no slot yet
 #
-# Its first `published` blocks hang on nodes of the tree, the last of them on `tip`. A block that is shared or published
-# is never written: `prepare` puts a copy in its place first.
+# Its first `published` blocks hang on nodes of the tree, the last of them on `last_node`. A block that is shared or
+# published is never written: `prepare` puts a copy in its place first.
 #
 # A table has one row for each block of tokens, and in it one block for each layer group. In a group with a window or
 # chunks the blocks that no later token can reach, those before `first_row`, are given back at `commit`: -1 in its rows.
@@ -69,7 +69,7 @@ cdef struct Seq:        # two cache lines: what `append` needs, what a step need
     int32_t num_prepared
     int32_t reserved
     int32_t published
-    int32_t tip
+    int32_t last_node
 
 
 cdef struct Reach:      # of a layer group: the window or the chunk of a query in tokens; both 0: everything before it
@@ -135,13 +135,13 @@ cdef inline int32_t* row_at(const Core* c, const Seq* seq, int32_t row) noexcept
     return seq.table + <int64_t>row * c.num_groups
 
 
-cdef inline void stand_on(Tree* t, Seq* seq, int32_t node) noexcept nogil:
+cdef inline void set_last_node(Tree* t, Seq* seq, int32_t node) noexcept nogil:
     """Make `node` the one that the sequence published last; it keeps its nodes in the tree."""
     if node:
         node_at(t, node).uses += 1
-    if seq.tip:
-        tree_drop(t, seq.tip)
-    seq.tip = node
+    if seq.last_node:
+        tree_drop(t, seq.last_node)
+    seq.last_node = node
 
 
 cdef inline Seq* find_any(Core* c, int64_t handle, Py_ssize_t i, Fault* f) noexcept nogil:
@@ -231,7 +231,7 @@ cdef inline void close_seq(Core* c, Seq* seq) noexcept nogil:
     cdef int32_t slot = <int32_t>(seq - c.seqs)
     check(seq.kind != UNUSED and seq.open_steps == 0, b"a sequence that ends is there, and in no open step")
     release_rows(c, seq, 0)
-    stand_on(&c.pool.tree, seq, 0)
+    set_last_node(&c.pool.tree, seq, 0)
     clear_text(&seq.text)
     free(seq.table)
     seq.table = NULL
@@ -263,7 +263,7 @@ cdef inline bint grow_table(Seq* seq, int32_t num_rows, int32_t num_groups) noex
 
 cdef inline void cut(Core* c, Seq* seq, int32_t num_tokens) noexcept nogil:
     """Drop tokens, and blocks that no reserved token needs any more. Blocks that stay are left as they are."""
-    cdef int32_t keep, tip = seq.tip, _i
+    cdef int32_t keep, last_node = seq.last_node, _i
     if num_tokens < seq.text.num_tokens:
         cut_text(&c.pool.tree.paging, &seq.text, num_tokens)
         cut_extras(&seq.text, num_tokens, c.block_size)
@@ -274,10 +274,10 @@ cdef inline void cut(Core* c, Seq* seq, int32_t num_tokens) noexcept nogil:
     keep = blocks_for(seq.reserved, c.block_size)
     if seq.published > num_tokens // c.block_size:
         for _i in range(seq.published - num_tokens // c.block_size):
-            check(tip > 0, b"a sequence has a node for each block that it published")
-            tip = node_at(&c.pool.tree, tip).parent
+            check(last_node > 0, b"a sequence has a node for each block that it published")
+            last_node = node_at(&c.pool.tree, last_node).parent
         seq.published = num_tokens // c.block_size
-        stand_on(&c.pool.tree, seq, tip)
+        set_last_node(&c.pool.tree, seq, last_node)
     if keep < seq.num_rows:
         release_rows(c, seq, keep)
         touch(c, seq)
@@ -471,7 +471,7 @@ cdef inline void copy_progress(Seq* target, const Seq* source) noexcept nogil:
     target.num_cached = source.num_cached
     target.num_computed = target.num_prepared = target.reserved = source.num_computed
     target.published = source.published
-    target.tip = source.tip
+    target.last_node = source.last_node
     target.publishing = source.publishing
 
 
@@ -547,8 +547,8 @@ cdef inline void share(Core* c, const Seq* seq) noexcept nogil:
     for i in range(<int64_t>seq.num_rows * c.num_groups):
         if seq.table[i] >= 0:
             c.pool.blocks[seq.table[i]].refs += 1
-    if seq.tip:
-        node_at(&c.pool.tree, seq.tip).uses += 1
+    if seq.last_node:
+        node_at(&c.pool.tree, seq.last_node).uses += 1
 
 
 cdef inline void adopt(Seq* seq, const Seq* made) noexcept nogil:
@@ -570,8 +570,8 @@ cdef inline void take_copy(Core* c, Seq* seq, int32_t first, Seq* made) noexcept
     """Put what `copy_seq` made, its references counted already, in place of what a sequence has from row `first` on.
     Its table has the room."""
     release_rows(c, seq, first)
-    if seq.tip:
-        tree_drop(&c.pool.tree, seq.tip)
+    if seq.last_node:
+        tree_drop(&c.pool.tree, seq.last_node)
     clear_text(&seq.text)
     seq.text = made.text
     memcpy(row_at(c, seq, first), made.table, <size_t>made.num_rows * c.num_groups * sizeof(int32_t))
@@ -661,7 +661,7 @@ cdef inline bint core_preempt(Core* c, int64_t handle, Fault* f) noexcept nogil:
     if seq == NULL or not is_at_rest(seq, 0, f):
         return False
     release_rows(c, seq, 0)
-    stand_on(&c.pool.tree, seq, 0)
+    set_last_node(&c.pool.tree, seq, 0)
     seq.num_cached = seq.num_computed = seq.num_prepared = seq.reserved = seq.published = 0
     seq.kind = PREEMPTED
     c.num_resting += 1
@@ -689,7 +689,7 @@ cdef inline void core_reset(Core* c) noexcept nogil:
         seq = &c.seqs[i]
         seq.publishing = False
         seq.published = 0
-        stand_on(&p.tree, seq, 0)
+        set_last_node(&p.tree, seq, 0)
         for j in range(<int64_t>seq.num_rows * c.num_groups):
             if seq.table[j] >= 0 and p.blocks[seq.table[j]].node:
                 unpublish(p, seq.table[j])

@@ -52,17 +52,17 @@ cdef inline int32_t plan_in_place(Core* c, Step* step) noexcept nogil:
         if step.sources[i] >= 0:
             block = &c.pool.blocks[step.sources[i]]
             block.refs -= 1         # 0 once all who hold it are known to be rows of this step
-            block.place = 0         # of held blocks it is free to be used
+            block.link = 0         # of held blocks it is free to be used
     for i in range(num):
         if step.sources[i] >= 0:
             block = &c.pool.blocks[step.sources[i]]
-            block.place = max(block.place, step.rows[i // c.num_groups].start)
+            block.link = max(block.link, step.rows[i // c.num_groups].start)
     for i in range(num - 1, -1, -1):
         if step.sources[i] >= 0:
             block = &c.pool.blocks[step.sources[i]]
-            if block.refs == 0 and block.node == 0 and block.place == step.rows[i // c.num_groups].start:
+            if block.refs == 0 and block.node == 0 and block.link == step.rows[i // c.num_groups].start:
                 block.refs = 1
-                block.place = -1
+                block.link = -1
                 step.sources[i] = -1
                 step.rows[i // c.num_groups].num_copies -= 1
                 saved += 1
@@ -70,7 +70,7 @@ cdef inline int32_t plan_in_place(Core* c, Step* step) noexcept nogil:
         if step.sources[i] >= 0:
             block = &c.pool.blocks[step.sources[i]]
             block.refs += 1
-            if block.place < 0:
+            if block.link < 0:
                 step.sources[i] = LENT - step.sources[i]
     return saved
 
@@ -232,8 +232,8 @@ cdef inline int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_le
 
 
 cdef inline bint shared_unpublished(const Core* c, const int32_t* blocks) noexcept nogil:
-    """Whether one of a row's blocks was shared by a fork before its ids were known. Such a block must not be published:
-    the other holder could lose the parent of that block first."""
+    """Whether another sequence holds one of a row's blocks: a fork shared it before all its ids were known. Such a
+    block is not published: the other sequence could still hold it when the published block before it is evicted."""
     cdef int32_t g
     for g in range(c.num_groups):
         if blocks[g] >= 0 and c.pool.blocks[blocks[g]].refs > 1:
@@ -241,8 +241,8 @@ cdef inline bint shared_unpublished(const Core* c, const int32_t* blocks) noexce
     return False
 
 
-cdef inline void hang_row(Core* c, Seq* seq, int32_t* blocks, int32_t n) noexcept nogil:
-    """Hang a row's blocks on its node, and take in their place those that hang there already."""
+cdef inline void publish_row(Core* c, Seq* seq, int32_t* blocks, int32_t n) noexcept nogil:
+    """Publish a row's blocks on its node. Where the node has a block already, the sequence takes that one instead."""
     cdef Pool* p = &c.pool
     cdef Node* node = node_at(&p.tree, n)
     cdef int32_t g, own
@@ -280,7 +280,7 @@ cdef inline void publish(Core* c, Seq* seq, int32_t full, uint64_t first_hash) n
         if one:
             n, hashes[0], likely[0] = 1, first_hash, 0
         else:
-            n = hash_run(t, node_at(t, seq.tip).hash, &seq.text, i, full, hashes, likely)
+            n = hash_run(t, node_at(t, seq.last_node).hash, &seq.text, i, full, hashes, likely)
         node = t.unused
         for _j in range(n):
             if node == 0:
@@ -296,18 +296,18 @@ cdef inline void publish(Core* c, Seq* seq, int32_t full, uint64_t first_hash) n
                 return
             tokens = block_at(&t.paging, &seq.text, i + j)
             extra = extra_of(&seq.text, i + j)
-            node = tree_find(t, seq.tip, hashes[j], tokens, extra) if likely[j] >= 0 else 0
+            node = tree_find(t, seq.last_node, hashes[j], tokens, extra) if likely[j] >= 0 else 0
             if node:
                 node_at(t, node).uses += 1
             else:
-                node = tree_insert(t, seq.tip, hashes[j], tokens, extra)
+                node = tree_insert(t, seq.last_node, hashes[j], tokens, extra)
                 if node == 0:
                     seq.publishing = False
                     return
-            hang_row(c, seq, blocks, node)
-            if seq.tip:
-                node_at(t, seq.tip).uses -= 1   # never the last one: `node` is its child
-            seq.tip = node
+            publish_row(c, seq, blocks, node)
+            if seq.last_node:
+                node_at(t, seq.last_node).uses -= 1   # never the last one: `node` is its child
+            seq.last_node = node
             seq.published += 1
 
 
@@ -338,7 +338,7 @@ cdef inline uint64_t hash_next(const Core* c, const Seq* seq) noexcept nogil:
     """The hash of the first block that is not published, its cache line on the way."""
     cdef const Tree* t = &c.pool.tree
     cdef uint64_t h = tree_hash(
-        t, node_at(t, seq.tip).hash, block_at(&t.paging, &seq.text, seq.published),
+        t, node_at(t, seq.last_node).hash, block_at(&t.paging, &seq.text, seq.published),
         extra_of(&seq.text, seq.published),
     )
     kvb_prefetch_write(&t.lines[line_of(t, h)])

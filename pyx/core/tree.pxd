@@ -27,7 +27,7 @@ cdef extern from "core/tree.h" nogil:
     const size_t NODE_HEAD "KVB_NODE_HEAD"
     ctypedef struct Line "kvb_line":
         uint8_t[12] tags
-        uint32_t passed     # nodes whose place is this line or one before, and that went beyond it
+        uint32_t passed     # nodes whose hash says this line or one before it, and that were put into a later one
         int32_t[12] nodes
     uint64_t kvb_fold(uint64_t a, uint64_t b) noexcept nogil
     void kvb_nh(const int32_t* tokens, const uint32_t* key, int32_t n, int32_t blocks, uint64_t* out) noexcept nogil
@@ -56,12 +56,11 @@ cdef struct Tree:
     int32_t* tokens     # [max_nodes + 1, block_size]
     Line* lines
     uint32_t num_lines
-    uint64_t spread     # all ones; zero makes every hash equal (a test hook)
     uint32_t* key       # [block_size + 2]
     int64_t key_made    # words of it that are there: all but those of a block too large for most texts to fill
-    uint64_t[4] seed    # of the others
+    uint64_t[4] key_seed  # of the others
     uint64_t seal       # hash of the root
-    uint64_t twist
+    uint64_t seed
 
 
 cdef inline Node* node_at(const Tree* t, int32_t n) noexcept nogil:
@@ -82,8 +81,8 @@ cdef inline void make_key(Tree* t) noexcept nogil:
     cdef int64_t i
     cdef uint64_t word
     for i in range(t.key_made, <int64_t>t.block_size + 2):
-        word = kvb_fold(t.seed[0] + i, t.seed[1])
-        t.key[i] = <uint32_t>kvb_fold(word ^ t.seed[2], t.seed[3] + i)
+        word = kvb_fold(t.key_seed[0] + i, t.key_seed[1])
+        t.key[i] = <uint32_t>kvb_fold(word ^ t.key_seed[2], t.key_seed[3] + i)
     t.key_made = <int64_t>t.block_size + 2
 
 
@@ -97,7 +96,7 @@ cdef inline void hash_extra(const Tree* t, Extra* extra) noexcept nogil:
     for i in range(0, <int64_t>extra.size, 8):
         word = 0
         memcpy(&word, extra.blob.bytes + i, min(extra.size - i, 8))
-        h = kvb_fold(h ^ t.key[0], word ^ t.twist) + i
+        h = kvb_fold(h ^ t.key[0], word ^ t.seed) + i
     extra.hash = h
 
 
@@ -115,7 +114,7 @@ cdef inline uint64_t chain(const Tree* t, uint64_t parent, uint64_t h, Extra* ex
         if extra.hash == 0:
             hash_extra(t, extra)
         h += extra.hash
-    return kvb_fold(parent ^ t.twist, h ^ t.seal) & t.spread  # parent ^ seal would be 0 below the root
+    return kvb_fold(parent ^ t.seed, h ^ t.seal)  # parent ^ seal would be 0 below the root
 
 
 cdef inline uint64_t tree_hash(

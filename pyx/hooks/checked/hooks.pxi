@@ -13,7 +13,8 @@ def _fail_allocation(int64_t after):
 
 def _collide(BlockManager manager not None):
     """Make every hash of a manager, which must be new, equal."""
-    manager.core.pool.tree.spread = node_at(&manager.core.pool.tree, 0).hash = manager.core.pool.tree.seal = 0
+    # The hash of a node is a product with (its parent's hash ^ seed), and that is 0 from the root down.
+    manager.core.pool.tree.seed = manager.core.pool.tree.seal = node_at(&manager.core.pool.tree, 0).hash = 0
 
 
 def _longest_walk(BlockManager manager not None):
@@ -39,8 +40,8 @@ def _poke(BlockManager manager not None, str field, Py_ssize_t index, int64_t va
             p.blocks[index].refs += value
         elif field == "block_node":
             p.blocks[index].node += value
-        elif field == "place":
-            p.blocks[index].place += value
+        elif field == "link":
+            p.blocks[index].link += value
         elif field == "queue":
             p.queue[(p.queue_head + index) & p.queue_mask] += value
         elif field == "num_cached":
@@ -69,8 +70,8 @@ def _poke(BlockManager manager not None, str field, Py_ssize_t index, int64_t va
             seq.reserved += value
         elif field == "num_computed":
             seq.num_computed += value
-        elif field == "tip":
-            seq.tip += value
+        elif field == "last_node":
+            seq.last_node += value
         elif field == "row_start":
             pool_step(p, 0).rows[index].start += value
         elif field == "row_slot":
