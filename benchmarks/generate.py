@@ -1,16 +1,20 @@
 """What a model's answers cost: `kvblocks.generate` beside transformers' own ways, same model, same prompts, greedy.
 
-Run `python benchmarks/generate.py [--model smollm2] [--device cuda]`; a few minutes on two cores. Contenders:
+Run `python benchmarks/generate.py [--model smollm2] [--device cuda]`; a few minutes on two cores. With SmolLM2 the
+workload is smaller by default, and reading its GGUF file takes a minute or more the first time. Contenders:
 `model.generate` one prompt at a time, `model.generate` over a padded batch, `model.generate_batch` (transformers'
-continuous batching, its pages as large as our blocks). In float32 all must give the same tokens. Then beams: blocks
-that four of them hold, through PagedCache and through DynamicCache.
+continuous batching, its pages as large as our blocks). One that takes longer than `--limit` for a workload is left out
+of it. In float32 all must give the same tokens. Then beams: blocks that four of them hold, through PagedCache and
+through DynamicCache.
 """
 
 import argparse
 import logging
+import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,11 +27,14 @@ from transformers.generation.continuous_batching import cache as their_cache
 import kvblocks
 from kvblocks import smollm2
 from kvblocks.integrations.transformers import PagedCache
+from kvblocks.integrations.transformers.layers import cache_argument
 
 OURS = "kvblocks.generate"
 BLOCK = 16
 VOCABULARY = 1024
 Answers = list[list[int]]
+# new tokens, prompts, tokens of a long one, timed calls, tokens of the prompt for beams
+DEFAULTS = {"random": (32, 16, 1024, 3, 2000), "smollm2": (16, 8, 256, 1, 256)}
 
 
 def build(layers: int, hidden: int, device: str, dtype: torch.dtype) -> Any:
@@ -125,16 +132,32 @@ class Contenders:
         out = self.model.generate(
             ids,
             attention_mask=mask,
-            past_key_values=held,
             max_new_tokens=self.new,
             do_sample=False,
             pad_token_id=0,
+            **{cache_argument(self.model.forward): held},
         )
         answers: Answers = out[:, ids.shape[1] :].tolist()
         return answers
 
 
-def measure(model: Any, name: str, given: Answers, new: int, repeats: int, max_seqs: int) -> Row:
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raise `TimeoutError` in what runs longer than that, in the main thread."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def measure(model: Any, name: str, given: Answers, new: int, repeats: int, max_seqs: int, limit: float) -> Row:
     field = Contenders(model, new, max_seqs)
     answers: dict[str, Answers] = {}
 
@@ -147,31 +170,52 @@ def measure(model: Any, name: str, given: Answers, new: int, repeats: int, max_s
         "padded batch": kept("padded batch", field.padded),
         "generate_batch": kept("generate_batch", field.continuous),
     }
-    seconds = compare(runs, repeats)
+    print(f"{name}:", flush=True)
+    for which in list(runs):
+        start = time.perf_counter()
+        try:
+            with within(limit):
+                runs[which]()
+        except TimeoutError:
+            del runs[which]
+            print(f"  {which}: not done after {limit:g} s, left out", flush=True)
+        else:
+            print(f"  {which}: {time.perf_counter() - start:.1f} s for the first call", flush=True)
+    if OURS not in runs:
+        raise SystemExit(f"{OURS} was not done after {limit:g} s; give a higher --limit or a smaller workload")
+    seconds = compare(runs, repeats, warm=False)
     alike = {
-        which: sum(mine == theirs for mine, theirs in zip(answers["one by one"], got, strict=True)) / len(given)
-        for which, got in answers.items()
+        which: sum(mine == theirs for mine, theirs in zip(answers[OURS], answers[which], strict=True)) / len(given)
+        for which in runs
     }
-    return Row(name, seconds, len(given) * new, "tokens/s", {"peak_kv_bytes": field.peaks, "identical": alike})
+    peaks = {which: field.peaks[which] for which in runs}
+    for which, took in seconds.items():
+        print(
+            f"  {which}: {len(given) * new / took:.3g} tokens/s, peak K and V {peaks[which] / 2**20:.2f} MiB, "
+            f"{alike[which]:.0%} of the answers as {OURS}'s",
+            flush=True,
+        )
+    return Row(name, seconds, len(given) * new, "tokens/s", {"peak_kv_bytes": peaks, "identical": alike})
 
 
 def beams(model: Any, length: int, new: int) -> dict[str, Any]:
     """What four beams of one prompt hold at the end, against one sequence."""
     ids = torch.tensor(prompts(1, 0, length, 7), device=model.device)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    argument = cache_argument(model.forward)
     found: dict[str, Any] = {"prompt": length, "new": new, "block_size": BLOCK}
     for name, begin, count in (("one sequence", True, 1), ("4 beams, begin", True, 4), ("4 beams", False, 4)):
         with PagedCache(model.config, num_blocks=5 * (length + new) // BLOCK + 8, block_size=BLOCK) as held:
             if begin:
                 held.begin(ids)
-            out = model.generate(ids, past_key_values=held, num_beams=count, **options)
+            out = model.generate(ids, num_beams=count, **{argument: held}, **options)
             peak = held.manager.stats().peak_used_blocks
             found[name] = {"blocks": held.num_held_blocks, "peak_blocks": peak}
             found[name]["bytes"] = held.num_held_blocks * held.engine.memory_bytes // held.engine.num_blocks
             if count == 4:
                 found[name]["tokens"] = out.tolist()
     held = DynamicCache(config=model.config)
-    out = model.generate(ids, past_key_values=held, num_beams=4, **options)
+    out = model.generate(ids, num_beams=4, **{argument: held}, **options)
     found["4 beams, DynamicCache"] = {"bytes": dynamic_bytes(held)}
     for name in ("4 beams, begin", "4 beams"):
         found[name]["identical"] = found[name].pop("tokens") == out.tolist()
@@ -185,18 +229,23 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--new", type=int, default=32, help="tokens of each answer (default: 32)")
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--long", type=int, default=1024, help="tokens of a long prompt, and of a shared prefix")
+    parser.add_argument("--new", type=int, help="tokens of each answer (default: 32; smollm2: 16)")
+    parser.add_argument("--prompts", type=int, help="default: 16; smollm2: 8")
+    parser.add_argument("--long", type=int, help="tokens of a long prompt, and of a shared prefix (1024; smollm2: 256)")
     parser.add_argument("--max-seqs", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--beam-prompt", type=int, default=2000)
+    parser.add_argument("--repeats", type=int, help="timed calls after the first one (default: 3; smollm2: 1)")
+    parser.add_argument("--beam-prompt", type=int, help="tokens (default: 2000; smollm2: 256)")
+    parser.add_argument("--limit", type=float, default=120, help="seconds for one call of a contender (default: 120)")
     options = parser.parse_args()
+    for field, value in zip(("new", "prompts", "long", "repeats", "beam_prompt"), DEFAULTS[options.model], strict=True):
+        if getattr(options, field) is None:
+            setattr(options, field, value)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
     dtype = getattr(torch, options.dtype)
     if options.model == "smollm2":
+        print(f"reading {smollm2.NAME}", flush=True)
         model, _ = smollm2.load()
         model = model.to(device=options.device, dtype=dtype)
         model.generation_config.eos_token_id = None
@@ -213,7 +262,8 @@ def main() -> None:
         f"{options.prompts} prompts that share {options.long} tokens": prompts(options.prompts, options.long, 16, 3),
     }
     rows = [
-        measure(model, name, given, options.new, options.repeats, options.max_seqs) for name, given in workloads.items()
+        measure(model, name, given, options.new, options.repeats, options.max_seqs, options.limit)
+        for name, given in workloads.items()
     ]
     start = time.perf_counter()
     found = beams(model, options.beam_prompt, 16)
@@ -228,9 +278,6 @@ def main() -> None:
         about=machine(["torch", "transformers", "numpy"]),
         name="generate",
     )
-    for row in rows[:-1]:
-        peaks = {name: f"{bytes_ / 2**20:.2f} MiB" for name, bytes_ in row.notes["peak_kv_bytes"].items()}
-        print(f"{row.workload}: peak K and V {peaks}; same tokens as one by one {row.notes['identical']}")
     print(f"{rows[-1].workload}: {found}")
 
 

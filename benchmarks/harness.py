@@ -37,16 +37,19 @@ class Row:
     measure: str = "s"
 
 
-def compare(contenders: Mapping[str, Callable[[], object]], repeats: int = 9, clock: str = "wall") -> dict[str, float]:
+def compare(
+    contenders: Mapping[str, Callable[[], object]], repeats: int = 9, clock: str = "wall", warm: bool = True
+) -> dict[str, float]:
     """Median seconds of each contender. They take turns, so that what else the machine does hits all alike.
 
     Args:
-        contenders: what to call, by name; each is called once before the clock runs.
+        contenders: what to call, by name.
         repeats: timed calls of each.
         clock: "wall", or "cpu" for the CPU time of this process.
+        warm: whether each is called once before the clock runs.
     """
     now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
-    for contender in contenders.values():
+    for contender in contenders.values() if warm else ():
         contender()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     gc.collect()

@@ -24,9 +24,9 @@ def main() -> None:
         ids = torch.tensor([text])
         mask = torch.ones_like(ids)
         found = cache.begin(ids, mask)  # what earlier turns have in common with this one is not computed again
-        sequence = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+        sequence = model.generate(ids, attention_mask=mask, cache=cache, **options)
         cache.tell(sequence)  # so that the next turn goes on from the answer too
-        alone = model.generate(ids, attention_mask=mask, past_key_values=DynamicCache(config=model.config), **options)
+        alone = model.generate(ids, attention_mask=mask, cache=DynamicCache(config=model.config), **options)
         answer = sequence[0, len(text) :].tolist()
         print(f"You: {turn}\nModel: {decode(answer)}")
         print(f"    ({len(text)} tokens of prompt, {found} of them computed in earlier turns)")

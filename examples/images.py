@@ -46,9 +46,9 @@ def main() -> None:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.stack(seen)}
         left = cache.begin_inputs(model, inputs)  # an image is told from others by its pixels
         found, pixels = cache.get_seq_length(), left["pixel_values"]
-        sequence = model.generate(**left, past_key_values=cache, **options)
+        sequence = model.generate(**left, cache=cache, **options)
         cache.tell(sequence)
-        alone = model.generate(**inputs, past_key_values=DynamicCache(config=model.config), **options)
+        alone = model.generate(**inputs, cache=DynamicCache(config=model.config), **options)
         print(f"turn {turn + 1}: {len(text)} tokens and {len(seen)} images; {found} tokens were found, and")
         print(f"    {len(seen) - len(pixels)} of the images were left out")
         assert torch.equal(sequence, alone), "not what the model says with a cache of its own"

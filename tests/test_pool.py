@@ -5,12 +5,13 @@ import weakref
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from test_generation import prompt, tiny_llama
 from test_streams import answers
 
 import kvblocks
-from kvblocks import Pool, demo
+from kvblocks import Chunk, Pool, demo
 from kvblocks.integrations.transformers import PagedCache
 
 # These tensors are tiny, and threads would only wait for each other.
@@ -166,3 +167,24 @@ def test_sizes_beside_a_pool_are_refused() -> None:
         PagedCache(tiny_llama().config, pool=pool, num_blocks=4)
     with pytest.raises(ValueError, match="pool has a manager and an engine of its own"):
         PagedCache(tiny_llama().config, pool=pool, manager=pool.manager, engine=pool.engine)
+
+
+def test_a_generation_makes_a_pool_that_the_next_call_takes_up() -> None:
+    model = tiny_llama()
+    with kvblocks.generate(model, [prompt(20)], max_new_tokens=4, num_blocks=32, block_size=4) as first:
+        assert isinstance(first.pool, Pool)
+        expected = first.run()
+    with kvblocks.generate(model, [prompt(20)], max_new_tokens=4, pool=first.pool) as second:
+        assert second.run() == expected
+        assert second.generator.num_hit == 16
+        assert second.pool is first.pool
+
+
+def test_chunked_layers_keep_their_chunk_where_no_cache_for_transformers_needs_more() -> None:
+    model: Any = tiny_models.build("llama4_text")[1]
+    run = kvblocks.generate(model, [prompt(9)], max_new_tokens=2)
+    assert run.pool is not None
+    assert any(isinstance(reach, Chunk) for reach in run.pool.manager.groups)
+    with pytest.raises(ValueError, match=r"its group keeps Chunk\(size=\d+\); give manager and engine of a PagedCache"):
+        PagedCache(model.config, pool=run.pool)
+    PagedCache(model.config, pool=Pool(model, num_blocks=8))  # windows, by default

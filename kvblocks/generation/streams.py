@@ -20,7 +20,7 @@ from kvblocks.generation.generator import Generator, Request, blocks_needed
 from kvblocks.generation.request import Settings
 from kvblocks.integrations.transformers import Pool, cache_groups, served
 from kvblocks.integrations.transformers.backend import unwrapped
-from kvblocks.integrations.transformers.layers import filling, one_block
+from kvblocks.integrations.transformers.layers import one_block
 
 __all__ = ["Generation", "Stream", "generate"]
 
@@ -60,7 +60,7 @@ def generate(
         block_size, layout: of the cache.
         max_batch_tokens, max_seqs, choose: as for `Generator`.
         pool: the model's `Pool`, whose blocks outlive this call, instead of `memory`, `num_blocks`, `block_size` and
-            `layout`. Without one the cache is made for this call and goes with it.
+            `layout`. Without one a pool is made for this call, `Generation.pool`, which a later call may take up.
         attention_mask: [prompts, columns], 0 where there is padding, on either side, which is left out.
         tokenizer: transformers' of the model, where stop strings are asked for.
         settings: of each prompt that is no `Request`, named as there: `salt`, `temperature`, `top_k`, `top_p`, `min_p`,
@@ -99,25 +99,20 @@ def generate(
     if pool is not None:
         if (memory, num_blocks, block_size, layout) != (None, None, 16, "NHD"):
             raise ValueError("memory, num_blocks, block_size and layout are those of the pool; give no others")
-        config = pool.config
     else:
-        config = block_of(model, block_size)
-        if memory is not None:
-            config = filling(config, memory, inner.dtype)
-        else:
-            needed = _needed(config, requests, max_seqs, max_batch_tokens) if num_blocks is None else num_blocks
-            config = config.replace(num_gpu_blocks=needed)
+        if memory is None and num_blocks is None:
+            num_blocks = _needed(block_of(model, block_size), requests, max_seqs, max_batch_tokens)
+        pool = Pool(model, memory=memory, num_blocks=num_blocks, block_size=block_size, layout=layout, chunks=True)
     generator = Generator(
         model,
-        config,
-        layout=layout,
+        pool.config,
         max_batch_tokens=max_batch_tokens,
         max_seqs=max_seqs,
         choose=choose,
         tokenizer=tokenizer,
         pool=pool,
     )
-    return Generation(generator, requests, default, longest)
+    return Generation(generator, requests, default, longest, pool)
 
 
 def block_of(model: PreTrainedModel, block_size: int) -> CacheConfig:
@@ -249,12 +244,19 @@ class Generation:
 
     Attributes:
         generator: with its manager and cache, for statistics.
+        pool: whose blocks it runs on; None where `generator` was made without one.
     """
 
     def __init__(
-        self, generator: Generator, requests: Iterable[Request], default: Request, longest: int | None = None
+        self,
+        generator: Generator,
+        requests: Iterable[Request],
+        default: Request,
+        longest: int | None = None,
+        pool: Pool | None = None,
     ) -> None:
         self.generator = generator
+        self.pool = pool
         self._default = default
         self._longest = longest
         self._unfinished: dict[int, Stream] = {}

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from kvblocks.generation.request import Request
 from kvblocks.generation.sampling import Choosers
 from kvblocks.integrations.transformers.backend import unwrapped
+from kvblocks.integrations.transformers.layers import cache_argument
 
 __all__ = ["NEAR_TIE", "Verdict", "verify"]
 
@@ -85,9 +86,9 @@ def verify(model: Any, request: Request, tokens: Sequence[int]) -> Verdict:
     if chooser is not None and chooser.samples:
         raise ValueError("the tokens of this request are sampled, so greedy generation says nothing about them")
     taken = inspect.signature(inner.forward).parameters
-    last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
-    cache = DynamicCache(config=inner.config)
-    last["cache" if "cache" in taken else "past_key_values"] = cache  # transformers 5.24 gave it the shorter name
+    keeps = "logits_to_keep" in taken
+    last: dict[str, Any] = {"logits_to_keep": 1} if keeps else {}
+    last[cache_argument(inner.forward)] = DynamicCache(config=inner.config)
     ids = list(request.prompt)
     feed = ids
     verdict = Verdict()
@@ -111,7 +112,7 @@ def verify(model: Any, request: Request, tokens: Sequence[int]) -> Verdict:
             if made.dtype in (torch.float16, torch.bfloat16):
                 if whole is None:
                     inputs = torch.tensor([[*request.prompt, *tokens[:-1]]], device=inner.device)
-                    keep = {"logits_to_keep": len(tokens)} if last else {}
+                    keep = {"logits_to_keep": len(tokens)} if keeps else {}
                     whole = model(input_ids=inputs, use_cache=False, **keep).logits[0, -len(tokens) :]
                 noise = max(float((one - all_).float().abs().max()) for one, all_ in zip(steps, whole, strict=False))
                 bound = NEAR_TIE * noise

@@ -47,7 +47,7 @@ _LARGEST_TOKEN = (1 << 30) - 1  # ids above stand for tokens whose own are not k
 
 
 class PagedCache(Cache):
-    """A cache for `model.generate(..., past_key_values=...)` and for `model(...)` that keeps K and V in blocks.
+    """A cache for `model.generate(..., cache=...)` and for `model(...)` that keeps K and V in blocks.
 
     It takes the place of `DynamicCache`: left padding, sampling, beams, several return sequences, assisted generation.
     Beams share the blocks of what they have in common, and `begin` finds what earlier prompts have computed already.
@@ -75,7 +75,7 @@ class PagedCache(Cache):
     Example:
         >>> cache = PagedCache(model.config, memory="1GiB")
         >>> cache.begin(ids, mask)  # what earlier prompts have in common with these is not computed again
-        >>> model.generate(ids, attention_mask=mask, past_key_values=cache)
+        >>> model.generate(ids, attention_mask=mask, cache=cache)
 
     Thread-safety: one thread at a time drives the caches that share blocks.
     """
@@ -217,7 +217,7 @@ class PagedCache(Cache):
 
         Example:
             >>> inputs = processor(text=texts, images=images, return_tensors="pt")
-            >>> model.generate(**cache.begin_inputs(model, inputs), past_key_values=cache)
+            >>> model.generate(**cache.begin_inputs(model, inputs), cache=cache)
         """
         config = self._state.config
         if model.config is not config:

@@ -27,6 +27,8 @@ class Pool:
         block_size, layout: of the cache.
         dtype, device: of K and V; by default the model's. Of a config its dtype, else torch's default, on CPU.
         watermark: share of the pool that an admission leaves free, for those who run to grow into.
+        chunks: whether layers that attend in chunks (Llama 4) keep no more than their chunk, where the model's layers
+            read the blocks. That takes fewer blocks, and no `PagedCache` can use the pool then.
 
     Attributes:
         config: the sizes.
@@ -60,6 +62,7 @@ class Pool:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         watermark: float = 0.01,
+        chunks: bool = False,
     ) -> None:
         if memory is not None and num_blocks is not None:
             raise ValueError(f"memory={memory!r} and num_blocks={num_blocks} both say how large the pool is; give one")
@@ -68,14 +71,15 @@ class Pool:
             model = paged.model
             shape = paged.measure()
             dtype, device = dtype or model.dtype, device or model.device
+            chunks = chunks and paged.attends_in_blocks
         else:
             shape = kv_shape(model)
             likely = getattr(text_config(model), "dtype", None) or getattr(model, "dtype", None)
             dtype = dtype or (likely if isinstance(likely, torch.dtype) else torch.get_default_dtype())
             device = device or "cpu"
         self._of: weakref.ref[Any] = weakref.ref(model)
-        # Chunked layers keep windows: `PagedCache` does not know where a padded row's chunks begin.
-        one = one_block(shape, block_size, cache_groups(_config(model), chunks=False))
+        # Else chunked layers keep windows: `PagedCache` does not know where a padded row's chunks begin.
+        one = one_block(shape, block_size, cache_groups(_config(model), chunks=chunks))
         if num_blocks is None:
             self.config = filling(one, "64MiB" if memory is None else memory, dtype)
         else:
