@@ -53,7 +53,8 @@ def _write_no_more() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvblocks", description="The paged KV cache for PyTorch.")
     parser.add_argument("--version", action="version", version=f"kvblocks {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    # Without prog argparse formats a usage line here, for which it imports shutil and lzma.
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", prog="kvblocks")
     _add_generate(commands)
     add_plan_parser(commands, _count)
     add_replay_parser(commands, _count)
@@ -116,7 +117,7 @@ def _count(text: str) -> int:
     except ValueError:
         count = 0
     if not 1 <= count < 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 to {2**31 - 1}")
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number of 1 to {2**31 - 1}")
     return count
 
 
