@@ -24,7 +24,7 @@ def add_cache_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     """Add the commands to a command line."""
     about = "look at, verify or delete a folder of cached blocks"
     parser = commands.add_parser("cache", help=about, description=f"{about[0].upper()}{about[1:]}.")
-    actions = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", prog=parser.prog)
+    actions = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, about: str, run: Any) -> argparse.ArgumentParser:
         action = actions.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")

@@ -53,8 +53,7 @@ def _write_no_more() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvblocks", description="The paged KV cache for PyTorch.")
     parser.add_argument("--version", action="version", version=f"kvblocks {__version__}")
-    # Without prog argparse formats a usage line here, for which it imports shutil and lzma.
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", prog="kvblocks")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_generate(commands)
     add_plan_parser(commands, _count)
     add_replay_parser(commands, _count)
