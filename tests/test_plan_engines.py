@@ -45,7 +45,13 @@ def test_vllm_and_sglang_pack_a_latent_and_its_index_key() -> None:
 def test_a_latent_without_an_indexer_is_not_packed() -> None:
     both: list[Engine] = ["vllm", "sglang"]
     for engine in both:
-        assert plan(CONFIGS / "deepseek-v3.json", engine=engine, dtype="fp8").bytes_per_token == 61 * 576
+        latent = plan(CONFIGS / "deepseek-v3.json", engine=engine, dtype="fp8")
+        assert latent.bytes_per_token == 61 * 576
+        size, said = (
+            (64, "vLLM: pages of 64 tokens") if engine == "vllm" else (1, "SGLang: pages of 1 token by default")
+        )
+        assert latent.block_size == size
+        assert said in latent.explain()
 
 
 # --- vLLM

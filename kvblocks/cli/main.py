@@ -116,7 +116,7 @@ def _count(text: str) -> int:
     except ValueError:
         count = 0
     if not 1 <= count < 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 to {2**31 - 1}")
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number of 1 to {2**31 - 1}")
     return count
 
 

@@ -155,7 +155,9 @@ def _stages(text: str) -> int | list[int]:
     try:
         layers = [int(number) for number in text.split(",")]
     except ValueError:
-        raise UsageError(f"--pp {text} is neither a number of stages nor the layers of each, like 20,21,20") from None
+        raise UsageError(
+            f"--pp {text:.60} is neither a number of stages nor the layers of each, like 20,21,20"
+        ) from None
     return layers[0] if len(layers) == 1 else layers
 
 
@@ -163,7 +165,7 @@ def _share(text: str) -> float | str:
     try:
         return text if text.endswith("%") else float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share; give one like 0.9 or 90%") from None
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a share; give one like 0.9 or 90%") from None
 
 
 def _one_line(error: Exception) -> str:

@@ -6,10 +6,10 @@ Imports huggingface_hub, and what speaks to a network, only where a model is nam
 import re
 from pathlib import Path
 
-__all__ = ["HubModel", "hub_model"]
+__all__ = ["PATIENCE", "HubModel", "hub_model"]
 
 _HUB_ID = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?", re.ASCII)
-_PATIENCE = 1.2  # seconds for a connection to be made before the hub counts as out of reach
+PATIENCE = 1.0  # seconds for a connection to be made before the hub counts as out of reach
 
 
 def hub_model(text: str) -> "HubModel | None":
@@ -112,12 +112,12 @@ def _out_of_reach() -> str:
     def connect() -> None:
         try:
             port = at.port or (443 if at.scheme == "https" else 80)
-            socket.create_connection((at.hostname or "", port), timeout=_PATIENCE).close()
+            socket.create_connection((at.hostname or "", port), timeout=PATIENCE).close()
             answered.append("")
         except OSError as error:
             answered.append(f"{at.hostname} cannot be reached ({error.strerror or error})")
 
     asking = threading.Thread(target=connect, daemon=True)
     asking.start()
-    asking.join(_PATIENCE)
+    asking.join(PATIENCE)
     return answered[0] if answered else f"{at.hostname} does not answer"

@@ -31,6 +31,8 @@ _PLAIN_LAYERS = frozenset(
     ]
 )
 
+_OTHER = "give the numbers instead: num_layers, num_kv_heads, head_dim"
+
 
 def measure(config: Mapping[str, Any], name: str | None) -> ModelCache:
     """What transformers' model of a config keeps.
@@ -40,7 +42,6 @@ def measure(config: Mapping[str, Any], name: str | None) -> ModelCache:
             something that the lengths it was run for do not explain.
     """
     model_type = str(config["model_type"])
-    other = "give the numbers instead: num_layers, num_kv_heads, head_dim"
     try:
         import torch
 
@@ -48,12 +49,12 @@ def measure(config: Mapping[str, Any], name: str | None) -> ModelCache:
     except ModuleNotFoundError as error:
         raise UnknownModel(
             f"model_type={model_type!r} is in no table of the planner, and to measure it {error.name} is needed; "
-            f'run: pip install "kvblocks[plan]", or {other}'
+            f'run: pip install "kvblocks[plan]", or {_OTHER}'
         ) from None
-    except UnknownModel as error:
-        raise UnknownModel(f"{error}; {other}") from None
+    except UnknownModel:
+        raise
     except Exception as error:  # whatever a model's constructor raises
-        raise UnknownModel(f"transformers cannot build {model_type}: {_one_line(error)}; {other}") from error
+        raise UnknownModel(f"transformers cannot build {model_type}: {_one_line(error)}; {_OTHER}") from error
 
     def held(tokens: int) -> Any:
         ids = {"input_ids": torch.zeros((1, tokens), dtype=torch.long, device="meta")}
@@ -81,7 +82,7 @@ def measure(config: Mapping[str, Any], name: str | None) -> ModelCache:
     except Exception as error:  # whatever a model's forward pass raises
         raise UnknownModel(
             f"model_type={model_type!r} is in no table of the planner, and transformers' model cannot be measured "
-            f"without memory: {_one_line(error)}; {other}"
+            f"without memory: {_one_line(error)}; {_OTHER}"
         ) from error
     text = made.get_text_config(decoder=True).to_dict()
     dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype")
@@ -106,7 +107,7 @@ def _built(config: Mapping[str, Any]) -> tuple[Any, Any]:
     if config["model_type"] not in kinds:
         raise UnknownModel(
             f"model_type={config['model_type']!r} is not an architecture that the planner knows, nor the installed "
-            f"transformers"
+            f"transformers; {_OTHER}"
         )
     plain = {field: value for field, value in config.items() if field != "quantization_config"}
     made = kinds[config["model_type"]].from_dict(plain)
@@ -116,7 +117,10 @@ def _built(config: Mapping[str, Any]) -> tuple[Any, Any]:
         makers.reverse()
     maker = next((maker for maker in makers if type(made) in maker._model_mapping), None)
     if maker is None:
-        raise UnknownModel(f"model_type={config['model_type']!r} makes no text: transformers generates none with it")
+        raise UnknownModel(
+            f"model_type={config['model_type']!r} makes no text, so that it keeps no K and V; plan the model whose "
+            f"text half reads what it sees or hears"
+        )
     with torch.device("meta"):
         model = maker.from_config(made, dtype=torch.bfloat16, attn_implementation="eager")
     model.train(False)

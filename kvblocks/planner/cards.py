@@ -8,6 +8,8 @@ import re
 __all__ = ["CARDS", "card_memory", "parse_gpu"]
 
 # MiB of one card, as its driver reports the total (`nvidia-smi`, `rocm-smi`); what the driver keeps is not in it.
+# Printed, among others, in github.com/modal-labs/modal-client/pull/2797 (T4, L4, A10, L40S, A100 of both sizes, H100),
+# NVIDIA/TensorRT-LLM/issues/10278 (B200) and noonghunna/club-3090/issues/1129 (RTX 3090).
 CARDS: dict[str, int] = {
     "t4": 15360,
     "v100-16g": 16384,

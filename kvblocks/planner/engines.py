@@ -307,6 +307,13 @@ def engine_notes(engine: Engine, model: ModelCache, format: Format, *, swa_full:
                 "fp8 and a float32 scale, 132 bytes"
             )
         found.append(f"{name}: {what}; pages of {_SPARSE_PAGE} ({source})")
+    elif engine == "vllm" and _latent(layers):
+        found.append(
+            f"vLLM: pages of {_SPARSE_PAGE} tokens by default for latent attention, as its kernels ask for "
+            f"(FLASHMLA, FLASHINFER_MLA; vllm/platforms/cuda.py, CudaPlatformBase.check_and_update_config)"
+        )
+    elif engine == "sglang":
+        found.append("SGLang: pages of 1 token by default (--page-size; python/sglang/srt/server_args.py, ServerArgs)")
     if engine == "vllm":
         if windows:
             found.append(
