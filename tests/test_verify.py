@@ -125,11 +125,12 @@ def test_half_precision_forgives_near_ties_and_nothing_else(dtype: torch.dtype) 
 def test_a_model_whose_forward_keeps_all_logits() -> None:
     """Its noise is measured over logits of the whole prompt, of which the last ones count."""
 
-    class Plain(LlamaForCausalLM):
-        def forward(self, input_ids: Any, cache: Any = None, use_cache: Any = None) -> Any:  # type: ignore[override]
+    class Plain(LlamaForCausalLM):  # type: ignore[no-untyped-call]
+        def forward(self, input_ids: Any, cache: Any = None, use_cache: Any = None) -> Any:
             return super().forward(input_ids=input_ids, cache=cache, use_cache=use_cache)
 
-    plain = Plain(model().config).to(torch.bfloat16).eval()
+    plain: Any = Plain(model().config)
+    plain.to(torch.bfloat16).eval()
     plain.load_state_dict(model(torch.bfloat16).state_dict())
     tokens = greedy(torch.bfloat16, swap=(4, 1))
     assert verify(plain, REQUEST, tokens) == verify(model(torch.bfloat16), REQUEST, tokens)
