@@ -278,7 +278,10 @@ def lint() -> dict[str, int]:
         "ruff check": ["ruff", "check"],
         "ruff format": ["ruff", "format", "--check"],
         "mypy": [PYTHON, "-m", "mypy", "--strict"],
-        "stubtest": [PYTHON, "-m", "mypy.stubtest", *(f"kvblocks.{name}" for name in compiled_names())],
+        "stubtest": [
+            *(PYTHON, "-m", "mypy.stubtest", "--mypy-config-file", "pyproject.toml"),
+            *(f"kvblocks.{name}" for name in compiled_names()),
+        ],
         "cython-lint": ["cython-lint", *(str(path.relative_to(ROOT)) for path in cython_files())],
     }
     results = {}
