@@ -59,8 +59,8 @@ def has_memory(name: str, given: Tensor) -> Tensor:
 def once(step: Any, key: Hashable, make: Callable[[], _Made]) -> _Made:
     """What `make` checks or reads off the arrays of a step, made for the first layer of a pass and kept for the others.
 
-    A step that can keep it has a dict `derived`, which is emptied when the step is filled again; for any other step it
-    is made each time.
+    A step that can keep it has a dict `derived`, which is empty again once the step is filled anew. For any other step
+    it is made each time.
     """
     kept: dict[Hashable, _Made] | None = getattr(step, "derived", None)
     if kept is None:

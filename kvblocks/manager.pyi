@@ -90,6 +90,9 @@ class StepArrays:
     needs: int
     manager: BlockManager | None
     @property
+    def fills(self) -> int:
+        """How often `prepare` has filled the arrays: while it stays, what was read off them holds."""
+    @property
     def waits(self) -> bool:
         """Whether the pass waits for moves that nobody has marked as made."""
     max_query_len: int

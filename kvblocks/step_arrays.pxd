@@ -33,3 +33,4 @@ cdef struct Arrays:
     Py_ssize_t max_seqs, max_tokens, max_blocks_per_seq
     Py_ssize_t num_seqs, num_tokens, num_copies, max_query_len, max_seq_len
     int64_t needs           # the newest move that the pass waits for, 0: none
+    int64_t fills           # how often they have been filled

@@ -199,7 +199,7 @@ cdef class StepArrays:
         a.num_groups = <int32_t>groups
         a.max_seqs, a.max_blocks_per_seq, a.max_tokens = max_seqs, max_blocks, max_tokens
         a.num_seqs = a.num_tokens = a.num_copies = a.max_query_len = a.max_seq_len = 0
-        a.needs = 0
+        a.needs = a.fills = 0
         self.manager = None
         cdef Py_ssize_t i
         memset(a.input_ids, 0, max_tokens * sizeof(int64_t))
@@ -259,6 +259,11 @@ cdef class StepArrays:
     @property
     def needs(self):
         return self.arrays.needs
+
+    @property
+    def fills(self):
+        """How often `prepare` has filled the arrays: while it stays, what was read off them holds."""
+        return self.arrays.fills
 
     @property
     def waits(self):

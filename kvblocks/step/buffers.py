@@ -68,8 +68,8 @@ class StepBuffers(StepArrays):
             kv_last_page_len: int32 [max_seqs]; None unless asked for. Blocks that a group does not reach
             are left out.
         num_seqs, num_tokens, num_copies, max_query_len, max_seq_len: ints on the host.
-        derived: what the layers of a pass have checked and read off these arrays, so that it is done once; emptied by
-            `prepare`.
+        derived: what the layers of a pass have checked and read off these arrays, so that it is done once; empty again
+            after a `prepare`.
 
     Raises:
         ValueError: a size is not 1 to 2**31 - 1, or there is no such device.
@@ -104,8 +104,7 @@ class StepBuffers(StepArrays):
         with torch.inference_mode(False):  # what is made in inference mode could not be filled outside of it
             self._host = _zeroed(size)
             tensors = _carve(self._host, fields)
-            super().__init__(**{name: tensor.numpy() for name, tensor in tensors.items()}, uploads=True)
-            self._travels = carrier is not None
+            super().__init__(**{name: tensor.numpy() for name, tensor in tensors.items()}, uploads=carrier is not None)
             if carrier is not None:
                 self._to_device = Upload(carrier, self._host, self._pack_bytes(size))
                 tensors = _carve(self._to_device.image, fields)
@@ -119,7 +118,8 @@ class StepBuffers(StepArrays):
         self.kv_indices = tensors.get("kv_indices")
         self.kv_last_page_len = tensors.get("kv_last_page_len")
         self._copies_image = tensors["copies"]
-        self.derived: dict[Hashable, Any] = {}
+        self._derived: dict[Hashable, Any] = {}
+        self._derived_from = self.fills
 
     @classmethod
     def for_config(
@@ -164,10 +164,13 @@ class StepBuffers(StepArrays):
         """int64 [num_copies, 2]: (source, target) blocks to copy before the step's writes."""
         return self._copies_image[: self.num_copies]
 
+    @property
+    def derived(self) -> dict[Hashable, Any]:
+        if self._derived_from != self.fills:
+            self._derived, self._derived_from = {}, self.fills
+        return self._derived
+
     def _upload(self) -> None:
-        self.derived.clear()
-        if not self._travels:
-            return
         try:
             self._to_device.send(self._pack)
         except BaseException:

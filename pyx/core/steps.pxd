@@ -220,6 +220,7 @@ cdef inline int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_le
     if CHECKED:
         for i in range(step.num_rows):
             check_written(c, &step.rows[i])
+    a.fills += 1
     pad_after(a, step.num_rows, num_tokens)
     if a.kv_indices != NULL:
         fill_pages(a, c, step)
