@@ -21,7 +21,7 @@ from core.memory cimport MAX_GENERATION, MAX_GROUPS, MAX_INT32, SLOT_BITS, SLOT_
 from core.ints cimport at, Ints
 from core.text cimport (
     PAGE_REFS, add_extras, clear_text, cut_extras, cut_text, drop_extras, extend_text, grow_text, kvb_same, Mark,
-    own_placeholders, page_of, Paging, share_text, take_extras, Text, token_at,
+    offset_in_page, own_placeholders, page_of, Paging, share_text, take_extras, Text, token_at,
 )
 from core.tree cimport node_at, Tree, tree_drop
 from core.pool cimport Pool, pool_free, pool_step, release_table, unpublish
@@ -293,39 +293,42 @@ cdef inline bint core_unpin(Core* c, int64_t handle, Fault* f) noexcept nogil:
     return True
 
 
+cdef inline bint are_ids(const Ints* tokens, Py_ssize_t i, int64_t first, int64_t n, Fault* f) noexcept nogil:
+    """Whether there are n elements from `first` on, for the sequence at i, and each of them is a token id."""
+    cdef int64_t j, token
+    if n > tokens.size - first:
+        return fail(f, SIZE_TOKENS, i, first + n, tokens.size)
+    for j in range(first, first + n):
+        token = at(tokens, j)
+        if token < 0 or token > MAX_INT32:
+            return fail(f, BAD_TOKEN, j, token, 0)
+    return True
+
+
 cdef inline bint core_append(Core* c, const Ints* seqs, const Ints* tokens, Fault* f) noexcept nogil:
     """Add one token to each, or a placeholder without tokens: `core_extend` for the common case."""
     cdef Py_ssize_t i, n = seqs.size
-    cdef int64_t token
     cdef Seq* seq
     cdef Text* x
-    cdef int32_t* target
     cdef const Paging* p = &c.pool.tree.paging
-    cdef bint by_mask = p.token_shift >= 0
-    cdef int32_t low_bits = <int32_t>(min(p.page_size, MAX_INT32 + <int64_t>1) - 1)
     c.serial += 1
     for i in range(n):
         seq = find(c, at(seqs, i), i, f)
         if seq == NULL or not mark(seq, c.serial, i, f):
             return False
-        if tokens != NULL:
-            if i >= tokens.size:
-                return fail(f, SIZE_TOKENS, i, i + 1, tokens.size)
-            token = at(tokens, i)
-            if token < 0 or token > MAX_INT32:
-                return fail(f, BAD_TOKEN, i, token, 0)
+        if tokens != NULL and not are_ids(tokens, i, i, 1, f):
+            return False
         if seq.text.num_tokens == seq.text.capacity:
             if seq.text.num_tokens == MAX_INT32:
                 return fail(f, TOO_LONG, i, 1, MAX_INT32)
-            if not grow_text(&c.pool.tree.paging, &seq.text, <int64_t>seq.text.num_tokens + 1):
+            if not grow_text(p, &seq.text, <int64_t>seq.text.num_tokens + 1):
                 return fail(f, NO_MEMORY, i, 0, 0)
     if tokens != NULL and n != tokens.size:
         return fail(f, SIZE_TOKENS, -1, n, tokens.size)
     for i in range(n):
         x = &of(c, seqs, i).text
         check(x.num_tokens < x.capacity and x.tail[PAGE_REFS] == 1, b"a text writes into pages of its own")
-        target = x.tail + (x.num_tokens & low_bits if by_mask else x.num_tokens % p.page_size)
-        target[0] = <int32_t>at(tokens, i) if tokens != NULL else -1
+        x.tail[offset_in_page(p, x.num_tokens)] = <int32_t>at(tokens, i) if tokens != NULL else -1
         x.num_tokens += 1
         if tokens == NULL:
             x.num_unknown += 1
@@ -360,8 +363,8 @@ cdef inline bint core_extend(
     Core* c, const Ints* seqs, const Ints* tokens, const Ints* counts, const Marks* m, Fault* f
 ) noexcept nogil:
     """Add counts[i] tokens to each (one without counts), or placeholders without tokens; the extra bytes are in `m`."""
-    cdef Py_ssize_t i, j, k = 0
-    cdef int64_t n, token
+    cdef Py_ssize_t i, j = 0, k = 0
+    cdef int64_t n
     cdef Seq* seq
     c.serial += 1
     for i in range(seqs.size):
@@ -373,13 +376,8 @@ cdef inline bint core_extend(
             return fail(f, BAD_COUNT, i, n, 0)
         if n > MAX_INT32 - seq.text.num_tokens:
             return fail(f, TOO_LONG, i, n, seq.text.num_tokens)
-        if tokens != NULL:
-            if n > tokens.size - k:
-                return fail(f, SIZE_TOKENS, i, k + n, tokens.size)
-            for j in range(k, k + n):
-                token = at(tokens, j)
-                if token < 0 or token > MAX_INT32:
-                    return fail(f, BAD_TOKEN, j, token, 0)
+        if tokens != NULL and not are_ids(tokens, i, k, n, f):
+            return False
         k += n
         if not grow_text(&c.pool.tree.paging, &seq.text, seq.text.num_tokens + n):
             return fail(f, NO_MEMORY, i, 0, 0)
@@ -387,7 +385,7 @@ cdef inline bint core_extend(
         return fail(f, SIZE_TOKENS, -1, k, tokens.size)
     if m != NULL and not plan_marks(c, seqs, m, f):
         return False
-    k = j = 0
+    k = 0
     for i in range(seqs.size):
         seq = of(c, seqs, i)
         n = 1 if counts == NULL else at(counts, i)
@@ -403,8 +401,8 @@ cdef inline bint core_set_tokens(
     Core* c, const Ints* seqs, const Ints* tokens, const Ints* counts, Fault* f
 ) noexcept nogil:
     """Give each sequence's first counts[i] placeholders their ids."""
-    cdef Py_ssize_t i, j, k = 0
-    cdef int64_t n, value
+    cdef Py_ssize_t i, k = 0
+    cdef int64_t n
     cdef int32_t* token
     cdef const Paging* p = &c.pool.tree.paging
     cdef Text* x
@@ -419,12 +417,8 @@ cdef inline bint core_set_tokens(
             return fail(f, BAD_COUNT, i, n, 0)
         if n > seq.text.num_unknown:
             return fail(f, NOT_UNKNOWN, i, n, seq.text.num_unknown)
-        if n > tokens.size - k:
-            return fail(f, SIZE_TOKENS, i, k + n, tokens.size)
-        for j in range(k, k + n):
-            value = at(tokens, j)
-            if value < 0 or value > MAX_INT32:
-                return fail(f, BAD_TOKEN, j, value, 0)
+        if not are_ids(tokens, i, k, n, f):
+            return False
         k += n
         if not own_placeholders(p, &seq.text, <int32_t>n):
             return fail(f, NO_MEMORY, i, 0, 0)

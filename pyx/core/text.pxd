@@ -214,22 +214,24 @@ cdef inline int32_t pages_for(const Paging* p, int64_t num_tokens) noexcept nogi
     return page_of(p, num_tokens + p.page_size - 1)
 
 
+cdef inline int64_t offset_in_page(const Paging* p, int64_t position) noexcept nogil:
+    return position & (p.page_size - 1) if p.token_shift >= 0 else position % p.page_size
+
+
 cdef inline int32_t* token_at(const Paging* p, const Text* x, int32_t position) noexcept nogil:
-    if p.token_shift >= 0:
-        return x.pages[position >> p.token_shift] + (position & (p.page_size - 1))
-    return x.pages[position // p.page_size] + position % p.page_size
+    return x.pages[page_of(p, position)] + offset_in_page(p, position)
 
 
 cdef inline int32_t late_token(const Paging* p, const Text* x, int32_t position) noexcept nogil:
     """A token that is likely to be among the last: without the list of pages if it lies in `tail`."""
     if x.tail != NULL and p.token_shift >= 0 and (position ^ x.num_tokens) < p.page_size:
-        return x.tail[position & (p.page_size - 1)]
+        return x.tail[offset_in_page(p, position)]
     return token_at(p, x, position)[0]
 
 
 cdef inline int32_t run_at(const Paging* p, int32_t position, int64_t count) noexcept nogil:
     """How many of `count` tokens from a position on lie in one page."""
-    return <int32_t>min(count, p.page_size - (position - page_of(p, position) * p.page_size))
+    return <int32_t>min(count, p.page_size - offset_in_page(p, position))
 
 
 cdef inline const int32_t* block_at(const Paging* p, const Text* x, int32_t i) noexcept nogil:
