@@ -255,9 +255,7 @@ class CacheEngine:
             ValueError: no such block or group.
             TypeError: one of them is not an integer.
         """
-        index = checked_integer("block", block)
-        if not 0 <= index < self.num_blocks:
-            raise ValueError(f"block={index} is outside 0..{self.num_blocks - 1}")
+        index = checked_integer("block", block, 0, self.num_blocks - 1)
         pieces = self._pieces_of(group)
         return [(first + index * stride, nbytes) for first, stride, nbytes in pieces.tolist()]
 
@@ -291,9 +289,7 @@ class CacheEngine:
 
     def _pieces_of(self, group: SupportsIndex) -> torch.Tensor:
         """int64 [pieces, 3]: the address of the first block's piece, bytes to the next block, bytes of the piece."""
-        index = checked_integer("group", group)
-        if not 0 <= index < len(self._config.groups):
-            raise ValueError(f"group={index} is outside 0..{len(self._config.groups) - 1}")
+        index = checked_integer("group", group, 0, len(self._config.groups) - 1)
         pieces = []
         for layer in self._config.groups[index].layers:
             cache = self._caches[layer]

@@ -81,11 +81,8 @@ class HostArena:
             ValueError: one of them is out of bounds.
             TypeError: one of them is not an integer.
         """
-        index, length = checked_integer("slot", slot), checked_integer("payload_bytes", payload_bytes)
-        if not 0 <= index < self.num_slots:
-            raise ValueError(f"slot={index} is outside 0..{self.num_slots - 1}")
-        if not 1 <= length <= self.payload_bytes:
-            raise ValueError(f"payload_bytes={length} is outside 1..{self.payload_bytes}")
+        index = checked_integer("slot", slot, 0, self.num_slots - 1)
+        length = checked_integer("payload_bytes", payload_bytes, 1, self.payload_bytes)
         start = index * self.slot_bytes
         return self.buffer[start : start + HEADER_BYTES + length]
 
