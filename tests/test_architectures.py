@@ -41,12 +41,7 @@ _outcomes: dict[str, Outcome] = {}
 
 def build(name: str) -> PreTrainedModel:
     """A model whose attention is sharp and whose logits lie far apart, so that a wrong key changes tokens."""
-    _, model = tiny_models.build(name)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 1.5 * weight.shape[-1] ** -0.5)
+    model = tiny_models.sharp(name)
     assert model.generation_config is not None
     model.generation_config.eos_token_id = None
     return model

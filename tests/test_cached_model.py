@@ -24,14 +24,7 @@ QUIET: dict[str, Any] = {"max_new_tokens": NEW, "stop_tokens": []}
 
 @cache
 def model_of(name: str) -> PreTrainedModel:
-    """Sharp attention, and logits far apart."""
-    _, model = tiny_models.build(name)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 1.5 * weight.shape[-1] ** -0.5)
-    return model
+    return tiny_models.sharp(name)
 
 
 def prompt(length: int, seed: int) -> list[int]:

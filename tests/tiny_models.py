@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-__all__ = ["LEFT_OUT", "VOCABULARY", "WINDOW", "architectures", "build", "known", "tiny_config"]
+__all__ = ["LEFT_OUT", "VOCABULARY", "WINDOW", "architectures", "build", "known", "sharp", "tiny_config"]
 
 VOCABULARY = 97
 WINDOW = 9  # of every sliding window
@@ -421,3 +421,14 @@ def build(name: str, seed: int = 0) -> tuple[PreTrainedConfig, PreTrainedModel]:
         model: PreTrainedModel = models.from_config(config)
     model.train(False)
     return config, model
+
+
+def sharp(name: str) -> PreTrainedModel:
+    """Such a model with sharp attention and logits far apart, so that a wrong key changes tokens."""
+    _, model = build(name)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 1.5 * weight.shape[-1] ** -0.5)
+    return model
