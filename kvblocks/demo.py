@@ -1,4 +1,4 @@
-"""What `kvblocks generate` runs on by default: a small Llama made from a fixed seed, bytes for tokens, and prompts.
+"""What `kvblocks generate --model tiny` runs on: a small Llama made from a fixed seed, bytes for tokens, and prompts.
 
 Nothing is downloaded and nothing was trained: the model babbles, to each prompt in its own way. Imports transformers.
 """

@@ -29,7 +29,8 @@ from kvblocks.generation.request import Settings, check_request
 from kvblocks.generation.sampling import Choosers
 from kvblocks.generation.streams import block_of, generate
 from kvblocks.generation.verify import Verdict, verify
-from kvblocks.integrations.transformers import UnsupportedModel, longest_sequence, served
+from kvblocks.integrations.transformers import UnsupportedModel, longest_sequence
+from kvblocks.integrations.transformers import served as check_served
 
 __all__ = ["run"]
 
@@ -213,7 +214,7 @@ def _load(args: argparse.Namespace) -> _Served:
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype or "auto")
         torch.nn.Module.to(model, device=device).train(False)
-        served(model)
+        check_served(model)
     except Exception as error:  # a damaged file raises what its reader likes
         raise UsageError(f"--model {args.model} cannot be served: {_first_line(error)}") from None
     try:

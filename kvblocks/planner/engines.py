@@ -155,14 +155,19 @@ class _VllmLayout(Layout):
 
 
 @dataclass(frozen=True)
-class _CellLayout(Layout):
-    """llama.cpp's: every sequence has cells of its own, in each layer as many as that one reaches."""
+class _Apart(Layout):
+    """Memory that layer groups do not share: a block of tokens takes one of each."""
 
     pooled = False
 
     @property
     def block_bytes(self) -> int:
         return sum(group.block_bytes for group in self.groups)
+
+
+@dataclass(frozen=True)
+class _CellLayout(_Apart):
+    """llama.cpp's: every sequence has cells of its own, in each layer as many as that one reaches."""
 
     def blocks_of(self, group: BlockGroup, num_tokens: int) -> int:
         everything = math.ceil(num_tokens / self.block_size)
@@ -175,14 +180,8 @@ class _CellLayout(Layout):
 
 
 @dataclass(frozen=True)
-class _TwoPools(Layout):
+class _TwoPools(_Apart):
     """SGLang's: a pool of full layers, and one of windowed layers that has 0.8 of its slots."""
-
-    pooled = False
-
-    @property
-    def block_bytes(self) -> int:
-        return sum(group.block_bytes for group in self.groups)
 
     def held_bytes(self, num_tokens: int) -> int:
         return self.bytes_for(1, num_tokens)
