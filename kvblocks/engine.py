@@ -347,7 +347,7 @@ class CacheEngine:
         self._check_manager(step.manager)
         if step.waits:
             self.copy_blocks(step.copies)
-            step.manager.mark_moved(step.needs)
+            step.manager.mark_moved(step.last_move)
 
     def _check_manager(self, manager: BlockManager) -> None:
         if manager.groups != self._reaches:

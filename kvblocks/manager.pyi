@@ -1,6 +1,6 @@
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
-from typing import Any, NamedTuple, NoReturn, Protocol, Self, SupportsIndex, TypeAlias, final
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol, Self, SupportsIndex, TypeAlias, final, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -37,10 +37,18 @@ class Lengths(NamedTuple):
     num_computed: npt.NDArray[np.int64]
     reserved: npt.NDArray[np.int64]
     num_tokens: npt.NDArray[np.int64]
+    num_loading: npt.NDArray[np.int64]
+
+class Found(NamedTuple):
+    """Tokens of a prefix that are found: in blocks of the device, and in host slots, from which they can be loaded."""
+
+    device: int
+    host: int
 
 class Stats(NamedTuple):
-    """Totals over the successful calls of a manager. Tokens for `prompt_tokens` and `hit_tokens`, else events; blocks
-    for `evictions`, `published`, `merged`, `copies` and `peak_used_blocks`.
+    """Totals over the successful calls of a manager: tokens for `prompt_tokens`, for `hit_tokens` and for those of them
+    that came from the host, `host_hit_tokens`; blocks for `evictions`, `published`, `merged`, `copies`,
+    `peak_used_blocks`, `loads`, `offloads` and `host_evictions`; else events.
     """
 
     admitted: int
@@ -53,6 +61,10 @@ class Stats(NamedTuple):
     merged: int
     copies: int
     peak_used_blocks: int
+    loads: int
+    offloads: int
+    host_evictions: int
+    host_hit_tokens: int
 
 @disjoint_base
 class StepArrays:
@@ -87,8 +99,23 @@ class StepArrays:
     num_seqs: int
     num_tokens: int
     num_copies: int
-    needs: int
     manager: BlockManager | None
+    @property
+    def needs(self) -> int:
+        """The number of the newest move that the pass waits for, 0 for none."""
+    @property
+    def first_move(self) -> int:
+        """The number after that of the newest move that was handed out before this step."""
+    @property
+    def last_move(self) -> int:
+        """The number of the newest move that was handed out with this step, 0 for none: `mark_moved` takes it."""
+    @property
+    def moves(self) -> npt.NDArray[np.int32]:
+        """Moves between device and host that come with this step, in the order in which they are to be done.
+
+        int32 [n, 4]: kind (0: from a device block to a host slot, 1: from a host slot to a device block), layer group,
+        source, target. None once they are marked. They are the manager's: an aborted step's are to be done as well.
+        """
     @property
     def fills(self) -> int:
         """How often `prepare` has filled the arrays: while it stays, what was read off them holds."""
@@ -143,13 +170,17 @@ class BlockManager:
             sequence has one block table for each; all draw from one pool. A block that nothing in its group's reach
             needs any more is given back at `commit`.
         max_seqs: sequences and pins that may exist at once, at most 2**24.
-        max_nodes: nodes of the prefix tree that may exist at once, by default `num_blocks`. Each published block has
-            one. A prefix of which only a window is kept keeps the nodes of its ancestors too. When no node is left,
-            sequences stop publishing.
+        max_nodes: nodes of the prefix tree that may exist at once, by default `num_blocks + host_blocks`. Each
+            published block has one, and each used host slot. A prefix of which only a window is kept keeps the nodes
+            of its ancestors too. When no node is left, host slots are given up, then sequences stop publishing.
         max_open_steps: steps that may be prepared and not yet committed or aborted.
         prefix_caching: whether computed blocks are published and hit.
         watermark: share of the blocks, 0 to 1, that `admit` leaves free while sequences run. Pins and preempted
             sequences do not run.
+        host_blocks: slots of a second pool in host memory, 0 to 2**31 - 2, each of one block of one group; needs
+            `prefix_caching`. Blocks that are about to be evicted are copied there, and hits bring them back: see
+            `StepArrays.moves`. 0: there is none, and nothing is spent on it.
+        write_ahead: blocks that one `prepare` has copied to the host at most, 1 to 2**20.
 
     A hit needs every block of a full group, and of a group with a window or chunks those that its next token reaches.
 
@@ -174,6 +205,8 @@ class BlockManager:
         max_open_steps: int = 8,
         prefix_caching: bool = True,
         watermark: float = 0.0,
+        host_blocks: int = 0,
+        write_ahead: int = 256,
     ) -> Self: ...
     @classmethod
     def for_config(
@@ -196,7 +229,13 @@ class BlockManager:
     def num_resets(self) -> int: ...
     @property
     def moves_marked(self) -> int:
-        """Number of the newest move that is marked as made."""
+        """Number of the newest move that is marked as made, or ordered before whatever reads the blocks."""
+    @property
+    def host_blocks(self) -> int:
+        """Slots in the host pool."""
+    @property
+    def num_free_host_blocks(self) -> int:
+        """Host slots that hold nothing."""
     @property
     def groups(self) -> tuple[Window | Chunk | None, ...]: ...
     @property
@@ -222,6 +261,7 @@ class BlockManager:
         extra: _Extra = (),
         reserve: SupportsIndex | None = None,
         max_hit: SupportsIndex | None = None,
+        host: bool = True,
     ) -> tuple[int, int]:
         """Start a sequence: hold the longest prefix hit and reserve slots for the tokens after it.
 
@@ -232,20 +272,50 @@ class BlockManager:
             reserve: tokens after the hit to reserve slots for now; by default all.
             max_hit: tokens that the hit may have at most; by default all but the last. For whoever needs the logits or
                 the hidden states of the prompt's last tokens again.
+            host: whether the hit may go on over what lies in host slots. It is loaded by the moves of the next step,
+                into blocks that count as needed; where these are not there the hit is cut until they are.
 
         Returns:
-            (seq, num_cached): the handle, and the tokens whose K and V are there already: a multiple of `block_size`,
-            and less than n.
+            (seq, num_cached): the handle, and the tokens whose K and V are there already, or on their way from the
+            host: a multiple of `block_size`, and less than n.
 
         Raises:
             NoFreeBlocks: `.needed` new blocks, `.free` to be had.
             TooManySequences: `max_seqs` are there.
             ValueError, TypeError: `tokens`, `extra`, `reserve` or `max_hit` is not as above.
         """
+    @overload
     def match(
-        self, tokens: _Ints, *, salt: bytes = b"", extra: _Extra = (), max_hit: SupportsIndex | None = None
+        self,
+        tokens: _Ints,
+        *,
+        salt: bytes = b"",
+        extra: _Extra = (),
+        max_hit: SupportsIndex | None = None,
+        tiers: Literal[False] = False,
     ) -> int:
-        """Tokens that are found in the prefix cache now. No effect.
+        """Tokens that are found in the prefix cache now, in host slots too. No effect.
+
+        Args:
+            tiers: whether to say how many tokens lie where, as a `Found`.
+
+        `admit` finds as many, or fewer where windows or chunks let a prompt be longer than the pool and what follows
+        the longest hit would not fit.
+        """
+    @overload
+    def match(
+        self,
+        tokens: _Ints,
+        *,
+        salt: bytes = b"",
+        extra: _Extra = (),
+        max_hit: SupportsIndex | None = None,
+        tiers: Literal[True],
+    ) -> Found:
+        """Tokens that are found in the prefix cache now, in host slots too. No effect.
+
+        Args:
+            tiers: whether to say how many tokens lie where, as a `Found`.
 
         `admit` finds as many, or fewer where windows or chunks let a prompt be longer than the pool and what follows
         the longest hit would not fit.
@@ -273,6 +343,7 @@ class BlockManager:
         extra: _Extra = (),
         reserve: SupportsIndex | None = None,
         max_hit: SupportsIndex | None = None,
+        host: bool = True,
         max_new_tokens: int = 1,
     ) -> Admission:
         """Whether a prompt can be served NOW, LATER or NEVER.
@@ -311,8 +382,9 @@ class BlockManager:
         Args:
             seqs: handles [n], 1 <= n <= step.max_seqs, each once; row i of the step is sequence i.
             query_lens: [n], or one int for all; each at least 1.
-            step: the arrays to fill. Where `step.needs` is not 0 blocks have to be copied before the pass, those of
-                `step.copies`: `engine.move(step)` does it, and marks it.
+            step: the arrays to fill. Where `step.last_move` is not 0 blocks have to be copied, those of `step.copies`
+                and `step.moves`: `engine.move(step)` does it, and marks it. The pass waits for the moves up to
+                `step.needs`.
 
         Returns:
             The step's id, for `commit` or `abort`.
@@ -323,8 +395,16 @@ class BlockManager:
             ValueError: a sequence has not as many tokens left, is preempted, or comes twice; the step is too small; or
                 `max_open_steps` are open.
         """
+    def landed(self, number: int) -> None:
+        """Say that all moves up to `number` are done: nothing that names their blocks or slots has to wait for them.
+
+        Called now and then with what `engine.landed()` gives. Until then steps say that they wait for these moves.
+
+        Raises:
+            ValueError: the move is not marked as made.
+        """
     def mark_moved(self, number: int) -> None:
-        """Say that all moves up to `number`, a step's `needs`, are made, or ordered before whatever reads the blocks.
+        """Say that all moves up to `number`, a step's `last_move`, are made, or ordered before what reads the blocks.
 
         `engine.move(step)` does it; this is for those who keep K and V in tensors of their own.
 
@@ -380,16 +460,23 @@ class BlockManager:
         Raises:
             ValueError: it is in an open step, or preempted already.
         """
-    def resume(self, seq: int, *, reserve: SupportsIndex | None = None, max_hit: SupportsIndex | None = None) -> int:
+    def resume(
+        self,
+        seq: int,
+        *,
+        reserve: SupportsIndex | None = None,
+        max_hit: SupportsIndex | None = None,
+        host: bool = True,
+    ) -> int:
         """Admit a preempted sequence again with the tokens it has; the watermark does not apply.
 
         Args:
             reserve: as of `admit`. By default all tokens, and where groups with windows or chunks let a sequence be
                 longer than the pool, the first one after the hit.
-            max_hit: as of `admit`.
+            max_hit, host: as of `admit`.
 
         Returns:
-            num_cached: tokens whose K and V are still there.
+            num_cached: tokens whose K and V are still there, or on their way from the host.
 
         Raises:
             NoFreeBlocks: as `admit`.
@@ -411,7 +498,9 @@ class BlockManager:
     def tokens(self, seq: int) -> npt.NDArray[np.int32]:
         """The token ids of a sequence, -1 for placeholders: int32 [num_tokens]."""
     def lengths(self, seqs: _Ints) -> Lengths:
-        """`Lengths` of a batch: four int64 arrays [n]."""
+        """`Lengths` of a batch: five int64 arrays [n]. Of the cached tokens `num_loading` are on their way from the
+        host, as far as `landed` was told.
+        """
     def stats(self) -> Stats:
         """`Stats` of the manager so far."""
     def reset_prefix_cache(self) -> None:

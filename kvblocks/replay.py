@@ -140,6 +140,7 @@ class Sample(NamedTuple):
     step: int  # decode steps so far
     usage: float  # share of the blocks that sequences hold
     hit_rate: float  # of all prompt tokens so far, how many were cached
+    host_rate: float  # and how many of them came from the host pool
 
 
 @dataclass
@@ -152,6 +153,7 @@ class Tally:
     requests: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    host_tokens: int = 0  # of the cached ones, those that came from the host pool
     decoded_tokens: int = 0
     decode_steps: int = 0
     admits: int = 0
@@ -172,6 +174,10 @@ class Tally:
     def hit_rate(self) -> float:
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
+    @property
+    def host_rate(self) -> float:
+        return self.host_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
 
 class Replay:
     """Run requests through a manager, at most `concurrency` at once, in order of arrival.
@@ -179,6 +185,8 @@ class Replay:
     A request is admitted with all of its prompt, prefilled in chunks of `step.max_tokens`, then decoded one token a
     step together with all others: append, prepare, commit. When blocks run out, the newest sequence is preempted, and
     resumed before anything new is admitted, once another has ended.
+
+    With a host pool, moves count as made as soon as they are handed out: no byte is moved.
     """
 
     def __init__(self, manager: BlockManager, step: StepArrays, concurrency: int) -> None:
@@ -195,6 +203,7 @@ class Replay:
         self._waiting: deque[tuple[int, int]] = deque()  # preempted: sequence, tokens still to decode
         self._ended = False  # since the last preemption
         self._noise = 0
+        self._host_hit_tokens = manager.stats().host_hit_tokens
 
     def check(self, request: Request) -> None:
         """Raises ValueError when a request could not run even alone."""
@@ -244,6 +253,9 @@ class Replay:
         tally.requests += 1
         tally.prompt_tokens += len(prompt)
         tally.cached_tokens += cached
+        host_hit_tokens = self.manager.stats().host_hit_tokens
+        tally.host_tokens += host_hit_tokens - self._host_hit_tokens
+        self._host_hit_tokens = host_hit_tokens
         self._prefill(seq, len(prompt) - cached)
         self._enter(seq, output_length)
         self._sample()
@@ -254,9 +266,16 @@ class Replay:
         start = clock()
         while num_tokens:
             chunk = min(num_tokens, step.max_tokens)
-            manager.commit(manager.prepare(seq, chunk, step))
+            self._close(manager.prepare(seq, chunk, step))
             num_tokens -= chunk
         self.tally.seconds["prefill"] += clock() - start
+
+    def _close(self, step_id: int) -> None:
+        manager, last_move = self.manager, self.step.last_move
+        if last_move:
+            manager.mark_moved(last_move)
+            manager.landed(last_move)
+        manager.commit(step_id)
 
     def _resume(self) -> None:
         tally, clock = self.tally, time.perf_counter
@@ -275,6 +294,7 @@ class Replay:
             tally.seconds["admit"] += clock() - start
             tally.resumed += 1
             self._waiting.popleft()
+            self._host_hit_tokens = self.manager.stats().host_hit_tokens
             self._prefill(seq, int(self.manager.lengths(seq).num_tokens[0]) - cached)
             self._enter(seq, left)
 
@@ -317,7 +337,7 @@ class Replay:
                 # The token it was just given is computed when it is resumed.
                 self._waiting.appendleft((newest, self._leave(newest) - 1))
                 seqs = np.array(self._batch, np.int64)
-        manager.commit(step_id)
+        self._close(step_id)
         tally.seconds["decode"] += clock() - start
         tally.decode_steps += 1
         if tally.decode_steps % SAMPLE_STEPS == 0:
@@ -340,4 +360,4 @@ class Replay:
 
     def _sample(self) -> None:
         tally = self.tally
-        tally.samples.append(Sample(tally.decode_steps, self.manager.usage, tally.hit_rate))
+        tally.samples.append(Sample(tally.decode_steps, self.manager.usage, tally.hit_rate, tally.host_rate))

@@ -33,4 +33,6 @@ cdef struct Arrays:
     Py_ssize_t max_seqs, max_tokens, max_blocks_per_seq
     Py_ssize_t num_seqs, num_tokens, num_copies, max_query_len, max_seq_len
     int64_t needs           # the newest move that the pass waits for, 0: none
+    int64_t first_move      # of those that were handed out with the step, as far as there are any
+    int64_t last_move       # 0: none
     int64_t fills           # how often they have been filled

@@ -18,6 +18,7 @@ from core.text cimport (
     Text,
 )
 from core.tree cimport NODE_HEAD, hash_extra, Line, node_at, Tree, tree_walk
+from core.host cimport Host, host_free, Move, Shadow, Slot
 from core.pool cimport Block, Pool, pool_free, Step
 from core.sequences cimport (
     BAD_ACCEPTED, BAD_COUNT, BAD_QUERY, BAD_TOKEN, BAD_TRIM, COMPUTED_UNKNOWN, EXTRA_SIZE, IN_STEP, IS_PIN,
@@ -27,7 +28,9 @@ from core.sequences cimport (
     Core, core_append, core_extend, core_forget_resume, core_fork, core_free, core_preempt, core_reorder,
     core_reset, core_set_tokens, core_take_back, core_trim, core_unpin, Counters, Fault, find, has_room, Marks, Seq,
 )
-from core.admission cimport core_admit, core_pin, core_resume, hit_limit, longest_hit, most_ever, plan_admission
+from core.admission cimport (
+    Cached, core_admit, core_pin, core_resume, first_row, hit_limit, is_there, longest_hit, most_ever, plan_admission,
+)
 from core.arrays cimport PADDING, PATCH_WORDS, int32_array, int64_array, max_patches, Pack, pack_step
 from core.steps cimport core_abort, core_commit, core_prepare
 from core.audit cimport audit_core, Finding
@@ -97,11 +100,20 @@ class Lengths(NamedTuple):
     num_computed: np.ndarray
     reserved: np.ndarray
     num_tokens: np.ndarray
+    num_loading: np.ndarray
+
+
+class Found(NamedTuple):
+    """Tokens of a prefix that are found: in blocks of the device, and in host slots, from which they can be loaded."""
+
+    device: int
+    host: int
 
 
 class Stats(NamedTuple):
-    """Totals over the successful calls of a manager. Tokens for `prompt_tokens` and `hit_tokens`, else events; blocks
-    for `evictions`, `published`, `merged`, `copies` and `peak_used_blocks`."""
+    """Totals over the successful calls of a manager: tokens for `prompt_tokens`, for `hit_tokens` and for those of them
+    that came from the host, `host_hit_tokens`; blocks for `evictions`, `published`, `merged`, `copies`,
+    `peak_used_blocks`, `loads`, `offloads` and `host_evictions`; else events."""
 
     admitted: int
     prompt_tokens: int
@@ -113,6 +125,10 @@ class Stats(NamedTuple):
     merged: int
     copies: int
     peak_used_blocks: int
+    loads: int
+    offloads: int
+    host_evictions: int
+    host_hit_tokens: int
 
 
 cdef struct Prompt:     # what `admit` and its like were given
@@ -199,7 +215,7 @@ cdef class StepArrays:
         a.num_groups = <int32_t>groups
         a.max_seqs, a.max_blocks_per_seq, a.max_tokens = max_seqs, max_blocks, max_tokens
         a.num_seqs = a.num_tokens = a.num_copies = a.max_query_len = a.max_seq_len = 0
-        a.needs = a.fills = 0
+        a.needs = a.first_move = a.last_move = a.fills = 0
         self.manager = None
         cdef Py_ssize_t i
         memset(a.input_ids, 0, max_tokens * sizeof(int64_t))
@@ -258,7 +274,29 @@ cdef class StepArrays:
 
     @property
     def needs(self):
+        """The number of the newest move that the pass waits for, 0 for none."""
         return self.arrays.needs
+
+    @property
+    def first_move(self):
+        """The number after that of the newest move that was handed out before this step."""
+        return self.arrays.first_move
+
+    @property
+    def last_move(self):
+        """The number of the newest move that was handed out with this step, 0 for none: `mark_moved` takes it."""
+        return self.arrays.last_move
+
+    @property
+    def moves(self):
+        """Moves between device and host that come with this step, in the order in which they are to be done.
+
+        int32 [n, 4]: kind (0: from a device block to a host slot, 1: from a host slot to a device block), layer group,
+        source, target. None once they are marked. They are the manager's: an aborted step's are to be done as well.
+        """
+        return (<BlockManager>self.manager).handed_out(self.arrays.last_move) if self.manager is not None else (
+            np.empty((0, 4), np.int32)
+        )
 
     @property
     def fills(self):
@@ -268,7 +306,7 @@ cdef class StepArrays:
     @property
     def waits(self):
         """Whether the pass waits for moves that nobody has marked as made."""
-        return self.manager is not None and self.arrays.needs > self.manager.moves_marked
+        return self.manager is not None and self.arrays.last_move > self.manager.moves_marked
 
     def _upload(self):
         """Carry the arrays to the device; called by `prepare` after it has filled them, where there is one."""
@@ -318,13 +356,17 @@ cdef class BlockManager:
             sequence has one block table for each; all draw from one pool. A block that nothing in its group's reach
             needs any more is given back at `commit`.
         max_seqs: sequences and pins that may exist at once, at most 2**24.
-        max_nodes: nodes of the prefix tree that may exist at once, by default `num_blocks`. Each published block has
-            one. A prefix of which only a window is kept keeps the nodes of its ancestors too. When no node is left,
-            sequences stop publishing.
+        max_nodes: nodes of the prefix tree that may exist at once, by default `num_blocks + host_blocks`. Each
+            published block has one, and each used host slot. A prefix of which only a window is kept keeps the nodes
+            of its ancestors too. When no node is left, host slots are given up, then sequences stop publishing.
         max_open_steps: steps that may be prepared and not yet committed or aborted.
         prefix_caching: whether computed blocks are published and hit.
         watermark: share of the blocks, 0 to 1, that `admit` leaves free while sequences run. Pins and preempted
             sequences do not run.
+        host_blocks: slots of a second pool in host memory, 0 to 2**31 - 2, each of one block of one group; needs
+            `prefix_caching`. Blocks that are about to be evicted are copied there, and hits bring them back: see
+            `StepArrays.moves`. 0: there is none, and nothing is spent on it.
+        write_ahead: blocks that one `prepare` has copied to the host at most, 1 to 2**20.
 
     A hit needs every block of a full group, and of a group with a window or chunks those that its next token reaches.
 
@@ -349,14 +391,16 @@ cdef class BlockManager:
 
     def __cinit__(
         self, num_blocks, block_size, *, groups=(None,), max_seqs=65536, max_nodes=None, max_open_steps=8,
-        prefix_caching=True, watermark=0.0,
+        prefix_caching=True, watermark=0.0, host_blocks=0, write_ahead=256,
     ):
         cdef Core* c = &self.core
         cdef Pool* p = &c.pool
         cdef Tree* t = &p.tree
         cdef int32_t blocks = <int32_t>bounded(num_blocks, "num_blocks", 1, MAX_INT32 - 1)
         cdef int32_t size = <int32_t>bounded(block_size, "block_size", 1, MAX_INT32)
-        cdef int32_t nodes = blocks
+        cdef int32_t slots = <int32_t>bounded(host_blocks, "host_blocks", 0, MAX_INT32 - 1)
+        cdef int32_t ahead = <int32_t>bounded(write_ahead, "write_ahead", 1, 1 << 20)
+        cdef int32_t nodes = <int32_t>min(<int64_t>blocks + slots, MAX_INT32 - 1)
         if max_nodes is not None:
             nodes = <int32_t>bounded(max_nodes, "max_nodes", 0, MAX_INT32 - 1)
         self.groups = checked_groups(groups, c)
@@ -364,18 +408,19 @@ cdef class BlockManager:
             raise TypeError(f"watermark must be a number, not {type(watermark).__name__}")
         if not 0.0 <= watermark <= 1.0:
             raise ValueError(f"watermark={watermark} must be 0 to 1")
-        if not isinstance(prefix_caching, bool):
-            raise TypeError(f"prefix_caching must be a bool, not {type(prefix_caching).__name__}")
+        cdef bint caching = boolean(prefix_caching, "prefix_caching")
+        if slots and not caching:
+            raise ValueError(f"{host_blocks=} needs prefix_caching=True: host slots keep published blocks")
         self.slots = c.max_seqs = <int32_t>bounded(max_seqs, "max_seqs", 1, SLOT_MASK + 1)
         p.max_steps = <int32_t>bounded(max_open_steps, "max_open_steps", 1, 1024)
         c.block_size = t.block_size = size
         t.paging = paging_of(size)
         c.shift = (<object>size).bit_length() - 1 if size & (size - 1) == 0 else -1
-        c.caching = prefix_caching
+        c.caching = caching
         c.watermark = <int32_t>(watermark * blocks)
         c.uid = next(_manager_ids)
         c.unused_seq = -1
-        t.max_nodes = nodes if prefix_caching else 0
+        t.max_nodes = nodes if caching else 0
         t.fresh = 1
         t.seal, t.seed = struct.unpack("QQ", os.urandom(16))
         t.num_groups = c.num_groups
@@ -401,6 +446,8 @@ cdef class BlockManager:
             or t.nodes == NULL or t.tokens == NULL or t.lines == NULL or t.key == NULL
         ):
             raise MemoryError(f"no memory to keep books of num_blocks={blocks} blocks of block_size={size} tokens")
+        if slots:
+            open_host(c, slots, ahead)
         node_at(t, 0).hash = t.seal
         node_at(t, 0).uses = 1
         # A block that is larger is hashed only once a text has filled it: then `make_key` makes the rest.
@@ -444,6 +491,7 @@ cdef class BlockManager:
         unmap(c.pool.tree.nodes, <size_t>c.pool.tree.max_nodes + 1, c.pool.tree.width)
         unmap(c.pool.tree.tokens, <size_t>c.pool.tree.max_nodes + 1, c.block_size * sizeof(int32_t))
         unmap(c.pool.tree.lines, c.pool.tree.num_lines, sizeof(Line))
+        close_host(c, self.slots)
         free(c.pool.steps)
         unmap(c.pool.tree.key, <size_t>c.block_size + 2, sizeof(uint32_t))
 
@@ -468,8 +516,19 @@ cdef class BlockManager:
 
     @property
     def moves_marked(self):
-        """Number of the newest move that is marked as made."""
-        return self.core.moves_marked
+        """Number of the newest move that is marked as made, or ordered before whatever reads the blocks."""
+        return self.core.pool.moves.marked
+
+    @property
+    def host_blocks(self):
+        """Slots in the host pool."""
+        return self.core.pool.host.num_slots
+
+    @property
+    def num_free_host_blocks(self):
+        """Host slots that hold nothing."""
+        with self.lock:
+            return host_free(&self.core.pool.host)
 
     @property
     def num_free_blocks(self):
@@ -490,7 +549,7 @@ cdef class BlockManager:
 
     # Admission
 
-    def admit(self, tokens, *, salt=b"", extra=(), reserve=None, max_hit=None):
+    def admit(self, tokens, *, salt=b"", extra=(), reserve=None, max_hit=None, host=True):
         """Start a sequence: hold the longest prefix hit and reserve slots for the tokens after it.
 
         Args:
@@ -500,10 +559,12 @@ cdef class BlockManager:
             reserve: tokens after the hit to reserve slots for now; by default all.
             max_hit: tokens that the hit may have at most; by default all but the last. For whoever needs the logits or
                 the hidden states of the prompt's last tokens again.
+            host: whether the hit may go on over what lies in host slots. It is loaded by the moves of the next step,
+                into blocks that count as needed; where these are not there the hit is cut until they are.
 
         Returns:
-            (seq, num_cached): the handle, and the tokens whose K and V are there already: a multiple of `block_size`,
-            and less than n.
+            (seq, num_cached): the handle, and the tokens whose K and V are there already, or on their way from the
+            host: a multiple of `block_size`, and less than n.
 
         Raises:
             NoFreeBlocks: `.needed` new blocks, `.free` to be had.
@@ -512,32 +573,39 @@ cdef class BlockManager:
         """
         cdef Prompt prompt
         cdef Fault f
-        cdef int64_t seq, num_cached = 0, limit = optional(reserve, "reserve"), longest = optional(max_hit, "max_hit")
+        cdef Cached cached
+        cdef int64_t seq, limit = optional(reserve, "reserve"), longest = optional(max_hit, "max_hit")
+        cdef bint loads = boolean(host, "host")
         try:
             self.open_prompt(tokens, salt, extra, &prompt, False)
             with nogil, self.lock:
-                seq = core_admit(&self.core, &prompt.text, limit, longest, &f, &num_cached)
+                seq = core_admit(&self.core, &prompt.text, limit, longest, loads, &f, &cached)
         finally:
             self.close_prompt(&prompt)
         if seq == 0:
             raise self.error(&f)
         try:
-            return seq, num_cached
+            return seq, cached.tokens
         except MemoryError:
             with self.lock:
                 core_take_back(&self.core, seq, True)
+                self.core.pool.host.hit_tokens -= cached.loaded
             raise
 
-    def match(self, tokens, *, salt=b"", extra=(), max_hit=None):
-        """Tokens that are found in the prefix cache now. No effect.
+    def match(self, tokens, *, salt=b"", extra=(), max_hit=None, tiers=False):
+        """Tokens that are found in the prefix cache now, in host slots too. No effect.
+
+        Args:
+            tiers: whether to say how many tokens lie where, as a `Found`.
 
         `admit` finds as many, or fewer where windows or chunks let a prompt be longer than the pool and what follows
         the longest hit would not fit.
         """
         cdef int64_t longest = optional(max_hit, "max_hit")
         cdef Prompt prompt
-        cdef int32_t hit = 0
+        cdef int32_t hit = 0, i, g, late = 0
         cdef int32_t* path = NULL
+        cdef bint apart = boolean(tiers, "tiers"), host = self.core.pool.host.num_slots > 0, there
         try:
             self.open_prompt(tokens, salt, extra, &prompt, True)
             path = <int32_t*>grab(<size_t>blocks_for(prompt.text.num_tokens, self.core.block_size) * sizeof(int32_t))
@@ -545,10 +613,18 @@ cdef class BlockManager:
                 raise MemoryError(f"no memory to match {prompt.text.num_tokens} tokens")
             with nogil, self.lock:
                 hit = tree_walk(&self.core.pool.tree, &prompt.text, hit_limit(&self.core, &prompt.text, longest), path)
-                hit = longest_hit(&self.core, path, hit)
+                hit = longest_hit(&self.core, path, hit, host)
+                for i in range(hit if apart and host else 0):
+                    there = True
+                    for g in range(self.core.num_groups):
+                        if i >= first_row(&self.core, g, hit * self.core.block_size):
+                            there = there and is_there(&self.core, path[i], g, False)
+                    late += not there
         finally:
             free(path)
             self.close_prompt(&prompt)
+        if apart:
+            return Found((hit - late) * self.core.block_size, late * self.core.block_size)
         return hit * self.core.block_size
 
     def blocks_needed(self, num_tokens, *, reserve=None, max_new_tokens=1):
@@ -574,7 +650,7 @@ cdef class BlockManager:
             needed = most_ever(&self.core, n, new, limit)
         return needed
 
-    def can_admit(self, tokens, *, salt=b"", extra=(), reserve=None, max_hit=None, max_new_tokens=1):
+    def can_admit(self, tokens, *, salt=b"", extra=(), reserve=None, max_hit=None, host=True, max_new_tokens=1):
         """Whether a prompt can be served NOW, LATER or NEVER.
 
         NEVER: `blocks_needed` of it is more than the pool has, so that even alone it could not be computed and answered
@@ -587,7 +663,7 @@ cdef class BlockManager:
         cdef int64_t new = bounded(max_new_tokens, "max_new_tokens", 1, MAX_INT32)
         cdef int32_t hit, target
         cdef int32_t* path = NULL
-        cdef bint now = False
+        cdef bint now = False, loads = boolean(host, "host")
         try:
             self.open_prompt(tokens, salt, extra, &prompt, True)
             with nogil:
@@ -599,7 +675,7 @@ cdef class BlockManager:
                 raise MemoryError(f"no memory to match {prompt.text.num_tokens} tokens")
             with nogil, self.lock:
                 now = has_room(&self.core, 1, &f) and plan_admission(
-                    &self.core, &prompt.text, limit, longest, path, &hit, &target, &f, True
+                    &self.core, &prompt.text, limit, longest, loads, path, &hit, &target, &f, True
                 )
         finally:
             free(path)
@@ -620,35 +696,37 @@ cdef class BlockManager:
         if not ok:
             raise self.error(&f)
 
-    def resume(self, seq, *, reserve=None, max_hit=None):
+    def resume(self, seq, *, reserve=None, max_hit=None, host=True):
         """Admit a preempted sequence again with the tokens it has; the watermark does not apply.
 
         Args:
             reserve: as of `admit`. By default all tokens, and where groups with windows or chunks let a sequence be
                 longer than the pool, the first one after the hit.
-            max_hit: as of `admit`.
+            max_hit, host: as of `admit`.
 
         Returns:
-            num_cached: tokens whose K and V are still there.
+            num_cached: tokens whose K and V are still there, or on their way from the host.
 
         Raises:
             NoFreeBlocks: as `admit`.
             ValueError: it is not preempted.
         """
         cdef Fault f
-        cdef int64_t handle = as_int(seq, "seq"), limit = optional(reserve, "reserve"), num_cached = 0
+        cdef int64_t handle = as_int(seq, "seq"), limit = optional(reserve, "reserve")
         cdef int64_t longest = optional(max_hit, "max_hit")
-        cdef bint ok
+        cdef Cached cached
+        cdef bint ok, loads = boolean(host, "host")
         with nogil, self.lock:
-            ok = core_resume(&self.core, handle, limit, longest, &f, &num_cached)
+            ok = core_resume(&self.core, handle, limit, longest, loads, &f, &cached)
         if not ok:
             raise self.error(&f)
         try:
-            return num_cached
+            return cached.tokens
         except MemoryError:
             with self.lock:
                 if core_preempt(&self.core, handle, &f):
-                    core_forget_resume(&self.core, handle, num_cached)
+                    core_forget_resume(&self.core, handle, cached.tokens)
+                    self.core.pool.host.hit_tokens -= cached.loaded
             raise
 
     def pin(self, tokens, *, salt=b"", extra=()):
@@ -759,8 +837,9 @@ cdef class BlockManager:
         Args:
             seqs: handles [n], 1 <= n <= step.max_seqs, each once; row i of the step is sequence i.
             query_lens: [n], or one int for all; each at least 1.
-            step: the arrays to fill. Where `step.needs` is not 0 blocks have to be copied before the pass, those of
-                `step.copies`: `engine.move(step)` does it, and marks it.
+            step: the arrays to fill. Where `step.last_move` is not 0 blocks have to be copied, those of `step.copies`
+                and `step.moves`: `engine.move(step)` does it, and marks it. The pass waits for the moves up to
+                `step.needs`.
 
         Returns:
             The step's id, for `commit` or `abort`.
@@ -798,6 +877,8 @@ cdef class BlockManager:
             except BaseException as error:
                 with self.lock:
                     closed = core_abort(&self.core, step_id, &f)
+                    if closed:
+                        keep_moves(&self.core)
                 if not closed:
                     error.add_note(f"step {step_id} stays open, as another thread has prepared a later one: abort both")
                 raise
@@ -806,11 +887,12 @@ cdef class BlockManager:
         except MemoryError:
             with self.lock:
                 if core_abort(&self.core, step_id, &f):
+                    keep_moves(&self.core)
                     self.core.counters.copies -= step.arrays.num_copies
             raise
 
     def mark_moved(self, number):
-        """Say that all moves up to `number`, a step's `needs`, are made, or ordered before whatever reads the blocks.
+        """Say that all moves up to `number`, a step's `last_move`, are made, or ordered before what reads the blocks.
 
         `engine.move(step)` does it; this is for those who keep K and V in tensors of their own.
 
@@ -819,11 +901,29 @@ cdef class BlockManager:
         """
         cdef int64_t last = as_int(number, "number"), noted
         with self.lock:
-            noted = self.core.moves_noted
+            noted = self.core.pool.moves.handed
             if 0 <= last <= noted:
-                self.core.moves_marked = max(self.core.moves_marked, last)
+                self.core.pool.moves.marked = max(self.core.pool.moves.marked, last)
+                if last == noted:
+                    self.core.pool.host.num_moves = 0
         if not 0 <= last <= noted:
             raise ValueError(f"number={last} must be 0 to {noted}, the newest move")
+
+    def landed(self, number):
+        """Say that all moves up to `number` are done: nothing that names their blocks or slots has to wait for them.
+
+        Called now and then with what `engine.landed()` gives. Until then steps say that they wait for these moves.
+
+        Raises:
+            ValueError: the move is not marked as made.
+        """
+        cdef int64_t last = as_int(number, "number"), marked
+        with self.lock:
+            marked = self.core.pool.moves.marked
+            if 0 <= last <= marked:
+                self.core.pool.moves.landed = max(self.core.pool.moves.landed, last)
+        if not 0 <= last <= marked:
+            raise ValueError(f"number={last} must be 0 to {marked}, the newest move that is marked as made")
 
     def commit(self, step_id, accepted=None):
         """Close the oldest open step: its pass is done, or ordered before whatever reads the blocks.
@@ -972,7 +1072,8 @@ cdef class BlockManager:
         return self.read(handle, False)
 
     def lengths(self, seqs):
-        """`Lengths` of a batch: four int64 arrays [n]."""
+        """`Lengths` of a batch: five int64 arrays [n]. Of the cached tokens `num_loading` are on their way from the
+        host, as far as `landed` was told."""
         cdef Ints s
         cdef Fault f
         cdef Seq* seq = NULL
@@ -982,7 +1083,7 @@ cdef class BlockManager:
         s.viewed = False
         try:
             open_ints(seqs, "seqs", &s)
-            columns = np.empty((4, s.size), np.int64)
+            columns = np.empty((5, s.size), np.int64)
             if s.size:
                 out = columns
             with self.lock:
@@ -991,7 +1092,7 @@ cdef class BlockManager:
                     if seq == NULL:
                         break
                     out[0, i], out[1, i] = seq.num_cached, seq.num_computed
-                    out[2, i], out[3, i] = seq.reserved, seq.text.num_tokens
+                    out[2, i], out[3, i], out[4, i] = seq.reserved, seq.text.num_tokens, num_loading(&self.core, seq)
         finally:
             close_ints(&s)
         if seq == NULL and len(columns[0]):
@@ -1001,13 +1102,15 @@ cdef class BlockManager:
     def stats(self):
         """`Stats` of the manager so far."""
         cdef Counters n
+        cdef Host h
         cdef int64_t evictions
         with self.lock:
             n = self.core.counters
+            h = self.core.pool.host
             evictions = self.core.pool.evictions
         return Stats(
             n.admitted, n.prompt_tokens, n.hit_tokens, evictions, n.preemptions, n.resumed, n.published, n.merged,
-            n.copies, n.peak_used,
+            n.copies, n.peak_used, h.num_loaded, h.num_offloaded, h.evictions, h.hit_tokens,
         )
 
     def audit(self):
@@ -1028,6 +1131,22 @@ cdef class BlockManager:
             )
 
     # Edge
+
+    cdef object handed_out(self, int64_t last_move):
+        """The moves of the step whose newest move this is, int32 [n, 4]; none once they are marked."""
+        cdef const Host* h = &self.core.pool.host
+        cdef int32_t i, n = 0, room = -1
+        cdef int32_t[:, ::1] out
+        while n > room:
+            room = n
+            array = np.empty((room, 4), np.int32)
+            out = array
+            with self.lock:
+                n = h.num_moves if last_move == self.core.pool.moves.handed else 0
+                for i in range(n if n <= room else 0):
+                    out[i, 0], out[i, 1] = h.moves[i].kind, h.moves[i].group
+                    out[i, 2], out[i, 3] = h.moves[i].source, h.moves[i].target
+        return array[:n]
 
     cdef int add_tokens(self, seqs, tokens, counts, extra) except -1:
         cdef Ints s, t, n
@@ -1190,7 +1309,7 @@ cdef class BlockManager:
         if problem == UNMOVED:
             return MovesPending(
                 f"blocks up to move {v} have to be copied, and only {b} were: call engine.move(step) right after "
-                f"prepare, or copy those of step.copies and call mark_moved(step.needs)",
+                f"prepare, or copy those of step.moves and step.copies and call mark_moved(step.last_move)",
                 v,
             )
         if problem == STALE:
@@ -1250,6 +1369,68 @@ cdef tuple checked_groups(object given, Core* c):
             raise TypeError(f"groups[{g}]={reach!r}; give None, a Window or a Chunk")
         c.reach_ends = c.reach_ends or reach is not None
     return groups
+
+
+cdef int open_host(Core* c, int32_t slots, int32_t write_ahead) except -1:
+    """Map what a host pool needs, untouched; `close_host` gives it back, also after an error."""
+    cdef Host* h = &c.pool.host
+    cdef int32_t blocks = c.pool.num_blocks
+    h.num_slots, h.write_ahead, h.oldest, h.newest = slots, write_ahead, -1, -1
+    h.horizon = max(8192, blocks // 16)
+    h.slots = <Slot*>map_zeroed(slots, sizeof(Slot))
+    h.stack = <int32_t*>map_zeroed(slots, sizeof(int32_t))
+    h.slot_of = <int32_t*>map_zeroed((<size_t>c.pool.tree.max_nodes + 1) * c.num_groups, sizeof(int32_t))
+    h.shadows = <Shadow*>map_zeroed(blocks, sizeof(Shadow))
+    h.loads = <int32_t*>map_zeroed(blocks, sizeof(int32_t))
+    h.moves = <Move*>map_zeroed(<size_t>blocks + write_ahead, sizeof(Move))
+    h.needs = <int64_t*>map_zeroed(c.max_seqs, sizeof(int64_t))
+    if (
+        h.slots == NULL or h.stack == NULL or h.slot_of == NULL or h.shadows == NULL or h.loads == NULL
+        or h.moves == NULL or h.needs == NULL
+    ):
+        raise MemoryError(f"no memory to keep books of host_blocks={slots} slots")
+    return 0
+
+
+cdef void close_host(Core* c, int32_t max_seqs) noexcept:
+    cdef Host* h = &c.pool.host
+    if h.num_slots == 0:
+        return
+    unmap(h.slots, h.num_slots, sizeof(Slot))
+    unmap(h.stack, h.num_slots, sizeof(int32_t))
+    unmap(h.slot_of, (<size_t>c.pool.tree.max_nodes + 1) * c.num_groups, sizeof(int32_t))
+    unmap(h.shadows, c.pool.num_blocks, sizeof(Shadow))
+    unmap(h.loads, c.pool.num_blocks, sizeof(int32_t))
+    unmap(h.moves, <size_t>c.pool.num_blocks + h.write_ahead, sizeof(Move))
+    unmap(h.needs, max_seqs, sizeof(int64_t))
+
+
+cdef void keep_moves(Core* c) noexcept:
+    """Let the next step hand out again what a step that never came to be has handed out."""
+    if c.pool.host.num_slots:
+        c.pool.moves.handed = c.pool.moves.marked
+
+
+cdef int64_t num_loading(const Core* c, const Seq* seq) noexcept:
+    """Tokens of a sequence's hit that were not there when their loads were last asked for."""
+    cdef const Host* h = &c.pool.host
+    cdef int32_t i, g, b, late = 0
+    cdef bint loads
+    if h.num_slots == 0 or h.needs[seq - c.seqs] <= c.pool.moves.landed:
+        return 0
+    for i in range(seq.num_cached // c.block_size):
+        loads = False
+        for g in range(c.num_groups):
+            b = seq.table[<int64_t>i * c.num_groups + g]
+            loads = loads or b >= 0 and h.shadows[b].load > c.pool.moves.landed
+        late += loads
+    return <int64_t>late * c.block_size
+
+
+cdef bint boolean(object value, str name) except? -1:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, not {type(value).__name__}")
+    return value
 
 
 cdef int64_t optional(object value, str name) except? -1:

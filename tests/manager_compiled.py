@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from manager_machine import Driver, StepView
+from manager_model import Move
 
 from kvblocks.manager import BlockManager
 from kvblocks.step.buffers import StepBuffers
@@ -36,6 +37,7 @@ def read_step(step: StepBuffers) -> StepView:
         step.seq_lens.tolist(),
         step.query_start_loc.tolist(),
         [(source, target) for source, target in step.copies.tolist()],
+        [Move(bool(kind), group, source, target) for kind, group, source, target in step.moves.tolist()],
         step.num_seqs,
         step.num_tokens,
         step.max_query_len,

@@ -55,6 +55,7 @@ class Device:
     block_size: int
     groups: Sequence[Window | Chunk | None]
     slots: dict[int, tuple[int, int]] = field(default_factory=dict)
+    host: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # what each host slot holds, token by token
     names: dict[tuple[Any, ...], int] = field(default_factory=dict)
     fresh: Iterator[int] = field(default_factory=count)
 
@@ -72,6 +73,15 @@ class Device:
             for offset in range(self.block_size):
                 found = self.slots.get(source * self.block_size + offset, (-1, -1))
                 self.slots[target * self.block_size + offset] = found
+
+    def move(self, move: Any) -> None:
+        """A block to a host slot, or back: all that lies there, whatever it is."""
+        block = move.target if move.loads else move.source
+        places = range(block * self.block_size, (block + 1) * self.block_size)
+        if move.loads:
+            self.slots.update(zip(places, self.host.get(move.source, [(-1, -1)] * self.block_size), strict=True))
+        else:
+            self.host[move.target] = [self.slots.get(place, (-1, -1)) for place in places]
 
     def reached(self, tables: Sequence[Sequence[int]], start: int) -> Iterator[int]:
         """Blocks that queries from `start` on may read."""

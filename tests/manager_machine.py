@@ -7,6 +7,7 @@ that a sequence which would read another one's cache is seen to do so. Knows a m
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from random import Random
 from typing import Any
@@ -16,7 +17,8 @@ from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from manager_device import Device, RunRow, Truth
-from manager_model import UNKNOWN, Admission, ModelManager, ModelStep
+from manager_model import UNKNOWN, Admission, ModelManager, ModelStep, Move
+from manager_streams import Streams, Work
 
 from kvblocks.config import Chunk, Window
 from kvblocks.errors import MovesPending, NoFreeBlocks, StaleSequence, TooManySequences
@@ -51,6 +53,7 @@ class StepView:
     seq_lens: list[int]
     query_start_loc: list[int]
     copies: list[tuple[int, int]]
+    moves: list[Move]
     num_seqs: int
     num_tokens: int
     max_query_len: int
@@ -76,6 +79,7 @@ def read_model_step(step: ModelStep) -> StepView:
         padded(step.seq_lens, step.max_seqs, 0),
         padded(step.query_start_loc, step.max_seqs + 1, step.num_tokens),
         list(step.copies),
+        list(step.moves),
         step.num_seqs,
         step.num_tokens,
         step.max_query_len,
@@ -147,12 +151,15 @@ class ManagerMachine(RuleBasedStateMachine):
 
     driver: Driver
     reference: Callable[..., ModelManager]
+    streams: Streams
+    tiers: bool | None = None  # whether managers that cache have host slots; None: half of them have
 
     @rule(seed=st.integers(0, 2**32 - 1))
     def act(self, seed: int) -> None:
         """One action; what it is and all its arguments follow from the seed, which is quick, and evenly spread."""
         self.finished = False
-        self.rng = Random(seed)
+        self.rng = self.streams.rng = Random(seed)
+        self.streams.run_some()
         names = [a.name for a in ACTIONS for _ in range(self.weight(a)) if a.when(self)]
         getattr(self, self.rng.choice(names))()
         self.finished = True
@@ -180,8 +187,12 @@ class ManagerMachine(RuleBasedStateMachine):
             "prefix_caching": choice([*[True] * 9, False]),
             "watermark": choice([0.0, 0.0, 0.0, 0.1, 0.3]),
         }
+        if config["prefix_caching"] and (choice([True, False]) if self.tiers is None else self.tiers):
+            config["host_blocks"] = choice([1, 3, 8, 20, num_blocks, 2 * num_blocks])
+            config["write_ahead"] = choice([256, 256, 2, 1])
         note(f"manager({num_blocks}, {self.block_size}, {config}); honest: {self.honest}")
         self.caching = config["prefix_caching"]
+        self.host = "host_blocks" in config
         self.max_seqs = config["max_seqs"]
         self.model = type(self).reference(num_blocks, self.block_size, **config)
         self.subject = self.driver.manager(num_blocks, self.block_size, **config)
@@ -192,11 +203,15 @@ class ManagerMachine(RuleBasedStateMachine):
         self.steps = [(self.driver.step(*size, each), ModelStep(*size, each)) for size in sizes]
         self.max_prompt = max(2, min(50 if self.large else 14, num_blocks // each * self.block_size // 2))
         self.prompts: list[tuple[list[int], bytes, list[tuple[int, bytes]]]] = []
+        self.visits: list[tuple[list[int], dict[str, Any]]] = []
         self.gone: list[int] = []
         self.device = Device(self.block_size, self.groups)
         self.weights = 0
         self.truths: dict[int, Truth] = {}
         self.runs: list[tuple[int, list[RunRow]]] = []
+        self.streams = Streams(self.rng)
+        self.passes: dict[int, Work] = {}  # of open steps
+        self.closed: list[Work] = []  # what was launched for steps that were committed or aborted, until it is done
         self.compare()
 
     # Both managers
@@ -228,6 +243,7 @@ class ManagerMachine(RuleBasedStateMachine):
             f"expected {model.num_sequences}, got {subject.num_sequences}"
         )
         assert abs(subject.usage - model.usage) < 1e-9
+        assert subject.num_free_host_blocks == model.num_free_host_blocks
         assert tuple(subject.stats()) == tuple(model.stats()), f"expected {model.stats()}, got {subject.stats()}"
         handles = list(model.sequences)
         assert plain(tuple(subject.lengths(handles))) == tuple(model.lengths(handles))
@@ -238,17 +254,38 @@ class ManagerMachine(RuleBasedStateMachine):
             if self.honest:
                 truth = self.truths[handle]
                 assert all(token in (UNKNOWN, true) for token, true in zip(tokens, truth.tokens, strict=True))
+                if self.streams.passes or model.sequences[handle].needs > self.streams.landed:
+                    continue  # on its way
                 computed = int(subject.lengths([handle]).num_computed[0])
                 contents = self.device.identities(truth)[:computed]
                 tables = plain(subject.block_table(handle))
                 self.device.check(
                     tables if len(self.groups) > 1 else [tables], contents, computed, f"sequence {handle}"
                 )
+        if self.honest:
+            self.check_host()
         subject.audit()
+
+    def check_host(self) -> None:
+        """What lies in host slots, as whoever takes it further would find it, is what their nodes say."""
+        for slot, (node, g) in self.model.home.items():
+            if self.model.move_of_slot[slot] > self.streams.landed:
+                continue
+            blocks, salts = [], {id(root): salt for salt, root in self.model.roots.items()}
+            while node.parent is not None:
+                blocks.append(node.key)
+                node = node.parent
+            truth = Truth(salts[id(node)], [], {}, self.weights)
+            for tokens, extra in reversed(blocks):
+                truth.extra |= {len(truth.tokens) + place: data for place, data in extra}
+                truth.tokens += tokens
+            names = self.device.identities(truth)[-self.block_size :]
+            expected = [(g, name) for name in names]
+            assert self.device.host.get(slot) == expected, f"host slot {slot} holds another prefix"
 
     def compare_steps(self, subject_step: Any, model_step: ModelStep) -> None:
         got, expected = self.driver.read(subject_step), read_model_step(model_step)
-        for name in StepView.__dataclass_fields__:
+        for name in StepView.__dataclass_fields__.keys() - {"moves"}:
             ours, theirs = getattr(expected, name), getattr(got, name)
             assert theirs == ours, f"step.{name}: expected {ours}, got {theirs}"
 
@@ -331,7 +368,8 @@ class ManagerMachine(RuleBasedStateMachine):
 
     def bounds(self) -> dict[str, Any]:
         """How much of a sequence is reserved and may be hit when it comes."""
-        return {"reserve": self.a_reserve(), "max_hit": self.rng.choice([None, None, None, 0, 3, 8])}
+        bounds = {"reserve": self.a_reserve(), "max_hit": self.rng.choice([None, None, None, 0, 3, 8])}
+        return bounds | ({"host": False} if self.rng.randint(0, 5) == 0 else {})
 
     def some_extra(self, count: int) -> list[tuple[int, bytes]]:
         """Extra bytes for some of `count` tokens that are added."""
@@ -425,7 +463,7 @@ class ManagerMachine(RuleBasedStateMachine):
     def match(self) -> None:
         tokens, identity = self.a_prompt()
         bounds = self.bounds()
-        self.both("match", self.token_input(tokens), **identity, max_hit=bounds["max_hit"])
+        self.both("match", self.token_input(tokens), **identity, max_hit=bounds["max_hit"], tiers=self.coin())
         self.both("can_admit", tokens, **identity, **bounds)
 
     @action(3, when=lambda self: len(self.handles) > 1)
@@ -440,6 +478,8 @@ class ManagerMachine(RuleBasedStateMachine):
     @action(8, when=lambda self: self.handles and 3 * self.model.num_free_blocks < self.model.num_blocks)
     def make_room(self) -> None:
         """Something leaves a crowded pool, or most of what follows would be refused."""
+        if not self.handles:
+            return
         self.free() if self.coin() or not self.resting else self.preempt()
 
     @action(1, when=lambda self: self.resting)
@@ -598,7 +638,7 @@ class ManagerMachine(RuleBasedStateMachine):
     # Steps
 
     def run(self, seqs: Any, lens: Any, which: int = 0) -> Any:
-        """Prepare in both; where it succeeds, play the device's part in order: copies, then writes."""
+        """Prepare in both; where it succeeds, launch the device's part: moves, copies, then the pass."""
         subject_step, model_step = self.steps[which]
         expected = outcome(self.model.prepare, seqs, lens, model_step)
         got = outcome(self.subject.prepare, seqs, lens, subject_step)
@@ -606,19 +646,80 @@ class ManagerMachine(RuleBasedStateMachine):
         self.compare_steps(subject_step, model_step)
         if not isinstance(expected, Raised):
             assert subject_step.needs == model_step.needs
-            if model_step.needs:
+            assert subject_step.last_move == model_step.last_move
+            view, after = self.driver.read(subject_step), list(self.closed)
+            assert view.moves == model_step.moves, f"moves: expected {model_step.moves}, got {view.moves}"
+            aborted = False
+            if model_step.last_move:
                 self.forget_to_move(expected, which)
-                self.both_uncopied("mark_moved", model_step.needs)
-            self.play(expected, plain(np.atleast_1d(np.asarray(seqs))), self.driver.read(subject_step))
+                aborted = self.rng.randint(0, 9) == 0
+                if aborted:
+                    self.both_uncopied("abort", expected)
+                    self.next_is_refused(which)
+                if self.host or not aborted:
+                    self.launch_moves(view, model_step.last_move, after)
+                    self.both_uncopied("mark_moved", model_step.last_move)
+            if aborted:  # the pass was not launched, and the copies that it was to read go nowhere
+                self.compare()
+                return Raised(ValueError, ())
+            self.play(expected, plain(np.atleast_1d(np.asarray(seqs))), view, subject_step.needs)
         self.compare()
         return expected
+
+    def launch_moves(self, step: StepView, last_move: int, after: list[Work]) -> None:
+        """Loads first, which are numbered before copies-on-write, and offloads last."""
+        first_offload = last_move + 1 - sum(not move.loads for move in step.moves)
+        number = self.model.moves_marked
+        for move in step.moves:
+            if move.loads:
+                named = {
+                    block
+                    for _, rows in self.runs
+                    for row in rows
+                    for block in self.device.reached(row.tables, row.start)
+                }
+                assert move.target not in named, f"a load writes block {move.target}, which an open step names"
+            first, last = (number + 1, number) if move.loads else (first_offload, first_offload)
+            self.streams.launch_move(partial(self.device.move, move), after, first, last)
+            first_offload += not move.loads
+        self.streams.launch_move(lambda: None, after, last_move, last_move)
+
+    @action(2, when=lambda self: self.host)
+    def landed(self) -> None:
+        self.both("landed", self.rng.choice([self.streams.landed] * 4 + [0, self.streams.landed // 2]))
+
+    @action(14, when=lambda self: self.host and self.model.free_slots)
+    def visit(self) -> None:
+        """Conversations come, are answered and leave, until the first of them has to come back from the host."""
+        for _ in range(self.rng.randint(1, 4)):
+            if self.visits and self.coin():
+                tokens, identity = self.rng.choice(self.visits)
+                tokens = tokens + self.some_tokens(self.rng.randint(0, 2))
+                self.both("match", tokens, **identity, tiers=True)
+            else:
+                tokens, identity = self.a_prompt()
+            admitted = self.both_admit(tokens, identity, self.bounds())
+            if isinstance(admitted, Raised):
+                self.make_room()
+                continue
+            handle, cached = admitted
+            self.visits = [*self.visits[-7:], (tokens, identity)]
+            if self.rng.randint(0, 3) and not isinstance(self.run([handle], [len(tokens) - cached]), Raised):
+                self.close("commit", 0)
+            if self.rng.randint(0, 3):
+                del self.truths[handle]
+                self.both("free", handle)
 
     def forget_to_move(self, step_id: int, which: int) -> None:
         """Before its copies are marked as made the step cannot be committed, and no other one prepared."""
         if len(self.model.steps) == 1:
             assert self.both_uncopied("commit", step_id) == Raised(MovesPending, (None,) * 4)
+        self.next_is_refused(which)
+
+    def next_is_refused(self, which: int) -> None:
+        """While moves are not on their way; but for an abort that has taken copies back where there are no others."""
         ready = [handle for handle in self.runnable if len(self.model.steps) < self.model.max_open_steps]
-        if ready:
+        if ready and self.model.moves_handed > self.model.moves_marked:
             subject_step, model_step = self.steps[which - 1]
             expected = outcome(self.model.prepare, ready[:1], [1], model_step)
             got = outcome(self.subject.prepare, ready[:1], [1], subject_step)
@@ -627,8 +728,8 @@ class ManagerMachine(RuleBasedStateMachine):
             assert expected.kind in (MovesPending, NoFreeBlocks, ValueError)
             self.compare_steps(subject_step, model_step)
 
-    def play(self, step_id: int, handles: list[int], step: StepView) -> None:
-        self.device.copy_blocks(step.copies)
+    def play(self, step_id: int, handles: list[int], step: StepView, needs: int) -> None:
+        """Launch a pass: what it reads is checked when it runs, which is at once unless there are moves to wait for."""
         written = {slot // self.block_size for slots in step.slot_mapping for slot in slots[: step.num_tokens]}
         written |= {target for _, target in step.copies}
         for _, rows in self.runs:
@@ -636,30 +737,44 @@ class ManagerMachine(RuleBasedStateMachine):
                 if row.handle not in handles:
                     named = set(self.device.reached(row.tables, row.start))
                     assert not written & named, f"step {step_id} writes what an open step still names"
-        rows = []
+        rows, writes = [], []
         for i, handle in enumerate(handles):
             first, last = step.query_start_loc[i], step.query_start_loc[i + 1]
             end = step.seq_lens[i]
             start = end - (last - first)
             tables = [table[i][: -(-end // self.block_size)] for table in step.block_table]
             contents = self.device.identities(self.truths[handle])[:end]
-            if self.honest:
-                self.device.check(tables, contents[:start], start, f"sequence {handle} in step {step_id}")
             for g, slots in enumerate(step.slot_mapping):
-                for slot, position in zip(slots[first:last], range(start, end), strict=True):
-                    self.device.slots[slot] = g, contents[position]
+                writes += [
+                    (slot, (g, contents[position]))
+                    for slot, position in zip(slots[first:last], range(start, end), strict=True)
+                ]
             self.truths[handle].written = end
             rows.append(RunRow(handle, start, end, tables, contents))
-        if self.honest:
-            for row in rows:
+
+        def run() -> None:
+            self.device.copy_blocks(step.copies)
+            for row in rows if self.honest else []:
+                what = f"sequence {row.handle} in step {step_id}"
+                self.device.check(row.tables, row.contents[: row.start], row.start, what)
+            self.device.slots.update(writes)
+            for row in rows if self.honest else []:
                 what = f"sequence {row.handle} in step {step_id}, all written"
                 self.device.check(row.tables, row.contents, row.start, what)
+
+        self.passes[step_id] = self.streams.launch_pass(run, needs)
         self.runs.append((step_id, rows))
+        if self.host:
+            self.streams.run_some()
+        else:
+            self.streams.finish()
 
     def close(self, name: str, index: int, accepted: list[int] | None = None, given: Any = None) -> None:
         """Commit or abort; until then nothing may have been written over what the step reads."""
         step_id, rows = self.runs[index]
-        if self.honest:
+        launched = self.passes.pop(step_id)
+        self.closed = [work for work in [*self.closed, launched] if not work.done]
+        if self.honest and launched.done:
             for row in rows:
                 what = f"sequence {row.handle} in step {step_id}, at {name}"
                 self.device.check(row.tables, row.contents, row.start, what)
@@ -955,6 +1070,8 @@ class ManagerMachine(RuleBasedStateMachine):
             return  # the step before failed, or was cut short
         while self.runs:
             self.close("commit", 0)
+        self.streams.finish()
+        self.compare()
         for handle in self.pins:
             self.both("unpin", handle)
         handles = self.handles
@@ -963,5 +1080,8 @@ class ManagerMachine(RuleBasedStateMachine):
         assert self.subject.num_free_blocks == self.model.num_blocks
 
 
-def machine_for(driver: Driver, reference: Callable[..., ModelManager] = ModelManager) -> type[ManagerMachine]:
-    return type("Machine", (ManagerMachine,), {"driver": driver, "reference": staticmethod(reference)})
+def machine_for(
+    driver: Driver, reference: Callable[..., ModelManager] = ModelManager, tiers: bool | None = None
+) -> type[ManagerMachine]:
+    parts = {"driver": driver, "reference": staticmethod(reference), "tiers": tiers}
+    return type("Machine", (ManagerMachine,), parts)

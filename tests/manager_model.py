@@ -50,6 +50,24 @@ class Stats(NamedTuple):
     merged: int
     copies: int
     peak_used_blocks: int
+    loads: int
+    offloads: int
+    host_evictions: int
+    host_hit_tokens: int
+
+
+class Found(NamedTuple):
+    device: int
+    host: int
+
+
+class Move(NamedTuple):
+    """A block of one group that is to be copied: loaded from a host slot, or else offloaded to one."""
+
+    loads: bool
+    group: int
+    source: int
+    target: int
 
 
 class Lengths(NamedTuple):
@@ -57,6 +75,7 @@ class Lengths(NamedTuple):
     num_computed: list[int]
     reserved: list[int]
     num_tokens: list[int]
+    num_loading: list[int]
 
 
 class ModelStep:
@@ -77,7 +96,9 @@ class ModelStep:
         self.seq_lens: list[int] = []
         self.query_start_loc: list[int] = [0]
         self.copies: list[tuple[int, int]] = []
+        self.moves: list[Move] = []
         self.needs = 0
+        self.last_move = 0
         self.num_seqs = 0
         self.num_tokens = 0
         self.max_query_len = 0
@@ -86,11 +107,12 @@ class ModelStep:
 
 @dataclass(eq=False)
 class Node:
-    """One full block of tokens after one exact prefix. A root (of a salt) has no parent and no blocks."""
+    """One full block of tokens after one exact prefix. A root (of a salt) has no parent, no blocks and no slots."""
 
     parent: "Node | None"
     key: BlockKey
     blocks: list[int | None]  # for each group the one that hangs here
+    slots: list[int | None]  # and the host slot
     children: dict[BlockKey, "Node"] = field(default_factory=dict)
 
 
@@ -115,6 +137,7 @@ class Seq:
     may_publish: bool = True
     preempted: bool = False
     freed: bool = False  # its handle is gone, its blocks stay until its last open step closes
+    needs: int = 0  # the newest move that names a block of its table
 
 
 @dataclass(eq=False)
@@ -139,7 +162,7 @@ class Row:
 class OpenStep:
     step_id: int
     rows: list[Row]
-    needs: int = 0  # the newest move that its pass waits for
+    last_move: int = 0  # the newest move that was handed out with it
     waiting: list[int] = field(default_factory=list)  # blocks free once this step closes, in the order released
 
 
@@ -177,13 +200,17 @@ class ModelManager:
         max_open_steps: int = 8,
         prefix_caching: bool = True,
         watermark: float = 0.0,
+        host_blocks: int = 0,
+        write_ahead: int = 256,
         checking: bool = True,
     ) -> None:
+        if host_blocks and not prefix_caching:
+            raise ValueError("host blocks are for the prefix cache")
         self.groups = tuple(groups)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.max_seqs = max_seqs
-        self.max_nodes = num_blocks if max_nodes is None else max_nodes
+        self.max_nodes = num_blocks + host_blocks if max_nodes is None else max_nodes
         self.max_open_steps = max_open_steps
         self.prefix_caching = prefix_caching
         self.watermark_blocks = int(watermark * num_blocks)
@@ -204,7 +231,22 @@ class ModelManager:
 
         self.steps: list[OpenStep] = []  # oldest first
         self.last_step_id = 0
-        self.moves_noted = self.moves_marked = 0  # copies-on-write, counted from 1
+        # Copies-on-write, loads and offloads, counted from 1: noted, handed out with a step, enqueued, done.
+        self.moves_noted = self.moves_handed = self.moves_marked = self.moves_landed = 0
+
+        # A host slot is unused, or hangs on a node.
+        self.host_blocks = host_blocks
+        self.write_ahead = write_ahead
+        self.host_unused = list(reversed(range(host_blocks)))  # a stack
+        self.host_slots: list[int] = []  # those that hang on nodes, least recently used first
+        self.home: dict[int, tuple[Node, int]] = {}  # slot -> its node and group
+        self.move_of_block = [0] * num_blocks  # the newest move that names it: who writes it waits for that
+        self.group_of_slot = [0] * host_blocks
+        self.load_of_block = [0] * num_blocks  # the newest load of what it holds: who reads it waits for that
+        self.move_of_slot = [0] * host_blocks
+        self.loading: list[tuple[int, int]] = []  # (block, slot) of loads that are noted and not handed out
+        self.examined = 0  # leading blocks of `idle` that were offloaded, or need not be
+        self.slid: set[int] = set()  # cached blocks that went out of a window
         self.counts = dict.fromkeys(Stats._fields, 0)
 
     # Looking in
@@ -236,7 +278,17 @@ class ModelManager:
             [s.num_computed for s in batch],
             [s.reserved for s in batch],
             [len(s.tokens) for s in batch],
+            [self._num_loading(s) for s in batch],
         )
+
+    def _num_loading(self, sequence: Seq) -> int:
+        rows = sequence.table[: sequence.num_cached // self.block_size]
+        late = [row for row in rows if any(b != GONE and self.load_of_block[b] > self.moves_landed for b in row)]
+        return len(late) * self.block_size
+
+    @property
+    def num_free_host_blocks(self) -> int:
+        return len(self.host_unused)
 
     def stats(self) -> Stats:
         return Stats(**self.counts)
@@ -255,13 +307,14 @@ class ModelManager:
         extra: Extra = (),
         reserve: int | None = None,
         max_hit: int | None = None,
+        host: bool = True,
     ) -> tuple[int, int]:
         ids, marks = self._prompt(tokens, salt, extra)
         room, longest = _optional("reserve", reserve), _optional("max_hit", max_hit)
         if not self.free_slots:
             raise TooManySequences("every slot is taken", self.max_seqs)
         sequence = Seq(0, ids, salt, marks)
-        hit, target = self._find_room(sequence, room, longest, self.watermark_blocks)
+        hit, target = self._find_room(sequence, room, longest, self.watermark_blocks, host)
         sequence.handle = self._new_handle()
         self.sequences[sequence.handle] = sequence
         self._occupy(sequence, hit, target)
@@ -269,9 +322,14 @@ class ModelManager:
         return sequence.handle, sequence.num_cached
 
     @public
-    def match(self, tokens: Any, *, salt: bytes = b"", extra: Extra = (), max_hit: int | None = None) -> int:
+    def match(
+        self, tokens: Any, *, salt: bytes = b"", extra: Extra = (), max_hit: int | None = None, tiers: bool = False
+    ) -> Any:
         ids, marks = self._prompt(tokens, salt, extra)
-        return len(self._hit(ids, salt, marks, _optional("max_hit", max_hit))) * self.block_size
+        path = self._hit(ids, salt, marks, _optional("max_hit", max_hit), host=True)
+        host = sum(None in row for row in self._needed(path))
+        found = Found((len(path) - host) * self.block_size, host * self.block_size)
+        return found if tiers else sum(found)
 
     def blocks_needed(self, num_tokens: int, *, reserve: int | None = None, max_new_tokens: int = 1) -> int:
         step = _optional("reserve", reserve)
@@ -298,6 +356,7 @@ class ModelManager:
         extra: Extra = (),
         reserve: int | None = None,
         max_hit: int | None = None,
+        host: bool = True,
         max_new_tokens: int = 1,
     ) -> Admission:
         ids, marks = self._prompt(tokens, salt, extra)
@@ -307,7 +366,7 @@ class ModelManager:
         if not self.free_slots:
             return Admission.LATER
         try:
-            self._find_room(Seq(0, ids, salt, marks), room, longest, self.watermark_blocks)
+            self._find_room(Seq(0, ids, salt, marks), room, longest, self.watermark_blocks, host)
         except NoFreeBlocks:
             return Admission.LATER
         return Admission.NOW
@@ -411,8 +470,8 @@ class ModelManager:
             raise ValueError(f"{sum(lens)} tokens, the step has room for {step.max_tokens}")
         if needed > self.num_free_blocks:
             raise NoFreeBlocks("not enough free blocks for the step", needed, self.num_free_blocks)
-        if self.moves_noted > self.moves_marked:
-            raise MovesPending("blocks were not copied", self.moves_noted)
+        if self.moves_handed > self.moves_marked:
+            raise MovesPending("blocks were not copied", self.moves_handed)
 
         self.last_step_id += 1
         rows = [self._prepare_row(sequence, n, in_place) for sequence, n in zip(batch, lens, strict=True)]
@@ -420,22 +479,33 @@ class ModelManager:
         self.steps.append(opened)
         self._fill(step, rows)
         self.moves_noted += len(step.copies)
-        opened.needs = step.needs = self.moves_noted if step.copies else 0
+        step.needs = self.moves_noted if step.copies else max(row.sequence.needs for row in rows)
+        if step.needs <= self.moves_landed:
+            step.needs = 0
+        step.moves = self._noted_loads() + self._offload_ahead()
+        opened.last_move = step.last_move = self.moves_noted if self.moves_noted > self.moves_handed else 0
+        self.moves_handed = self.moves_noted
         return self.last_step_id
 
     @public
     def mark_moved(self, number: int) -> None:
-        if not 0 <= _int("number", number) <= self.moves_noted:
-            raise ValueError(f"number={number} is outside 0..{self.moves_noted}")
+        if not 0 <= _int("number", number) <= self.moves_handed:
+            raise ValueError(f"number={number} is outside 0..{self.moves_handed}")
         self.moves_marked = max(self.moves_marked, number)
+
+    @public
+    def landed(self, number: int) -> None:
+        if not 0 <= _int("number", number) <= self.moves_marked:
+            raise ValueError(f"number={number} is outside 0..{self.moves_marked}")
+        self.moves_landed = max(self.moves_landed, number)
 
     @public
     def commit(self, step_id: int, accepted: Any = None) -> None:
         if _int("step_id", step_id) not in [step.step_id for step in self.steps[:1]]:
             raise ValueError(f"step_id={step_id} is not the oldest open step")
         step = self.steps[0]
-        if step.needs > self.moves_marked:
-            raise MovesPending("blocks were not copied", step.needs)
+        if step.last_move > self.moves_marked:
+            raise MovesPending("blocks were not copied", step.last_move)
         counts = [row.query_len for row in step.rows] if accepted is None else _ints("accepted", accepted)
         if len(counts) != len(step.rows):
             raise ValueError(f"{len(step.rows)} rows but {len(counts)} counts of accepted tokens")
@@ -466,8 +536,8 @@ class ModelManager:
         if _int("step_id", step_id) not in [step.step_id for step in self.steps[-1:]]:
             raise ValueError(f"step_id={step_id} is not the newest open step")
         step = self.steps.pop()
-        if step.needs > self.moves_marked:
-            self.moves_marked = self.moves_noted
+        if not self.host_blocks:
+            self.moves_marked = max(self.moves_marked, step.last_move)  # its copies need not be made
         for row in reversed(step.rows):
             sequence = row.sequence
             self._drop_from_end(sequence, row.rows_before)
@@ -504,7 +574,7 @@ class ModelManager:
         self.counts["preemptions"] += 1
 
     @public
-    def resume(self, seq: int, *, reserve: int | None = None, max_hit: int | None = None) -> int:
+    def resume(self, seq: int, *, reserve: int | None = None, max_hit: int | None = None, host: bool = True) -> int:
         sequence = self._sequence(seq)
         room, longest = _optional("reserve", reserve), _optional("max_hit", max_hit)
         if not sequence.preempted:
@@ -512,7 +582,7 @@ class ModelManager:
         length = len(sequence.tokens)
         if room is None and length and self.blocks_needed(length) > self.num_blocks:
             room = 1 if self.blocks_needed(length, reserve=1) <= self.num_blocks else None
-        hit, target = self._find_room(sequence, room, longest, watermark=0)
+        hit, target = self._find_room(sequence, room, longest, 0, host)
         sequence.preempted = False
         sequence.may_publish = True
         self._occupy(sequence, hit, target)
@@ -530,7 +600,7 @@ class ModelManager:
         if not path:
             raise ValueError("nothing of this prefix is published")
         handle = self._new_handle()
-        self.pins[handle] = self._hold_path(path), path[-1]
+        self.pins[handle] = self._hold_path(path, Seq(handle, ids, salt, marks)), path[-1]
         return handle
 
     @public
@@ -554,6 +624,10 @@ class ModelManager:
                 self._drop_row(row)
         self.unused += self.idle
         self.idle.clear()
+        self.examined = 0
+        self.host_unused += self.host_slots
+        self.host_slots.clear()
+        self.home.clear()
         for sequence in self._all_sequences():
             sequence.may_publish = False
             sequence.num_published = 0
@@ -575,19 +649,26 @@ class ModelManager:
             first = position // reach.size * reach.size
         return first // self.block_size
 
-    def _take(self) -> int:
+    def _take(self, sequence: Seq) -> int:
         if self.unused:
             block = self.unused.pop()
         else:
             block = self.idle.pop(0)
+            self.examined = max(0, self.examined - 1)
             self._unpublish(block)
             self.counts["evictions"] += 1
         self.refs[block] = 1
+        self._cancel_load(block)
+        self.slid.discard(block)
+        sequence.needs = max(sequence.needs, self.move_of_block[block])
+        self.load_of_block[block] = 0
         return block
 
     def _hold(self, block: int) -> None:
         if self.refs[block] == 0:
+            self.examined -= self.idle.index(block) < self.examined
             self.idle.remove(block)
+            self.slid.discard(block)
         self.refs[block] += 1
 
     def _drop(self, block: int, naming: OpenStep | None = None) -> None:
@@ -625,6 +706,8 @@ class ModelManager:
             for row in sequence.table[: self._first_row(g, sequence.num_computed)]:
                 if row[g] != GONE:
                     self._drop(row[g])
+                    if self.refs[row[g]] == 0:
+                        self.slid.add(row[g])
                     row[g] = GONE
 
     # Prefix tree
@@ -635,48 +718,134 @@ class ModelManager:
         return tuple(tokens[start:end]), tuple(inside)
 
     def _root(self, salt: bytes) -> Node:
-        return self.roots.setdefault(salt, Node(None, ((), ()), []))
+        return self.roots.setdefault(salt, Node(None, ((), ()), [], []))
 
-    def _find(self, tokens: list[int], salt: bytes, extra: dict[int, bytes], max_blocks: int) -> list[Node]:
-        """The longest published prefix that every group can serve. No node has an unknown token."""
+    def _find(
+        self, tokens: list[int], salt: bytes, extra: dict[int, bytes], max_blocks: int, host: bool = False
+    ) -> list[Node]:
+        """The longest published prefix that every group can serve, with `host` from slots too.
+
+        No node has an unknown token.
+        """
         node = self.roots.get(salt)
         path: list[Node] = []
         while node is not None and len(path) < max_blocks:
             node = node.children.get(self._block_key(tokens, extra, len(path)))
             if node is not None:
                 path.append(node)
-        while not self._serves(path):
+        while not self._serves(path, host):
             path.pop()
         return path
 
-    def _serves(self, path: list[Node]) -> bool:
+    def _serves(self, path: list[Node], host: bool) -> bool:
         """Whether the blocks that a token after this path reaches are there in every group."""
         return all(
-            node.blocks[g] is not None
+            node.blocks[g] is not None or (host and node.slots[g] is not None)
             for g in range(len(self.groups))
             for node in path[self._first_row(g, len(path) * self.block_size) :]
         )
 
-    def _hit(self, tokens: list[int], salt: bytes, extra: dict[int, bytes], max_hit: int | None) -> list[Node]:
+    def _hit(
+        self, tokens: list[int], salt: bytes, extra: dict[int, bytes], max_hit: int | None, host: bool
+    ) -> list[Node]:
         """As `_find`, of at most `max_hit` tokens and leaving at least one to compute."""
         longest = max(0, len(tokens) - 1) if max_hit is None else min(max_hit, max(0, len(tokens) - 1))
-        return self._find(tokens, salt, extra, longest // self.block_size)
+        return self._find(tokens, salt, extra, longest // self.block_size, host)
 
-    def _needed(self, path: list[Node]) -> list[list[int]]:
-        """The rows of a table that begins with this hit."""
+    def _needed(self, path: list[Node]) -> list[list[int | None]]:
+        """The rows of a table that begins with this hit; None: what has to be loaded."""
         first = [self._first_row(g, len(path) * self.block_size) for g in range(len(self.groups))]
-        rows = []
-        for i, node in enumerate(path):
-            row = [GONE if i < low else block for low, block in zip(first, node.blocks, strict=True)]
-            assert None not in row
-            rows.append([block for block in row if block is not None])
-        return rows
+        return [
+            [GONE if i < low else block for low, block in zip(first, node.blocks, strict=True)]
+            for i, node in enumerate(path)
+        ]
 
-    def _hold_path(self, path: list[Node]) -> list[list[int]]:
+    def _hold_path(self, path: list[Node], sequence: Seq) -> list[list[int]]:
         rows = self._needed(path)
-        for block in (block for row in rows for block in row if block != GONE):
-            self._hold(block)
-        return rows
+        for there in (block for row in rows for block in row if block is not None and block != GONE):
+            self._hold(there)
+            sequence.needs = max(sequence.needs, self.load_of_block[there])
+        table: list[list[int]] = []
+        for node, row in reversed(list(zip(path, rows, strict=True))):
+            table.insert(0, [self._load(sequence, node, g) if b is None else b for g, b in enumerate(row)])
+            for g, block in enumerate(row):
+                if block != GONE:
+                    self._use_slot(node, g)
+        return table
+
+    # Host slots
+
+    def _use_slot(self, node: Node, g: int) -> None:
+        """Make the slot, if there is one, the most recently used."""
+        slot = node.slots[g]
+        if slot is not None:
+            self.host_slots.remove(slot)
+            self.host_slots.append(slot)
+
+    def _drop_slot(self, slot: int) -> None:
+        node, g = self.home.pop(slot)
+        node.slots[g] = None
+        self.host_slots.remove(slot)
+        self.host_unused.append(slot)
+        self.counts["host_evictions"] += 1
+        self._prune(node)
+
+    def _load(self, sequence: Seq, node: Node, g: int) -> int:
+        """A block for what lies in a host slot, on its node at once; the load is noted."""
+        slot = node.slots[g]
+        assert slot is not None
+        block = self._take(sequence)
+        node.blocks[g] = block
+        self.node_of[block] = node
+        self.loading.append((block, slot))
+        self.moves_noted += 1
+        self.load_of_block[block] = self.move_of_block[block] = self.move_of_slot[slot] = self.moves_noted
+        sequence.needs = max(sequence.needs, self.moves_noted)
+        return block
+
+    def _cancel_load(self, block: int) -> None:
+        """The block was evicted, and is another's: what was noted for it is not done. The last one takes its place."""
+        for i, (other, _) in enumerate(self.loading):
+            if other == block:
+                self.loading[i] = self.loading[-1]
+                self.loading.pop()
+                return
+
+    def _noted_loads(self) -> list[Move]:
+        """What is handed out with a step, first of all."""
+        moves = []
+        for block, slot in self.loading:
+            # The node may be gone, after a reset; so the group is the slot's when it was noted.
+            moves.append(Move(True, self.group_of_slot[slot], slot, block))
+        self.loading.clear()
+        self.counts["loads"] += len(moves)
+        return moves
+
+    def _offload_ahead(self) -> list[Move]:
+        """Copies to the host of the blocks that will be evicted next, as far as they have none there."""
+        moves: list[Move] = []
+        before = self.moves_noted
+        horizon = max(8192, self.num_blocks // 16)
+        while len(moves) < self.write_ahead and self.examined < min(len(self.idle), horizon) and self.host_blocks:
+            block = self.idle[self.examined]
+            node = self.node_of[block]
+            g = node.blocks.index(block)
+            if node.slots[g] is None and block not in self.slid:
+                if not self.host_unused and self.move_of_slot[self.host_slots[0]] > before:
+                    break  # all of them were given out by this very call
+                if not self.host_unused:
+                    self._drop_slot(self.host_slots[0])
+                slot = self.host_unused.pop()
+                node.slots[g] = slot
+                self.home[slot] = node, g
+                self.group_of_slot[slot] = g
+                self.host_slots.append(slot)
+                self.moves_noted += 1
+                self.move_of_block[block] = self.move_of_slot[slot] = self.moves_noted
+                moves.append(Move(False, g, block, slot))
+            self.examined += 1
+        self.counts["offloads"] += len(moves)
+        return moves
 
     def _publish(self, sequence: Seq) -> None:
         """Hang every full computed block of known tokens in the tree, or take the equal one that hangs there."""
@@ -691,10 +860,12 @@ class ModelManager:
             parent = self._parent_node(sequence, index)
             node = parent.children.get(key)
             if node is None:
+                while len(self._all_nodes()) >= self.max_nodes and self.host_slots:
+                    self._drop_slot(self.host_slots[0])
                 if len(self._all_nodes()) >= self.max_nodes:
                     sequence.may_publish = False
                     return
-                node = parent.children[key] = Node(parent, key, [None] * len(self.groups))
+                node = parent.children[key] = Node(parent, key, [None] * len(self.groups), [None] * len(self.groups))
             for g, own in enumerate(row):
                 if own != GONE:
                     self._hang(sequence, node, g, own)
@@ -709,6 +880,7 @@ class ModelManager:
             self.counts["published"] += 1
             return
         self._hold(there)
+        sequence.needs = max(sequence.needs, self.load_of_block[there])
         sequence.table[sequence.num_published][g] = there
         steps = self._steps_of(sequence)
         self._drop(own, steps[-1] if steps else None)
@@ -727,7 +899,9 @@ class ModelManager:
 
     def _unpublish(self, block: int) -> None:
         node = self.node_of.pop(block)
-        node.blocks[node.blocks.index(block)] = None
+        g = node.blocks.index(block)
+        node.blocks[g] = None
+        self._use_slot(node, g)
         self._prune(node)
 
     def _set_last_node(self, sequence: Seq, node: Node | None) -> None:
@@ -737,8 +911,9 @@ class ModelManager:
             self._prune(before)
 
     def _prune(self, node: Node) -> None:
-        """Nodes without a block, a child or a holder go, from this one up."""
-        while node.parent is not None and not node.children and node.blocks == [None] * len(self.groups):
+        """Nodes without a block, a slot, a child or a holder go, from this one up."""
+        none = [None] * len(self.groups)
+        while node.parent is not None and not node.children and node.blocks == node.slots == none:
             if node in self._holders():
                 return
             del node.parent.children[node.key]
@@ -754,29 +929,43 @@ class ModelManager:
     # Sequences
 
     def _find_room(
-        self, sequence: Seq, reserve: int | None, max_hit: int | None, watermark: int
+        self, sequence: Seq, reserve: int | None, max_hit: int | None, watermark: int, host: bool
     ) -> tuple[list[Node], int]:
-        """The hit of an admission and how many tokens get slots; NoFreeBlocks if fewer than `watermark` stay free."""
-        hit = self._hit(sequence.tokens, sequence.salt, sequence.extra, max_hit)
+        """The hit of an admission and how many tokens get slots; NoFreeBlocks if fewer than `watermark` stay free.
+
+        Where what is to be loaded does not fit, the hit is cut until the rest does.
+        """
+        hit = self._hit(sequence.tokens, sequence.salt, sequence.extra, max_hit, host)
         if reserve is not None and self.blocks_needed(len(sequence.tokens) or 1, reserve=reserve) <= self.num_blocks:
             while hit and self._most_held(len(hit) * self.block_size, len(sequence.tokens), reserve) > self.num_blocks:
                 hit.pop()
-                while not self._serves(hit):
+                while not self._serves(hit, host):
                     hit.pop()
-        target = len(sequence.tokens)
-        if reserve is not None:
-            target = min(target, len(hit) * self.block_size + reserve)
-        new = max(0, self._blocks_for(target) - len(hit)) * len(self.groups)
-        idle = [block for row in self._needed(hit) for block in row if block != GONE and self.refs[block] == 0]
-        available = self.num_free_blocks - len(idle)
-        if new <= available and any(not other.preempted for other in self._all_sequences()):
-            available = max(0, available - watermark)
-        if new > available:
-            raise NoFreeBlocks("not enough free blocks for the sequence", new, available)
-        return hit, target
+        refusal: NoFreeBlocks | None = None
+        while True:
+            target = len(sequence.tokens)
+            if reserve is not None:
+                target = min(target, len(hit) * self.block_size + reserve)
+            blocks = [block for row in self._needed(hit) for block in row if block != GONE]
+            loads = blocks.count(None)
+            new = max(0, self._blocks_for(target) - len(hit)) * len(self.groups) + loads
+            available = self.num_free_blocks - sum(block is not None and self.refs[block] == 0 for block in blocks)
+            if new <= available and any(not other.preempted for other in self._all_sequences()):
+                available = max(0, available - watermark)
+            if new <= available:
+                return hit, target
+            if refusal is None:
+                refusal = NoFreeBlocks("not enough free blocks for the sequence", new, available)
+            if not loads:
+                raise refusal
+            hit.pop()
+            while not self._serves(hit, host):
+                hit.pop()
 
     def _occupy(self, sequence: Seq, hit: list[Node], target: int) -> None:
-        sequence.table = self._hold_path(hit)
+        sequence.needs = 0
+        self.counts["host_hit_tokens"] += self.block_size * sum(None in row for row in self._needed(hit))
+        sequence.table = self._hold_path(hit, sequence)
         sequence.last_node = hit[-1] if hit else None
         cached = len(hit) * self.block_size
         sequence.num_cached = sequence.num_computed = sequence.num_prepared = cached
@@ -789,7 +978,7 @@ class ModelManager:
     def _grow(self, sequence: Seq) -> None:
         """Blocks of every group for the reserved tokens."""
         while len(sequence.table) < self._blocks_for(sequence.reserved):
-            sequence.table.append([self._take() for _ in self.groups])
+            sequence.table.append([self._take(sequence) for _ in self.groups])
 
     def _child(self, parent: Seq, handle: int) -> Seq:
         """A sequence that shares the blocks with computed tokens, and knows all that the parent knows."""
@@ -810,6 +999,7 @@ class ModelManager:
             num_published=parent.num_published,
             last_node=parent.last_node,
             may_publish=parent.may_publish,
+            needs=parent.needs,
         )
 
     def _extend(self, batch: list[Seq], tokens: Any, counts: list[int], extra: Sequence[Extra] | None) -> None:
@@ -938,7 +1128,7 @@ class ModelManager:
             if must and in_place.get(row[g]) is not sequence:
                 # The source keeps this sequence's reference until commit, unless another row writes it in place.
                 lent[g] = row[g] in in_place
-                source, row[g] = row[g], self._take()
+                source, row[g] = row[g], self._take(sequence)
                 copies[g] = source, row[g]
                 self.refs[source] -= lent[g]
                 self.counts["copies"] += 1
@@ -998,11 +1188,20 @@ class ModelManager:
 
         reachable = self._all_nodes()
         hanging = {block: node for node in reachable for block in node.blocks if block is not None}
+        homes = {slot: (node, g) for node in reachable for g, slot in enumerate(node.slots) if slot is not None}
+        _require(10, homes == self.home, "the tree and the host slots disagree")
+        _require(10, sorted(self.home) == sorted(self.host_slots), "a slot hangs on a node and is not in the queue")
+        everywhere = sorted(self.host_unused + self.host_slots)
+        _require(10, everywhere == list(range(self.host_blocks)), "a host slot is lost or in two places")
+        moves = [self.moves_landed, self.moves_marked, self.moves_handed, self.moves_noted]
+        _require(10, moves == sorted(moves), f"moves are done before they are handed out: {moves}")
+        loading = [block for block, _ in self.loading]
+        _require(10, len(set(loading)) == len(loading), "a block waits for two loads")
         _require(3, hanging == self.node_of and len(reachable) <= self.max_nodes, "the tree and the blocks disagree")
         holders = self._holders()
         for node in reachable:
-            alive = node.children or node in holders or any(block is not None for block in node.blocks)
-            _require(3, bool(alive), "a node has neither block nor child nor holder")
+            alive = node.children or node in holders or any(place is not None for place in node.blocks + node.slots)
+            _require(3, bool(alive), "a node has neither block, slot, child nor holder")
             _require(3, len(node.key[0]) == self.block_size and UNKNOWN not in node.key[0], "a node's tokens are wrong")
         for sequence in self._all_sequences():
             last = sequence.last_node
@@ -1055,14 +1254,15 @@ class ModelManager:
             list(self.unused),
             list(self.idle),
             list(self.refs),
-            [(node.key, list(node.blocks), id(node.parent)) for node in self._all_nodes()],
+            [(node.key, list(node.blocks), list(node.slots), id(node.parent)) for node in self._all_nodes()],
             {handle: _fields(sequence) for handle, sequence in self.sequences.items()},
             {handle: [list(row) for row in rows] for handle, (rows, _) in self.pins.items()},
             list(self.free_slots),
             dict(self.generations),
             [(s.step_id, [(_fields(r.sequence), r.start, r.end) for r in s.rows], list(s.waiting)) for s in self.steps],
             self.last_step_id,
-            (self.moves_noted, self.moves_marked),
+            (self.moves_noted, self.moves_handed, self.moves_marked, self.moves_landed),
+            (list(self.host_unused), list(self.host_slots), list(self.loading), self.examined, set(self.slid)),
             dict(self.counts),
         )
 

@@ -102,7 +102,7 @@ def test_a_hit_does_not_keep_a_prompt_from_being_served(
             manager.commit(manager.prepare([seq], size, step))
             left -= size
     except NoFreeBlocks:
-        assert size > max(reserve, 1)
+        assert size > 1  # where steps begin elsewhere, one of `reserve` tokens can hold more blocks
     manager.free([seq])
     assert manager.can_admit([1] * length, reserve=reserve) is Admission.NOW
     assert finishes(manager, length, reserve, 1)

@@ -33,7 +33,7 @@ def busy_manager() -> tuple[BlockManager, dict[str, int]]:
     other, _ = manager.admit([7, 7, 7])
     manager.append([first], [50])
     step_id = manager.prepare([first, other], [1, 3], step)  # the first row writes into a copy
-    manager.mark_moved(step.needs)
+    manager.mark_moved(step.last_move)
     manager.audit()
     return manager, {"first": first, "child": child, "pin": pin, "other": other, "step": step_id}
 

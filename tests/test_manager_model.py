@@ -28,7 +28,7 @@ class Engine:
         lengths = self.manager.lengths(list(seqs))
         left = [int(n) - int(c) for n, c in zip(lengths.num_tokens, lengths.num_computed, strict=True)]
         step_id: int = self.manager.prepare(list(seqs), lens or left, self.step)
-        self.manager.mark_moved(self.step.needs)
+        self.manager.mark_moved(self.step.last_move)
         return step_id
 
     def compute(self, *seqs: int) -> None:

@@ -398,7 +398,7 @@ class Worker(threading.Thread):
                 time.sleep(0)
         view = read_step(self.step)
         self.device.copy_blocks(view.copies)
-        self.manager.mark_moved(self.step.needs)
+        self.manager.mark_moved(self.step.last_move)
         for i, truth in enumerate(truths):
             names = self.device.identities(truth)
             tables = [table[i] for table in view.block_table]

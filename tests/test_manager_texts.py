@@ -12,7 +12,7 @@ PAGE = 1024  # tokens of a page in a release build with blocks of 16; the checke
 
 def run(manager: BlockManager, step: StepBuffers, seq: int, count: int) -> None:
     step_id = manager.prepare([seq], [count], step)
-    manager.mark_moved(step.needs)
+    manager.mark_moved(step.last_move)
     manager.commit(step_id)
 
 

@@ -33,8 +33,9 @@ def run(
     subject: Callable[..., ModelManager],
     reference: Callable[..., ModelManager] = ModelManager,
     settings: settings = SETTINGS,
+    tiers: bool | None = False,
 ) -> None:
-    machine = machine_for(Driver(subject, MODEL.step, MODEL.read), partial(reference, checking=False))
+    machine = machine_for(Driver(subject, MODEL.step, MODEL.read), partial(reference, checking=False), tiers)
     run_state_machine_as_test(machine, settings=settings)
 
 
@@ -100,10 +101,10 @@ class LastSlotTwice(ModelManager):
 
 class FailedAdmissionCounts(ModelManager):
     def _find_room(
-        self, sequence: Seq, reserve: int | None, max_hit: int | None, watermark: int
+        self, sequence: Seq, reserve: int | None, max_hit: int | None, watermark: int, host: bool
     ) -> tuple[list[Node], int]:
         self.counts["prompt_tokens"] += 1
-        found = super()._find_room(sequence, reserve, max_hit, watermark)
+        found = super()._find_room(sequence, reserve, max_hit, watermark, host)
         self.counts["prompt_tokens"] -= 1
         return found
 
@@ -120,8 +121,10 @@ class FailedExtendKeepsSome(ModelManager):
 
 
 class SaltIsIgnored(ModelManager):
-    def _find(self, tokens: list[int], salt: bytes, extra: dict[int, bytes], max_blocks: int) -> list[Node]:
-        return super()._find(tokens, b"", extra, max_blocks)
+    def _find(
+        self, tokens: list[int], salt: bytes, extra: dict[int, bytes], max_blocks: int, host: bool = False
+    ) -> list[Node]:
+        return super()._find(tokens, b"", extra, max_blocks, host)
 
     def _parent_node(self, sequence: Seq, index: int) -> Node:
         sequence.salt = b""
@@ -141,8 +144,10 @@ class ExtraOutlivesItsToken(ModelManager):
 
 
 class WholePromptIsHit(ModelManager):
-    def _hit(self, tokens: list[int], salt: bytes, extra: dict[int, bytes], max_hit: int | None) -> list[Node]:
-        return self._find(tokens, salt, extra, len(tokens) // self.block_size)
+    def _hit(
+        self, tokens: list[int], salt: bytes, extra: dict[int, bytes], max_hit: int | None, host: bool
+    ) -> list[Node]:
+        return self._find(tokens, salt, extra, len(tokens) // self.block_size, host)
 
 
 class BlockDoesNotWait(ModelManager):
@@ -169,9 +174,9 @@ class OneNodeTooMany(ModelManager):
 
 
 class NewestIsEvicted(ModelManager):
-    def _take(self) -> int:
+    def _take(self, sequence: Seq) -> int:
         self.idle.reverse()
-        block = super()._take()
+        block = super()._take(sequence)
         self.idle.reverse()
         return block
 
@@ -203,15 +208,11 @@ class ChunkIsAWindow(ModelManager):
 
 
 class HitAsksTheFirstGroupOnly(ModelManager):
-    def _serves(self, path: list[Node]) -> bool:
+    def _serves(self, path: list[Node], host: bool) -> bool:
         return all(node.blocks[0] is not None for node in path[self._first_row(0, len(path) * self.block_size) :])
 
-    def _needed(self, path: list[Node]) -> list[list[int]]:
-        rows = []
-        for i, node in enumerate(path):
-            first = [self._first_row(g, len(path) * self.block_size) for g in range(len(self.groups))]
-            rows.append([GONE if i < low or b is None else b for low, b in zip(first, node.blocks, strict=True)])
-        return rows
+    def _needed(self, path: list[Node]) -> list[list[int | None]]:
+        return [[GONE if block is None else block for block in row] for row in super()._needed(path)]
 
 
 class GroupsShareABlockOfTheirNode(ModelManager):
@@ -275,8 +276,10 @@ class AddedExtraComesTooEarly(ModelManager):
 class LongestHitIsIgnored(ModelManager):
     """A hit is as long as it can be, whatever `max_hit` says."""
 
-    def _hit(self, tokens: list[int], salt: bytes, extra: dict[int, bytes], max_hit: int | None) -> list[Node]:
-        return super()._hit(tokens, salt, extra, None)
+    def _hit(
+        self, tokens: list[int], salt: bytes, extra: dict[int, bytes], max_hit: int | None, host: bool
+    ) -> list[Node]:
+        return super()._hit(tokens, salt, extra, None, host)
 
 
 class AnswerCountsForNothing(ModelManager):
@@ -290,7 +293,7 @@ class ForgottenCopiesAreCommitted(ModelManager):
     """A pass whose copies were never made counts as computed."""
 
     def commit(self, step_id: int, accepted: Any = None) -> None:
-        self.moves_marked = self.moves_noted
+        self.moves_marked = self.moves_handed
         super().commit(step_id, accepted)
 
 
@@ -378,4 +381,4 @@ def test_device_finds(mutant: type[ModelManager]) -> None:
 
 
 def test_nothing_is_found_in_the_model_itself() -> None:
-    run(ModelManager, settings=settings(SETTINGS, max_examples=100))
+    run(ModelManager, settings=settings(SETTINGS, max_examples=60), tiers=None)

@@ -261,3 +261,28 @@ def test_a_missing_package_names_the_extra(
     captured = capsys.readouterr()
     assert f"needs {package}" in captured.err
     assert 'pip install "kvblocks[replay]"' in captured.err
+
+
+def test_a_host_pool_finds_again_what_was_evicted() -> None:
+    requests = small_trace()
+    rates = []
+    for host_blocks in (0, 8000):
+        manager = BlockManager(2000, 16, host_blocks=host_blocks)
+        tally = Replay(manager, host_step(4, 1024, 2000), 4).run(requests)
+        manager.audit()
+        rates.append((tally.hit_rate, tally.host_rate))
+        assert tally.host_tokens <= manager.stats().host_hit_tokens  # which counts resumed sequences too
+        assert tally.samples[-1].host_rate == tally.host_rate
+    assert rates[0][1] == 0
+    assert rates[1][0] > rates[0][0] + 0.05
+    assert rates[1][1] > 0.05
+
+
+def test_the_command_tells_tiers_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", "--blocks", "1500", "--host-blocks", "4000", "--limit", "60", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["host_blocks"] == 4000
+    assert result["cached_tokens_host"] > 0
+    assert result["cached_tokens_device"] + result["cached_tokens_host"] == result["cached_tokens"]
+    assert result["offloads"] > 0
+    assert result["loads"] * result["block_size"] >= result["cached_tokens_host"]

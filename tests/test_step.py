@@ -118,7 +118,7 @@ class Engine:
                 self.seqs.clear()
                 yield None
                 continue
-            self.manager.mark_moved(self.buffers.needs)
+            self.manager.mark_moved(self.buffers.last_move)
             yield number
             if self.rng.random() < 0.15:
                 self.manager.abort(step_id)

@@ -40,6 +40,7 @@ def add_replay_parser(
     )
     blocks_help = f"in the pool (default: {FILE_BLOCKS}, and {SMALL_BLOCKS} for the made-up trace)"
     add("--blocks", type=count, metavar="N", help=blocks_help)
+    add("--host-blocks", type=count, metavar="N", help="in a second pool, in host memory (default: there is none)")
     add("--block-size", type=count, default=16, metavar="N", help="tokens in a block (default: %(default)s)")
     add("--concurrency", type=count, default=32, metavar="N", help="requests at once, at most (default: %(default)s)")
     add("--limit", type=count, metavar="N", help="requests to replay, from the start of the trace (default: all)")
@@ -110,14 +111,20 @@ def summary(tally: "Tally", manager: "BlockManager", trace: str, concurrency: in
         "trace": trace,
         "requests": tally.requests,
         "blocks": manager.num_blocks,
+        "host_blocks": manager.host_blocks,
         "block_size": manager.block_size,
         "concurrency": concurrency,
         "prompt_tokens": tally.prompt_tokens,
         "cached_tokens": tally.cached_tokens,
+        "cached_tokens_device": tally.cached_tokens - tally.host_tokens,
+        "cached_tokens_host": tally.host_tokens,
         "hit_rate": round(tally.hit_rate, 6),
         "decoded_tokens": tally.decoded_tokens,
         "decode_steps": tally.decode_steps,
         "evictions": stats.evictions,
+        "offloads": stats.offloads,
+        "loads": stats.loads,
+        "host_evictions": stats.host_evictions,
         "preemptions": stats.preemptions,
         "peak_used_blocks": stats.peak_used_blocks,
         "peak_usage": round(stats.peak_used_blocks / manager.num_blocks, 6),
@@ -138,7 +145,9 @@ def _manager(args: argparse.Namespace) -> "BlockManager":
     try:
         # Preempted sequences keep their places.
         blocks = args.blocks or (FILE_BLOCKS if args.trace else SMALL_BLOCKS)
-        return BlockManager(blocks, args.block_size, max_seqs=2 * args.concurrency + 1)
+        return BlockManager(
+            blocks, args.block_size, max_seqs=2 * args.concurrency + 1, host_blocks=args.host_blocks or 0
+        )
     except (ValueError, MemoryError) as error:
         raise UsageError(str(error)) from None
 
@@ -164,6 +173,11 @@ def _progress(total: int, *, shown: bool) -> "Iterator[Callable[[], object] | No
         yield lambda: bar.advance(task)
 
 
+def _pools(result: dict[str, Any]) -> str:
+    host = f" and {result['host_blocks']:,} in the host" if result["host_blocks"] else ""
+    return f"{result['blocks']:,} blocks of {result['block_size']}{host}"
+
+
 def _print_table(result: dict[str, Any]) -> None:
     from rich import box
     from rich.console import Console
@@ -171,8 +185,7 @@ def _print_table(result: dict[str, Any]) -> None:
 
     console = Console()
     console.print(
-        f"{result['trace']}: {result['requests']:,} requests, {result['concurrency']} at once, "
-        f"{result['blocks']:,} blocks of {result['block_size']}",
+        f"{result['trace']}: {result['requests']:,} requests, {result['concurrency']} at once, {_pools(result)}",
         highlight=False,
         markup=False,
     )
@@ -181,8 +194,15 @@ def _print_table(result: dict[str, Any]) -> None:
     table.add_column(justify="right")
     table.add_row("prompt tokens", f"{result['prompt_tokens']:,}")
     table.add_row("hit rate", f"{result['hit_rate']:.1%}")
+    if result["host_blocks"]:
+        for tier in ("device", "host"):
+            share = result[f"cached_tokens_{tier}"] / result["prompt_tokens"]
+            table.add_row(f"  from the {tier}", f"{share:.1%}")
     table.add_row("decoded tokens", f"{result['decoded_tokens']:,}")
     table.add_row("evictions", f"{result['evictions']:,} blocks")
+    if result["host_blocks"]:
+        table.add_row("offloaded, loaded", f"{result['offloads']:,}, {result['loads']:,} blocks")
+        table.add_row("host evictions", f"{result['host_evictions']:,} blocks")
     table.add_row("preemptions", f"{result['preemptions']:,}")
     table.add_row("peak use", f"{result['peak_used_blocks']:,} blocks, {result['peak_usage']:.1%}")
     table.add_section()
@@ -200,8 +220,10 @@ def _plot(samples: "Sequence[Sample]", result: dict[str, Any], file: str) -> Non
     steps = [sample.step for sample in samples]
     axes.plot(steps, [100 * sample.usage for sample in samples], label="blocks in use", linewidth=1)
     axes.plot(steps, [100 * sample.hit_rate for sample in samples], label="hit rate of the prompts so far")
+    if result["host_blocks"]:
+        axes.plot(steps, [100 * sample.host_rate for sample in samples], label="of that, from the host")
     axes.set(xlabel="decode step", ylabel="%", ylim=(0, 100), xlim=(0, None))
-    axes.set_title(f"{result['trace']}, {result['blocks']:,} blocks of {result['block_size']}", fontsize="medium")
+    axes.set_title(f"{result['trace']}, {_pools(result)}", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend()
     save_plot(figure, file)

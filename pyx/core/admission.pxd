@@ -7,11 +7,13 @@ from libc.string cimport memset
 
 from core.memory cimport MAX_GROUPS, grab, least_multiple
 from core.text cimport Text
-from core.tree cimport kvb_prefetch, node_at, tree_walk
-from core.pool cimport acquire, pool_free, take
+from core.tree cimport kvb_prefetch, kvb_prefetch_write, node_at, tree_walk
+from core.host cimport note_load, slot_at, use_slot
+from core.pool cimport acquire, Pool, pool_free
 from core.sequences cimport (
     LIVE, NO_BLOCKS, NO_MEMORY, NOT_PREEMPTED, NOTHING_TO_PIN, PIN, PREEMPTED, WATERMARK, blocks_for, Core, fail,
-    Fault, find, first_row, grow_table, has_room, note_peak, open_seq, Seq, set_last_node, touch,
+    Fault, find, first_row, grow_table, has_room, note_peak, open_seq, row_at, Seq, set_last_node, take_for, touch,
+    wait_for,
 )
 
 
@@ -84,18 +86,24 @@ cdef inline int32_t hit_limit(Core* c, const Text* x, int64_t max_hit) noexcept 
     return <int32_t>(limit // c.block_size) if c.caching and x.num_tokens else 0
 
 
-cdef inline int32_t longest_hit(const Core* c, const int32_t* nodes, int32_t n) noexcept nogil:
-    """How many of n nodes of a path make a hit: every group has the blocks that a token after them reaches."""
+cdef inline bint is_there(const Core* c, int32_t n, int32_t g, bint host) noexcept nogil:
+    """Whether a node has a block in a group, or with `host` a slot."""
+    return node_at(&c.pool.tree, n).blocks[g] >= 0 or host and slot_at(&c.pool.host, &c.pool.tree, n, g) >= 0
+
+
+cdef inline int32_t longest_hit(const Core* c, const int32_t* nodes, int32_t n, bint host) noexcept nogil:
+    """How many of n nodes of a path make a hit: every group has the blocks that a token after them reaches, or with
+    `host` slots for them."""
     cdef int32_t i, g, best = 0
     cdef int32_t[MAX_GROUPS] since      # the first row from which on the group has all blocks
     cdef bint served
-    if not c.reach_ends and c.num_groups == 1:
+    if not c.reach_ends and c.num_groups == 1 and c.pool.host.num_slots == 0:
         return n
     memset(since, 0, c.num_groups * sizeof(int32_t))
     for i in range(n):
         served = True
         for g in range(c.num_groups):
-            if node_at(&c.pool.tree, nodes[i]).blocks[g] < 0:
+            if not is_there(c, nodes[i], g, host):
                 since[g] = i + 1
             served = served and since[g] <= min(first_row(c, g, (i + 1) * c.block_size), i + 1)
         if served:
@@ -104,7 +112,7 @@ cdef inline int32_t longest_hit(const Core* c, const int32_t* nodes, int32_t n) 
 
 
 cdef inline int32_t hit_that_fits(
-    const Core* c, const Text* x, int64_t reserve, const int32_t* nodes, int32_t hit
+    const Core* c, const Text* x, int64_t reserve, const int32_t* nodes, int32_t hit, bint host
 ) noexcept nogil:
     """The longest hit after which the pool has the blocks for the rest of a sequence, were it alone. Steps that begin
     elsewhere than without a hit can hold more at once. Where no hit is no better the longest stays."""
@@ -114,32 +122,51 @@ cdef inline int32_t hit_that_fits(
     while hit and most_held(
         c, <int64_t>hit * c.block_size, x.num_tokens, max(<int64_t>1, reserve)
     ) > c.pool.num_blocks:
-        hit = longest_hit(c, nodes, hit - 1)
+        hit = longest_hit(c, nodes, hit - 1, host)
     return hit
 
 
-cdef inline bint plan_admission(
-    Core* c, const Text* x, int64_t reserve, int64_t max_hit, int32_t* found, int32_t* num_found, int32_t* target,
-    Fault* f, bint watermark,
+cdef struct Cost:       # of a hit
+    int32_t idle        # cached blocks that nobody holds: they are free no longer
+    int32_t loads       # blocks for what lies in host slots
+
+
+cdef inline void add_cost(
+    const Core* c, const int32_t* nodes, int32_t g, int32_t first, int32_t end, int32_t sign, Cost* out
 ) noexcept nogil:
-    """Find the hit and check that the blocks for the rest are there. `found` gets the hit's nodes. No effect."""
-    cdef int32_t i, g, b, hit, idle = 0, available
-    cdef int64_t new
-    hit = longest_hit(c, found, tree_walk(&c.pool.tree, x, hit_limit(c, x, max_hit), found))
-    if c.reach_ends and <int64_t>blocks_for(x.num_tokens, c.block_size) * c.num_groups > c.pool.num_blocks:
-        hit = hit_that_fits(c, x, reserve, found, hit)
+    """Add what the rows [first, end) of a hit cost in one group, or take it off again."""
+    cdef int32_t i, b
+    for i in range(first, end):
+        b = node_at(&c.pool.tree, nodes[i]).blocks[g]
+        if b < 0:
+            out.loads += sign
+        elif c.pool.blocks[b].refs == 0:
+            out.idle += sign
+
+
+cdef inline int32_t shorter_hit(const Core* c, const int32_t* nodes, int32_t hit, bint host, Cost* cost) noexcept nogil:
+    """The next shorter hit than one with loads, and its cost. Of full groups a row less is one less; what groups with
+    a window or chunks need is looked at again."""
+    cdef int32_t g, i, longer = hit
+    cdef bint served = False
+    while not served:
+        hit -= 1
+        served = True
+        for g in range(c.num_groups):
+            if c.reaches[g].window or c.reaches[g].chunk:
+                for i in range(hit - 1, first_row(c, g, hit * c.block_size) - 1, -1):
+                    served = served and is_there(c, nodes[i], g, host)
     for g in range(c.num_groups):
-        for i in range(first_row(c, g, hit * c.block_size), hit):
-            kvb_prefetch(&c.pool.blocks[node_at(&c.pool.tree, found[i]).blocks[g]])
-        for i in range(first_row(c, g, hit * c.block_size), hit):
-            b = node_at(&c.pool.tree, found[i]).blocks[g]
-            idle += c.pool.blocks[b].refs == 0
-    num_found[0] = hit
-    target[0] = x.num_tokens
-    if reserve >= 0:
-        target[0] = <int32_t>min(<int64_t>x.num_tokens, <int64_t>hit * c.block_size + reserve)
-    new = <int64_t>(blocks_for(target[0], c.block_size) - hit) * c.num_groups
-    available = pool_free(&c.pool) - idle
+        if c.reaches[g].window or c.reaches[g].chunk:
+            add_cost(c, nodes, g, first_row(c, g, longer * c.block_size), longer, -1, cost)
+            add_cost(c, nodes, g, first_row(c, g, hit * c.block_size), hit, 1, cost)
+        else:
+            add_cost(c, nodes, g, hit, longer, -1, cost)
+    return hit
+
+
+cdef inline bint has_blocks(Core* c, int64_t new, int32_t idle, bint watermark, Fault* f) noexcept nogil:
+    cdef int32_t available = pool_free(&c.pool) - idle
     if new > available:
         return fail(f, NO_BLOCKS, 0, new, available)
     # Nothing that runs: nothing for which blocks are kept, and nothing that would ever give any back.
@@ -148,8 +175,54 @@ cdef inline bint plan_admission(
     return True
 
 
-cdef inline void hold_hit(Core* c, int32_t* table, const int32_t* nodes, int32_t hit) noexcept nogil:
-    """Hold the blocks that a hit needs and write them to the first rows of a table. `nodes` may lie in its end."""
+cdef inline int32_t slots_after(const Core* c, const Text* x, int64_t reserve, int32_t hit) noexcept nogil:
+    """How many tokens get slots with a hit of so many blocks."""
+    if reserve < 0:
+        return x.num_tokens
+    return <int32_t>min(<int64_t>x.num_tokens, <int64_t>hit * c.block_size + reserve)
+
+
+cdef inline int64_t new_blocks(const Core* c, int32_t target, int32_t hit, const Cost* cost) noexcept nogil:
+    return <int64_t>max(blocks_for(target, c.block_size) - hit, 0) * c.num_groups + cost.loads
+
+
+cdef inline bint plan_admission(
+    Core* c, const Text* x, int64_t reserve, int64_t max_hit, bint host, int32_t* found, int32_t* num_found,
+    int32_t* target, Fault* f, bint watermark,
+) noexcept nogil:
+    """Find the hit and check that the blocks for the rest are there. `found` gets the hit's nodes. No effect.
+
+    A hit whose loads do not fit is cut until they do. Where all tokens get slots and no group has an end to its reach,
+    that is no use: what is not loaded is computed, into as many blocks.
+    """
+    cdef int32_t i, g, hit
+    cdef Cost cost
+    cdef Fault shorter
+    cost.idle = cost.loads = 0
+    host = host and c.pool.host.num_slots > 0
+    hit = longest_hit(c, found, tree_walk(&c.pool.tree, x, hit_limit(c, x, max_hit), found), host)
+    if c.reach_ends and <int64_t>blocks_for(x.num_tokens, c.block_size) * c.num_groups > c.pool.num_blocks:
+        hit = hit_that_fits(c, x, reserve, found, hit, host)
+    for g in range(c.num_groups):
+        for i in range(first_row(c, g, hit * c.block_size), hit):
+            if node_at(&c.pool.tree, found[i]).blocks[g] >= 0:
+                kvb_prefetch(&c.pool.blocks[node_at(&c.pool.tree, found[i]).blocks[g]])
+                if c.pool.host.num_slots:
+                    kvb_prefetch_write(&c.pool.host.shadows[node_at(&c.pool.tree, found[i]).blocks[g]])
+        add_cost(c, found, g, first_row(c, g, hit * c.block_size), hit, 1, &cost)
+    num_found[0], target[0] = hit, slots_after(c, x, reserve, hit)
+    if has_blocks(c, new_blocks(c, target[0], hit, &cost), cost.idle, watermark, f):
+        return True
+    while cost.loads and (reserve >= 0 or c.reach_ends):
+        hit = shorter_hit(c, found, hit, host, &cost)
+        num_found[0], target[0] = hit, slots_after(c, x, reserve, hit)
+        if has_blocks(c, new_blocks(c, target[0], hit, &cost), cost.idle, watermark, &shorter):
+            return True
+    return False
+
+
+cdef inline void hold_hit(Core* c, Seq* seq, const int32_t* nodes, int32_t hit) noexcept nogil:
+    """Hold the blocks that a hit needs and write them to the first rows of the table. `nodes` may lie in its end."""
     cdef int32_t i, g, n, b
     cdef int32_t[MAX_GROUPS] low
     for g in range(c.num_groups):
@@ -160,8 +233,40 @@ cdef inline void hold_hit(Core* c, int32_t* table, const int32_t* nodes, int32_t
             b = -1
             if i >= low[g]:
                 b = node_at(&c.pool.tree, n).blocks[g]
-                acquire(&c.pool, b)
-            table[<int64_t>i * c.num_groups + g] = b
+                if b >= 0:
+                    acquire(&c.pool, b)
+            seq.table[<int64_t>i * c.num_groups + g] = b
+
+
+cdef inline int64_t load_hit(Core* c, Seq* seq, int32_t hit) noexcept nogil:
+    """Take blocks for what of a hit lies in host slots, note their loads, and make the hit's slots the most recent. How
+    many rows of it had something to load. The blocks are hung on their nodes at once: who finds them waits as well."""
+    cdef Pool* p = &c.pool
+    cdef int32_t i, g, n = seq.last_node, late = 0
+    cdef int32_t* blocks
+    cdef bint loads
+    for i in range(hit - 1, -1, -1):
+        blocks = row_at(c, seq, i)
+        loads = False
+        for g in range(c.num_groups):
+            if i < first_row(c, g, hit * c.block_size):
+                continue
+            if blocks[g] >= 0:
+                wait_for(c, seq, p.host.shadows[blocks[g]].load)
+                continue
+            loads = True
+            blocks[g] = take_for(c, seq)
+            node_at(&p.tree, n).blocks[g] = blocks[g]
+            node_at(&p.tree, n).uses += 1
+            p.blocks[blocks[g]].node = n
+            note_load(&p.host, &p.moves, slot_at(&p.host, &p.tree, n, g), blocks[g])
+            wait_for(c, seq, p.moves.noted)
+        for g in range(c.num_groups):
+            if i >= first_row(c, g, hit * c.block_size):
+                use_slot(&p.host, &p.tree, n, g)
+        late += loads
+        n = node_at(&p.tree, n).parent
+    return late
 
 
 cdef inline int32_t* path_of(const Core* c, int32_t* table, int32_t capacity) noexcept nogil:
@@ -170,15 +275,25 @@ cdef inline int32_t* path_of(const Core* c, int32_t* table, int32_t capacity) no
     return table + <int64_t>capacity * (c.num_groups - 1)
 
 
-cdef inline void occupy(Core* c, Seq* seq, const int32_t* nodes, int32_t hit, int32_t target) noexcept nogil:
-    """Hold the hit and take the blocks for the rest; they are there, and the table has room."""
+cdef struct Cached:     # tokens of a hit
+    int64_t tokens
+    int64_t loaded      # of these, those that come from the host
+
+
+cdef inline int64_t occupy(Core* c, Seq* seq, const int32_t* nodes, int32_t hit, int32_t target) noexcept nogil:
+    """Hold the hit and take the blocks for the rest; they are there, and the table has room. Tokens that are loaded."""
     cdef int64_t i
     cdef int32_t last_node = nodes[hit - 1] if hit else 0
+    cdef int64_t late = 0
     set_last_node(&c.pool.tree, seq, last_node)
-    hold_hit(c, seq.table, nodes, hit)
+    hold_hit(c, seq, nodes, hit)
+    if c.pool.host.num_slots:
+        c.pool.host.needs[seq - c.seqs] = 0
+        late = load_hit(c, seq, hit) * c.block_size
+        c.pool.host.hit_tokens += late
     seq.num_rows = blocks_for(target, c.block_size)
     for i in range(<int64_t>hit * c.num_groups, <int64_t>seq.num_rows * c.num_groups):
-        seq.table[i] = take(&c.pool)
+        seq.table[i] = take_for(c, seq)
     seq.num_cached = seq.num_computed = seq.num_prepared = hit * c.block_size
     seq.reserved = max(target, seq.num_cached)
     seq.published = hit
@@ -186,10 +301,11 @@ cdef inline void occupy(Core* c, Seq* seq, const int32_t* nodes, int32_t hit, in
     c.counters.prompt_tokens += seq.text.num_tokens
     c.counters.hit_tokens += seq.num_cached
     note_peak(c)
+    return late
 
 
 cdef inline int64_t core_admit(
-    Core* c, Text* x, int64_t reserve, int64_t max_hit, Fault* f, int64_t* num_cached
+    Core* c, Text* x, int64_t reserve, int64_t max_hit, bint host, Fault* f, Cached* cached
 ) noexcept nogil:
     """A sequence that takes over `x`; 0 after a fault."""
     cdef int32_t hit, target
@@ -204,7 +320,7 @@ cdef inline int64_t core_admit(
         fail(f, NO_MEMORY, 0, capacity, 0)
         return 0
     path = path_of(c, table, capacity)
-    if not plan_admission(c, x, reserve, max_hit, path, &hit, &target, f, True):
+    if not plan_admission(c, x, reserve, max_hit, host, path, &hit, &target, f, True):
         free(table)
         return 0
     seq = open_seq(c, LIVE)
@@ -212,14 +328,14 @@ cdef inline int64_t core_admit(
     seq.table_capacity = capacity
     seq.text = x[0]
     memset(x, 0, sizeof(Text))
-    occupy(c, seq, path, hit, target)
+    cached.loaded = occupy(c, seq, path, hit, target)
     c.counters.admitted += 1
-    num_cached[0] = seq.num_cached
+    cached.tokens = seq.num_cached
     return seq.handle
 
 
 cdef inline bint core_resume(
-    Core* c, int64_t handle, int64_t reserve, int64_t max_hit, Fault* f, int64_t* num_cached
+    Core* c, int64_t handle, int64_t reserve, int64_t max_hit, bint host, Fault* f, Cached* cached
 ) noexcept nogil:
     cdef Seq* seq = find(c, handle, 0, f)
     cdef int32_t hit, target
@@ -234,14 +350,14 @@ cdef inline bint core_resume(
         if most_ever(c, seq.text.num_tokens, 1, 1) <= c.pool.num_blocks:
             reserve = 1     # the whole never fits, and need not: blocks out of reach are given back on the way
     path = path_of(c, seq.table, seq.table_capacity)
-    if not plan_admission(c, &seq.text, reserve, max_hit, path, &hit, &target, f, False):
+    if not plan_admission(c, &seq.text, reserve, max_hit, host, path, &hit, &target, f, False):
         return False
-    occupy(c, seq, path, hit, target)
+    cached.loaded = occupy(c, seq, path, hit, target)
     touch(c, seq)
     seq.kind = LIVE
     c.num_resting -= 1
     c.counters.resumed += 1
-    num_cached[0] = seq.num_cached
+    cached.tokens = seq.num_cached
     return True
 
 
@@ -257,16 +373,18 @@ cdef inline int64_t core_pin(Core* c, const Text* x, Fault* f) noexcept nogil:
         fail(f, NO_MEMORY, 0, limit, 0)
         return 0
     path = path_of(c, table, limit)
-    n = longest_hit(c, path, tree_walk(&c.pool.tree, x, limit, path))
+    n = longest_hit(c, path, tree_walk(&c.pool.tree, x, limit, path), False)
     if n == 0:
         free(table)
         fail(f, NOTHING_TO_PIN, 0, x.num_tokens, c.block_size)
         return 0
     seq = open_seq(c, PIN)
     set_last_node(&c.pool.tree, seq, path[n - 1])
-    hold_hit(c, table, path, n)
     seq.table = table
     seq.table_capacity = limit
+    hold_hit(c, seq, path, n)
+    if c.pool.host.num_slots:
+        load_hit(c, seq, n)     # there is nothing to load
     seq.num_rows = n
     note_peak(c)
     return seq.handle

@@ -7,6 +7,7 @@ from libc.string cimport memcmp
 from core.memory cimport grab_zeroed
 from core.text cimport PAGE_REFS, PAGE_ROOM, block_at, Extra, extra_of, page_of, pages_for, Text, token_at
 from core.tree cimport hash_extra, line_of, Node, node_at, same_extra, tag_of, tokens_at, Tree, tree_find, tree_hash
+from core.host cimport Host, Moves, host_free, slot_at
 from core.pool cimport Pool, pool_free, pool_step, Row, Step
 from core.sequences cimport LIVE, PIN, PREEMPTED, UNUSED, blocks_for, Core, first_row, row_at, Seq
 from core.steps cimport may_write
@@ -153,6 +154,9 @@ cdef inline bint audit_tree(
     for i in range(c.fresh_seq):
         if c.seqs[i].kind != UNUSED and c.seqs[i].last_node > 0 and c.seqs[i].last_node < t.fresh:
             uses[c.seqs[i].last_node] += 1
+    for i in range(p.host.fresh):
+        if p.host.slots[i].node > 0 and p.host.slots[i].node < t.fresh:
+            uses[p.host.slots[i].node] += 1
     for n in range(t.fresh):
         if node_at(t, n).uses != uses[n] + (n == 0):  # nothing may end the root
             return broken(out, 3, b"a node is not used as often as it notes; node:", n)
@@ -303,20 +307,77 @@ cdef inline bint audit_steps(Core* c, int32_t* written, Finding* out) noexcept n
     return True
 
 
+cdef inline bint audit_host(Core* c, int32_t* places, Finding* out) noexcept nogil:
+    """Invariant 10. `places` is zeroed scratch, one number for each host slot."""
+    cdef Host* h = &c.pool.host
+    cdef Tree* t = &c.pool.tree
+    cdef const Moves* m = &c.pool.moves
+    cdef int32_t i, n, g, b, s, hanging = 0, ahead = 0, newer = -1
+    cdef uint32_t k
+    if not 0 <= m.landed <= m.marked <= m.handed <= m.noted:
+        return broken(out, 10, b"a move is done before it is handed out; the newest:", m.noted)
+    if h.num_slots == 0:
+        return True
+    for i in range(h.stack_size):
+        s = h.stack[i]
+        if s < 0 or s >= h.fresh or places[s] or h.slots[s].node:
+            return broken(out, 10, b"the stack of free host slots names one that is in use or free already:", s)
+        places[s] = 1
+    s = h.newest
+    while s >= 0 and hanging <= h.num_slots:
+        if s >= h.fresh or places[s] or h.slots[s].newer != newer or h.slots[s].node <= 0:
+            return broken(out, 10, b"the list of host slots is torn; slot:", s)
+        places[s] = 1
+        hanging += 1
+        newer = s
+        s = h.slots[s].older
+    if h.oldest != newer or hanging + host_free(h) != h.num_slots:
+        return broken(out, 10, b"a host slot is lost or in two places; in use:", hanging)
+    for n in range(t.fresh):
+        for g in range(c.num_groups):
+            s = slot_at(h, t, n, g)
+            if s < 0:
+                continue
+            if s >= h.fresh or h.slots[s].node != n or h.slots[s].group != g:
+                return broken(out, 10, b"a node's host slot does not hang on it; node:", n)
+            hanging -= 1
+    if hanging:
+        return broken(out, 10, b"host slots hang on nodes that do not know of them; so many:", hanging)
+    for i in range(h.fresh):
+        if h.slots[i].move > m.noted:
+            return broken(out, 10, b"a host slot is named by a move that was never noted; slot:", i)
+    for i in range(h.num_loads):
+        b = h.loads[i]
+        if b < 0 or b >= c.pool.fresh or h.shadows[b].noted != i + 1:
+            return broken(out, 10, b"the list of noted loads is torn; block:", b)
+        if h.shadows[b].load <= m.handed or h.shadows[b].load > h.shadows[b].move:
+            return broken(out, 10, b"a noted load has the number of one that was handed out; block:", b)
+    for b in range(c.pool.fresh):
+        if h.shadows[b].move > m.noted or h.shadows[b].noted > h.num_loads:
+            return broken(out, 10, b"a block waits for a move that was never noted; block:", b)
+    for k in range(c.pool.queue_head, h.cursor):
+        ahead += c.pool.queue[k & c.pool.queue_mask] >= 0
+    if ahead != h.examined or <int32_t>(c.pool.queue_tail - h.cursor) < 0:
+        return broken(out, 10, b"the cached blocks that were examined are not those before the cursor:", ahead)
+    return True
+
+
 cdef inline bint audit_core(Core* c, Finding* out) noexcept nogil:
     cdef size_t n = c.pool.num_blocks
     cdef int32_t* counts = <int32_t*>grab_zeroed(n, sizeof(int32_t))
     cdef int32_t* order = <int32_t*>grab_zeroed(n, sizeof(int32_t))
     cdef int32_t* written = <int32_t*>grab_zeroed(n, sizeof(int32_t))
     cdef int32_t* uses = <int32_t*>grab_zeroed(c.pool.tree.fresh, sizeof(int32_t))
+    cdef int32_t* places = <int32_t*>grab_zeroed(max(c.pool.host.num_slots, 1), sizeof(int32_t))
     cdef char* state = <char*>grab_zeroed(n, 1)
     cdef bint ok
-    if counts == NULL or order == NULL or written == NULL or uses == NULL or state == NULL:
+    if counts == NULL or order == NULL or written == NULL or uses == NULL or places == NULL or state == NULL:
         ok = broken(out, 0, b"no memory to audit blocks:", n)
     else:
         ok = (
             audit_pool(c, counts, order, state, out)
             and audit_tree(c, counts, order, uses, out)
+            and audit_host(c, places, out)
             and audit_pages(c, out)
             and audit_sequences(c, out)
             and audit_steps(c, written, out)
@@ -325,5 +386,6 @@ cdef inline bint audit_core(Core* c, Finding* out) noexcept nogil:
     free(order)
     free(written)
     free(uses)
+    free(places)
     free(state)
     return ok

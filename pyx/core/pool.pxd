@@ -9,7 +9,10 @@
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from core.checks cimport check
-from core.tree cimport kvb_prefetch_write, line_of, Node, node_at, Tree, tree_drop
+from core.tree cimport kvb_prefetch, kvb_prefetch_write, line_of, Node, node_at, Tree, tree_drop
+from core.host cimport (
+    OFFLOAD, Host, Moves, cancel_load, evict_slot, hand_out_loads, hang_slot, host_free, slot_at, use_slot,
+)
 
 
 cdef enum:
@@ -37,7 +40,7 @@ cdef struct Row:        # one sequence in one open step
 
 cdef struct Step:
     int64_t id
-    int64_t needs       # the newest move that its pass waits for, 0: none
+    int64_t last_move   # the newest move that was handed out with it, 0: none
     Row* rows
     int32_t* sources    # [rows, groups]: b to copy from, -1: none; LENT - b: a row of the step writes b in place
     Py_ssize_t num_rows
@@ -63,6 +66,8 @@ cdef struct Pool:
     int32_t max_steps
     int32_t first_step
     int32_t num_steps
+    Moves moves
+    Host host
     Tree tree
 
 
@@ -80,6 +85,7 @@ cdef inline void queue_compact(Pool* p) noexcept nogil:
     """Close the holes. The queue has room for half as many holes as there are blocks, so this is rare."""
     cdef uint32_t i, end = p.queue_head
     cdef int32_t b
+    p.host.cursor = p.queue_head + p.host.examined
     for i in range(p.queue_tail - p.queue_head):
         b = p.queue[(p.queue_head + i) & p.queue_mask]
         if b >= 0:
@@ -104,6 +110,10 @@ cdef inline void queue_append(Pool* p, int32_t b) noexcept nogil:
 cdef inline void queue_remove(Pool* p, int32_t b) noexcept nogil:
     check(0 <= p.blocks[b].link <= <int64_t>p.queue_mask, b"a cached block is in the queue")
     check(p.queue[p.blocks[b].link] == b, b"the queue has a cached block where the block says")
+    if p.host.num_slots:
+        p.host.shadows[b].slid = False
+        if (<uint32_t>p.blocks[b].link - p.queue_head & p.queue_mask) < p.host.cursor - p.queue_head:
+            p.host.examined -= 1
     p.queue[p.blocks[b].link] = -1
     p.num_cached -= 1
 
@@ -117,6 +127,8 @@ cdef inline void unpublish(Pool* p, int32_t b) noexcept nogil:
         check(g < p.tree.num_groups, b"a published block hangs on its node")
     node.blocks[g] = -1
     p.blocks[b].node = 0
+    if p.host.num_slots:
+        use_slot(&p.host, &p.tree, n, g)
     tree_drop(&p.tree, n)
 
 
@@ -131,16 +143,26 @@ cdef inline int32_t evict(Pool* p) noexcept nogil:
     check(p.blocks[b].refs == 0, b"a block that is evicted is held by nobody")
     p.queue_head = head + 1
     p.num_cached -= 1
+    if p.host.examined:
+        p.host.examined -= 1
+    else:
+        p.host.cursor = p.queue_head
     # Past the tail lie blocks of before, or zeros: fetching for them is idle, no more.
     next = p.queue[(head + 3 * AHEAD) & mask]
     if next >= 0:
         kvb_prefetch_write(&p.blocks[next])
+        if p.host.num_slots:
+            kvb_prefetch_write(&p.host.shadows[next])
     next = p.queue[(head + 2 * AHEAD) & mask]
     if next >= 0:
         kvb_prefetch_write(node_at(&p.tree, p.blocks[next].node))
+        if p.host.num_slots:
+            kvb_prefetch(&p.host.slot_of[<int64_t>p.blocks[next].node * p.tree.num_groups])
     next = p.queue[(head + AHEAD) & mask]
     if next >= 0:
         kvb_prefetch_write(&p.tree.lines[line_of(&p.tree, node_at(&p.tree, p.blocks[next].node).hash)])
+        if p.host.num_slots and slot_at(&p.host, &p.tree, p.blocks[next].node, 0) >= 0:
+            kvb_prefetch_write(&p.host.slots[slot_at(&p.host, &p.tree, p.blocks[next].node, 0)])
     unpublish(p, b)
     p.evictions += 1
     return b
@@ -160,6 +182,9 @@ cdef inline int32_t take(Pool* p) noexcept nogil:
     check(0 <= b < p.fresh, b"a free block is one of the pool's")
     check(p.blocks[b].refs == 0 and p.blocks[b].node == 0, b"a block is taken that nobody holds or finds")
     p.blocks[b].refs = 1
+    if p.host.num_slots:
+        cancel_load(&p.host, b)
+        p.host.shadows[b].load = p.host.shadows[b].slid = 0
     return b
 
 
@@ -227,3 +252,55 @@ cdef inline void close_waiting(Pool* p, const Step* step) noexcept nogil:
         p.num_waiting -= 1
         settle(p, b, step.id)
         b = following
+
+
+cdef inline void offload_ahead(Pool* p) noexcept nogil:
+    """Note and hand out offloads of the blocks that will be evicted next, as far as the host has no copy of them. Where
+    no slot is free the one used longest ago goes, but for those that this very call has given out."""
+    cdef Host* h = &p.host
+    cdef int64_t before = p.moves.noted
+    cdef int32_t b, g, n, s
+    while p.moves.noted - before < h.write_ahead and h.examined < min(p.num_cached, h.horizon):
+        b = p.queue[(h.cursor + 2 * AHEAD) & p.queue_mask]     # past the tail this is idle, as in `evict`
+        if b >= 0:
+            kvb_prefetch(&p.blocks[b])
+            kvb_prefetch_write(&h.shadows[b])
+        b = p.queue[(h.cursor + AHEAD) & p.queue_mask]
+        if b >= 0:
+            kvb_prefetch_write(node_at(&p.tree, p.blocks[b].node))
+            kvb_prefetch_write(&h.slot_of[<int64_t>p.blocks[b].node * p.tree.num_groups])
+        b = p.queue[h.cursor & p.queue_mask]
+        if b < 0:
+            h.cursor += 1
+            continue
+        n, g = p.blocks[b].node, 0
+        while node_at(&p.tree, n).blocks[g] != b:
+            g += 1
+        if slot_at(h, &p.tree, n, g) < 0 and not h.shadows[b].slid:
+            if host_free(h) == 0:
+                if h.slots[h.oldest].move > before:
+                    break
+                evict_slot(h, &p.tree)
+            s = hang_slot(h, &p.tree, n, g)
+            p.moves.noted += 1
+            h.shadows[b].move = h.slots[s].move = p.moves.noted
+            h.moves[h.num_moves].kind, h.moves[h.num_moves].group = OFFLOAD, g
+            h.moves[h.num_moves].source, h.moves[h.num_moves].target = b, s
+            h.moves[h.num_moves].number = p.moves.noted
+            h.num_moves += 1
+        h.cursor += 1
+        h.examined += 1
+    h.num_offloaded += p.moves.noted - before
+
+
+cdef inline int64_t hand_out(Pool* p) noexcept nogil:
+    """Hand out the moves that are noted; the number of the newest, 0 if there are none."""
+    cdef bint kept = p.host.num_moves > 0       # of a step that never came to be
+    if p.host.num_slots:
+        hand_out_loads(&p.host)
+        if not kept:
+            offload_ahead(p)
+    if p.moves.noted == p.moves.handed:
+        return 0
+    p.moves.handed = p.moves.noted
+    return p.moves.handed

@@ -24,7 +24,8 @@ from core.text cimport (
     offset_in_page, own_placeholders, page_of, Paging, share_text, take_extras, Text, token_at,
 )
 from core.tree cimport node_at, Tree, tree_drop
-from core.pool cimport Pool, pool_free, pool_step, release_table, unpublish
+from core.host cimport drop_slot
+from core.pool cimport Pool, pool_free, pool_step, release_table, take, unpublish
 
 
 cdef enum Kind:
@@ -101,8 +102,6 @@ cdef struct Core:
     int64_t serial      # of batches
     int64_t version
     int64_t last_step_id
-    int64_t moves_noted   # moves are counted from 1; a copy-on-write is one
-    int64_t moves_marked  # up to here they have been made
     Counters counters
 
 
@@ -133,6 +132,25 @@ cdef inline int32_t first_row(const Core* c, int32_t g, int32_t position) noexce
 cdef inline int32_t* row_at(const Core* c, const Seq* seq, int32_t row) noexcept nogil:
     check(0 <= row <= seq.table_capacity, b"a row is one of its table")
     return seq.table + <int64_t>row * c.num_groups
+
+
+cdef inline int64_t needs_of(const Core* c, const Seq* seq) noexcept nogil:
+    """The newest move that the next pass of a sequence waits for."""
+    return c.pool.host.needs[seq - c.seqs] if c.pool.host.num_slots else 0
+
+
+cdef inline void wait_for(Core* c, const Seq* seq, int64_t move) noexcept nogil:
+    """Let the next pass of a sequence wait for a move too."""
+    if move > c.pool.host.needs[seq - c.seqs]:
+        c.pool.host.needs[seq - c.seqs] = move
+
+
+cdef inline int32_t take_for(Core* c, const Seq* seq) noexcept nogil:
+    """A block that a sequence is to write."""
+    cdef int32_t b = take(&c.pool)
+    if c.pool.host.num_slots:
+        wait_for(c, seq, c.pool.host.shadows[b].move)
+    return b
 
 
 cdef inline void set_last_node(Tree* t, Seq* seq, int32_t node) noexcept nogil:
@@ -207,6 +225,8 @@ cdef inline Seq* open_seq(Core* c, Kind kind) noexcept nogil:
     seq = &c.seqs[slot]
     generation = 1 - seq.handle
     memset(seq, 0, sizeof(Seq))
+    if c.pool.host.num_slots:
+        c.pool.host.needs[slot] = 0
     seq.handle = generation << SLOT_BITS | slot
     seq.kind = kind
     touch(c, seq)
@@ -475,6 +495,7 @@ cdef inline bint copy_seq(Core* c, Seq* source, int32_t first, Seq* target) noex
     cdef int32_t n = blocks_for(source.num_computed, c.block_size) - first
     target.table = NULL
     target.table_capacity = 0
+    target.mark = needs_of(c, source)   # for `adopt` and `take_copy`: a copy is in no batch
     if not share_text(&c.pool.tree.paging, &target.text, &source.text):
         return False
     if not grow_table(target, n + 1, c.num_groups):
@@ -528,7 +549,7 @@ cdef inline bint core_fork(Core* c, int64_t handle, int64_t n, int64_t* children
             return fail(f, NO_MEMORY, 0, 0, 0)
     for i in range(n):
         child = open_seq(c, LIVE)
-        adopt(child, &copies[i])
+        adopt(c, child, &copies[i])
         share(c, child)
         children[i] = child.handle
     free(copies)
@@ -545,8 +566,10 @@ cdef inline void share(Core* c, const Seq* seq) noexcept nogil:
         node_at(&c.pool.tree, seq.last_node).uses += 1
 
 
-cdef inline void adopt(Seq* seq, const Seq* made) noexcept nogil:
+cdef inline void adopt(Core* c, Seq* seq, const Seq* made) noexcept nogil:
     """Take over what `copy_seq` made."""
+    if c.pool.host.num_slots:
+        wait_for(c, seq, made.mark)
     seq.text = made.text
     seq.table = made.table
     seq.table_capacity = made.table_capacity
@@ -570,6 +593,8 @@ cdef inline void take_copy(Core* c, Seq* seq, int32_t first, Seq* made) noexcept
     seq.text = made.text
     memcpy(row_at(c, seq, first), made.table, <size_t>made.num_rows * c.num_groups * sizeof(int32_t))
     seq.num_rows = first + made.num_rows
+    if c.pool.host.num_slots:
+        c.pool.host.needs[seq - c.seqs] = made.mark
     copy_progress(seq, made)
     free(made.table)
     touch(c, seq)
@@ -679,6 +704,8 @@ cdef inline void core_reset(Core* c) noexcept nogil:
     cdef int64_t j
     cdef uint32_t k
     cdef Seq* seq
+    while p.host.num_slots and p.host.oldest >= 0:  # first: what is unpublished makes its slot the newest
+        drop_slot(&p.host, &p.tree, p.host.oldest)
     for i in range(c.fresh_seq):
         seq = &c.seqs[i]
         seq.publishing = False
@@ -700,5 +727,5 @@ cdef inline void core_reset(Core* c) noexcept nogil:
             unpublish(p, b)
             p.stack[p.stack_size] = b
             p.stack_size += 1
-    p.queue_head = p.queue_tail
-    p.num_cached = 0
+    p.queue_head = p.host.cursor = p.queue_tail
+    p.num_cached = p.host.examined = 0

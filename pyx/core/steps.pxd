@@ -10,14 +10,15 @@ from core.text cimport block_at, Extra, extra_of
 from core.tree cimport (
     RUN, hash_run, kvb_prefetch_write, line_of, Node, node_at, tokens_at, Tree, tree_find, tree_hash, tree_insert,
 )
+from core.host cimport evict_slot
 from core.pool cimport (
-    LENT, acquire, Block, close_waiting, Pool, pool_free, pool_step, release, release_table, Row, Step, take,
+    LENT, acquire, Block, close_waiting, hand_out, Pool, pool_free, pool_step, release, release_table, Row, Step,
 )
 from core.sequences cimport (
     BAD_ACCEPTED, BAD_QUERY, IS_PREEMPTED, LATER_STEP, LEAVING, NO_BLOCKS, NO_MEMORY, NO_STEP, NOT_ENOUGH_TOKENS,
     NOT_NEWEST, NOT_OLDEST, PREEMPTED, SIZE_ACCEPTED, STEP_BLOCKS, STEP_GROUPS, STEP_LIMIT, STEP_SEQS, STEP_TOKENS,
     UNMOVED, block_of, blocks_for, close_seq, Core, cut, fail, Fault, find, first_row, grow_table, mark, note_peak,
-    release_rows, row_at, Seq, touch,
+    needs_of, release_rows, row_at, Seq, take_for, touch, wait_for,
 )
 from core.arrays cimport GROUPS_AT_ONCE, fill_many_slots, fill_pages, fill_slots, fill_tokens, pad_after, sync_row
 from kvblocks.step_arrays cimport Arrays
@@ -143,8 +144,8 @@ cdef inline bint plan_step(
     needed += num_copies
     if needed > available:
         return fail(f, NO_BLOCKS, 0, needed, available)
-    if c.moves_noted > c.moves_marked:
-        return fail(f, UNMOVED, 0, c.moves_noted, c.moves_marked)
+    if c.pool.moves.handed > c.pool.moves.marked:
+        return fail(f, UNMOVED, 0, c.pool.moves.handed, c.pool.moves.marked)
     step.wait_head = step.wait_tail = -1
     return True
 
@@ -158,7 +159,7 @@ cdef inline int32_t put_copies(Core* c, Seq* seq, int32_t index, int32_t* source
             if sources[g] <= LENT:
                 c.pool.blocks[blocks[g]].refs -= 1
             pairs[2 * n] = blocks[g]
-            pairs[2 * n + 1] = blocks[g] = take(&c.pool)
+            pairs[2 * n + 1] = blocks[g] = take_for(c, seq)
             n += 1
     touch(c, seq)
     return n
@@ -175,7 +176,7 @@ cdef inline void check_written(const Core* c, const Row* row) noexcept nogil:
 cdef inline int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_lens, Arrays* a, Fault* f) noexcept nogil:
     """Reserve the next tokens of each sequence and fill the arrays; the step's id, 0 after a fault."""
     cdef Py_ssize_t i, num_copies = 0
-    cdef int64_t j
+    cdef int64_t j, needs = 0
     cdef int32_t end, num_tokens = 0, longest_query = 0, longest_seq = 0
     cdef Step* step
     cdef Seq* seq
@@ -202,7 +203,9 @@ cdef inline int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_le
             if end > <int64_t>seq.num_rows * c.block_size:
                 seq.num_rows = blocks_for(end, c.block_size)
                 for j in range(<int64_t>row.old_rows * c.num_groups, <int64_t>seq.num_rows * c.num_groups):
-                    seq.table[j] = take(&c.pool)
+                    seq.table[j] = take_for(c, seq)
+        if c.pool.host.num_slots:
+            needs = max(needs, needs_of(c, seq))
         seq.num_prepared = end
         seq.last_step = step.id
         seq.open_steps += 1
@@ -224,8 +227,12 @@ cdef inline int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_le
     pad_after(a, step.num_rows, num_tokens)
     if a.kv_indices != NULL:
         fill_pages(a, c, step)
-    c.moves_noted += num_copies
-    step.needs = a.needs = c.moves_noted if num_copies else 0
+    c.pool.moves.noted += num_copies
+    if num_copies:
+        needs = c.pool.moves.noted
+    a.needs = needs if needs > c.pool.moves.landed else 0
+    a.first_move = c.pool.moves.handed + 1
+    step.last_move = a.last_move = hand_out(&c.pool)
     a.num_copies, a.max_query_len, a.max_seq_len = num_copies, longest_query, longest_seq
     c.counters.copies += num_copies
     note_peak(c)
@@ -259,6 +266,8 @@ cdef inline void publish_row(Core* c, Seq* seq, int32_t* blocks, int32_t n) noex
         else:
             blocks[g] = node.blocks[g]
             acquire(p, blocks[g])
+            if p.host.num_slots:
+                wait_for(c, seq, p.host.shadows[blocks[g]].load)
             release(p, own, seq.last_step)
             touch(c, seq)
             c.counters.merged += 1
@@ -301,6 +310,8 @@ cdef inline void publish(Core* c, Seq* seq, int32_t full, uint64_t first_hash) n
             if node:
                 node_at(t, node).uses += 1
             else:
+                while t.num_nodes >= t.max_nodes and p.host.num_slots and p.host.oldest >= 0:
+                    evict_slot(&p.host, t)
                 node = tree_insert(t, seq.last_node, hashes[j], tokens, extra)
                 if node == 0:
                     seq.publishing = False
@@ -321,6 +332,8 @@ cdef inline void slide(Core* c, Seq* seq, int32_t computed_before) noexcept nogi
         for i in range(first_row(c, g, computed_before), first_row(c, g, seq.num_computed)):
             blocks = row_at(c, seq, i)
             release(&c.pool, blocks[g], 0)
+            if c.pool.host.num_slots and c.pool.blocks[blocks[g]].refs == 0:
+                c.pool.host.shadows[blocks[g]].slid = True
             blocks[g] = -1
 
 
@@ -358,8 +371,8 @@ cdef inline bint core_commit(Core* c, int64_t step_id, const Ints* accepted, Fau
     step = pool_step(p, 0)
     if step.id != step_id:
         return fail(f, NOT_OLDEST, 0, step_id, step.id)
-    if step.needs > c.moves_marked:
-        return fail(f, UNMOVED, 0, step.needs, c.moves_marked)
+    if step.last_move > p.moves.marked:
+        return fail(f, UNMOVED, 0, step.last_move, p.moves.marked)
     if accepted != NULL:
         if accepted.size != step.num_rows:
             return fail(f, SIZE_ACCEPTED, 0, accepted.size, step.num_rows)
@@ -415,8 +428,8 @@ cdef inline bint core_abort(Core* c, int64_t step_id, Fault* f) noexcept nogil:
     step = pool_step(p, p.num_steps - 1)
     if step.id != step_id:
         return fail(f, NOT_NEWEST, 0, step_id, step.id)
-    if step.needs > c.moves_marked:
-        c.moves_marked = c.moves_noted  # what was not copied need not be: the targets go back
+    if p.host.num_slots == 0:   # copies-on-write alone: what was not copied need not be, the targets go back
+        p.moves.marked = max(p.moves.marked, step.last_move)
     p.num_steps -= 1
     for i in range(step.num_rows - 1, -1, -1):
         row = &step.rows[i]

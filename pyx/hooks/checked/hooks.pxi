@@ -72,6 +72,24 @@ def _poke(BlockManager manager not None, str field, Py_ssize_t index, int64_t va
             seq.num_computed += value
         elif field == "last_node":
             seq.last_node += value
+        elif field == "slot_node":
+            p.host.slots[index].node += value
+        elif field == "slot_group":
+            p.host.slots[index].group += value
+        elif field == "slot_newer":
+            p.host.slots[index].newer += value
+        elif field == "slot_of":
+            p.host.slot_of[p.host.slots[index].node * p.tree.num_groups] += value
+        elif field == "slot_move":
+            p.host.slots[index].move += value
+        elif field == "oldest":
+            p.host.oldest += value
+        elif field == "examined":
+            p.host.examined += value
+        elif field == "shadow_move":
+            p.host.shadows[index].move += value
+        elif field == "moves_landed":
+            p.moves.landed += value
         elif field == "row_start":
             pool_step(p, 0).rows[index].start += value
         elif field == "row_slot":

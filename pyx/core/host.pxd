@@ -1,0 +1,206 @@
+# The host pool: slots in host memory, each with one block of one group, that hang on the nodes of the tree as blocks of
+# the device do; and the moves between the two. Nothing is copied here: moves are noted, and handed out with a step.
+#
+# Moves are counted from 1, copies-on-write among them. Those of one step are done in the order of their numbers, loads
+# first: so a slot or a block that a move names may be given to a later move at once. A pass waits for the loads of what
+# it reads, and for every move that names a block that it writes.
+#
+# Slots that hang on nodes are in a list, the least recently used first. A hit, and the eviction of a device block, make
+# a slot the most recent one, children before parents: of a path the end goes first.
+#
+# All of it lies in arrays of its own. Without a host pool there are none, and `num_slots` is 0.
+
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint8_t
+
+from core.checks cimport check
+from core.tree cimport kvb_prefetch_write, line_of, node_at, Tree, tree_drop
+
+
+cdef enum:
+    OFFLOAD = 0         # from a device block to a host slot
+    LOAD = 1            # from a host slot to a device block
+
+
+cdef struct Move:
+    int32_t kind
+    int32_t group
+    int32_t source
+    int32_t target
+    int64_t number
+
+
+cdef struct Slot:       # 24 bytes
+    int32_t node        # where it hangs, 0: nowhere
+    int32_t group
+    int32_t older       # in the list, -1: none
+    int32_t newer
+    int64_t move        # the newest move that names it
+
+
+cdef struct Shadow:     # what tiers know of a device block: 32 bytes
+    int64_t move        # the newest move that names it: whoever writes it waits for that
+    int64_t load        # the newest load of what it holds: whoever reads it waits for that
+    int32_t noted       # 1 + its place among the noted loads, 0: none
+    int32_t slot        # that this load comes from
+    uint8_t slid        # cached because it went out of a window
+
+
+cdef struct Moves:      # numbers of the newest one that was noted, handed out, enqueued, done
+    int64_t noted, handed, marked, landed
+
+
+cdef struct Host:
+    int32_t num_slots
+    int32_t stack_size
+    int32_t fresh       # slots from here on were never used
+    int32_t oldest
+    int32_t newest
+    int32_t write_ahead     # offloads that one step notes at most
+    int32_t horizon     # cached blocks that are looked at, from the next to be evicted on
+    int32_t examined    # of these, how many were offloaded, or need not be
+    uint32_t cursor     # where in the queue the next one to look at is
+    int32_t num_loads
+    int32_t num_moves
+    Slot* slots
+    int32_t* stack
+    int32_t* slot_of    # [max_nodes + 1, groups]: 1 + the slot there, 0: none
+    Shadow* shadows     # [num_blocks]
+    int32_t* loads      # [num_blocks]: blocks whose loads are noted and not handed out
+    Move* moves         # [num_blocks + write_ahead]: handed out, and not marked as enqueued
+    int64_t* needs      # [max_seqs]: the newest move that a sequence's next pass waits for
+    int64_t evictions, num_loaded, num_offloaded, hit_tokens
+
+
+cdef inline int32_t host_free(const Host* h) noexcept nogil:
+    return h.stack_size + h.num_slots - h.fresh
+
+
+cdef inline int32_t slot_at(const Host* h, const Tree* t, int32_t n, int32_t g) noexcept nogil:
+    """The slot of a node in one group, or -1."""
+    check(0 <= n <= t.max_nodes and 0 <= g < t.num_groups, b"a slot is looked for at a node and a group")
+    return h.slot_of[<int64_t>n * t.num_groups + g] - 1
+
+
+cdef inline void list_remove(Host* h, int32_t s) noexcept nogil:
+    cdef Slot* slot = &h.slots[s]
+    if slot.older >= 0:
+        h.slots[slot.older].newer = slot.newer
+    else:
+        h.oldest = slot.newer
+    if slot.newer >= 0:
+        h.slots[slot.newer].older = slot.older
+    else:
+        h.newest = slot.older
+
+
+cdef inline void list_append(Host* h, int32_t s) noexcept nogil:
+    h.slots[s].older = h.newest
+    h.slots[s].newer = -1
+    if h.newest >= 0:
+        h.slots[h.newest].newer = s
+    else:
+        h.oldest = s
+    h.newest = s
+
+
+cdef inline void use_slot(Host* h, const Tree* t, int32_t n, int32_t g) noexcept nogil:
+    """Make the slot of a node, if it has one, the most recent."""
+    cdef int32_t s = slot_at(h, t, n, g)
+    if s >= 0 and s != h.newest:
+        list_remove(h, s)
+        list_append(h, s)
+
+
+cdef inline void drop_slot(Host* h, Tree* t, int32_t s) noexcept nogil:
+    """Take a slot off its node, which goes if nothing else uses it."""
+    cdef Slot* slot = &h.slots[s]
+    cdef int32_t n = slot.node
+    check(n > 0 and slot_at(h, t, n, slot.group) == s, b"a slot that is dropped hangs on its node")
+    h.slot_of[<int64_t>n * t.num_groups + slot.group] = 0
+    list_remove(h, s)
+    slot.node = 0
+    h.stack[h.stack_size] = s
+    h.stack_size += 1
+    tree_drop(t, n)
+
+
+cdef inline void evict_slot(Host* h, Tree* t) noexcept nogil:
+    """Drop the slot that was used longest ago; there is one. Fetches for those that will follow."""
+    cdef int32_t next
+    check(h.oldest >= 0, b"there is a host slot to evict")
+    next = h.slots[h.oldest].newer
+    if next >= 0:
+        kvb_prefetch_write(&t.lines[line_of(t, node_at(t, h.slots[next].node).hash)])
+        kvb_prefetch_write(node_at(t, node_at(t, h.slots[next].node).parent))
+        next = h.slots[next].newer
+    if next >= 0:
+        kvb_prefetch_write(node_at(t, h.slots[next].node))
+        kvb_prefetch_write(&h.slot_of[<int64_t>h.slots[next].node * t.num_groups])
+        next = h.slots[next].newer
+    if next >= 0 and h.slots[next].newer >= 0:
+        kvb_prefetch_write(&h.slots[h.slots[next].newer])
+    drop_slot(h, t, h.oldest)
+    h.evictions += 1
+
+
+cdef inline int32_t hang_slot(Host* h, Tree* t, int32_t n, int32_t g) noexcept nogil:
+    """Give a node a slot that hangs nowhere; there is one."""
+    cdef int32_t s
+    if h.stack_size:
+        h.stack_size -= 1
+        s = h.stack[h.stack_size]
+    else:
+        s = h.fresh
+        h.fresh += 1
+    check(0 <= s < h.num_slots and h.slots[s].node == 0, b"a host slot is not given out twice")
+    check(slot_at(h, t, n, g) < 0, b"a node has at most one host slot for a group")
+    h.slots[s].node, h.slots[s].group = n, g
+    h.slot_of[<int64_t>n * t.num_groups + g] = s + 1
+    list_append(h, s)
+    node_at(t, n).uses += 1
+    return s
+
+
+cdef inline void note_load(Host* h, Moves* m, int32_t s, int32_t b) noexcept nogil:
+    """Note that a block is to be loaded from a slot."""
+    cdef Shadow* shadow = &h.shadows[b]
+    check(shadow.noted == 0, b"a block waits for one load")
+    m.noted += 1
+    shadow.move = shadow.load = h.slots[s].move = m.noted
+    shadow.slot = s
+    h.loads[h.num_loads] = b
+    h.num_loads += 1
+    shadow.noted = h.num_loads
+
+
+cdef inline void cancel_load(Host* h, int32_t b) noexcept nogil:
+    """The block is another's now: a load that was noted for it is not done. The last one takes its place."""
+    cdef int32_t i = h.shadows[b].noted - 1, last
+    if i >= 0:
+        h.num_loads -= 1
+        last = h.loads[h.num_loads]
+        h.loads[i] = last
+        h.shadows[last].noted = i + 1
+        h.shadows[b].noted = 0
+
+
+cdef inline void hand_out_loads(Host* h) noexcept nogil:
+    """Move the noted loads to the moves of a step. Moves of a step that never came to be are still there: their loads,
+    where the block is another's by now, are left out."""
+    cdef int32_t i, n = 0
+    cdef int32_t b
+    cdef Move* move
+    for i in range(h.num_moves):
+        if h.moves[i].kind == OFFLOAD or h.shadows[h.moves[i].target].load == h.moves[i].number:
+            h.moves[n] = h.moves[i]
+            n += 1
+    for i in range(h.num_loads):
+        b = h.loads[i]
+        move = &h.moves[n]
+        move.kind, move.group = LOAD, h.slots[h.shadows[b].slot].group
+        move.source, move.target, move.number = h.shadows[b].slot, b, h.shadows[b].load
+        h.shadows[b].noted = 0
+        n += 1
+    h.num_loaded += h.num_loads
+    h.num_loads = 0
+    h.num_moves = n
