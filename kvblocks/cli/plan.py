@@ -1,6 +1,6 @@
 """The command `kvblocks plan`: how much memory a model's cache takes, and what fits.
 
-The figures are `kvblocks.planner`'s. Imports rich and matplotlib only when it needs them, and itself never torch.
+The figures are `kvblocks.planner`'s. Imports matplotlib only where it draws, and itself never torch.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvblocks.cli import plan_tables as tables
-from kvblocks.cli.extras import check_plot, need, save_plot
+from kvblocks.cli.extras import check_plot, save_plot
 from kvblocks.errors import UsageError
 
 if TYPE_CHECKING:
@@ -104,8 +104,6 @@ def run(args: argparse.Namespace) -> int:
         if len(models) * len(lengths) > 1:
             raise UsageError("--plot draws one model at one --seq-len")
         check_plot("plan", args.plot)
-    if not args.json and not args.markdown:
-        need("plan", "rich", "its table; --json and --markdown need nothing")
     arguments = _arguments(args)
     try:
         plans = [plan(model, seq_len=length, **arguments) for model in models for length in lengths]
