@@ -4,7 +4,7 @@ Imports neither torch nor transformers where the numbers suffice.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any, Literal
@@ -31,7 +31,6 @@ from kvblocks.planner.parallel import stage_layers
 from kvblocks.planner.plans import Plan
 from kvblocks.planner.splits import Split, best_split, fewest_devices, splits
 from kvblocks.planner.text import amount, count
-from kvblocks.planner.weights import prediction_layers, weight_bytes
 from kvblocks.sizes import checked_integer, parse_length, parse_share, parse_size
 
 __all__ = [
@@ -105,7 +104,7 @@ def plan(
         seq_len, concurrency: what is asked for: so many sequences of so many tokens (32768, or "32k").
         weights: bytes or a size of all weights; "auto" reads the safetensors headers or their index beside the config,
             on the hub too, and where there are none builds the model without memory to count them (needs torch and
-            transformers). None counts none.
+            transformers), by its `quantization_config` where it has one. None counts none.
         weights_dtype: count the weights as the config describes them, in this dtype; None for the checkpoint's own.
         activations: bytes or a size set aside on each device.
         utilization: the share of the memory that is used, above 0 and at most 1 (0.9, or "90%").
@@ -339,35 +338,42 @@ def _weights(weights: int | str | None, dtype: Any, source: Source, shape: Model
                 + ("" if weights is None else f"; weights={weights!r:.60} says the bytes itself")
             )
         return _size("weights", weights) or 0, None
+    from kvblocks.planner.quantized import quantization_of
+    from kvblocks.planner.weights import prediction_layers, quantized_weight_bytes, weight_bytes
+
     if source.config is None and source.origin is None:
         raise ValueError("weights='auto' needs a config; plain numbers do not say what a model's weights are")
     if dtype is None:
         stored = None if source.origin is None else checkpoint_of(source.origin, len(shape.layers))
         if stored is not None:
-            return stored.total, _checkpoint_note(stored, source.config or {})
-        quantized = (source.config or {}).get("quantization_config")
-        if quantized:
-            raise ValueError(
-                "weights='auto': the config has a quantization_config, which mixes dtypes, and no safetensors lie "
-                "beside it; give the bytes, or weights_dtype"
-            )
+            ahead = 0 if source.config is None else prediction_layers(source.config)
+            return stored.total, _checkpoint_note(stored, ahead)
         if shape.dtype is None:
             raise ValueError(f"weights='auto': the config of {shape.name} names no dtype; give weights_dtype")
     if source.config is None:
         raise ValueError(f"weights_dtype={dtype!r:.60}: a GGUF file's weights are as they are stored; leave it out")
-    counted = weight_bytes(source.config, format_of(shape.dtype if dtype is None else dtype))
+    notes = []
+    asked = quantization_of(source.config) if dtype is None else None
+    format = format_of(shape.dtype if dtype is None else dtype)
+    if asked is None:
+        counted = weight_bytes(source.config, format)
+    else:
+        counted, note = quantized_weight_bytes(source.config, asked[0], len(shape.layers), format, text_only=asked[1])
+        notes.append(note)
     ahead = prediction_layers(source.config)
-    if not ahead:
-        return counted, None
-    return counted, f"weights are counted without {count(ahead, 'layer')} for multi-token prediction"
+    if ahead:
+        notes.append(f"weights are counted without {count(ahead, 'layer')} for multi-token prediction")
+    return counted, "; ".join(notes) or None
 
 
-def _checkpoint_note(stored: Checkpoint, config: Mapping[str, Any]) -> str:
+def _checkpoint_note(stored: Checkpoint, ahead: int) -> str:
+    """What a reader should know of weights that were read; `ahead` layers for multi-token prediction may be in them."""
     note = f"weights are those of the checkpoint, by {stored.source}"
     if stored.ahead:
         return f"{note}; {amount(stored.ahead)} of them are of layers for multi-token prediction"
-    ahead = prediction_layers(config) if stored.ahead is None else 0
-    return f"{note}; with {count(ahead, 'layer')} for multi-token prediction, where it holds them" if ahead else note
+    if stored.ahead is None and ahead:
+        return f"{note}; with {count(ahead, 'layer')} for multi-token prediction, where it holds them"
+    return note
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
