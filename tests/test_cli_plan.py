@@ -132,6 +132,16 @@ def test_an_engine_and_two_dtypes(config: str, capsys: pytest.CaptureFixture[str
     assert any("src/llama-context.cpp" in note for note in found["notes"])
 
 
+def test_numbers_that_are_asked_for_are_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"model_type": "no_such"}))
+    assert main(["plan", str(tmp_path), "--json"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "give the numbers instead: --layers, --kv-heads, --head-dim (by its config --layers 32, --kv-heads 8, " in said
+    )
+    assert "--head-dim 128, if it attends as most do)" in said
+
+
 def test_numbers_instead_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     numbers = ["--layers", "4", "--kv-heads", "2", "--head-dim", "16", "--v-head-dim", "8", "--dtype", "fp8"]
     assert main(["plan", *numbers, "--json"]) == 0

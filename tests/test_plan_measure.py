@@ -94,6 +94,13 @@ def test_a_text_half_that_no_table_knows_is_measured() -> None:
 def test_types_that_nobody_knows() -> None:
     with pytest.raises(UnknownModel, match=r"nor the installed transformers; give the numbers instead"):
         plan({"model_type": "no_such", "num_hidden_layers": 2})
+    usual = {"model_type": "no_such", "num_hidden_layers": 2, "num_attention_heads": 8, "hidden_size": 64}
+    with pytest.raises(UnknownModel, match=r"\(by its config num_layers=2, num_kv_heads=8, head_dim=8, if it attends"):
+        plan(usual)
+    with pytest.raises(UnknownModel, match=r"num_layers=2, num_kv_heads=4, head_dim=16, if it attends"):
+        plan(usual | {"num_key_value_heads": 4, "head_dim": 16})
+    with pytest.raises(UnknownModel, match="num_layers, num_kv_heads, head_dim$"):
+        plan(usual | {"attn_type_list": [0, 1]})
     with pytest.raises(UnknownModel, match="not an architecture that the planner knows, and its config gives no size"):
         plan({"model_type": "no_such"})
 

@@ -28,6 +28,7 @@ _ARGUMENTS += "group_size scale_dtype zero_point block_size tp mla stored engine
 _NAMES = tuple(_ARGUMENTS.split())
 _EITHER = "|".join([*_NAMES, "pp"])
 _ARGUMENT = re.compile(rf"\b({_EITHER})=('[^']*'|\[[^\]]*\]|[^\s,;:)]+)")
+_NUMBER = re.compile(r"\b(?:num_)?(layers|kv_heads|head_dim)\b(=?)")
 _GIVE = re.compile(rf"\b(give|or|set) ({_EITHER})\b")
 
 
@@ -172,6 +173,8 @@ def _one_line(error: Exception) -> str:
 
 def _in_flags(text: str) -> str:
     """What `plan` says of its arguments, in this command's words: `--seq-len 5` for `seq_len=5`."""
+    text, instead, numbers = text.partition("give the numbers instead: ")
+    text += instead + _NUMBER.sub(lambda match: f"--{match[1].replace('_', '-')}{' ' if match[2] else ''}", numbers)
     given = _ARGUMENT.sub(lambda match: f"--{match[1].replace('_', '-')} {match[2].strip(chr(39))}", text)
     return _GIVE.sub(lambda match: f"{match[1]} --{match[2].replace('_', '-')}", given)
 

@@ -86,6 +86,12 @@ def plain(layers: str, heads: str, hidden: str, head_dim: str | None = None) -> 
 
     def read(f: Fields) -> list[Layer]:
         dim = f.count(head_dim) if head_dim is not None else f.divided(hidden, heads)
+        for name, known in (("num_key_value_heads", f.count(heads)), ("head_dim", dim)):
+            if f.has(name) and f.count(name) != known:
+                raise UnknownModel(
+                    f"{f.model_type}.{name}={f.count(name)}: the planner knows {f.model_type} with {known} only, by "
+                    f"{heads} and {hidden}; if the model is of another type, give the numbers instead"
+                )
         return [Layer(i, "full_attention", attention(f.count(heads), dim, dim)) for i in range(f.layers(layers))]
 
     return read

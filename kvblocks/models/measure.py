@@ -4,6 +4,7 @@ For model types that no reader knows. A measurement counts only where what was r
 was not read off from, to the byte; what it cannot explain is an error. Imports torch and transformers when it runs.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,6 +32,8 @@ _PLAIN_LAYERS = frozenset(
     ]
 )
 
+_USUAL = ("num_hidden_layers", "num_attention_heads", "hidden_size")
+_APART = re.compile("mamba|ssm|linear|conv_|recurrent|layer_types|type_list|pattern|lora_rank|window|chunk")
 _OTHER = "give the numbers instead: num_layers, num_kv_heads, head_dim"
 
 
@@ -107,7 +110,7 @@ def _built(config: Mapping[str, Any]) -> tuple[Any, Any]:
     if config["model_type"] not in kinds:
         raise UnknownModel(
             f"model_type={config['model_type']!r} is not an architecture that the planner knows, nor the installed "
-            f"transformers; {_OTHER}"
+            f"transformers; {_OTHER}{_usual(config)}"
         )
     plain = {field: value for field, value in config.items() if field != "quantization_config"}
     made = kinds[config["model_type"]].from_dict(plain)
@@ -125,6 +128,17 @@ def _built(config: Mapping[str, Any]) -> tuple[Any, Any]:
         model = maker.from_config(made, dtype=torch.bfloat16, attn_implementation="eager")
     model.train(False)
     return made, model
+
+
+def _usual(config: Mapping[str, Any]) -> str:
+    """What the numbers are where the config has the fields that most have, and attends as most do; else nothing."""
+    layers, heads, hidden = (_whole(config.get(name)) for name in _USUAL)
+    kv_heads = _whole(config.get("num_key_value_heads")) or heads
+    apart = any(value and _APART.search(name) for name, value in config.items())
+    if apart or not layers or not heads or not hidden or not kv_heads:
+        return ""
+    dim = _whole(config.get("head_dim")) or hidden // heads
+    return f" (by its config num_layers={layers}, num_kv_heads={kv_heads}, head_dim={dim}, if it attends as most do)"
 
 
 def _layers(short: Any, long: Any) -> tuple[Layer, ...]:
