@@ -99,7 +99,7 @@ def test_types_that_nobody_knows() -> None:
         plan(usual)
     with pytest.raises(UnknownModel, match=r"num_layers=2, num_kv_heads=4, head_dim=16, if it attends"):
         plan(usual | {"num_key_value_heads": 4, "head_dim": 16})
-    with pytest.raises(UnknownModel, match="num_layers, num_kv_heads, head_dim$"):
+    with pytest.raises(UnknownModel, match=r"num_layers, num_kv_heads, head_dim$"):
         plan(usual | {"attn_type_list": [0, 1]})
     with pytest.raises(UnknownModel, match="not an architecture that the planner knows, and its config gives no size"):
         plan({"model_type": "no_such"})
