@@ -64,9 +64,9 @@ def test_the_same_weights_under_two_names_are_counted_once(folder: Path) -> None
 
 
 def test_without_a_checkpoint_a_quantized_config_is_estimated(folder: Path) -> None:
-    said = "weights are estimated from quantization_config (fp8); weights are counted without 1 layer"
     estimated = plan(folder, weights="auto")
-    assert said in estimated.explain()
+    assert "note: weights are estimated from quantization_config (fp8)\n" in estimated.explain()
+    assert "note: weights are counted without 1 layer for multi-token prediction" in estimated.explain()
     (folder / "model.safetensors").write_bytes(safetensors({"a": 100}))
     assert plan(folder, weights="auto").weights_bytes == 100
     (folder / "config.json").rename(folder / "other.json")  # which need not be the config of what lies beside it
