@@ -1,9 +1,11 @@
 """Models that no table knows, measured: held against the tables where both answer; and what is refused, and why."""
 
+import json
 import os
 import re
 import warnings
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,6 +145,22 @@ REFUSED = {
     "vision-encoder-decoder": NEEDS_MORE,
     "voxtral_realtime": NEEDS_MORE,
 }
+
+
+CONFIGS = Path(__file__).resolve().parent / "data" / "configs"
+
+
+@pytest.mark.skipif(EVERY > 1, reason="models of tens of billions take half a minute; HYPOTHESIS_PROFILE=long runs it")
+@pytest.mark.parametrize("name", ["qwen3.5-35b-a3b", "gemma-4-26b-a4b-nvfp4", "exaone-3.5-7.8b", "gpt_neox_japanese"])
+def test_published_models_measured(name: str) -> None:
+    """Types that the tables know, so that their plans do not say "measured"; measured, they come to the same bytes."""
+    file = CONFIGS / f"{name}.json"
+    config = json.loads(file.read_text()) if file.exists() else KINDS[name]().to_dict()
+    measured = measure(config.get("text_config", config), None)
+    for length in (1, 100, 1500, 40000):
+        asked: dict[str, Any] = {"dtype": "bfloat16", "stored": "transformers"}
+        assert plan(measured, **asked).cache_bytes(length) == plan(config, **asked).cache_bytes(length)
+    assert "measured" not in plan(config).explain()
 
 
 @cache

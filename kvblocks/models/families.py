@@ -50,6 +50,11 @@ def head_dim_of(f: Fields, heads: str = "num_attention_heads", hidden: str = "hi
         return f.count("head_dim")
     if f.model_type in _OWN_HEAD_DIM and "head_dim" not in f.values:
         raise MissingField(f.model_type, "head_dim")
+    if f.count(hidden) % f.count(heads):
+        raise UnknownModel(
+            f"{f.model_type}.{hidden}={f.count(hidden)} does not divide by {heads}={f.count(heads)}, and the config "
+            f"has no head_dim; add it"
+        )
     return f.divided(hidden, heads)
 
 

@@ -138,14 +138,12 @@ def plan(
     used = _share(utilization)
     source = read(model)
     numbers = _checked_numbers(
-        block_size=(block_size, 1),
-        tp=(tp, 1),
-        max_groups=(max_groups, 1),
-        step_tokens=(step_tokens, 1),
-        encoder_tokens=(encoder_tokens, 0),
-        seq_len=(_length(seq_len), 1),
-        concurrency=(concurrency, 1),
-        sequences=(sequences, 1),
+        block_size=block_size,
+        tp=tp,
+        step_tokens=step_tokens,
+        seq_len=_length(seq_len),
+        concurrency=concurrency,
+        sequences=sequences,
     )
     for name, value, allowed in (
         ("engine", engine, ENGINES),
@@ -191,8 +189,8 @@ def plan(
             seq_len=numbers["seq_len"],
             concurrency=numbers["concurrency"],
             sequences=numbers["sequences"],
-            encoder_tokens=numbers["encoder_tokens"] or 0,
-            max_groups=numbers["max_groups"] or MOST_GROUPS,
+            encoder_tokens=checked_integer("encoder_tokens", encoder_tokens, 0, LONGEST),
+            max_groups=checked_integer("max_groups", max_groups, 1, LONGEST),
             step_tokens=steps,
             engine=engine,
             swa_full=swa_full,
@@ -204,11 +202,10 @@ def plan(
 # --- the arguments
 
 
-def _checked_numbers(**numbers: tuple[Any, int]) -> dict[str, int | None]:
-    """Every integer among the arguments that is given, in its bounds; `numbers` has each with the least it may be."""
+def _checked_numbers(**numbers: Any) -> dict[str, int | None]:
+    """The integers among the arguments, which may be left out, each at least 1 where it is given."""
     return {
-        name: None if value is None else checked_integer(name, value, least, LONGEST)
-        for name, (value, least) in numbers.items()
+        name: None if value is None else checked_integer(name, value, 1, LONGEST) for name, value in numbers.items()
     }
 
 
