@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from kvblocks.cli import plan_tables
 from kvblocks.cli.main import main
 
 CONFIG = {
@@ -39,6 +40,21 @@ def test_a_table_with_every_figure_and_its_arithmetic(config: str, capsys: pytes
     assert "sequences of 8,192 at once" in shown
 
 
+def test_lines_are_folded_where_the_terminal_is_narrow(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)  # the table needs no package
+    shown = {}
+    for columns in (200, 120, 60):
+        monkeypatch.setattr(plan_tables, "_width", lambda columns=columns: columns)
+        assert main(["plan", config, "--memory", "1GiB", "--seq-len", "8192", "--concurrency", "4"]) == 1
+        shown[columns] = capsys.readouterr().out
+        assert max(map(len, shown[columns].splitlines())) <= columns
+    words = {columns: sorted(text.split()) for columns, text in shown.items()}
+    assert words[200] == words[120]
+    assert "  per block: 32 layers × 8 heads × (128 + 128) × 2 B × 16\n      tokens = 2.00 MiB per block\n" in shown[60]
+
+
 def test_what_does_not_fit_ends_with_1(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", config, "--memory", "10GiB", "--seq-len", "8192", "--concurrency", "16"]) == 1
     shown = capsys.readouterr().out
@@ -62,7 +78,7 @@ def test_several_lengths_and_models_side_by_side(config: str, capsys: pytest.Cap
     asked = ["--memory", "24GiB", "--seq-len", "8k,64k,1M"]
     assert main(["plan", config, *asked]) == 1
     shown = capsys.readouterr().out.splitlines()
-    assert " ".join(shown[1].split()) == "model K and V in per token tokens a sequence blocks at once longest fits"
+    assert " ".join(shown[0].split()) == "model K and V in per token tokens a sequence blocks at once longest fits"
     rows = [line.split() for line in shown if line.strip().startswith("llama ")]
     assert [row[4:7] for row in rows] == [
         ["8,192", "1.00", "GiB"],
@@ -78,8 +94,7 @@ def test_several_lengths_and_models_side_by_side(config: str, capsys: pytest.Cap
     assert "--plot draws one model at one --seq-len" in capsys.readouterr().err
 
 
-def test_markdown(config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "rich", None)
+def test_markdown(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", config, "--markdown", "--memory", "1GiB", "--seq-len", "64k"]) == 1
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == r"**llama: 32 layers, K and V in bfloat16, blocks of 16**"
@@ -115,6 +130,16 @@ def test_an_engine_and_two_dtypes(config: str, capsys: pytest.CaptureFixture[str
     assert (found["engine"], found["dtype"], found["block_size"]) == ("llama.cpp", "q8_0,q4_0", 256)
     assert found["sequence_bytes"] == 1024 * 32 * 8 * (136 + 72)
     assert any("src/llama-context.cpp" in note for note in found["notes"])
+
+
+def test_numbers_that_are_asked_for_are_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"model_type": "no_such"}))
+    assert main(["plan", str(tmp_path), "--json"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "give the numbers instead: --layers, --kv-heads, --head-dim (by its config --layers 32, --kv-heads 8, " in said
+    )
+    assert "--head-dim 128, if it attends as most do)" in said
 
 
 def test_numbers_instead_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,15 +221,14 @@ def test_errors_in_one_sentence(
     assert captured.err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("package", "arguments"), [("rich", []), ("matplotlib", ["--plot", "x.png", "--json"])])
 def test_a_missing_extra_is_named(
-    package: str, arguments: list[str], config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = importlib.util.find_spec
 
     def find(name: str, *rest: Any) -> Any:
-        return None if name == package else real(name, *rest)
+        return None if name == "matplotlib" else real(name, *rest)
 
     monkeypatch.setattr(importlib.util, "find_spec", find)
-    assert main(["plan", config, "--memory", "1GiB", *arguments]) == 2
-    assert f"needs {package} for" in capsys.readouterr().err
+    assert main(["plan", config, "--memory", "1GiB", "--plot", "x.png", "--json"]) == 2
+    assert "needs matplotlib for" in capsys.readouterr().err

@@ -532,6 +532,27 @@ def test_blocks_held_is_the_most_there_can_be(reach: Any, num_tokens: int, block
         assert held == brute
 
 
+@given(
+    st.lists(
+        st.one_of(st.none(), st.builds(Window, st.integers(1, 40)), st.builds(Chunk, st.integers(1, 40))),
+        min_size=1,
+        max_size=8,
+    ),
+    st.integers(1, 150),
+    st.integers(1, 20),
+    st.integers(1, 30),
+)
+def test_a_manager_never_needs_more_blocks_than_are_planned(
+    reaches: list[Any], num_tokens: int, block_size: int, step: int
+) -> None:
+    """The planner adds up what each group holds at most, wherever steps begin; the manager knows where they do."""
+    planned = sum(blocks_held(reach, num_tokens, block_size, step) for reach in reaches)
+    needed = BlockManager(1, block_size, groups=reaches).blocks_needed(num_tokens, reserve=step)
+    assert planned >= needed
+    if step == 1 and not any(isinstance(reach, Chunk) for reach in reaches):
+        assert planned - needed <= sum(reach is not None for reach in reaches)
+
+
 def compositions(items: list[PagedLayer]) -> Any:
     """Every way to cut a list into runs."""
     for cuts in range(2 ** (len(items) - 1)):

@@ -3,11 +3,14 @@
 Each plan runs in a process of its own, because huggingface_hub reads its settings when it is imported.
 """
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -99,6 +102,7 @@ def hub() -> Iterator[Hub]:
 
 def run(url: str, home: Path, *arguments: str, offline: bool = False) -> tuple[int, Any, str]:
     environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    environment.pop("HF_HUB_ETAG_TIMEOUT", None)
     environment |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline))}
     command = [sys.executable, "-m", "kvblocks", "plan", *arguments, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
@@ -130,25 +134,54 @@ def test_without_a_network_one_sentence(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_never_resolved_is_waited_for_no_longer_than_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The resolver of a machine without a network may hang; a second leaves one for the imports."""
+    """The resolver of a machine without a network may hang, and no limit of a library bounds it."""
     pytest.importorskip("huggingface_hub")
-    answer = threading.Event()
-    asked: list[float] = []
+    asked, answer = threading.Event(), threading.Event()
 
-    def hang(_: tuple[str, int], timeout: float) -> None:
-        asked.append(timeout)
-        answer.wait(5)
+    def hang(*_: Any, **__: Any) -> None:
+        asked.set()
+        answer.wait(20)
         raise OSError("too late")
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://hub.invalid")
-    monkeypatch.setattr("urllib.request.getproxies", dict)
-    monkeypatch.setattr("socket.create_connection", hang)
-    with pytest.raises(FileNotFoundError, match=r"some-org/some.model_1 .* hub.invalid does not answer"):
+    monkeypatch.setattr("socket.getaddrinfo", hang)
+    monkeypatch.setattr("kvblocks.models.hub.PATIENCE", 0.2)
+    for name in [name for name in os.environ if "proxy" in name.lower() or name == "HF_HUB_ETAG_TIMEOUT"]:
+        monkeypatch.delenv(name)
+    assert PATIENCE <= 1  # which leaves one of two seconds for what is imported
+    start = time.monotonic()
+    with pytest.raises(FileNotFoundError, match=r"some-org/some.model_1 .* does not answer within 0\.2 s"):
         HubModel("some-org/some.model_1", "some-org/some.model_1", None).file("config.json")
+    assert time.monotonic() - start < 10
+    assert asked.wait(20)
     answer.set()
-    assert asked == [PATIENCE]
-    assert PATIENCE <= 1
+
+
+def test_a_hub_that_sends_a_byte_a_second_does_not_answer(tmp_path: Path) -> None:
+    """Libraries bound the wait for each byte, which here is never long, and not the sum."""
+    pytest.importorskip("huggingface_hub")
+    done = threading.Event()
+
+    def trickle(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}":
+                connection.sendall(bytes([byte]))
+                if done.wait(1):
+                    return
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=trickle, args=(server.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, daemon=True).start()
+        start = time.monotonic()
+        code, _, said = run(f"http://127.0.0.1:{server.getsockname()[1]}", tmp_path, "some-org/some.model_1")
+        assert time.monotonic() - start < 20  # the answer is 42 bytes long
+        done.set()
+    assert (code, said.count("\n")) == (2, 1)
+    assert "127.0.0.1 does not answer within 1 s (HF_HUB_ETAG_TIMEOUT sets how long to wait)" in said
 
 
 def test_weights_take_a_header_over_the_network(hub: Hub, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Models that no table knows, measured: held against the tables where both answer; and what is refused, and why."""
 
+import json
 import os
 import re
 import warnings
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ EVERY = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 4
 NOT_MEASURED = frozenset(
     [
         "big_bird",
+        "bigbird_pegasus",
         "cpmant",
         "dbrx",
         "deepseek_v4",
@@ -93,6 +96,13 @@ def test_a_text_half_that_no_table_knows_is_measured() -> None:
 def test_types_that_nobody_knows() -> None:
     with pytest.raises(UnknownModel, match=r"nor the installed transformers; give the numbers instead"):
         plan({"model_type": "no_such", "num_hidden_layers": 2})
+    usual = {"model_type": "no_such", "num_hidden_layers": 2, "num_attention_heads": 8, "hidden_size": 64}
+    with pytest.raises(UnknownModel, match=r"\(by its config num_layers=2, num_kv_heads=8, head_dim=8, if it attends"):
+        plan(usual)
+    with pytest.raises(UnknownModel, match=r"num_layers=2, num_kv_heads=4, head_dim=16, if it attends"):
+        plan(usual | {"num_key_value_heads": 4, "head_dim": 16})
+    with pytest.raises(UnknownModel, match=r"num_layers, num_kv_heads, head_dim$"):
+        plan(usual | {"attn_type_list": [0, 1]})
     with pytest.raises(UnknownModel, match="not an architecture that the planner knows, and its config gives no size"):
         plan({"model_type": "no_such"})
 
@@ -135,6 +145,22 @@ REFUSED = {
     "vision-encoder-decoder": NEEDS_MORE,
     "voxtral_realtime": NEEDS_MORE,
 }
+
+
+CONFIGS = Path(__file__).resolve().parent / "data" / "configs"
+
+
+@pytest.mark.skipif(EVERY > 1, reason="models of tens of billions take half a minute; HYPOTHESIS_PROFILE=long runs it")
+@pytest.mark.parametrize("name", ["qwen3.5-35b-a3b", "gemma-4-26b-a4b-nvfp4", "exaone-3.5-7.8b", "gpt_neox_japanese"])
+def test_published_models_measured(name: str) -> None:
+    """Types that the tables know, so that their plans do not say "measured"; measured, they come to the same bytes."""
+    file = CONFIGS / f"{name}.json"
+    config = json.loads(file.read_text()) if file.exists() else KINDS[name]().to_dict()
+    measured = measure(config.get("text_config", config), None)
+    for length in (1, 100, 1500, 40000):
+        asked: dict[str, Any] = {"dtype": "bfloat16", "stored": "transformers"}
+        assert plan(measured, **asked).cache_bytes(length) == plan(config, **asked).cache_bytes(length)
+    assert "measured" not in plan(config).explain()
 
 
 @cache

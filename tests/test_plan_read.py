@@ -379,6 +379,12 @@ _LATENT = {"kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v
         ({"model_type": "qwen", "kv_channels": 8, **_SMALL}, 3 * 2 * 8 * 8 * 2),
         ({"model_type": "baichuan", **_SMALL}, 3 * 2 * 8 * 8 * 2),
         ({"model_type": "internlm2", "num_key_value_heads": 2, **_SMALL}, 3 * 2 * 2 * 8 * 2),
+        ({"model_type": "Yi", "num_key_value_heads": 2, **_SMALL}, 3 * 2 * 2 * 8 * 2),
+        ({"model_type": "phi4mm", "sliding_window": 99, "num_key_value_heads": 2, **_SMALL}, 3 * 2 * 2 * 8 * 2),
+        (
+            {"model_type": "git", "architectures": ["Grok1ForCausalLM"], "num_key_value_heads": 2, **_SMALL},
+            3 * 2 * 2 * 8 * 2,
+        ),
         ({"model_type": "exaone", "num_layers": 5, "num_key_value_heads": 2, **_SMALL}, 5 * 2 * 2 * 8 * 2),
         ({"model_type": "mimo", "use_sliding_window": False, "sliding_window": 4, **_SMALL}, 3 * 2 * 8 * 8 * 2),
         (
@@ -404,6 +410,14 @@ _LATENT = {"kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v
 def test_types_whose_code_comes_with_the_weights(config: dict[str, Any], per_token: int, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert plan(tmp_path).bytes_per_token == per_token
+
+
+@pytest.mark.parametrize(("field", "number"), [("num_key_value_heads", 2), ("head_dim", 16)])
+def test_a_field_that_says_otherwise_than_the_type(field: str, number: int) -> None:
+    config = {"model_type": "git", **_SMALL}
+    assert plan(config | {"num_key_value_heads": 8, "head_dim": 8}).bytes_per_token == 3 * 2 * 8 * 8 * 2
+    with pytest.raises(UnknownModel, match=rf"git.{field}={number}: the planner knows git with 8 only"):
+        plan(config | {field: number})
 
 
 def test_layers_that_a_search_has_thinned_out() -> None:

@@ -63,13 +63,14 @@ def test_the_same_weights_under_two_names_are_counted_once(folder: Path) -> None
     assert plan(folder, weights="auto").weights_bytes == 100
 
 
-def test_without_a_checkpoint_a_quantized_config_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="which mixes dtypes, and no safetensors lie beside it"):
-        plan(folder, weights="auto")
-    (folder / "config.json").rename(folder / "other.json")
+def test_without_a_checkpoint_a_quantized_config_is_estimated(folder: Path) -> None:
+    estimated = plan(folder, weights="auto")
+    assert "note: weights are estimated from quantization_config (fp8)\n" in estimated.explain()
+    assert "note: weights are counted without 1 layer for multi-token prediction" in estimated.explain()
     (folder / "model.safetensors").write_bytes(safetensors({"a": 100}))
-    with pytest.raises(ValueError, match="which mixes dtypes"):
-        plan(folder / "other.json", weights="auto")
+    assert plan(folder, weights="auto").weights_bytes == 100
+    (folder / "config.json").rename(folder / "other.json")  # which need not be the config of what lies beside it
+    assert plan(folder / "other.json", weights="auto").weights_bytes == estimated.weights_bytes
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ Imports the store only when a command runs.
 import argparse
 import json
 import re
-from datetime import datetime
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,7 +175,7 @@ def _print_kinds(result: dict[str, Any]) -> None:
                 kind["shard"] if known else "",
                 f"{kind['objects']:,}",
                 f"{kind['bytes']:,}",
-                f"{datetime.fromtimestamp(kind['last_stored']):%Y-%m-%d %H:%M}",
+                time.strftime("%Y-%m-%d %H:%M", time.localtime(kind["last_stored"])),
             )
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -1,6 +1,6 @@
 """The command `kvblocks plan`: how much memory a model's cache takes, and what fits.
 
-The figures are `kvblocks.planner`'s. Imports rich and matplotlib only when it needs them, and itself never torch.
+The figures are `kvblocks.planner`'s. Imports matplotlib only where it draws, and itself never torch.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvblocks.cli import plan_tables as tables
-from kvblocks.cli.extras import check_plot, need, save_plot
+from kvblocks.cli.extras import check_plot, save_plot
 from kvblocks.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ _ARGUMENTS += "group_size scale_dtype zero_point block_size tp mla stored engine
 _NAMES = tuple(_ARGUMENTS.split())
 _EITHER = "|".join([*_NAMES, "pp"])
 _ARGUMENT = re.compile(rf"\b({_EITHER})=('[^']*'|\[[^\]]*\]|[^\s,;:)]+)")
+_NUMBER = re.compile(r"\b(?:num_)?(layers|kv_heads|head_dim)\b(=?)")
 _GIVE = re.compile(rf"\b(give|or|set) ({_EITHER})\b")
 
 
@@ -104,8 +105,6 @@ def run(args: argparse.Namespace) -> int:
         if len(models) * len(lengths) > 1:
             raise UsageError("--plot draws one model at one --seq-len")
         check_plot("plan", args.plot)
-    if not args.json and not args.markdown:
-        need("plan", "rich", "its table; --json and --markdown need nothing")
     arguments = _arguments(args)
     try:
         plans = [plan(model, seq_len=length, **arguments) for model in models for length in lengths]
@@ -174,6 +173,8 @@ def _one_line(error: Exception) -> str:
 
 def _in_flags(text: str) -> str:
     """What `plan` says of its arguments, in this command's words: `--seq-len 5` for `seq_len=5`."""
+    text, instead, numbers = text.partition("give the numbers instead: ")
+    text += instead + _NUMBER.sub(lambda match: f"--{match[1].replace('_', '-')}{' ' if match[2] else ''}", numbers)
     given = _ARGUMENT.sub(lambda match: f"--{match[1].replace('_', '-')} {match[2].strip(chr(39))}", text)
     return _GIVE.sub(lambda match: f"{match[1]} --{match[2].replace('_', '-')}", given)
 

@@ -1,19 +1,23 @@
 """How `kvblocks plan` prints: a table for people, the same as Markdown, and several plans side by side.
 
-What stands in the tables is `kvblocks.planner`'s. Imports rich only where it prints for people.
+What stands in the tables is `kvblocks.planner`'s. Imports nothing but the standard library.
 """
 
+import os
+import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from kvblocks.planner import Plan
 
 __all__ = ["print_markdown", "print_table"]
 
 Words = Callable[[str], str]  # what a plan says of its arguments, in words of the command
+
+_WIDTH = 160  # of what is printed to a file or a pipe, where no terminal says its own
+_NARROWEST = 24  # characters of a column that is folded, however narrow the terminal
 
 
 def print_table(plans: "Sequence[Plan]", words: Words) -> None:
@@ -34,34 +38,39 @@ def print_markdown(plans: "Sequence[Plan]", words: Words) -> None:
 
 def _print_one(plan: "Plan", words: Words) -> None:
     """One plan for a terminal: a figure to a row, then remarks and the verdict."""
-    from rich import box
-    from rich.table import Table
-
     from kvblocks.planner.explain import lines, title
 
-    table = Table(box=box.SIMPLE, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_column(overflow="fold")
-    for line in lines(plan):
-        table.add_row(line.name, line.value, line.arithmetic)
-    _say([title(plan), table, *map(words, _sentences(plan))])
+    width, found = _width(), lines(plan)
+    names = max((len(line.name) for line in found), default=0)
+    values = max((len(line.value) for line in found), default=0)
+    room = width - (2 + names + 2 + values + 2)
+    print(_folded(title(plan), width), end="\n\n")
+    for line in found:
+        if room < _NARROWEST:
+            print(_folded(f"  {line}", width, "      "))
+            continue
+        start = f"  {line.name:<{names}}  {line.value:>{values}}  "
+        print(_folded(start + line.arithmetic, width, " " * len(start)).rstrip())
+    print()
+    for sentence in _sentences(plan):
+        print(_folded(words(sentence), width))
 
 
 def _print_comparison(plans: "Sequence[Plan]", words: Words) -> None:
     """Several plans for a terminal, a row each."""
-    from rich import box
-    from rich.table import Table
-
     from kvblocks.planner.compare import side_by_side
 
     heads, rows = side_by_side(plans)
-    table = Table(box=box.SIMPLE)
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*row)
-    _say([table, *map(words, _shared_sentences(plans))])
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    for cells in (heads, ["-" * width for width in widths], *rows):
+        first, *others = (
+            f"{cell:<{width}}" if not i else f"{cell:>{width}}"
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        print(f"  {'  '.join([first, *others])}".rstrip())
+    print()
+    for sentence in _shared_sentences(plans):
+        print(_folded(words(sentence), _width()))
 
 
 def _print_markdown_one(plan: "Plan", words: Words) -> None:
@@ -94,14 +103,22 @@ def _shared_sentences(plans: "Sequence[Plan]") -> list[str]:
     return list(dict.fromkeys(note for plan in plans for note in notes(plan)))
 
 
-def _say(parts: "Sequence[str | Table]") -> None:
-    from rich.console import Console
+def _width() -> int:
+    columns = os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 0
+    return columns or _WIDTH  # a terminal that does not know its width says 0
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    for part in parts:
-        console.print(part, highlight=False, markup=False)
+
+def _folded(text: str, width: int, indent: str = "") -> str:
+    """Text in lines of at most `width` characters, broken between words; all but the first begin with `indent`."""
+    return "\n".join(
+        textwrap.wrap(
+            text,
+            max(width, len(indent) + _NARROWEST),
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    )
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

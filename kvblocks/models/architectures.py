@@ -152,7 +152,12 @@ _register("axk1 deepseek_v2 deepseek_v3 glm4_moe_lite minicpm3 mistral4 sarvam_m
 # Types whose code comes with the weights, so that transformers has no class for them: attention like any other's, under
 # other names here and there.
 _register("kimi_k2", read.latent, "kv_lora_rank")
-_register("baichuan deepseek internlm internlm2 minicpm minicpmv molmo phi3small", read.grouped)
+_register(
+    "Yi aquila arctic baichuan bailing_moe bailing_moe_v2 deepseek grok-1 internlm internlm2 minicpm minicpmv molmo "
+    "orion phi3small skywork stablelm_epoch xverse",
+    read.grouped,
+)
+_register("phi4mm", read.grouped, "sliding_window")
 _register("mimo step3p5 step3p7", read.mixed, "layer_types sliding_window")
 _register("qwen", read.plain("num_hidden_layers", "num_attention_heads", "hidden_size", "kv_channels"), "kv_channels")
 _register("exaone", read.renamed(read.grouped, num_hidden_layers="num_layers"))

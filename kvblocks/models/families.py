@@ -50,6 +50,11 @@ def head_dim_of(f: Fields, heads: str = "num_attention_heads", hidden: str = "hi
         return f.count("head_dim")
     if f.model_type in _OWN_HEAD_DIM and "head_dim" not in f.values:
         raise MissingField(f.model_type, "head_dim")
+    if f.count(hidden) % f.count(heads):
+        raise UnknownModel(
+            f"{f.model_type}.{hidden}={f.count(hidden)} does not divide by {heads}={f.count(heads)}, and the config "
+            f"has no head_dim; add it"
+        )
     return f.divided(hidden, heads)
 
 
@@ -86,6 +91,12 @@ def plain(layers: str, heads: str, hidden: str, head_dim: str | None = None) -> 
 
     def read(f: Fields) -> list[Layer]:
         dim = f.count(head_dim) if head_dim is not None else f.divided(hidden, heads)
+        for name, known in (("num_key_value_heads", f.count(heads)), ("head_dim", dim)):
+            if f.has(name) and f.count(name) != known:
+                raise UnknownModel(
+                    f"{f.model_type}.{name}={f.count(name)}: the planner knows {f.model_type} with {known} only, by "
+                    f"{heads} and {hidden}; if the model is of another type, give the numbers instead"
+                )
         return [Layer(i, "full_attention", attention(f.count(heads), dim, dim)) for i in range(f.layers(layers))]
 
     return read

@@ -3,13 +3,21 @@
 Imports huggingface_hub, and what speaks to a network, only where a model is named by a hub id.
 """
 
+import os
 import re
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 __all__ = ["PATIENCE", "HubModel", "hub_model"]
 
 _HUB_ID = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?", re.ASCII)
-PATIENCE = 1.0  # seconds for a connection to be made before the hub counts as out of reach
+# Seconds in which the hub answers a first question, its name looked up and the connection made, or is out of reach.
+# HF_HUB_ETAG_TIMEOUT, where it is set, is how long huggingface_hub waits for the same answer.
+PATIENCE = 1.0
+_SLOWEST = 60.0  # seconds for one file of a hub that answers: a config, an index or a header, a few megabytes at most
+_Made = TypeVar("_Made")
 
 
 def hub_model(text: str) -> "HubModel | None":
@@ -40,21 +48,27 @@ class HubModel:
             FileNotFoundError: there is no such file, or the hub cannot be reached; one sentence, within two seconds.
         """
         try:
-            from huggingface_hub import hf_hub_download
+            from huggingface_hub import hf_hub_download, try_to_load_from_cache
+            from huggingface_hub.errors import LocalEntryNotFoundError
         except ModuleNotFoundError:
             raise FileNotFoundError(
                 f'{self.text} is neither a folder nor a file; to look it up on the hub: pip install "kvblocks[plan]"'
             ) from None
-        away = _out_of_reach()
-        try:
-            path = Path(hf_hub_download(self.name, file, revision=self.revision, local_files_only=bool(away)))
-        except Exception as error:  # of many kinds, from several libraries; each says what went wrong
-            reason = away or " ".join(str(error).split())
-            raise FileNotFoundError(
-                f"{self.text} is neither a folder nor a file, and {file} is not to be had from the hub: {reason}"
-            ) from error
-        self.folder = path.parent
-        return path
+        missing = f"{self.text} is neither a folder nor a file, and {file} is not to be had from the hub"
+        away = self._out_of_reach(file)
+        if away:
+            path = try_to_load_from_cache(self.name, file, revision=self.revision)
+            if not isinstance(path, str):
+                raise FileNotFoundError(f"{missing}: {away}")
+        else:
+            try:
+                path = _within(_SLOWEST, lambda: str(hf_hub_download(self.name, file, revision=self.revision)))
+            except Exception as error:  # of many kinds, from several libraries; each says what went wrong
+                # "Is your network down?", says huggingface_hub of whatever a server answered; what caused it says more.
+                told = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
+                raise FileNotFoundError(f"{missing}: {_one_line(told or error)}") from error
+        self.folder = Path(path).parent
+        return Path(path)
 
     def has(self, file: str) -> bool:
         """Whether it has such a file.
@@ -64,14 +78,15 @@ class HubModel:
         """
         from huggingface_hub import HfApi
 
-        away = _out_of_reach()
+        away = self._out_of_reach(file)
         if away:
             raise FileNotFoundError(f"the files of {self.text} are not to be had from the hub: {away}")
         try:
-            return bool(HfApi().file_exists(self.name, file, revision=self.revision))
+            return _within(_SLOWEST, lambda: bool(HfApi().file_exists(self.name, file, revision=self.revision)))
         except Exception as error:  # as above
-            reason = " ".join(str(error).split())
-            raise FileNotFoundError(f"the files of {self.text} are not to be had from the hub: {reason}") from error
+            raise FileNotFoundError(
+                f"the files of {self.text} are not to be had from the hub: {_one_line(error)}"
+            ) from error
 
     def tensor_bytes(self, file: str) -> dict[str, int]:
         """Bytes of every tensor in a safetensors file, of which only the header is downloaded.
@@ -82,42 +97,66 @@ class HubModel:
         from huggingface_hub import HfApi
 
         try:
-            found = HfApi().parse_safetensors_file_metadata(self.name, file, revision=self.revision)
+            found = _within(
+                _SLOWEST,
+                lambda: HfApi().parse_safetensors_file_metadata(self.name, file, revision=self.revision),
+            )
         except Exception as error:  # as above
-            reason = " ".join(str(error).split())
-            raise FileNotFoundError(f"{file} of {self.text} is not to be had from the hub: {reason}") from error
+            raise FileNotFoundError(
+                f"{file} of {self.text} is not to be had from the hub: {_one_line(error)}"
+            ) from error
         return {name: tensor.data_offsets[1] - tensor.data_offsets[0] for name, tensor in found.tensors.items()}
 
+    def _out_of_reach(self, file: str) -> str:
+        """Why the hub cannot be reached; empty where it answers what it knows of a file, be it that there is none."""
+        from urllib.parse import urlsplit
 
-def _out_of_reach() -> str:
-    """Why the hub cannot be reached; empty where it can be.
+        from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.errors import HfHubHTTPError
 
-    A name that is not resolved may take much longer than a connection that is refused, so that a thread asks for it.
-    """
-    import socket
-    import threading
-    from urllib.parse import urlsplit
-    from urllib.request import getproxies, proxy_bypass
-
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    url = urlsplit(constants.ENDPOINT)
-    host = url.hostname or ""
-    proxy = "" if proxy_bypass(host) else getproxies().get(url.scheme, "")
-    at = urlsplit(proxy) if proxy else url
-    answered: list[str] = []
-
-    def connect() -> None:
+        if constants.HF_HUB_OFFLINE:
+            return "HF_HUB_OFFLINE is set"
+        patience = float(constants.HF_HUB_ETAG_TIMEOUT) if "HF_HUB_ETAG_TIMEOUT" in os.environ else PATIENCE
+        host = urlsplit(constants.ENDPOINT).hostname
+        url = hf_hub_url(self.name, file, revision=self.revision)
         try:
-            port = at.port or (443 if at.scheme == "https" else 80)
-            socket.create_connection((at.hostname or "", port), timeout=PATIENCE).close()
-            answered.append("")
-        except OSError as error:
-            answered.append(f"{at.hostname} cannot be reached ({error.strerror or error})")
+            _within(patience, lambda: get_hf_file_metadata(url, timeout=patience))
+        except HfHubHTTPError:
+            return ""
+        except TimeoutError:
+            return f"{host} does not answer within {patience:g} s (HF_HUB_ETAG_TIMEOUT sets how long to wait)"
+        except Exception as error:  # a name that is not known, a connection that is refused: as above
+            return f"{host} cannot be reached ({_one_line(error)})"
+        return ""
 
-    asking = threading.Thread(target=connect, daemon=True)
-    asking.start()
-    asking.join(PATIENCE)
-    return answered[0] if answered else f"{at.hostname} does not answer"
+
+def _within(seconds: float, call: Callable[[], _Made]) -> _Made:
+    """What a call returns or raises.
+
+    It runs in a thread of its own, because the limits that libraries take bound each step of a request, and neither the
+    look-up of a name nor the sum.
+
+    Raises:
+        TimeoutError: it takes longer than `seconds`. The thread ends when its call does, or with the process.
+    """
+    made: list[_Made] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            made.append(call())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failed:
+        raise failed[0]
+    if not made:
+        raise TimeoutError(f"it takes longer than {seconds:g} s")
+    return made[0]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -4,6 +4,7 @@ For model types that no reader knows. A measurement counts only where what was r
 was not read off from, to the byte; what it cannot explain is an error. Imports torch and transformers when it runs.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,6 +32,8 @@ _PLAIN_LAYERS = frozenset(
     ]
 )
 
+_USUAL = ("num_hidden_layers", "num_attention_heads", "hidden_size")
+_APART = re.compile("mamba|ssm|linear|conv_|recurrent|layer_types|type_list|pattern|lora_rank|window|chunk")
 _OTHER = "give the numbers instead: num_layers, num_kv_heads, head_dim"
 
 
@@ -42,6 +45,7 @@ def measure(config: Mapping[str, Any], name: str | None) -> ModelCache:
             something that the lengths it was run for do not explain.
     """
     model_type = str(config["model_type"])
+    other = _OTHER + _usual(config)
     try:
         import torch
 
@@ -49,12 +53,12 @@ def measure(config: Mapping[str, Any], name: str | None) -> ModelCache:
     except ModuleNotFoundError as error:
         raise UnknownModel(
             f"model_type={model_type!r} is in no table of the planner, and to measure it {error.name} is needed; "
-            f'run: pip install "kvblocks[plan]", or {_OTHER}'
+            f'run: pip install "kvblocks[plan]", or {other}'
         ) from None
     except UnknownModel:
         raise
     except Exception as error:  # whatever a model's constructor raises
-        raise UnknownModel(f"transformers cannot build {model_type}: {_one_line(error)}; {_OTHER}") from error
+        raise UnknownModel(f"transformers cannot build {model_type}: {_one_line(error)}; {other}") from error
 
     def held(tokens: int) -> Any:
         ids = {"input_ids": torch.zeros((1, tokens), dtype=torch.long, device="meta")}
@@ -82,7 +86,7 @@ def measure(config: Mapping[str, Any], name: str | None) -> ModelCache:
     except Exception as error:  # whatever a model's forward pass raises
         raise UnknownModel(
             f"model_type={model_type!r} is in no table of the planner, and transformers' model cannot be measured "
-            f"without memory: {_one_line(error)}; {_OTHER}"
+            f"without memory: {_one_line(error)}; {other}"
         ) from error
     text = made.get_text_config(decoder=True).to_dict()
     dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype")
@@ -107,7 +111,7 @@ def _built(config: Mapping[str, Any]) -> tuple[Any, Any]:
     if config["model_type"] not in kinds:
         raise UnknownModel(
             f"model_type={config['model_type']!r} is not an architecture that the planner knows, nor the installed "
-            f"transformers; {_OTHER}"
+            f"transformers; {_OTHER}{_usual(config)}"
         )
     plain = {field: value for field, value in config.items() if field != "quantization_config"}
     made = kinds[config["model_type"]].from_dict(plain)
@@ -125,6 +129,24 @@ def _built(config: Mapping[str, Any]) -> tuple[Any, Any]:
         model = maker.from_config(made, dtype=torch.bfloat16, attn_implementation="eager")
     model.train(False)
     return made, model
+
+
+def _usual(config: Mapping[str, Any]) -> str:
+    """What the numbers are where the config, or one in it, has the fields that most have, and attends as most do.
+
+    Empty where it does not.
+    """
+    for half in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        layers, heads, hidden = (_whole(half.get(name)) for name in _USUAL)
+        apart = any(
+            value and _APART.search(str(name)) for name, value in half.items() if not isinstance(value, Mapping)
+        )
+        if layers and heads and hidden and not apart and half.get("is_decoder") is not False:
+            kv_heads = _whole(half.get("num_key_value_heads")) or heads
+            dim = _whole(half.get("head_dim")) or hidden // heads
+            numbers = f"num_layers={layers}, num_kv_heads={kv_heads}, head_dim={dim}"
+            return f" (by its config {numbers}, if it attends as most do)"
+    return ""
 
 
 def _layers(short: Any, long: Any) -> tuple[Layer, ...]:

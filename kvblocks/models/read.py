@@ -248,13 +248,15 @@ def _model_type(config: Mapping[str, Any], name: str | None) -> str:
     given = config.get("model_type")
     if given is not None and not isinstance(given, str):
         raise UnknownModel(f"{name or 'the config'} has no model_type but {given!r:.60}; it must be a name")
+    classes = config.get("architectures")
+    named = [str(one).partition("For")[0].lower() for one in classes] if isinstance(classes, list | tuple) else []
+    if given == "git" and "grok1" in named:
+        return "grok-1"  # Grok 2 calls itself git, which is a captioner of images
     if given in MODEL_TYPES or _inner(config) is not None:
         return given or ""
-    classes = config.get("architectures")
-    for one in classes if isinstance(classes, list | tuple) else []:
-        found = _CLASSES.get(str(one).partition("For")[0].lower())
-        if found is not None:
-            return found
+    found = next((_CLASSES[name] for name in named if name in _CLASSES), None)
+    if found is not None:
+        return found
     if given is None and config.keys() >= _PARAMS:
         return "params"
     if given is None and config.get("peft_type") is not None:

@@ -4,7 +4,7 @@ Imports neither torch nor transformers where the numbers suffice.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any, Literal
@@ -31,7 +31,6 @@ from kvblocks.planner.parallel import stage_layers
 from kvblocks.planner.plans import Plan
 from kvblocks.planner.splits import Split, best_split, fewest_devices, splits
 from kvblocks.planner.text import amount, count
-from kvblocks.planner.weights import prediction_layers, weight_bytes
 from kvblocks.sizes import checked_integer, parse_length, parse_share, parse_size
 
 __all__ = [
@@ -105,7 +104,7 @@ def plan(
         seq_len, concurrency: what is asked for: so many sequences of so many tokens (32768, or "32k").
         weights: bytes or a size of all weights; "auto" reads the safetensors headers or their index beside the config,
             on the hub too, and where there are none builds the model without memory to count them (needs torch and
-            transformers). None counts none.
+            transformers), by its `quantization_config` where it has one. None counts none.
         weights_dtype: count the weights as the config describes them, in this dtype; None for the checkpoint's own.
         activations: bytes or a size set aside on each device.
         utilization: the share of the memory that is used, above 0 and at most 1 (0.9, or "90%").
@@ -138,74 +137,35 @@ def plan(
     """
     used = _share(utilization)
     source = read(model)
-    if block_size is not None:
-        block_size = checked_integer("block_size", block_size, 1, LONGEST)
-    if tp is not None:
-        tp = checked_integer("tp", tp, 1, LONGEST)
-    card, cards = (None, None) if gpu is None else parse_gpu(gpu)
-    if card is not None:
-        if memory is not None:
-            raise ValueError(f"memory={memory!r:.60} and gpu={gpu!r}: the card says its memory; give one of them")
-        memory = card_memory(card)
-    max_groups = checked_integer("max_groups", max_groups, 1, LONGEST)
-    _one_of("engine", engine, ENGINES)
-    if not isinstance(swa_full, bool):
-        raise TypeError(f"swa_full={swa_full!r:.60} is of type {type(swa_full).__name__}; give a bool")
-    if swa_full and engine != "llama.cpp":
-        raise ValueError(f"engine={engine!r}: only llama.cpp has --swa-full (swa_full)")
-    if engine != "kvblocks" and stored != "exact":
-        raise ValueError(f"stored={stored!r:.60} counts transformers' caches, and engine={engine!r}; give one of them")
-    if step_tokens is None:
-        step_tokens = engine_step_tokens(engine)
-    step_tokens = checked_integer("step_tokens", step_tokens, 1, LONGEST)
-    encoder_tokens = checked_integer("encoder_tokens", encoder_tokens, 0, LONGEST)
-    length, concurrency, sequences = (
-        None if value is None else checked_integer(name, value, 1, LONGEST)
-        for name, value in (("seq_len", _length(seq_len)), ("concurrency", concurrency), ("sequences", sequences))
+    numbers = _checked_numbers(
+        block_size=block_size,
+        tp=tp,
+        step_tokens=step_tokens,
+        seq_len=_length(seq_len),
+        concurrency=concurrency,
+        sequences=sequences,
     )
-    _one_of("mla", mla, ("latent", "expanded"))
-    _one_of("stored", stored, ("exact", "transformers"))
-    shape = source.read(mla)
-    if stored == "transformers" and shape.uncached is not None:
-        raise ValueError(f"stored='transformers': {shape.uncached}")
+    for name, value, allowed in (
+        ("engine", engine, ENGINES),
+        ("mla", mla, ("latent", "expanded")),
+        ("stored", stored, ("exact", "transformers")),
+    ):
+        _one_of(name, value, allowed)
+    _check_engine_arguments(engine, swa_full, stored)
+    card, cards, memory = _cards(gpu, memory)
+    shape, other = _shapes(source, mla, stored)
     check_engine(engine, shape)
-    keeps_latents = any(kept.name == "latent" for layer in shape.layers for kept in layer.kept)
-    other = source.read("expanded" if keeps_latents else "latent")
-    if stored == "transformers" and mla == "expanded" and other != shape:
-        raise ValueError(
-            f"stored='transformers' with mla='expanded': transformers' cache of {shape.name} keeps the latent and the "
-            f"rotated key; give mla='latent' for its bytes, or stored='exact' for those of expanded heads"
-        )
-    asks = None if source.config is None else cache_dtype(source.config)
-    if isinstance(dtype, str) and dtype == "auto":
-        dtype = asks
-    elif dtype is None and asks is not None:
-        asked = f"the checkpoint asks for K and V in {asks} (kv_cache_scheme); dtype='auto' counts them so"
-        shape, other = (replace(one, notes=(*one.notes, asked)) for one in (shape, other))
-    if dtype is None and engine == "llama.cpp":
-        dtype = "float16"  # whatever the model computes in
-    if dtype is None and shape.dtype is None:
-        assumed = "no dtype is named: K and V are taken to be bfloat16; give dtype where they are not"
-        shape, other = (replace(one, dtype="bfloat16", notes=(*one.notes, assumed)) for one in (shape, other))
-    weights_bytes, weights_note = _weights(weights, weights_dtype, source, shape)
-    if weights_note is not None:
-        shape, other = (replace(one, notes=(*one.notes, weights_note)) for one in (shape, other))
-    kept_in = format_of(shape.dtype if dtype is None else dtype, group_size, scale_dtype, zero_point)
-    sources = engine_notes(engine, shape, kept_in, swa_full=swa_full, step_tokens=step_tokens)
-    shape, other = (replace(one, notes=(*one.notes, *sources)) for one in (shape, other))
+
+    dtype, shape_dtype, notes = _dtypes(dtype, engine, source, shape)
+    shape = replace(shape, dtype=shape_dtype)
+    weights_bytes, weights_notes = _weights(weights, weights_dtype, source, shape)
+    kept_in = format_of(shape_dtype if dtype is None else dtype, group_size, scale_dtype, zero_point)
+    steps = numbers["step_tokens"] or engine_step_tokens(engine)
+    notes += weights_notes
+    notes += engine_notes(engine, shape, kept_in, swa_full=swa_full, step_tokens=steps)
+    shape = replace(shape, notes=(*shape.notes, *notes))
     stages = stage_layers(shape, pp)
-    if block_size is None:
-        block_size = engine_block_size(engine, shape)
-    if block_size is None:
-        block_size = math.lcm(_BLOCK_SIZE, *(kept.every for layer in shape.layers for kept in layer.kept))
-    for layer in shape.layers:
-        for kept in layer.kept:
-            if block_size % kept.every:
-                raise ValueError(
-                    f"block_size={block_size} is no multiple of {kept.every}, the tokens that share an entry of the "
-                    f"{kept.name} of {shape.name}"
-                )
-    devices = (tp or 1) * len(stages)
+    devices = (numbers["tp"] or 1) * len(stages)
     if cards is not None and devices > cards:
         raise ValueError(f"tp={tp or 1} and pp={len(stages)} need {devices} cards; gpu={gpu!r} has {cards}")
     made = Plan(
@@ -213,36 +173,116 @@ def plan(
             model=shape,
             format=kept_in,
             state_dtype=_state_dtype(shape, kept_in.name if kept_in.is_float and dtype is not None else None),
-            other_mla=other if other != shape else None,
+            other_mla=None if other is None else replace(other, dtype=shape_dtype, notes=shape.notes),
             memory=_memory(memory, used),
             utilization=used,
-            block_size=block_size,
+            block_size=_block_size(numbers["block_size"], engine, shape),
             gpu=card,
             gpus=cards,
             copies=1 if cards is None else cards // devices,
-            tp=tp or 1,
+            tp=numbers["tp"] or 1,
             stages=stages,
             mla=mla,
             stored=stored,
             weights=weights_bytes,
             activations=_size("activations", activations) or 0,
-            seq_len=length,
-            concurrency=concurrency,
-            sequences=sequences,
-            encoder_tokens=encoder_tokens,
-            max_groups=max_groups,
-            step_tokens=step_tokens,
+            seq_len=numbers["seq_len"],
+            concurrency=numbers["concurrency"],
+            sequences=numbers["sequences"],
+            encoder_tokens=checked_integer("encoder_tokens", encoder_tokens, 0, LONGEST),
+            max_groups=checked_integer("max_groups", max_groups, 1, LONGEST),
+            step_tokens=steps,
             engine=engine,
             swa_full=swa_full,
         )
     )
-    if card is None or tp is not None:
-        return made
-    if cards is not None:
-        best = best_split(splits(made))
-        return made.replaced(tp=best.tp, copies=best.copies)
-    fewest = fewest_devices(made) if len(stages) == 1 else None
-    return made if fewest is None else made.replaced(tp=fewest.settings.tp, stages=fewest.settings.stages)
+    return made if card is None or tp is not None else _split(made)
+
+
+# --- the arguments
+
+
+def _checked_numbers(**numbers: Any) -> dict[str, int | None]:
+    """The integers among the arguments, which may be left out, each at least 1 where it is given."""
+    return {
+        name: None if value is None else checked_integer(name, value, 1, LONGEST) for name, value in numbers.items()
+    }
+
+
+def _check_engine_arguments(engine: Engine, swa_full: bool, stored: Stored) -> None:
+    """Raises TypeError or ValueError for what an engine does not have."""
+    if not isinstance(swa_full, bool):
+        raise TypeError(f"swa_full={swa_full!r:.60} is of type {type(swa_full).__name__}; give a bool")
+    if swa_full and engine != "llama.cpp":
+        raise ValueError(f"engine={engine!r}: only llama.cpp has --swa-full (swa_full)")
+    if engine != "kvblocks" and stored != "exact":
+        raise ValueError(f"stored={stored!r:.60} counts transformers' caches, and engine={engine!r}; give one of them")
+
+
+def _cards(gpu: str | None, memory: Any) -> tuple[str | None, int | None, Any]:
+    """The card, how many there are (None for as many as are needed), and the memory of one."""
+    if gpu is None:
+        return None, None, memory
+    card, cards = parse_gpu(gpu)
+    if memory is not None:
+        raise ValueError(f"memory={memory!r:.60} and gpu={gpu!r}: the card says its memory; give one of them")
+    return card, cards, card_memory(card)
+
+
+def _block_size(given: int | None, engine: Engine, shape: ModelCache) -> int:
+    """Tokens in a block: as given, the engine's own, or 16 or the fewest more that the model's layers allow."""
+    entries = [kept for layer in shape.layers for kept in layer.kept]
+    size = given or engine_block_size(engine, shape) or math.lcm(_BLOCK_SIZE, *(kept.every for kept in entries))
+    for kept in entries:
+        if size % kept.every:
+            raise ValueError(
+                f"block_size={size} is no multiple of {kept.every}, the tokens that share an entry of the "
+                f"{kept.name} of {shape.name}"
+            )
+    return size
+
+
+# --- the model
+
+
+def _shapes(source: Source, mla: str, stored: Stored) -> tuple[ModelCache, ModelCache | None]:
+    """What the model keeps with `mla`, and with the other value of it where that is something else.
+
+    Raises:
+        ValueError: transformers' caches are asked for, and keep nothing, or not what `mla` says.
+    """
+    shape = source.read(mla)
+    if stored == "transformers" and shape.uncached is not None:
+        raise ValueError(f"stored='transformers': {shape.uncached}")
+    keeps_latents = any(kept.name == "latent" for layer in shape.layers for kept in layer.kept)
+    other = source.read("expanded" if keeps_latents else "latent")
+    if other == shape:
+        return shape, None
+    if stored == "transformers" and mla == "expanded":
+        raise ValueError(
+            f"stored='transformers' with mla='expanded': transformers' cache of {shape.name} keeps the latent and the "
+            f"rotated key; give mla='latent' for its bytes, or stored='exact' for those of expanded heads"
+        )
+    return shape, other
+
+
+def _dtypes(dtype: Any, engine: Engine, source: Source, shape: ModelCache) -> tuple[Any, str | None, list[str]]:
+    """The dtype of K and V that is asked for (None for the model's), the model's, and what a reader should know.
+
+    "auto" is what the checkpoint asks for. Where nobody names a dtype the model's is bfloat16.
+    """
+    notes = []
+    asks = None if source.config is None else cache_dtype(source.config)
+    if isinstance(dtype, str) and dtype == "auto":
+        dtype = asks
+    elif dtype is None and asks is not None:
+        notes.append(f"the checkpoint asks for K and V in {asks} (kv_cache_scheme); dtype='auto' counts them so")
+    if dtype is None and engine == "llama.cpp":
+        dtype = "float16"  # whatever the model computes in
+    if dtype is not None or shape.dtype is not None:
+        return dtype, shape.dtype, notes
+    notes.append("no dtype is named: K and V are taken to be bfloat16; give dtype where they are not")
+    return None, "bfloat16", notes
 
 
 def _state_dtype(shape: ModelCache, asked: str | None) -> str | None:
@@ -330,44 +370,63 @@ def _size(name: str, value: Any) -> int | None:
     return checked_integer(name, value, 0, 2**63 - 1)
 
 
-def _weights(weights: int | str | None, dtype: Any, source: Source, shape: ModelCache) -> tuple[int, str | None]:
-    """Bytes of all weights, and what a reader should know about them."""
+def _weights(weights: int | str | None, dtype: Any, source: Source, shape: ModelCache) -> tuple[int, list[str]]:
+    """Bytes of all weights, and what a reader should know about them, a sentence each."""
     if weights != "auto":
         if dtype is not None:
             raise ValueError(
                 f"weights_dtype={dtype!r:.60} is for weights='auto'"
                 + ("" if weights is None else f"; weights={weights!r:.60} says the bytes itself")
             )
-        return _size("weights", weights) or 0, None
+        return _size("weights", weights) or 0, []
+    from kvblocks.planner.quantized import quantization_of
+    from kvblocks.planner.weights import prediction_layers, quantized_weight_bytes, weight_bytes
+
     if source.config is None and source.origin is None:
         raise ValueError("weights='auto' needs a config; plain numbers do not say what a model's weights are")
     if dtype is None:
         stored = None if source.origin is None else checkpoint_of(source.origin, len(shape.layers))
         if stored is not None:
-            return stored.total, _checkpoint_note(stored, source.config or {})
-        quantized = (source.config or {}).get("quantization_config")
-        if quantized:
-            raise ValueError(
-                "weights='auto': the config has a quantization_config, which mixes dtypes, and no safetensors lie "
-                "beside it; give the bytes, or weights_dtype"
-            )
+            ahead = 0 if source.config is None else prediction_layers(source.config)
+            return stored.total, [_checkpoint_note(stored, ahead)]
         if shape.dtype is None:
             raise ValueError(f"weights='auto': the config of {shape.name} names no dtype; give weights_dtype")
     if source.config is None:
         raise ValueError(f"weights_dtype={dtype!r:.60}: a GGUF file's weights are as they are stored; leave it out")
-    counted = weight_bytes(source.config, format_of(shape.dtype if dtype is None else dtype))
+    notes = []
+    asked = quantization_of(source.config) if dtype is None else None
+    format = format_of(shape.dtype if dtype is None else dtype)
+    if asked is None:
+        counted = weight_bytes(source.config, format)
+    else:
+        counted, note = quantized_weight_bytes(source.config, asked[0], len(shape.layers), format, text_only=asked[1])
+        notes.append(note)
     ahead = prediction_layers(source.config)
-    if not ahead:
-        return counted, None
-    return counted, f"weights are counted without {count(ahead, 'layer')} for multi-token prediction"
+    if ahead:
+        notes.append(f"weights are counted without {count(ahead, 'layer')} for multi-token prediction")
+    return counted, notes
 
 
-def _checkpoint_note(stored: Checkpoint, config: Mapping[str, Any]) -> str:
+def _checkpoint_note(stored: Checkpoint, ahead: int) -> str:
+    """What a reader should know of weights that were read; `ahead` layers for multi-token prediction may be in them."""
     note = f"weights are those of the checkpoint, by {stored.source}"
     if stored.ahead:
         return f"{note}; {amount(stored.ahead)} of them are of layers for multi-token prediction"
-    ahead = prediction_layers(config) if stored.ahead is None else 0
-    return f"{note}; with {count(ahead, 'layer')} for multi-token prediction, where it holds them" if ahead else note
+    if stored.ahead is None and ahead:
+        return f"{note}; with {count(ahead, 'layer')} for multi-token prediction, where it holds them"
+    return note
+
+
+# --- several cards
+
+
+def _split(plan: Plan) -> Plan:
+    """The plan over its cards: the split that holds the most, or where no number of cards is given the fewest."""
+    if plan.settings.gpus is not None:
+        best = best_split(splits(plan))
+        return plan.replaced(tp=best.tp, copies=best.copies)
+    fewest = fewest_devices(plan) if len(plan.settings.stages) == 1 else None
+    return plan if fewest is None else plan.replaced(tp=fewest.settings.tp, stages=fewest.settings.stages)
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:

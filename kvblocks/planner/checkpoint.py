@@ -16,13 +16,14 @@ from kvblocks.models.hub import HubModel
 if TYPE_CHECKING:
     from kvblocks.models.gguf_file import GgufFile
 
-__all__ = ["Checkpoint", "checkpoint_of"]
+__all__ = ["SEES", "Checkpoint", "checkpoint_of", "predicts_ahead"]
 
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
 _LONGEST_HEADER = 100_000_000  # the format's own bound
 _AHEAD = re.compile(r"(^|\.)(mtp|nextn)\w*\.")
-_NUMBERED = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+SEES = ("vision", "visual", "audio", "encoder")  # in names of what is not the text half
+_NUMBERED = re.compile(r"(?:^|\.)layers\.(\d+)")
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,16 @@ def _summed(files: Iterable[Mapping[str, int]], layers: int, source: str) -> Che
     total = ahead = 0
     for file in files:
         total += sum(file.values())
-        ahead += sum(size for name, size in file.items() if _predicts_ahead(name, layers))
+        ahead += sum(size for name, size in file.items() if predicts_ahead(name, layers))
     return Checkpoint(total, ahead, source)
 
 
-def _predicts_ahead(name: str, layers: int) -> bool:
+def predicts_ahead(name: str, layers: int) -> bool:
     """Whether a tensor is of a layer for multi-token prediction: by its name, or of a layer after the last."""
     if _AHEAD.search(name):
         return True
     numbered = _NUMBERED.search(name)
-    sees = any(part in name for part in ("vision", "visual", "audio", "encoder"))
+    sees = any(part in name for part in SEES)
     return numbered is not None and not sees and int(numbered[1]) >= layers
 
 

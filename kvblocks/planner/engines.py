@@ -312,7 +312,9 @@ def engine_notes(engine: Engine, model: ModelCache, format: Format, *, swa_full:
             f"(FLASHMLA, FLASHINFER_MLA; vllm/platforms/cuda.py, CudaPlatformBase.check_and_update_config)"
         )
     elif engine == "sglang":
-        found.append("SGLang: pages of 1 token by default (--page-size; python/sglang/srt/server_args.py, ServerArgs)")
+        found.append(
+            "SGLang: pages of 1 token by default (--page-size; python/sglang/srt/server_args.py, _handle_page_size)"
+        )
     if engine == "vllm":
         if windows:
             found.append(
