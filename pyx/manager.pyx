@@ -44,7 +44,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvblocks.arguments import MISSING, check_arguments
+from kvblocks.arguments import MISSING as _MISSING, check_arguments
 from kvblocks.config import CacheConfig, Chunk, Window
 from kvblocks.errors import InvariantViolation, MovesPending, NoFreeBlocks, StaleSequence, TooManySequences
 
@@ -154,8 +154,8 @@ cdef class StepArrays:
     """
 
     def __init__(
-        self, input_ids=MISSING, positions=MISSING, slot_mapping=MISSING, block_table=MISSING, seq_lens=MISSING,
-        query_start_loc=MISSING, copies=MISSING, kv_indptr=None, kv_indices=None, kv_last_page_len=None, *more,
+        self, input_ids=_MISSING, positions=_MISSING, slot_mapping=_MISSING, block_table=_MISSING, seq_lens=_MISSING,
+        query_start_loc=_MISSING, copies=_MISSING, kv_indptr=None, kv_indices=None, kv_last_page_len=None, *more,
         uploads=False, **unknown,
     ):
         needed = {
@@ -355,7 +355,7 @@ cdef class BlockManager:
     cdef cython.pymutex lock
 
     def __cinit__(
-        self, num_blocks=MISSING, block_size=MISSING, *more, groups=(None,), max_seqs=65536, max_nodes=None,
+        self, num_blocks=_MISSING, block_size=_MISSING, *more, groups=(None,), max_seqs=65536, max_nodes=None,
         max_open_steps=8, prefix_caching=True, watermark=0.0, **unknown,
     ):
         check_arguments("BlockManager", {"num_blocks": num_blocks, "block_size": block_size}, more, unknown, 2)
