@@ -9,6 +9,7 @@ from copyreg import __newobj_ex__
 from dataclasses import dataclass
 from operator import index
 
+from kvblocks.arguments import MISSING, check_arguments
 from kvblocks.sizes import parse_size
 
 from libc.stdint cimport INT32_MAX, INT64_MAX, int64_t
@@ -258,16 +259,22 @@ cdef class CacheConfig:
 
     def __cinit__(
         self,
-        *,
-        num_layers,
-        num_kv_heads,
-        head_dim,
-        num_gpu_blocks,
+        *more,
+        num_layers=MISSING,
+        num_kv_heads=MISSING,
+        head_dim=MISSING,
+        num_gpu_blocks=MISSING,
         block_size=16,
         v_head_dim=None,
         groups=None,
         layer_shapes=None,
+        **unknown,
     ):
+        needed = {
+            "num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
+            "num_gpu_blocks": num_gpu_blocks,
+        }
+        check_arguments(type(self).__name__, needed, more, unknown)
         # Not __init__: an object that exists has been checked, and calling __init__ again cannot change it.
         self.num_layers = _bounded("num_layers", num_layers, 1, INT32_MAX)
         self.num_kv_heads = _bounded("num_kv_heads", num_kv_heads, 1, INT32_MAX)

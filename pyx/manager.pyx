@@ -47,6 +47,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvblocks.arguments import MISSING as _MISSING, check_arguments
 from kvblocks.config import CacheConfig, Chunk, Window
 from kvblocks.errors import InvariantViolation, MovesPending, NoFreeBlocks, StaleSequence, TooManySequences
 
@@ -169,9 +170,15 @@ cdef class StepArrays:
     """
 
     def __init__(
-        self, input_ids, positions, slot_mapping, block_table, seq_lens, query_start_loc, copies,
-        kv_indptr=None, kv_indices=None, kv_last_page_len=None, *, uploads=False,
+        self, input_ids=_MISSING, positions=_MISSING, slot_mapping=_MISSING, block_table=_MISSING, seq_lens=_MISSING,
+        query_start_loc=_MISSING, copies=_MISSING, kv_indptr=None, kv_indices=None, kv_last_page_len=None, *more,
+        uploads=False, **unknown,
     ):
+        needed = {
+            "input_ids": input_ids, "positions": positions, "slot_mapping": slot_mapping, "block_table": block_table,
+            "seq_lens": seq_lens, "query_start_loc": query_start_loc, "copies": copies,
+        }
+        check_arguments(type(self).__name__, needed, more, unknown, 10)
         if self._begun:
             raise RuntimeError("StepArrays is initialised once")
         cdef Arrays* a = &self.arrays
@@ -390,9 +397,10 @@ cdef class BlockManager:
     cdef cython.pymutex lock
 
     def __cinit__(
-        self, num_blocks, block_size, *, groups=(None,), max_seqs=65536, max_nodes=None, max_open_steps=8,
-        prefix_caching=True, watermark=0.0, host_blocks=0, write_ahead=256,
+        self, num_blocks=_MISSING, block_size=_MISSING, *more, groups=(None,), max_seqs=65536, max_nodes=None,
+        max_open_steps=8, prefix_caching=True, watermark=0.0, host_blocks=0, write_ahead=256, **unknown,
     ):
+        check_arguments("BlockManager", {"num_blocks": num_blocks, "block_size": block_size}, more, unknown, 2)
         cdef Core* c = &self.core
         cdef Pool* p = &c.pool
         cdef Tree* t = &p.tree

@@ -1,6 +1,7 @@
 """What `can_admit` and `blocks_needed` say is what happens: each prompt is run, alone, in a pool of that size."""
 
 from itertools import count
+from time import process_time
 from typing import Any
 
 import pytest
@@ -182,6 +183,23 @@ def test_chunks_of_coprime_sizes_are_not_walked_token_by_token() -> None:
     assert manager.blocks_needed(46337 * 46327, reserve=1) == 46337 + 46327
     assert manager.blocks_needed(46337 * 46327 - 1, reserve=1) == 46337 + 46327 - 1
     assert manager.blocks_needed(2**31 - 1, max_new_tokens=1, reserve=1) == 46337 + 46327
+
+
+@pytest.mark.parametrize(
+    ("block_size", "groups", "reserve", "needed"),
+    [
+        (16, (Chunk(3), Chunk(2**30 + 3)), 1, 67108865 + 2),
+        (16, tuple(Chunk(size) for size in (7, 11, 13, 17, 100_003)), 1, 6252 + 4 * 2),
+        (2**28, (Window(1000),), 3, 2),
+    ],
+)
+def test_small_reaches_beside_large_ones_are_not_walked_either(
+    block_size: int, groups: tuple[Any, ...], reserve: int, needed: int
+) -> None:
+    manager = BlockManager(1, block_size, groups=groups, prefix_caching=False)
+    started = process_time()
+    assert manager.blocks_needed(2**31 - 1, reserve=reserve) == needed
+    assert process_time() - started < 0.5  # a step for each chunk or block takes ten times as long
 
 
 def test_later_where_there_is_no_room_for_another_sequence() -> None:

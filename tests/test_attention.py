@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from without_memory import WITHOUT_MEMORY
 
 from kvblocks.attention import call
 from kvblocks.attention.call import paged_attention
@@ -331,6 +332,17 @@ def test_lengths_and_tables_without_memory(name: str) -> None:
     getattr(built.step, name).untyped_storage().resize_(0)
     with pytest.raises(TypeError, match=f"step.{name} is a Tensor without memory"):
         built.paged()
+
+
+@pytest.mark.parametrize("kind", ["fake", "wrapper", "storage of nothing", "storage cut short"])
+def test_queries_and_sinks_without_memory(kind: str) -> None:
+    built = Case([(9, 3)], with_sinks=True).build()
+    assert built.sinks is not None
+    whole = {"query": built.query, "sinks": built.sinks}
+    for name, tensor in whole.items():
+        given = whole | {name: WITHOUT_MEMORY[kind](tuple(tensor.shape), tensor.dtype)}
+        with pytest.raises(TypeError, match=f"{name} is a .* without memory"):
+            paged_attention(given["query"], built.cache, built.step, sinks=given["sinks"])
 
 
 def test_a_block_that_does_not_exist() -> None:

@@ -15,7 +15,7 @@ from kvblocks import errors
 # From the ground up. A module imports only what lies on its own floor or below; `kvblocks` itself, which hands out
 # names when they are first used, stands above all but what runs it.
 FLOORS = [
-    {"checks", "errors", "sizes", "formats", "memory", "config", "manager", "movement", "cpu_attention"},
+    {"arguments", "checks", "errors", "sizes", "formats", "memory", "config", "manager", "movement", "cpu_attention"},
     {"kernels", "models", "storage"},
     {"step"},
     {"attention", "engine"},

@@ -1,11 +1,14 @@
 """Integers from wherever they come, and objects that were not made in the ordinary way."""
 
 import ctypes
+from itertools import combinations
+from time import process_time
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from without_memory import WITHOUT_MEMORY
 
 from kvblocks.config import CacheConfig, Group, Window
 from kvblocks.errors import OutOfMemory
@@ -39,6 +42,55 @@ def test_one_query_length_serves_all(length: Any) -> None:
     seqs = [manager.admit(TOKENS)[0] for _ in range(3)]
     manager.prepare(seqs, length, step)
     assert step.seq_lens.tolist() == [2, 2, 2, 0]
+
+
+@pytest.mark.parametrize("kind", WITHOUT_MEMORY)
+def test_tensors_without_memory_are_refused(kind: str) -> None:
+    manager, step = BlockManager(8, 2), StepBuffers(4, 16, 8)
+    seq, _ = manager.admit(TOKENS)
+    for dtype in (torch.int64, torch.int32):
+        wrong = WITHOUT_MEMORY[kind]((4,), dtype)
+        calls: dict[str, Any] = {
+            "tokens": lambda wrong=wrong: manager.admit(wrong),
+            "seqs": lambda wrong=wrong: manager.lengths(wrong),
+            "counts": lambda wrong=wrong: manager.extend([seq] * 4, TOKENS, wrong),
+            "query_lens": lambda wrong=wrong: manager.prepare([seq] * 4, wrong, step),
+        }
+        for name, call in calls.items():
+            with pytest.raises(TypeError, match=rf"^{name} is a .*(no array|without memory)"):
+                call()
+    assert manager.tokens(seq).tolist() == TOKENS
+
+
+def test_a_tensor_that_takes_part_of_its_storage_is_read() -> None:
+    parts = torch.tensor([[9, 5, 9, 1], [9, 7, 9, 1]])[:, 1::2]
+    manager = BlockManager(8, 2)
+    seq, _ = manager.admit(parts[:, 0])
+    manager.append(seq, parts[1, 1])
+    assert manager.tokens(seq).tolist() == [5, 7, 1]
+
+
+@pytest.mark.parametrize(
+    ("made", "args", "options", "said"),
+    [
+        (CacheConfig, (1, 2, 3, 4), {}, "takes no positional arguments, and 4 were given; it needs num_layers, num_kv"),
+        (CacheConfig, (), {"num_layers": 1, "head_dim": 3}, "needs num_kv_heads, num_gpu_blocks"),
+        (BlockManager, (1,), {}, "needs block_size"),
+        (BlockManager, (1, 2, (None,)), {}, "takes 2 positional arguments, and 3 were given"),
+        (BlockManager, (1, 2), {"blocks": 3}, "has no argument blocks"),
+        (
+            StepArrays,
+            (np.zeros(1),),
+            {},
+            "needs positions, slot_mapping, block_table, seq_lens, query_start_loc, copies",
+        ),
+    ],
+)
+def test_a_call_with_wrong_arguments_names_the_class_and_what_is_wrong(
+    made: Any, args: tuple[Any, ...], options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(TypeError, match=rf"^{made.__name__}\(\) {said}"):
+        made(*args, **options)
 
 
 def test_a_manager_cannot_be_had_unmade() -> None:
@@ -101,6 +153,9 @@ def test_step_buffers_for_no_config_are_an_error() -> None:
 
 
 def test_the_largest_block_is_a_block() -> None:
+    started = process_time()
+    BlockManager(1, 2**27)
+    assert process_time() - started < 0.5  # the key of its hash alone, made at once, takes four times as long
     for caching in (False, True):
         manager = BlockManager(1, 2**31 - 1, prefix_caching=caching)
         assert manager.can_admit(TOKENS).name == "NOW"
@@ -154,21 +209,78 @@ def test_a_window_that_is_none_is_refused() -> None:
         BlockManager(8, 4, groups=(object.__new__(Odd),))
 
 
-def test_lengths_in_memory_of_the_user_decide_nothing() -> None:
-    """Two of the arrays lie over each other: what they say is torn, and nothing is read past its end."""
-    lens = np.zeros(5, np.int32)
-    arrays: list[Any] = [np.zeros(8, np.int64) for _ in range(3)] + [np.zeros((4, 8), np.int32), lens[:4], lens]
-    arrays += [np.zeros((4, 2), np.int64), np.zeros(5, np.int32), np.zeros(32, np.int32), np.zeros(4, np.int32)]
-    step = StepArrays(*arrays)
+SIZES = {  # elements of a step's arrays for four sequences, eight tokens and eight blocks of each sequence
+    "input_ids": 8,
+    "positions": 8,
+    "slot_mapping": 8,
+    "block_table": 32,
+    "seq_lens": 4,
+    "query_start_loc": 5,
+    "copies": 8,
+    "kv_indptr": 5,
+    "kv_indices": 32,
+    "kv_last_page_len": 4,
+}
+LENGTHS = ["seq_lens", "query_start_loc", "kv_indptr", "kv_last_page_len"]
+
+
+def step_memory() -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
+    """One piece of memory, and the arrays of a step in it, one after the other."""
+    memory = np.zeros(1024, np.uint8)
+    arrays: dict[str, Any] = {}
+    start = 0
+    for name, size in SIZES.items():
+        dtype = np.dtype(np.int64 if name in ("input_ids", "positions", "slot_mapping", "copies") else np.int32)
+        end = start + size * dtype.itemsize
+        arrays[name], start = memory[start:end].view(dtype), -(-end // 8) * 8
+    arrays["block_table"] = arrays["block_table"].reshape(4, 8)
+    return memory, arrays
+
+
+def two_steps(step: StepArrays) -> None:
+    """Two sequences, of which a window hides the beginning, compute four tokens each, then two and one."""
     manager = BlockManager(16, 2, groups=(Window(3),))
-    seq, _ = manager.admit([1] * 4)
-    manager.commit(manager.prepare([seq], 4, step))
-    manager.append([seq], [1])
-    manager.commit(manager.prepare([seq], 1, step))
+    seqs = [manager.admit([token] * 5)[0] for token in (1, 2)]
+    manager.commit(manager.prepare(seqs, 4, step))
+    manager.append(seqs, [3, 4])
+    manager.prepare(seqs, [2, 1], step)
     manager.audit()
-    assert step.num_seqs == 1
-    with pytest.raises(RuntimeError, match="once"):
-        step.__init__(*arrays)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("one", "other"), list(combinations(LENGTHS, 2)))
+def test_lengths_in_memory_of_the_user_decide_nothing(one: str, other: str) -> None:
+    """Where two arrays lie over each other what they say is torn; all others say what they say otherwise."""
+    (_, plain), (_, torn) = step_memory(), step_memory()
+    torn[one] = np.zeros(5, np.int32)[: SIZES[one]]
+    torn[other] = torn[one].base[: SIZES[other]]
+    two_steps(StepArrays(**plain))
+    two_steps(StepArrays(**torn))
+    for name in SIZES.keys() - {one, other}:
+        assert torn[name].tolist() == plain[name].tolist(), name
+
+
+def test_what_is_carried_to_a_device_is_as_long_as_the_manager_knows() -> None:
+    """Whoever writes into the arrays of a step before they are carried changes what is in them, and no length."""
+
+    class Carried(StepArrays):
+        packed: tuple[int, ...] = ()
+        more = 0
+
+        def _upload(self) -> None:
+            for name in LENGTHS:
+                arrays[name] += self.more
+            out = np.zeros(self._pack_bytes(len(memory)) // 8, np.int64)
+            self.packed = self._pack(memory.ctypes.data, out.ctypes.data)
+
+    lengths = []
+    for more in (0, 3):
+        memory, arrays = step_memory()
+        step = Carried(**arrays, uploads=True)
+        step.more = more
+        two_steps(step)
+        lengths.append(step.packed)
+    assert lengths[0] == lengths[1]
+    assert lengths[0][0] > 0
 
 
 def test_extra_bytes_are_read_before_anything_that_their_iterator_could_change() -> None:

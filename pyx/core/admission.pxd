@@ -3,7 +3,7 @@
 
 from libc.stdint cimport int32_t, int64_t
 from libc.stdlib cimport free
-from libc.string cimport memset
+from libc.string cimport memmove, memset
 
 from core.memory cimport MAX_GROUPS, grab, least_multiple
 from core.text cimport Text
@@ -26,47 +26,94 @@ cdef inline int64_t held_by(const Core* c, int64_t position, int64_t end) noexce
     return held
 
 
-cdef inline int64_t repeats_after(const Core* c, int64_t step) noexcept nogil:
-    """After so many tokens, computed `step` at a time, what groups with an end to their reach hold repeats."""
-    cdef int64_t period = least_multiple(step, c.block_size)
-    cdef int32_t g
+cdef struct Stride:     # how tokens are computed: from `base` on, `size` at a time
+    int64_t base
+    int64_t size
+    int32_t num_chunks
+    int64_t[MAX_GROUPS] chunks      # [num_chunks]: each size of a chunk once, the largest first
+    int64_t[MAX_GROUPS + 1] periods  # after so many tokens what groups with windows and chunks[i:] hold repeats
+    int64_t[MAX_GROUPS + 1] bounds  # they hold no more blocks than this
+
+
+cdef inline int64_t most_in_reach(int64_t reach, int64_t offset, int64_t size, int64_t block_size) noexcept nogil:
+    """The most blocks that a step of `size` tokens holds in a group whose reach begins `reach` tokens before the end of
+    the first of them, at most `offset` tokens after the start of a block."""
+    return (offset + reach - 1 + size + block_size - 1) // block_size
+
+
+cdef inline void open_stride(const Core* c, int64_t base, int64_t size, Stride* s) noexcept nogil:
+    cdef int32_t g, i
+    cdef int64_t chunk, n = c.block_size
+    s.base, s.size, s.num_chunks = base, size, 0
+    memset(s.bounds, 0, sizeof(s.bounds))
     for g in range(c.num_groups):
-        if c.reaches[g].chunk:
-            period = least_multiple(period, c.reaches[g].chunk)
-    return period
+        chunk = c.reaches[g].chunk
+        if c.reaches[g].window:
+            s.bounds[0] += most_in_reach(c.reaches[g].window, n - 1, size, n)
+        i = s.num_chunks
+        while chunk and i and s.chunks[i - 1] < chunk:
+            i -= 1
+        if chunk and not (i and s.chunks[i - 1] == chunk):
+            memmove(&s.chunks[i + 1], &s.chunks[i], (s.num_chunks - i) * sizeof(int64_t))
+            s.chunks[i] = chunk
+            s.num_chunks += 1
+    s.periods[s.num_chunks], s.bounds[s.num_chunks] = least_multiple(size, n), s.bounds[0]
+    for i in range(s.num_chunks - 1, -1, -1):
+        chunk = s.chunks[i]
+        s.periods[i], s.bounds[i] = least_multiple(s.periods[i + 1], chunk), s.bounds[i + 1]
+        for g in range(c.num_groups):
+            if c.reaches[g].chunk == chunk:     # chunks begin at multiples of what they and blocks have in common
+                s.bounds[i] += most_in_reach(chunk, n - chunk * n // least_multiple(chunk, n), size, n)
 
 
-cdef inline int64_t tokens_to_skip(const Core* c, int64_t position, int64_t end, int64_t step) noexcept nogil:
-    """Tokens after which a whole step holds at least as much as one at `position`, the steps between them likewise.
+cdef inline int64_t next_step(const Stride* s, int64_t position) noexcept nogil:
+    """Where the first step from a position on begins."""
+    return position + (s.size - (position - s.base) % s.size) % s.size
 
-    Up to the next start of a chunk, of two steps that begin at one place of their blocks the later one holds no less.
-    So only the last of each such place need be looked at.
+
+cdef inline int64_t bound_of(const Core* c, const Stride* s, int32_t i, int64_t last) noexcept nogil:
+    """What no step holds more than that begins at `last` or before, in the same chunks of chunks[:i]."""
+    cdef int32_t g, chunk
+    cdef int64_t bound = s.bounds[i], rows = (last + s.size + c.block_size - 1) // c.block_size
+    for g in range(c.num_groups):
+        chunk = c.reaches[g].chunk
+        if c.reaches[g].window == 0 and (chunk == 0 or i == s.num_chunks or chunk > s.chunks[i]):
+            bound += rows - first_row(c, g, <int32_t>last)
+    return bound
+
+
+cdef inline int64_t most_between(
+    const Core* c, const Stride* s, int32_t i, int64_t first, int64_t last, int64_t most
+) noexcept nogil:
+    """The most blocks held by a whole step that begins at `first` to `last`, between which no chunk of chunks[:i] ends;
+    or `most`, where that is more.
+
+    A period earlier the groups that repeat hold as much, and all others no more: so the last period has the most. It is
+    taken apart where the largest of the other chunks end, from the last on, until what comes before cannot hold more.
+    Within one chunk of each size the first of the steps that end in one block holds the most.
     """
-    cdef int64_t period = least_multiple(step, c.block_size), limit = end - step + 1
-    cdef int32_t g
-    for g in range(c.num_groups):
-        if c.reaches[g].chunk:
-            limit = min(limit, position - position % c.reaches[g].chunk + c.reaches[g].chunk)
-    return max(<int64_t>0, (limit - 1 - position) // period - 1) * period
+    cdef int64_t begin, end
+    first = max(first, last - s.periods[i] + s.size)
+    while last >= first and bound_of(c, s, i, last) > most:
+        if i < s.num_chunks:
+            begin = next_step(s, max(first, last - last % s.chunks[i]))
+            most = most_between(c, s, i + 1, begin, last, most)
+        else:
+            end = (last + s.size - 1) // c.block_size * c.block_size
+            begin = next_step(s, max(first, end + 1 - s.size))
+            most = max(most, held_by(c, begin, begin + s.size))
+        last = begin - s.size
+    return most
 
 
 cdef inline int64_t most_held(const Core* c, int64_t position, int64_t end, int64_t step) noexcept nogil:
-    """The most blocks that a sequence alone holds while it computes its tokens [position, end), `step` at a time.
-
-    What full groups hold only grows and what the others hold repeats, so the most is held within the last period. Of
-    steps of one token those at the start of a block hold the most.
-    """
-    cdef int64_t most = 0, last = end - position
-    if last <= 0:
+    """The most blocks that a sequence alone holds while it computes its tokens [position, end), `step` at a time."""
+    cdef Stride s
+    cdef int64_t last = position + (end - position - 1) // step * step     # of `step` tokens, or of those that are left
+    if position >= end:
         return 0
-    last -= last % step + repeats_after(c, step) + step
-    if last > 0:
-        position += last - last % step
-    while position < end:
-        most = max(most, held_by(c, position, min(position + step, end)))
-        position += step if step > 1 else c.block_size - position % c.block_size
-        position += tokens_to_skip(c, position, end, step)
-    return most
+    open_stride(c, position, step, &s)
+    return most_between(c, &s, 0, position, last - step, held_by(c, last, end))
 
 
 cdef inline int64_t most_ever(const Core* c, int64_t num_tokens, int64_t num_new, int64_t reserve) noexcept nogil:

@@ -48,6 +48,21 @@ cdef inline object index_of(object value, str name):
     raise TypeError(f"{name} must be an integer, not {value!r} ({type(value).__name__})")
 
 
+cdef inline object array_of(object tensor, str name):
+    """The numpy array that shares a CPU tensor's memory; a tensor elsewhere says so itself."""
+    try:
+        array = tensor.numpy()
+        address = tensor.data_ptr() if hasattr(tensor, "data_ptr") else 1
+    except RuntimeError as error:       # tensors of shape only, and wrappers of others
+        raise TypeError(f"{name} is a {type(tensor).__name__} that is no array: {error}") from None
+    # A storage may have been made smaller than its tensors, as FSDP does.
+    if array.size and array.ndim < 2 and hasattr(tensor, "untyped_storage"):
+        end = tensor.storage_offset() + 1 + (array.size - 1) * (tensor.stride(0) if array.ndim else 0)
+        if address == 0 or tensor.untyped_storage().nbytes() < end * array.itemsize:
+            raise TypeError(f"{name} is a {type(tensor).__name__} without memory for its elements; give a plain tensor")
+    return array
+
+
 cdef inline int open_ints(object obj, str name, Ints* out) except -1:
     """Read `obj` into `out`; the caller closes it with `close_ints`, also after an error."""
     out.owned = NULL
@@ -64,7 +79,7 @@ cdef inline int open_ints(object obj, str name, Ints* out) except -1:
             return 0
         if not hasattr(obj, "numpy"):
             raise TypeError(f"{name} must be integers (array, CPU tensor or list), not {type(obj).__name__}")
-        obj = obj.numpy()  # a CPU tensor shares its memory; a tensor elsewhere says so itself
+        obj = array_of(obj, name)
     PyObject_GetBuffer(obj, &out.view, PyBUF_FORMAT | PyBUF_STRIDES)
     out.viewed = True
     if out.view.ndim > 1:
