@@ -294,5 +294,7 @@ def test_a_layer_must_not_reach_past_what_its_group_keeps() -> None:
     config = CacheConfig(num_layers=4, num_kv_heads=2, head_dim=16, num_gpu_blocks=24, block_size=4, groups=groups)
     with Generator(model, config) as generator:
         generator.add(Request((3, 4, 5), 2))
-        with pytest.raises(UnsupportedModel, match=r"window=9 and chunk=None, and its group keeps Window\(size=8\)"):
+        with pytest.raises(
+            UnsupportedModel, match=r"attends to Window\(size=9\), and its group keeps Window\(size=8\)"
+        ):
             generator.step()

@@ -23,7 +23,14 @@ from kvblocks.engine import CacheEngine
 from kvblocks.errors import NoFreeBlocks
 from kvblocks.generation.request import Request, Token, check_request
 from kvblocks.generation.sampling import Choice, Chooser, Choosers
-from kvblocks.integrations.transformers import Pool, longest_sequence, placeholder_tokens, served
+from kvblocks.integrations.transformers import (
+    CachedModel,
+    PagedModel,
+    Pool,
+    longest_sequence,
+    placeholder_tokens,
+    served,
+)
 from kvblocks.integrations.transformers.backend import adapters
 from kvblocks.manager import BlockManager
 from kvblocks.step.buffers import StepBuffers
@@ -73,8 +80,8 @@ class Generator:
     begins as one does that is being computed waits until it can take over what they share.
 
     Args:
-        model: a decoder-only transformers model, or what torch.compile or PEFT made of one; the cache gets its dtype
-            and device. Requests share K and V only under the same adapters, which must not change while they run.
+        model: a decoder-only transformers model, what torch.compile or PEFT made of one, or what `served` made of
+            either; the cache gets its dtype and device. Requests share K and V only under the same adapters, which must not change while they run.
         config: sizes of the cache, as `kvblocks.integrations.transformers.cache_config` gives them.
         layout: of the cache; NHD, as it is what attention kernels read.
         max_batch_tokens: tokens of one forward pass. A prompt longer than what is left of them goes in chunks.
@@ -97,7 +104,7 @@ class Generator:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PagedModel | CachedModel,
         config: CacheConfig,
         *,
         layout: str = "NHD",

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from kvblocks.config import CacheConfig
 from kvblocks.generation.generator import Generator, Request, blocks_needed
 from kvblocks.generation.request import Settings
-from kvblocks.integrations.transformers import Pool, cache_groups, served
-from kvblocks.integrations.transformers.backend import unwrapped
+from kvblocks.integrations.transformers import CachedModel, PagedModel, Pool, cache_groups, served
 from kvblocks.integrations.transformers.layers import one_block
 
 __all__ = ["Generation", "Stream", "generate"]
@@ -90,7 +89,8 @@ def generate(
 
     Thread-safety: one thread drives a generation.
     """
-    inner = unwrapped(model)
+    runs = served(model)
+    inner = runs.model
     limit, longest = _limits(inner, max_new_tokens)
     default = _with(Request((), limit, _stop_tokens(inner, stop_tokens)), settings)
     requests = [_request(prompt, default, longest) for prompt in _unpadded(prompts, attention_mask)]
@@ -101,10 +101,10 @@ def generate(
             raise ValueError("memory, num_blocks, block_size and layout are those of the pool; give no others")
     else:
         if memory is None and num_blocks is None:
-            num_blocks = _needed(block_of(model, block_size), requests, max_seqs, max_batch_tokens)
-        pool = Pool(model, memory=memory, num_blocks=num_blocks, block_size=block_size, layout=layout, chunks=True)
+            num_blocks = _needed(block_of(runs, block_size), requests, max_seqs, max_batch_tokens)
+        pool = Pool(runs, memory=memory, num_blocks=num_blocks, block_size=block_size, layout=layout, chunks=True)
     generator = Generator(
-        model,
+        runs,
         pool.config,
         max_batch_tokens=max_batch_tokens,
         max_seqs=max_seqs,
@@ -115,7 +115,7 @@ def generate(
     return Generation(generator, requests, default, longest, pool)
 
 
-def block_of(model: PreTrainedModel, block_size: int) -> CacheConfig:
+def block_of(model: PreTrainedModel | PagedModel | CachedModel, block_size: int) -> CacheConfig:
     """The sizes of a cache of one block for a model, as its layers make K and V."""
     paged = served(model)
     groups = cache_groups(paged.model.config, chunks=paged.attends_in_blocks)

@@ -195,12 +195,17 @@ _measured: "WeakKeyDictionary[PreTrainedModel, KVShape]" = WeakKeyDictionary()
 def served(model: Any) -> PagedModel | CachedModel:
     """A model as a step can run it: by layers that read the blocks, else over a cache that gathers them.
 
+    Args:
+        model: a transformers model, what torch.compile or PEFT made of one, or what this function returned of one.
+
     The choice is made by running a token or two, the first time, and stays with the model. Where layers do not read the
     blocks, the logger "kvblocks" says at INFO why.
 
     Raises:
         UnsupportedModel: neither serves it.
     """
+    if isinstance(model, PagedModel | CachedModel):
+        return model
     inner = unwrapped(model)
     if inner not in _measured:
         try:
