@@ -81,7 +81,8 @@ class Generator:
 
     Args:
         model: a decoder-only transformers model, what torch.compile or PEFT made of one, or what `served` made of
-            either; the cache gets its dtype and device. Requests share K and V only under the same adapters, which must not change while they run.
+            either; the cache gets its dtype and device. Requests share K and V only under the same adapters, which must
+            not change while they run.
         config: sizes of the cache, as `kvblocks.integrations.transformers.cache_config` gives them.
         layout: of the cache; NHD, as it is what attention kernels read.
         max_batch_tokens: tokens of one forward pass. A prompt longer than what is left of them goes in chunks.
@@ -124,14 +125,15 @@ class Generator:
         fits = most_tokens(config)
         self.max_seq_len = fits if limit is None else min(limit, fits)
         self.max_seqs = min(max_seqs, max_batch_tokens)
-        self._adapted = bool(adapters(model))
+        # What the model hands to caches may be other K and V than what attention gets; then neither finds the other's.
+        self._salt = b"" if self._paged.as_cached() else b"attention:"
         self._choose = choose
         self._choosers = None if choose is not None else Choosers(model, tokenizer)
         self._has_windows = any(group.reach is not None for group in config.groups)
         self._placeholders = placeholder_tokens(model.config)
         self._closed = False
         if pool is not None:
-            pool.check(model)
+            pool.check(self._paged)
             self.engine, self.manager = pool.engine, pool.manager
         else:
             self.engine = CacheEngine(config, model.dtype, model.device, layout=layout)
@@ -182,8 +184,8 @@ class Generator:
             choosers = [None] * request.n
         if longest > self.buffers.max_blocks_per_seq * self.manager.block_size:
             self.buffers = self._buffers_for(longest)
-        if self._adapted:
-            request = replace(request, salt=adapters(self.model) + request.salt)
+        if salt := self._salt + adapters(self.model):
+            request = replace(request, salt=salt + request.salt)
         prompt = np.array(request.prompt)
         first, *others = [
             _Sequence(self._num_added + number, request, prompt, chooser) for number, chooser in enumerate(choosers)

@@ -99,6 +99,7 @@ def generate(
     if pool is not None:
         if (memory, num_blocks, block_size, layout) != (None, None, 16, "NHD"):
             raise ValueError("memory, num_blocks, block_size and layout are those of the pool; give no others")
+        pool.check(runs)
     else:
         if memory is None and num_blocks is None:
             num_blocks = _needed(block_of(runs, block_size), requests, max_seqs, max_batch_tokens)

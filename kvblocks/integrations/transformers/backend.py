@@ -5,7 +5,6 @@ Importing this module registers the attention and its mask with transformers. Sc
 
 import contextlib
 import inspect
-import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -16,13 +15,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
 from kvblocks.attention.call import paged_attention
 from kvblocks.config import Chunk, Window
 from kvblocks.engine import CacheEngine
 from kvblocks.errors import UnsupportedModel
-from kvblocks.integrations.transformers.layers import KVShape, ModelLayer, model_layers
+from kvblocks.integrations.transformers.layer import PagedLayer
+from kvblocks.integrations.transformers.layers import KVShape, ModelLayer, cache_argument, model_layers, text_config
 from kvblocks.step.buffers import StepBuffers
 from kvblocks.storage.cache import PagedKVCache
 
@@ -125,22 +126,41 @@ class PagedModel:
         self._reaches: dict[tuple[int, int | None, int | None], Window | Chunk | None] = {}
         self._keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
-    @torch.inference_mode()
     def measure(self) -> KVShape:
-        """What the layers hand to attention: one token is run through the model, attending to nothing, the first time.
+        """What the layers hand to attention: the first time two tokens are run through the model, attending to nothing.
 
         Raises:
             UnsupportedModel: a layer does what the cache cannot serve.
         """
+        return self._measure()[0]
+
+    def as_cached(self) -> bool:
+        """Whether attention gets the very K and V that the model hands to a cache, so that one may find the other's."""
+        return self._measure()[1]
+
+    @torch.inference_mode()
+    def _measure(self) -> tuple[KVShape, bool]:
         if self.model in _measured:
             return _measured[self.model]
         run = _Run(self.layers, None, None, self._reaches)
-        token = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
-        self._run(run, input_ids=token, position_ids=token)
-        writing = [run.shapes[layer.index] for layer in self.layers if layer.writes]
-        shape = KVShape.of(writing)
-        _measured[self.model] = shape
-        return shape
+        handed = _Handed()
+        others = DynamicCache(config=text_config(self.model.config)).layers
+        cache = Cache(
+            layers=[PagedLayer(handed, layer) if layer.writes else others[layer.index] for layer in self.layers]
+        )
+        # Neither token nor position is 0: their K might be the same before and after rotation, or all zeros.
+        ids = torch.tensor([[1, 2]], device=self.model.device)
+        inputs: dict[str, Any] = {"input_ids": ids, "position_ids": ids}
+        try:
+            self._run(run, use_cache=True, **inputs, **{cache_argument(self.model.forward): cache})
+        except UnsupportedModel:  # it may be served without a cache all the same
+            run = _Run(self.layers, None, None, self._reaches)
+            self._run(run, **inputs)
+        writing = [layer for layer in self.layers if layer.writes]
+        alike = all(_same(run.states.get(layer.index), handed.states.get(layer.index)) for layer in writing)
+        measured = KVShape.of([run.shapes[layer.index] for layer in writing]), alike
+        _measured[self.model] = measured
+        return measured
 
     def forward(self, engine: CacheEngine, step: StepBuffers, wanted: Tensor) -> Tensor:
         """One forward pass over the tokens of a prepared step; their K and V are written into the cache on the way.
@@ -165,11 +185,11 @@ class PagedModel:
         logits: Tensor = output.logits[0]
         return logits if self._keeps else logits[wanted]
 
-    def _run(self, run: "_Run", **inputs: Any) -> Any:
+    def _run(self, run: "_Run", *, use_cache: bool = False, **inputs: Any) -> Any:
         entered = _running.set(run)
         try:
             with _attached(self.model, self._configs):
-                output = self._call(use_cache=False, **inputs)
+                output = self._call(use_cache=use_cache, **inputs)
         finally:
             _running.reset(entered)
         expected = [layer.index for layer in self.layers if layer.storage is not None]
@@ -181,7 +201,7 @@ class PagedModel:
         return output
 
 
-_measured: "WeakKeyDictionary[PreTrainedModel, KVShape]" = WeakKeyDictionary()
+_measured: "WeakKeyDictionary[PreTrainedModel, tuple[KVShape, bool]]" = WeakKeyDictionary()
 _locks: "WeakKeyDictionary[PreTrainedModel, threading.RLock]" = WeakKeyDictionary()
 _locks_lock = threading.Lock()
 
@@ -235,6 +255,29 @@ class _Run:
     reaches: "dict[tuple[int, int | None, int | None], Window | Chunk | None]"
     attended: list[int] = field(default_factory=list)
     shapes: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # heads, dim of K, dim of V
+    states: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # K and V, kept while a model is measured
+
+
+class _Handed:
+    """The K and V that layers hand to a cache, for `PagedModel.as_cached`; see `LayerState`."""
+
+    recording = False
+
+    def __init__(self) -> None:
+        self.states: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def length(self, layer: ModelLayer) -> int:
+        return self.states[layer.index][0].shape[2] if layer.index in self.states else 0
+
+    def update(self, layer: ModelLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.states[layer.index] = keys, values
+        return keys, values
+
+
+def _same(attended: tuple[Tensor, Tensor] | None, cached: tuple[Tensor, Tensor] | None) -> bool:
+    if attended is None or cached is None:
+        return False
+    return all(torch.equal(one, other) for one, other in zip(attended, cached, strict=True))
 
 
 # Not every model hands keyword arguments on to its layers, so what they need reaches them by this.
@@ -331,6 +374,7 @@ def _attention(
     run.attended.append(index)
     run.shapes[index] = (key.shape[1], key.shape[3], value.shape[3])
     if run.engine is None or run.step is None:
+        run.states[index] = key, value
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     cache = run.engine[layer.storage]
     made = None

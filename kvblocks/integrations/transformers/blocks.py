@@ -164,6 +164,11 @@ class Blocks:
         self._engine = CacheEngine(config, dtype, device, layout="NHD")
         return self._engine
 
+    @property
+    def is_allocated(self) -> bool:
+        """Whether shape, dtype and device are settled."""
+        return self._engine is not None
+
     def dtype_of(self, made: torch.dtype) -> torch.dtype:
         """Of K and V as they are kept, where autocast makes others: what was asked for or is there, else `made`."""
         if self._engine is not None:

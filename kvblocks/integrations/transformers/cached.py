@@ -80,6 +80,10 @@ class CachedModel:
         _measured[self.model] = shape
         return shape
 
+    def as_cached(self) -> bool:
+        """As `PagedModel.as_cached`; here all goes through a cache."""
+        return True
+
     def forward(self, engine: CacheEngine, step: StepBuffers, wanted: Tensor) -> Tensor:
         """As `PagedModel.forward`, in one pass of the model for each length and number of new tokens among the rows."""
         lens = step.seq_lens[: step.num_seqs].tolist()

@@ -41,7 +41,6 @@ class CacheState:
 
     def __init__(self, config: PreTrainedConfig, rows: Rows, num_layers: int) -> None:
         self.config = config
-        self.salt = b""
         self.rows = rows
         self.num_layers = num_layers
 

@@ -54,6 +54,11 @@ class KVShape(NamedTuple):
     v_head_dim: int
     layers: tuple[tuple[int, int, int], ...] | None = None
 
+    @property
+    def of_layers(self) -> tuple[tuple[int, int, int], ...]:
+        """(num_kv_heads, head_dim, v_head_dim) of each layer that has a cache."""
+        return self.layers or (self[1:4],) * self.num_layers
+
     @classmethod
     def of(cls, layers: Sequence[tuple[int, int, int]]) -> "KVShape":
         heads, head_dim, v_head_dim = (max(sizes) for sizes in zip(*layers, strict=True))
