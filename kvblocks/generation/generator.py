@@ -125,6 +125,7 @@ class Generator:
         fits = most_tokens(config)
         self.max_seq_len = fits if limit is None else min(limit, fits)
         self.max_seqs = min(max_seqs, max_batch_tokens)
+        self._adapted = bool(adapters(model))
         # What the model hands to caches may be other K and V than what attention gets; then neither finds the other's.
         self._salt = b"" if self._paged.as_cached() else b"attention:"
         self._choose = choose
@@ -184,7 +185,8 @@ class Generator:
             choosers = [None] * request.n
         if longest > self.buffers.max_blocks_per_seq * self.manager.block_size:
             self.buffers = self._buffers_for(longest)
-        if salt := self._salt + adapters(self.model):
+        salt = self._salt + (adapters(self.model) if self._adapted else b"")
+        if salt:
             request = replace(request, salt=salt + request.salt)
         prompt = np.array(request.prompt)
         first, *others = [
