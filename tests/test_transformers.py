@@ -21,6 +21,7 @@ from kvblocks.integrations.transformers import (
     longest_sequence,
     served,
 )
+from kvblocks.integrations.transformers.layers import check_version
 
 # These tensors are tiny, and threads would only wait for each other.
 torch.set_num_threads(1)
@@ -206,6 +207,14 @@ def test_layers_that_cannot_read_blocks_get_them_gathered(kind: str) -> None:
         PagedModel(model).measure()
     assert isinstance(served(model), CachedModel)
     assert model.config._attn_implementation == before
+
+
+def test_transformers_that_are_too_old_are_named() -> None:
+    message = r"kvblocks needs transformers 5\.24 or newer, and 5\.9\.1 is installed; run: pip install \"kvblocks\[gen"
+    with pytest.raises(ImportError, match=message):
+        check_version("5.9.1")
+    for version in ("5.24.0", "5.25.0.dev0", "6.0"):
+        check_version(version)
 
 
 def test_encoder_decoders_are_refused() -> None:

@@ -151,6 +151,8 @@ class PagedModel:
         # Neither token nor position is 0: their K might be the same before and after rotation, or all zeros.
         ids = torch.tensor([[1, 2]], device=self.model.device)
         inputs: dict[str, Any] = {"input_ids": ids, "position_ids": ids}
+        if self._keeps:
+            inputs["logits_to_keep"] = torch.tensor([1], device=ids.device)
         try:
             self._run(run, use_cache=True, **inputs, **{cache_argument(self.model.forward): cache})
         except UnsupportedModel:  # it may be served without a cache all the same

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import (
@@ -39,6 +40,22 @@ __all__ = [
     "one_block",
     "placeholder_tokens",
 ]
+
+
+OLDEST = (5, 24)  # of transformers: the caches of earlier versions are asked in another way
+
+
+def check_version(installed: str) -> None:
+    """Raise `ImportError` for a version of transformers that is not served."""
+    if tuple(int(part) for part in installed.split(".")[:2]) < OLDEST:
+        raise ImportError(
+            f"kvblocks needs transformers {OLDEST[0]}.{OLDEST[1]} or newer, and {installed} is installed; run: pip "
+            'install "kvblocks[generate]"',
+            name="transformers",
+        )
+
+
+check_version(transformers.__version__)
 
 
 class KVShape(NamedTuple):
@@ -215,7 +232,7 @@ def check_splits(config: PreTrainedConfig) -> None:
 
 
 def cache_argument(forward: Callable[..., Any]) -> str:
-    """The name by which a model's forward takes a cache: "cache", or "past_key_values" before transformers 5.24.
+    """The name by which a model's forward takes a cache: "cache", or "past_key_values" in older code.
 
     Raises:
         UnsupportedModel: it takes none.
