@@ -6,7 +6,7 @@ Importing this module registers the attention and its mask with transformers. Sc
 import contextlib
 import inspect
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -154,7 +154,7 @@ class PagedModel:
         if self._keeps:
             inputs["logits_to_keep"] = torch.tensor([1], device=ids.device)
         try:
-            self._run(run, use_cache=True, **inputs, **{cache_argument(self.model.forward): cache})
+            self._run(run, True, **inputs, **{cache_argument(self.model.forward): cache})
         except UnsupportedModel:  # it may be served without a cache all the same
             run = _Run(self.layers, None, None, self._reaches)
             self._run(run, **inputs)
@@ -187,7 +187,7 @@ class PagedModel:
         logits: Tensor = output.logits[0]
         return logits if self._keeps else logits[wanted]
 
-    def _run(self, run: "_Run", *, use_cache: bool = False, **inputs: Any) -> Any:
+    def _run(self, run: "_Run", use_cache: bool = False, /, **inputs: Any) -> Any:
         entered = _running.set(run)
         try:
             with _attached(self.model, self._configs):
@@ -396,26 +396,30 @@ def _attention(
         cache.write(keys, values, run.step)
     nearer: dict[str, int] = {}
     if reach != cache.reach:
-        _check_reach(module, cache.reach, reach)
-        nearer = {"window": reach.size} if isinstance(reach, Window) else {"chunk": reach.size}
+        nearer = _nearer(module, cache.reach, reach)
     output = paged_attention(queries, cache, run.step, scale=scaling, softcap=softcap, sinks=s_aux, **nearer)
     if not fits:
         output = output[:, :heads, :value_dim]
     return (output if made is None else output.to(made))[None], None
 
 
-_untraced = torch.compiler.disable(_attention)
+_untraced: Callable[..., tuple[Tensor, None]] = torch.compiler.disable(_attention)  # type: ignore[no-untyped-call]
 
 
 def _named(module: nn.Module) -> str:
     return f"layer {module.layer_idx} ({type(module).__name__})"
 
 
-def _check_reach(module: nn.Module, kept: Window | Chunk | None, asked: Window | Chunk | None) -> None:
-    """Stop a layer that would read blocks which its group has given back."""
+def _nearer(module: nn.Module, kept: Window | Chunk | None, asked: Window | Chunk | None) -> dict[str, int]:
+    """The option of `paged_attention` for a layer that attends less far than its group keeps blocks for.
+
+    Raises:
+        UnsupportedModel: it attends further, to blocks that its group has given back.
+    """
     # A chunk never reaches further back than a window of its size.
     if isinstance(kept, Chunk) or asked is None or (kept is not None and asked.size > kept.size):
         raise UnsupportedModel(f"{_named(module)} attends to {asked or 'all tokens'}, and its group keeps {kept}")
+    return {"window": asked.size} if isinstance(asked, Window) else {"chunk": asked.size}
 
 
 def _padded(

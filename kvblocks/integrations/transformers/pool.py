@@ -116,7 +116,7 @@ class Pool:
 
         The pool of a config becomes that of the first model with this config, and is allocated for it if it is not yet.
         """
-        paged = None
+        paged: PagedModel | CachedModel | None = None
         if isinstance(model, PagedModel | CachedModel):
             paged, model = model, model.model
         elif not isinstance(model, PreTrainedConfig):
