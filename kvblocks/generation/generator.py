@@ -59,7 +59,7 @@ class _Sequence:
 
 
 @dataclass(eq=False)
-class _Row:
+class _Scheduled:
     """What one sequence does in one forward pass; `samples` once all of its known tokens are in."""
 
     sequence: _Sequence
@@ -251,14 +251,14 @@ class Generator:
         self._admit()
         if not self._running:
             return []
-        rows, step_id = self._prepare(self._schedule())
+        scheduled, step_id = self._prepare(self._schedule())
         try:
             self.engine.move(self.buffers)
-            ends = accumulate(row.query_len for row in rows)
-            last_tokens = [end - 1 for row, end in zip(rows, ends, strict=True) if row.samples]
+            ends = accumulate(each.query_len for each in scheduled)
+            last_tokens = [end - 1 for each, end in zip(scheduled, ends, strict=True) if each.samples]
             wanted = torch.tensor(last_tokens, dtype=torch.int64, device=self.model.device)
             logits = self._paged.forward(self.engine, self.buffers, wanted)
-            leaders = [row.sequence for row in rows if row.samples]
+            leaders = [each.sequence for each in scheduled if each.samples]
             answers = [sequence for leader in leaders for sequence in (leader, *leader.followers)]
             if len(answers) > len(leaders):
                 counts = torch.tensor([1 + len(leader.followers) for leader in leaders], device=logits.device)
@@ -396,39 +396,39 @@ class Generator:
         there = self.manager.match(waiting.prompt, salt=waiting.request.salt, extra=waiting.request.extra)
         return useful - there >= _WORTH_WAITING
 
-    def _schedule(self) -> list[_Row]:
+    def _schedule(self) -> list[_Scheduled]:
         """Share the tokens of a pass out: one to each who decodes, what is left to prompts, the oldest first."""
         lengths = self.manager.lengths([sequence.handle for sequence in self._running])
         missing = (lengths.num_tokens - lengths.num_computed).tolist()
         budget = self.max_batch_tokens - missing.count(1)
-        rows = []
+        scheduled = []
         for sequence, num_missing in zip(self._running, missing, strict=True):
             query_len = num_missing
             if num_missing > 1:
                 query_len = min(num_missing, budget)
                 budget -= query_len
             if query_len:
-                rows.append(_Row(sequence, query_len, samples=query_len == num_missing))
-        return rows
+                scheduled.append(_Scheduled(sequence, query_len, samples=query_len == num_missing))
+        return scheduled
 
-    def _prepare(self, rows: list[_Row]) -> tuple[list[_Row], int]:
-        """Get slots for the rows, from the newest sequences if need be, and the last one in smaller chunks.
+    def _prepare(self, scheduled: list[_Scheduled]) -> tuple[list[_Scheduled], int]:
+        """Get slots for the scheduled, from the newest sequences if need be, and the last one in smaller chunks.
 
         `prepare` that fails has changed nothing.
         """
         while True:
             try:
-                handles = [row.sequence.handle for row in rows]
-                return rows, self.manager.prepare(handles, [row.query_len for row in rows], self.buffers)
+                handles = [each.sequence.handle for each in scheduled]
+                return scheduled, self.manager.prepare(handles, [each.query_len for each in scheduled], self.buffers)
             except NoFreeBlocks:
                 if len(self._running) == 1:
-                    [row] = rows
-                    if not self._has_windows or row.query_len == 1:
+                    [only] = scheduled
+                    if not self._has_windows or only.query_len == 1:
                         raise
-                    rows = [_Row(row.sequence, row.query_len // 2, samples=False)]
+                    scheduled = [_Scheduled(only.sequence, only.query_len // 2, samples=False)]
                     continue
                 newest = self._preempt()
-                rows = [row for row in rows if row.sequence is not newest]
+                scheduled = [each for each in scheduled if each.sequence is not newest]
 
     def _chosen(self, logits: Tensor, sequences: list[_Sequence]) -> list[Choice]:
         """A token for each sequence, by its row of the logits [n, vocabulary]."""

@@ -138,7 +138,7 @@ class Stream:
             request asks for them.
     """
 
-    def __init__(self, run: "_Run", request_id: int, request: Request) -> None:
+    def __init__(self, run: "_Streams", request_id: int, request: Request) -> None:
         self.request_id = request_id
         self.request = request
         self.tokens: list[int] = []
@@ -146,7 +146,7 @@ class Stream:
         self.logprobs: list[float] = []
         self.top: list[tuple[tuple[int, float], ...]] = []
         self._answers: tuple[Stream, ...] = ()
-        self._run = run
+        self._shared = run
         self._given = 0
 
     @property
@@ -161,26 +161,26 @@ class Stream:
         while self._given == len(self.tokens):
             if self.finish is not None:
                 raise StopIteration
-            self._run.step()
+            self._shared.step()
         self._given += 1
         return self.tokens[self._given - 1]
 
     def read(self) -> list[int]:
         """All tokens, once it has ended."""
         while self.finish is None:
-            self._run.step()
+            self._shared.step()
         return self.tokens
 
     def cancel(self) -> None:
         """End it now, and give its blocks back. One that has ended stays as it is."""
         if self.finish is None:
-            self._run.cancel(self)
+            self._shared.cancel(self)
 
     def __repr__(self) -> str:
         return f"Stream(request_id={self.request_id}, new_tokens={len(self.tokens)}, finish={self.finish!r})"
 
 
-class _Run:
+class _Streams:
     """What the streams of a generation have in common. It holds none of them: those that nobody holds are cancelled."""
 
     def __init__(self, generator: Generator) -> None:
@@ -261,8 +261,8 @@ class Generation:
         self._default = default
         self._longest = longest
         self._unfinished: dict[int, Stream] = {}
-        self._run = _Run(generator)
-        self._run.owner = weakref.ref(self)
+        self._shared = _Streams(generator)
+        self._shared.owner = weakref.ref(self)
         self._streams = [stream for request in requests for stream in self._start(request)]
 
     def add(
@@ -301,11 +301,11 @@ class Generation:
 
     def step(self) -> list[Stream]:
         """One forward pass; returns the streams that got a token: none while only prompts are computed."""
-        return self._run.step()
+        return self._shared.step()
 
     def cancel(self, stream: Stream) -> None:
         """End a stream now, if it has not ended, and give its blocks back."""
-        self._run.cancel(stream)
+        self._shared.cancel(stream)
 
     def run(self) -> list[list[int]]:
         """The tokens of every request, once all have ended."""
@@ -313,10 +313,10 @@ class Generation:
 
     def close(self) -> None:
         """Cancel what has not ended, and take no more."""
-        self._run.close()
+        self._shared.close()
 
     def _start(self, request: Request) -> tuple[Stream, ...]:
-        answers = self._run.start(request)
+        answers = self._shared.start(request)
         self._unfinished.update((stream.request_id, stream) for stream in answers)
         return answers
 

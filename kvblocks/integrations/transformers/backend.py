@@ -142,7 +142,7 @@ class PagedModel:
     def _measure(self) -> tuple[KVShape, bool]:
         if self.model in _measured:
             return _measured[self.model]
-        run = _Run(self.layers, None, None, self._reaches)
+        run = _PassState(self.layers, None, None, self._reaches)
         handed = _Handed()
         others = DynamicCache(config=text_config(self.model.config)).layers
         cache = Cache(
@@ -156,7 +156,7 @@ class PagedModel:
         try:
             self._run(run, True, **inputs, **{cache_argument(self.model.forward): cache})
         except UnsupportedModel:  # it may be served without a cache all the same
-            run = _Run(self.layers, None, None, self._reaches)
+            run = _PassState(self.layers, None, None, self._reaches)
             self._run(run, **inputs)
         writing = [layer for layer in self.layers if layer.writes]
         alike = all(_same(run.states.get(layer.index), handed.states.get(layer.index)) for layer in writing)
@@ -179,7 +179,7 @@ class PagedModel:
             UnsupportedModel: a layer does what the cache cannot serve.
         """
         output = self._run(
-            _Run(self.layers, engine, step, self._reaches),
+            _PassState(self.layers, engine, step, self._reaches),
             input_ids=step.input_ids[None, : step.num_tokens],
             position_ids=step.positions[None, : step.num_tokens],
             **({"logits_to_keep": wanted} if self._keeps else {}),
@@ -187,7 +187,7 @@ class PagedModel:
         logits: Tensor = output.logits[0]
         return logits if self._keeps else logits[wanted]
 
-    def _run(self, run: "_Run", use_cache: bool = False, /, **inputs: Any) -> Any:
+    def _run(self, run: "_PassState", use_cache: bool = False, /, **inputs: Any) -> Any:
         entered = _running.set(run)
         try:
             with _attached(self.model, self._configs):
@@ -248,7 +248,7 @@ def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
 
 
 @dataclass
-class _Run:
+class _PassState:
     """What the layers need in one forward pass."""
 
     layers: Sequence[ModelLayer]
@@ -283,7 +283,7 @@ def _same(attended: tuple[Tensor, Tensor] | None, cached: tuple[Tensor, Tensor] 
 
 
 # Not every model hands keyword arguments on to its layers, so what they need reaches them by this.
-_running: ContextVar[_Run | None] = ContextVar("kvblocks_running", default=None)
+_running: ContextVar[_PassState | None] = ContextVar("kvblocks_running", default=None)
 
 
 @dataclass(frozen=True)
@@ -371,7 +371,7 @@ def _attention(
         raise UnsupportedModel(f"{_named(module)} makes a mask of its own, which paged attention does not take")
     asked = (index, sliding_window, None if attention_mask is None else attention_mask.size)
     if asked not in run.reaches:
-        run.reaches[asked] = _reach(module, *asked)
+        run.reaches[asked] = _reach(module, layer, *asked[1:])
     reach = run.reaches[asked]
     run.attended.append(index)
     run.shapes[index] = (key.shape[1], key.shape[3], value.shape[3])
@@ -441,24 +441,22 @@ def _padded(
     return pad(keys, (0, held[1] - made[1], 0, more)), pad(values, (0, held[2] - made[2], 0, more)), queries
 
 
-def _reach(module: nn.Module, index: int, sliding_window: int | None, masked: int | None) -> Window | Chunk | None:
-    """How far a layer attends: by what transformers hands it, and by its mask, which must say the same.
+def _reach(
+    module: nn.Module, layer: ModelLayer, sliding_window: int | None, masked: int | None
+) -> Window | Chunk | None:
+    """How far a layer attends: by its config, by what transformers hands it, and by its mask, which must agree.
 
-    Transformers hands a layer its window. That it is chunked stands in the config only; what a layer does not say, its
-    mask does.
+    Transformers hands a layer its window, but not its chunk. What a layer is not handed, its mask shows.
     """
-    config = getattr(module, "config", None)
-    types = getattr(config, "layer_types", None)
-    window, chunk = sliding_window, None
-    if types and types[index] == "chunked_attention":
-        window, chunk = None, getattr(config, "attention_chunk_size", None)
-    elif not types and sliding_window is None and getattr(config, "sliding_window", None) is not None:
-        raise UnsupportedModel(
-            f"{type(module).__name__} leaves its sliding window to transformers' cache: config.sliding_window is set, "
-            "the layer and its mask do not know of it"
-        )
-    if window is None and chunk is None:
-        window = masked
+    if layer.chunk is not None:
+        window, chunk = None, layer.chunk
+    else:
+        window, chunk = masked if sliding_window is None else sliding_window, None
+        if window is None and layer.window is not None:
+            raise UnsupportedModel(
+                f"{_named(module)} leaves its sliding window to transformers' cache: the layer and mask do not know "
+                f"of the {layer.window} tokens"
+            )
     if masked != (window if chunk is None else chunk):
         raise UnsupportedModel(
             f"{_named(module)} has window={window} and chunk={chunk}, but its mask would show {masked}"

@@ -174,7 +174,7 @@ def model_layers(config: PreTrainedConfig) -> tuple[ModelLayer, ...]:
 
 
 def cache_groups(config: PreTrainedConfig, *, chunks: bool = True) -> tuple[Group, ...]:
-    """The layers of a model that write K and V, by their place in the cache, in groups for `CacheConfig`.
+    """The layers of a model that write K and V, by their number in the cache, in groups for `CacheConfig`.
 
     Layers that cache more than others count for more, by the shapes that the config names; where it does not name them,
     all count alike.
@@ -194,8 +194,8 @@ def cache_groups(config: PreTrainedConfig, *, chunks: bool = True) -> tuple[Grou
         shapes = None
     sizes = [1] * len(writing) if shapes is None else [heads * (k_dim + v_dim) for heads, k_dim, v_dim in shapes]
     layers = [
-        PagedLayer(place, _reach(layer, chunks), size)
-        for place, (layer, size) in enumerate(zip(writing, sizes, strict=True))
+        PagedLayer(number, _reach(layer, chunks), size)
+        for number, (layer, size) in enumerate(zip(writing, sizes, strict=True))
     ]
     longest = getattr(text_config(config), "max_position_embeddings", None)
     groups = layer_groups(layers, longest if isinstance(longest, int) and longest > 0 else None)
