@@ -143,7 +143,7 @@ def _from_json(where: str, line: str) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"{where} is not JSON: {error}") from None
     if not isinstance(entry, dict):
-        raise UsageError(f'{where} is no object; give {{"prompt": "..."}}')
+        raise UsageError(f'{where} is no object; give {{"prompt": "..."}}, or {{"tokens": [...]}} for ids')
     known = {*_GIVEN, "max_new_tokens", *(Settings.__annotations__.keys() - {"salt", "logits_processors"})}
     for key in entry:
         if key not in known:

@@ -20,6 +20,7 @@ from kvblocks.generation.generator import Generator, Request, blocks_needed
 from kvblocks.generation.request import Settings
 from kvblocks.integrations.transformers import CachedModel, PagedModel, Pool, cache_groups, served
 from kvblocks.integrations.transformers.layers import one_block
+from kvblocks.integrations.transformers.pool import check_pool
 
 __all__ = ["Generation", "Stream", "generate"]
 
@@ -99,7 +100,7 @@ def generate(
     if pool is not None:
         if (memory, num_blocks, block_size, layout) != (None, None, 16, "NHD"):
             raise ValueError("memory, num_blocks, block_size and layout are those of the pool; give no others")
-        pool.check(runs)
+        check_pool(pool).check(runs)
     else:
         if memory is None and num_blocks is None:
             num_blocks = _needed(block_of(runs, block_size), requests, max_seqs, max_batch_tokens)
@@ -349,8 +350,11 @@ def _unpadded(prompts: Any, attention_mask: Any) -> Iterable[Any]:
             raise ValueError(f"prompts is a {type(prompts).__name__} of shape {list(shape)}; give a list of prompts")
         if isinstance(prompts, list | tuple) and prompts and all(type(token) is int for token in prompts):
             raise TypeError(f"prompts is one flat list of {len(prompts)} ids; give a list of prompts: [ids]")
-        given: Iterable[Any] = prompts
-        return given
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise TypeError(
+                f"prompts is the {type(prompts).__name__} {prompts!r}; give a list of prompts, as token ids"
+            )
+        return prompts
     mask = np.asarray(attention_mask.tolist() if hasattr(attention_mask, "tolist") else attention_mask)
     ids = np.asarray(prompts.tolist() if hasattr(prompts, "tolist") else prompts)
     if ids.ndim != 2 or mask.shape != ids.shape:
@@ -414,7 +418,8 @@ def _stop_tokens(model: PreTrainedModel | None, given: Iterable[int] | int | Non
     if given is None:
         return frozenset()
     ids: Any = given.tolist() if hasattr(given, "tolist") else given
-    return frozenset([ids] if isinstance(ids, int) else (operator.index(token) for token in ids))
+    tokens = [ids] if isinstance(ids, int) else list(ids)
+    return frozenset(operator.index(token) if isinstance(token, SupportsIndex) else token for token in tokens)
 
 
 def _needed(config: CacheConfig, requests: Sequence[Request], max_seqs: int, max_batch_tokens: int) -> int:

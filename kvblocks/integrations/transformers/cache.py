@@ -35,7 +35,7 @@ from kvblocks.integrations.transformers.layers import (
     unscaled_length,
 )
 from kvblocks.integrations.transformers.passes import Prompt
-from kvblocks.integrations.transformers.pool import Pool
+from kvblocks.integrations.transformers.pool import Pool, check_pool
 from kvblocks.integrations.transformers.rows import Rows
 from kvblocks.manager import BlockManager
 from kvblocks.sizes import checked_bytes, checked_size
@@ -101,7 +101,7 @@ class PagedCache(Cache):
         if pool is not None:
             if manager is not None or engine is not None:
                 raise ValueError("pool has a manager and an engine of its own; give no others")
-            pool.check(config)
+            check_pool(pool).check(config)
             if any(given is not None for given in (memory, num_blocks, dtype, device)) or block_size != 16:
                 raise ValueError("the sizes, dtype and device are those of the pool; give no others")
         elif (manager is None) != (engine is None):

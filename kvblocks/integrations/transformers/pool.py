@@ -17,7 +17,7 @@ from kvblocks.integrations.transformers.cached import CachedModel, served
 from kvblocks.integrations.transformers.layers import cache_groups, filling, kv_shape, one_block, text_config
 from kvblocks.manager import BlockManager
 
-__all__ = ["Pool"]
+__all__ = ["Pool", "check_pool"]
 
 
 class Pool:
@@ -168,3 +168,10 @@ class Pool:
 
 def _config(model: Any) -> Any:
     return model.config if isinstance(model, PreTrainedModel) else model
+
+
+def check_pool(pool: Any) -> Pool:
+    """`pool`; raises `TypeError` where it is none."""
+    if not isinstance(pool, Pool):
+        raise TypeError(f"pool is a {type(pool).__name__}; give a kvblocks.Pool, as another cache or a Generation has")
+    return pool
