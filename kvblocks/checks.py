@@ -41,11 +41,9 @@ def has_memory(name: str, given: Tensor) -> Tensor:
         return given
     end = given.storage_offset() + count
     if not given.is_contiguous():
-        end = (
-            given.storage_offset()
-            + 1
-            + sum((n - 1) * step for n, step in zip(given.shape, given.stride(), strict=True))
-        )
+        end -= count - 1
+        for size, stride in zip(given.shape, given.stride(), strict=True):
+            end += (size - 1) * stride
     try:
         there = not isinstance(given, FakeTensor) and given.data_ptr() != 0
         there = there and given.untyped_storage().nbytes() >= end * given.itemsize

@@ -332,7 +332,7 @@ def test_prompts_with_settings_of_their_own(capsys: pytest.CaptureFixture[str], 
     ("line", "message"),
     [
         ("{", "line 1 is not JSON: "),
-        ("[1]", 'line 1 is no object; give {"prompt": "..."}'),
+        ("[1]", 'line 1 is no object; give {"prompt": "..."}, or {"tokens": [...]} for ids'),
         ('{"prompt": "a", "heat": 1}', "line 1 has 'heat'; there are logprobs, max_new_tokens, messages, min_p, n, "),
         ('{"max_new_tokens": 4}', "line 1 must have one of prompt, messages, tokens"),
         ('{"prompt": 4}', "line 1 has a prompt of type int; give a text, or messages or tokens"),

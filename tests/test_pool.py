@@ -1,5 +1,6 @@
 """One pool for many calls: what is found again, what is given back, and whose it is."""
 
+import copy
 import gc
 import weakref
 from typing import Any
@@ -9,10 +10,11 @@ import tiny_models
 import torch
 from test_generation import prompt, tiny_llama
 from test_streams import answers
+from test_wrapped import Adapter
 
 import kvblocks
 from kvblocks import Chunk, Pool, demo
-from kvblocks.integrations.transformers import PagedCache
+from kvblocks.integrations.transformers import PagedCache, served
 
 # These tensors are tiny, and threads would only wait for each other.
 torch.set_num_threads(1)
@@ -112,11 +114,75 @@ def test_paged_caches_and_generate_share_a_pool() -> None:
             assert fork.begin(ids) == 19
             fork.close()
     assert kvblocks.generate(model, [prompt(20)], pool=pool, **QUIET).run() == answers(prompt(20))
-    assert pool.manager.stats().hit_tokens == 16  # `generate` found none of what caches wrote
+    assert pool.manager.stats().hit_tokens == 16 + 16  # of the second cache, and of `generate`
     pool.reset_prefix_cache()
     with PagedCache(model.config, pool=pool) as held:
         assert held.begin(ids) == 0
     check_all_free(pool)
+
+
+@pytest.mark.parametrize("first", ["cache", "generate"])
+def test_the_pool_of_a_paged_cache(first: str) -> None:
+    """It is allocated for whoever comes first, and each finds what the other has computed."""
+    model: Any = copy.deepcopy(tiny_llama())
+    ids = torch.tensor([prompt(20)])
+    with PagedCache(model.config, num_blocks=32, block_size=4) as held:
+        for which in (first, "generate", "cache"):
+            if which == "cache":
+                found = held.begin(ids)
+                made = model.generate(ids, cache=held, max_new_tokens=8, pad_token_id=0, eos_token_id=None)
+                assert made[0, 20:].tolist() == answers(prompt(20))[0]
+            else:
+                run = kvblocks.generate(model, [prompt(20)], pool=held.pool, **QUIET)
+                assert run.run() == answers(prompt(20))
+                found = run.generator.num_hit
+            assert held.engine is held.pool.engine
+            assert found >= 16 or which == first
+        assert held.fork().pool is held.pool
+        pool = held.pool
+    check_all_free(pool)
+
+
+def test_where_attention_gets_other_k_and_v_than_the_cache_neither_finds_the_others() -> None:
+    """Latent attention: the cache is handed latents, attention what they were expanded to."""
+    model = tiny_models.sharp("deepseek_v3")
+    assert not served(model).as_cached()
+    ids = torch.tensor([prompt(20)])
+    pool = Pool(model, num_blocks=64, block_size=4)
+    with kvblocks.generate(model, [prompt(20)], pool=pool, **QUIET) as run, PagedCache(model.config, pool=pool) as held:
+        expected = run.run()
+        assert held.begin(ids) == 0
+        made: Any = model
+        out = made.generate(ids, cache=held, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+        assert out[:, 20:].tolist() == expected
+    again = kvblocks.generate(model, [prompt(20)], pool=pool, **QUIET)
+    assert again.run() == expected
+    assert again.generator.num_hit == 16
+
+
+def test_adapters_are_told_apart_in_a_paged_cache() -> None:
+    model: Any = copy.deepcopy(tiny_llama())
+    pool = Pool(model, num_blocks=64, block_size=4)
+    ids = torch.tensor([prompt(20)])
+    with PagedCache(model.config, pool=pool) as held:
+        held.begin(ids)
+        model.generate(ids, cache=held, max_new_tokens=1, pad_token_id=0)
+        attention = model.get_submodule("model.layers.0.self_attn")
+        attention.v_proj = Adapter(attention.v_proj)
+        assert held.begin(ids) == 0
+        model.generate(ids, cache=held, max_new_tokens=1, pad_token_id=0)
+        attention.v_proj = attention.v_proj.base_layer
+        assert held.begin(ids) == 16
+
+
+def test_the_pool_of_a_paged_cache_gets_the_models_dtype() -> None:
+    model: Any = copy.deepcopy(tiny_llama()).double()
+    held = PagedCache(model.config, num_blocks=32)
+    kvblocks.generate(model, [prompt(5)], pool=held.pool, **QUIET).run()
+    assert held.engine.dtype == torch.float64
+    other: Any = copy.deepcopy(tiny_llama())
+    with pytest.raises(ValueError, match="the pool was made for another model"):
+        kvblocks.generate(other, [prompt(5)], pool=PagedCache(model.config, num_blocks=32).pool)
 
 
 def test_a_pool_may_be_made_of_a_config() -> None:

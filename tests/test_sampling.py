@@ -280,6 +280,11 @@ def test_a_pass_that_fails_draws_the_same_tokens_again() -> None:
         ({"temperature": 1.0, "top_p": 1.5}, ValueError, r"top_p=1\.5 must be 0 to 1"),
         ({"temperature": 1.0, "top_k": 0}, ValueError, "top_k=0 must be at least 1"),
         ({"temperature": 1.0, "seed": 1.5}, TypeError, r"seed=1\.5 must be an int"),
+        (
+            {"temperature": 1.0, "seed": 2**64 - 1, "n": 2},
+            ValueError,
+            r"answer i draws from seed \+ i, at most 2\*\*64",
+        ),
         ({"top_k": 5}, ValueError, "top_k=5 changes nothing where the best token is taken; give a temperature too"),
         ({"seed": 5}, ValueError, "seed=5 changes nothing"),
         ({"n": 2}, ValueError, "n=2 answers of the best tokens would be the same; give a temperature"),
@@ -295,6 +300,17 @@ def test_a_pass_that_fails_draws_the_same_tokens_again() -> None:
 def test_settings_that_cannot_be(settings: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         kvblocks.generate(tiny_llama(), [prompt(5)], **settings)
+
+
+@pytest.mark.parametrize(
+    ("made", "what"), [(None, "a NoneType"), (torch.zeros(1, 3), r"of shape \[1, 3\]")], ids=["None", "too few"]
+)
+def test_a_logits_processor_that_returns_no_scores_is_named(made: Any, what: str) -> None:
+    with kvblocks.generate(tiny_llama(), [prompt(5)], logits_processors=lambda ids, scores: made) as run:
+        with pytest.raises(TypeError, match=f"logits_processors returned scores {what}; they must be "):
+            run.step()
+        assert run.generator.manager.num_free_blocks < run.generator.manager.num_blocks  # it still runs
+    check_all_given_back(run.generator)
 
 
 def test_a_generator_counts_what_it_holds() -> None:

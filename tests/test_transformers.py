@@ -21,6 +21,7 @@ from kvblocks.integrations.transformers import (
     longest_sequence,
     served,
 )
+from kvblocks.integrations.transformers.layers import check_version
 
 # These tensors are tiny, and threads would only wait for each other.
 torch.set_num_threads(1)
@@ -208,6 +209,14 @@ def test_layers_that_cannot_read_blocks_get_them_gathered(kind: str) -> None:
     assert model.config._attn_implementation == before
 
 
+def test_transformers_that_are_too_old_are_named() -> None:
+    message = r"kvblocks needs transformers 5\.24 or newer, and 5\.9\.1 is installed; run: pip install \"kvblocks\[gen"
+    with pytest.raises(ImportError, match=message):
+        check_version("5.9.1")
+    for version in ("5.24.0", "5.25.0.dev0", "6.0"):
+        check_version(version)
+
+
 def test_encoder_decoders_are_refused() -> None:
     config = transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     with pytest.raises(UnsupportedModel, match="T5ForConditionalGeneration is an encoder-decoder"):
@@ -294,5 +303,7 @@ def test_a_layer_must_not_reach_past_what_its_group_keeps() -> None:
     config = CacheConfig(num_layers=4, num_kv_heads=2, head_dim=16, num_gpu_blocks=24, block_size=4, groups=groups)
     with Generator(model, config) as generator:
         generator.add(Request((3, 4, 5), 2))
-        with pytest.raises(UnsupportedModel, match=r"window=9 and chunk=None, and its group keeps Window\(size=8\)"):
+        with pytest.raises(
+            UnsupportedModel, match=r"attends to Window\(size=9\), and its group keeps Window\(size=8\)"
+        ):
             generator.step()

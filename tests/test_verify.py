@@ -136,6 +136,19 @@ def test_a_model_whose_forward_keeps_all_logits() -> None:
     assert verify(plain, REQUEST, tokens) == verify(model(torch.bfloat16), REQUEST, tokens)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_the_prompt_are_not_computed(dtype: torch.dtype) -> None:
+    """Neither token by token, nor where a difference asks for the noise."""
+    checked, counts = model(dtype), list[int]()
+    hook = checked.lm_head.register_forward_hook(lambda module, given, made: counts.append(made.shape[1]))
+    tokens = greedy(dtype, swap=(4, 1))
+    counts.clear()
+    verify(checked, REQUEST, tokens)
+    hook.remove()
+    assert set(counts) <= {1, len(tokens)}
+    assert len(tokens) < len(REQUEST.prompt)
+
+
 def test_what_follows_a_near_tie_is_held_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a forgiven token the comparison goes on along the tokens as given."""
     dtype = torch.bfloat16

@@ -35,7 +35,6 @@ _COMPILED = {f"torch.{name}": name for name in ("float32", "bfloat16", "float16"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@torch.no_grad()
 def paged_attention(
     query: Tensor,
     cache: PagedKVCache,
@@ -103,7 +102,8 @@ def paged_attention(
         if run is not None:
             if storage.CHECKED:
                 _rows(step, table, cache.block_size, reach)
-            return run(args)
+            with torch.no_grad():
+                return run(args)
     if query.is_cpu and str(query.dtype) in _COMPILED and step.num_tokens:
         lists = once(step, ("lists", index), lambda: _lists(step, table))
         return _on_cpu(query, cache, step, lists, scale, reach, softcap, sinks)
@@ -194,6 +194,7 @@ def _ints(name: str, ints: Tensor) -> Tensor:
     return ints if ints.stride(-1) == 1 else ints.contiguous()
 
 
+@torch.no_grad()
 def _on_torch(
     query: Tensor,
     cache: PagedKVCache,
@@ -330,6 +331,8 @@ class _Row:
 
 
 def _number(name: str, value: float) -> float:
+    if type(value) is float:  # to ask for `SupportsFloat` takes longer than all the rest
+        return value
     if isinstance(value, bool) or not isinstance(value, SupportsFloat):
         raise TypeError(f"{name} is a {type(value).__name__}; give a number")
     return float(value)

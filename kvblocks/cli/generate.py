@@ -40,7 +40,7 @@ _ECHOED = 200  # characters of a prompt that are shown
 
 
 @dataclass
-class _Served:
+class _Loaded:
     """A model with what turns text into its tokens and back."""
 
     name: str
@@ -80,26 +80,26 @@ def run(args: argparse.Namespace) -> int:
     threads = args.threads or (1 if args.model == _TINY else None)
     if threads is not None:
         torch.set_num_threads(threads)
-    served = _load(args)
-    requests = [_request(args, served, entry) for entry in asked]
+    loaded = _load(args)
+    requests = [_request(args, loaded, entry) for entry in asked]
     try:
-        choosers = Choosers(served.model, served.tokenizer)
+        choosers = Choosers(loaded.model, loaded.tokenizer)
     except ValueError as error:
-        raise UsageError(f"--model {served.name} cannot be served: {_first_line(error)}") from None
+        raise UsageError(f"--model {loaded.name} cannot be served: {_first_line(error)}") from None
     for entry, (_, request) in zip(asked, requests, strict=True):
         try:
             choosers.make(request)
         except ValueError as error:
             raise UsageError(f"{entry['where']}: {_first_line(error)}") from None
     answers = [_Answer(text, request, []) for text, request in requests for _ in range(request.n)]
-    config = _sizes(args, served, answers)
+    config = _sizes(args, loaded, answers)
     with _progress() as progress:
-        report = _generate(args, served, config, [request for _, request in requests], answers, progress)
+        report = _generate(args, loaded, config, [request for _, request in requests], answers, progress)
         if args.verify or (args.verify is None and built_in):
             task = progress.add_task("verifying", total=len(answers))
             for answer in answers:
                 if not answer.request.temperature:
-                    answer.verdict = verify(served.model, answer.request, answer.tokens)
+                    answer.verdict = verify(loaded.model, answer.request, answer.tokens)
                 progress.advance(task)
     if args.json:
         print(json.dumps(_as_json(report, answers), ensure_ascii=False))
@@ -143,7 +143,7 @@ def _from_json(where: str, line: str) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"{where} is not JSON: {error}") from None
     if not isinstance(entry, dict):
-        raise UsageError(f'{where} is no object; give {{"prompt": "..."}}')
+        raise UsageError(f'{where} is no object; give {{"prompt": "..."}}, or {{"tokens": [...]}} for ids')
     known = {*_GIVEN, "max_new_tokens", *(Settings.__annotations__.keys() - {"salt", "logits_processors"})}
     for key in entry:
         if key not in known:
@@ -153,7 +153,7 @@ def _from_json(where: str, line: str) -> dict[str, Any]:
     return {**entry, "where": where}
 
 
-def _request(args: argparse.Namespace, served: _Served, entry: dict[str, Any]) -> tuple[str, Request]:
+def _request(args: argparse.Namespace, loaded: _Loaded, entry: dict[str, Any]) -> tuple[str, Request]:
     """What is shown of a prompt, and the request that it is."""
     settings = dict(entry)
     where = settings.pop("where")
@@ -165,22 +165,22 @@ def _request(args: argparse.Namespace, served: _Served, entry: dict[str, Any]) -
     if messages is not None:
         if args.system is not None:
             messages = [{"role": "system", "content": args.system}, *messages]
-        if served.chat is None:
+        if loaded.chat is None:
             raise UsageError("the built-in model knows no chats; give --model with a tokenizer that has a template")
         try:
-            tokens = served.chat(messages)
+            tokens = loaded.chat(messages)
         except Exception as error:  # a template raises what it likes
             raise UsageError(f"{where} cannot be put into the chat template: {_whole(error)}") from None
         text = text if text is not None else str(messages[-1]["content"])
     elif tokens is None:
-        tokens = served.encode(text or "")
+        tokens = loaded.encode(text or "")
     if not isinstance(tokens, list | tuple) or any(type(token) is not int for token in tokens):
         raise UsageError(f"{where} has tokens that are no list of ints")
-    text = served.decode(list(tokens)) if text is None else text
+    text = loaded.decode(list(tokens)) if text is None else text
     settings = {"temperature": 0.0, "max_new_tokens": args.max_new_tokens, **settings}
     strings = settings.pop("stop_strings", ())
     settings["stop_strings"] = (strings,) if isinstance(strings, str) else tuple(strings)
-    request = Request(tuple(tokens), stop_tokens=served.stop_tokens, **settings)
+    request = Request(tuple(tokens), stop_tokens=loaded.stop_tokens, **settings)
     try:
         if request.prompt:  # one that is empty gets a message of its own
             check_request(request)
@@ -189,7 +189,7 @@ def _request(args: argparse.Namespace, served: _Served, entry: dict[str, Any]) -
     return text, request
 
 
-def _load(args: argparse.Namespace) -> _Served:
+def _load(args: argparse.Namespace) -> _Loaded:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     if device.partition(":")[0] == "meta":
@@ -201,7 +201,7 @@ def _load(args: argparse.Namespace) -> _Served:
     if args.model == _TINY:
         model: transformers.PreTrainedModel = demo.small_llama()
         torch.nn.Module.to(model, device=device, dtype=dtype or torch.float32)
-        return _Served("built-in Llama", model, demo.encode, demo.decode, frozenset([demo.EOS]))
+        return _Loaded("built-in Llama", model, demo.encode, demo.decode, frozenset([demo.EOS]))
     if args.model == _SMOLLM2:
         try:
             model, tokenizer = smollm2.load()
@@ -225,7 +225,7 @@ def _load(args: argparse.Namespace) -> _Served:
     return _with_tokenizer(args.model, model, tokenizer)
 
 
-def _with_tokenizer(name: str, model: transformers.PreTrainedModel, tokenizer: Any) -> _Served:
+def _with_tokenizer(name: str, model: transformers.PreTrainedModel, tokenizer: Any) -> _Loaded:
     config: Any = model.generation_config
     stop = config.eos_token_id
     stop_tokens = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
@@ -240,7 +240,7 @@ def _with_tokenizer(name: str, model: transformers.PreTrainedModel, tokenizer: A
         made: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         return list(made)
 
-    return _Served(name, model, encode, decode, stop_tokens, chat, tokenizer)
+    return _Loaded(name, model, encode, decode, stop_tokens, chat, tokenizer)
 
 
 def _whole(error: BaseException) -> str:
@@ -252,7 +252,7 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _sizes(args: argparse.Namespace, served: _Served, answers: list[_Answer]) -> CacheConfig:
+def _sizes(args: argparse.Namespace, loaded: _Loaded, answers: list[_Answer]) -> CacheConfig:
     """The cache that --kv-memory pays for, once the longest sequence is known to fit the model and it."""
     longest = max(answers, key=lambda answer: len(answer.request.prompt) + answer.request.max_new_tokens)
     num_new = longest.request.max_new_tokens
@@ -261,7 +261,7 @@ def _sizes(args: argparse.Namespace, served: _Served, answers: list[_Answer]) ->
     empty = [number for number, answer in enumerate(answers, 1) if not answer.request.prompt]
     if empty:
         raise UsageError(f"prompt {empty[0]} has no tokens: {answers[empty[0] - 1].prompt!r}")
-    embeddings: Any = served.model.get_input_embeddings()
+    embeddings: Any = loaded.model.get_input_embeddings()
     known = len(embeddings.weight)
     for number, answer in enumerate(answers, 1):
         if max(answer.request.prompt) >= known:
@@ -269,14 +269,14 @@ def _sizes(args: argparse.Namespace, served: _Served, answers: list[_Answer]) ->
                 f"prompt {number} has token {max(answer.request.prompt)}, the model knows 0 to {known - 1}; "
                 "its tokenizer belongs to another model"
             )
-    limit = longest_sequence(served.model.config)
+    limit = longest_sequence(loaded.model.config)
     if limit is not None and num_tokens > limit:
         raise UsageError(f"{what}, needs {num_tokens} positions and the model has {limit}; lower --max-new-tokens")
-    dtype = served.model.dtype
+    dtype = loaded.model.dtype
     try:
-        block = block_of(served.model, args.block_size)
+        block = block_of(loaded.model, args.block_size)
     except UnsupportedModel as error:
-        raise UsageError(f"--model {served.name} cannot be served: {error}") from None
+        raise UsageError(f"--model {loaded.name} cannot be served: {error}") from None
     needed = blocks_needed(block, num_tokens, 1)
     given = args.kv_memory // block.block_bytes(dtype)
     if given < needed:
@@ -306,7 +306,7 @@ def _as_size(num_bytes: int) -> str:
 
 def _generate(
     args: argparse.Namespace,
-    served: _Served,
+    loaded: _Loaded,
     config: CacheConfig,
     requests: list[Request],
     answers: list[_Answer],
@@ -316,14 +316,14 @@ def _generate(
     task = progress.add_task("generating", total=sum(answer.request.max_new_tokens for answer in answers))
     try:
         running = generate(
-            served.model,
+            loaded.model,
             requests,
             num_blocks=config.num_gpu_blocks,
             block_size=config.block_size,
             layout=args.layout,
             max_batch_tokens=_pass_tokens(args, answers),
             max_seqs=min(args.max_seqs, len(answers)),
-            tokenizer=served.tokenizer,
+            tokenizer=loaded.tokenizer,
         )
     except (ValueError, OutOfMemory) as error:
         raise UsageError(_first_line(error)) from None
@@ -337,15 +337,15 @@ def _generate(
                     progress.advance(task, 1 + ended)
                 num_passes += 1
         except UnsupportedModel as error:
-            raise UsageError(f"--model {served.name} cannot be served: {error}") from None
+            raise UsageError(f"--model {loaded.name} cannot be served: {error}") from None
         seconds = time.perf_counter() - start
     for answer, stream in zip(answers, running, strict=True):
         answer.tokens, answer.finish = stream.tokens, stream.finish or ""
-        answer.completion = served.decode(answer.tokens)
+        answer.completion = loaded.decode(answer.tokens)
     stats, engine = running.generator.manager.stats(), running.generator.engine
     new_tokens = sum(len(answer.tokens) for answer in answers)
     return {
-        "model": served.name,
+        "model": loaded.name,
         "dtype": str(engine.dtype).removeprefix("torch."),
         "device": str(engine.device),
         "layout": engine.layout,

@@ -107,6 +107,10 @@ def _generate(args: argparse.Namespace) -> int:
         raise UsageError(
             f'`kvblocks generate` needs {error.name}, which is not installed; run: pip install "kvblocks[generate]"'
         ) from None
+    except ImportError as error:
+        if error.name != "transformers":
+            raise
+        raise UsageError(str(error)) from None  # it is too old, and the message says so
     return generate.run(args)
 
 

@@ -23,7 +23,14 @@ from kvblocks.engine import CacheEngine
 from kvblocks.errors import NoFreeBlocks
 from kvblocks.generation.request import Request, Token, check_request
 from kvblocks.generation.sampling import Choice, Chooser, Choosers
-from kvblocks.integrations.transformers import Pool, longest_sequence, placeholder_tokens, served
+from kvblocks.integrations.transformers import (
+    CachedModel,
+    PagedModel,
+    Pool,
+    longest_sequence,
+    placeholder_tokens,
+    served,
+)
 from kvblocks.integrations.transformers.backend import adapters
 from kvblocks.manager import BlockManager
 from kvblocks.step.buffers import StepBuffers
@@ -52,7 +59,7 @@ class _Sequence:
 
 
 @dataclass(eq=False)
-class _Row:
+class _Scheduled:
     """What one sequence does in one forward pass; `samples` once all of its known tokens are in."""
 
     sequence: _Sequence
@@ -73,8 +80,9 @@ class Generator:
     begins as one does that is being computed waits until it can take over what they share.
 
     Args:
-        model: a decoder-only transformers model, or what torch.compile or PEFT made of one; the cache gets its dtype
-            and device. Requests share K and V only under the same adapters, which must not change while they run.
+        model: a decoder-only transformers model, what torch.compile or PEFT made of one, or what `served` made of
+            either; the cache gets its dtype and device. Requests share K and V only under the same adapters, which must
+            not change while they run.
         config: sizes of the cache, as `kvblocks.integrations.transformers.cache_config` gives them.
         layout: of the cache; NHD, as it is what attention kernels read.
         max_batch_tokens: tokens of one forward pass. A prompt longer than what is left of them goes in chunks.
@@ -97,7 +105,7 @@ class Generator:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PagedModel | CachedModel,
         config: CacheConfig,
         *,
         layout: str = "NHD",
@@ -118,13 +126,15 @@ class Generator:
         self.max_seq_len = fits if limit is None else min(limit, fits)
         self.max_seqs = min(max_seqs, max_batch_tokens)
         self._adapted = bool(adapters(model))
+        # What the model hands to caches may be other K and V than what attention gets; then neither finds the other's.
+        self._salt = b"" if self._paged.as_cached() else b"attention:"
         self._choose = choose
         self._choosers = None if choose is not None else Choosers(model, tokenizer)
         self._has_windows = any(group.reach is not None for group in config.groups)
         self._placeholders = placeholder_tokens(model.config)
         self._closed = False
         if pool is not None:
-            pool.check(model)
+            pool.check(self._paged)
             self.engine, self.manager = pool.engine, pool.manager
         else:
             self.engine = CacheEngine(config, model.dtype, model.device, layout=layout)
@@ -175,8 +185,9 @@ class Generator:
             choosers = [None] * request.n
         if longest > self.buffers.max_blocks_per_seq * self.manager.block_size:
             self.buffers = self._buffers_for(longest)
-        if self._adapted:
-            request = replace(request, salt=adapters(self.model) + request.salt)
+        salt = self._salt + (adapters(self.model) if self._adapted else b"")
+        if salt:
+            request = replace(request, salt=salt + request.salt)
         prompt = np.array(request.prompt)
         first, *others = [
             _Sequence(self._num_added + number, request, prompt, chooser) for number, chooser in enumerate(choosers)
@@ -240,14 +251,14 @@ class Generator:
         self._admit()
         if not self._running:
             return []
-        rows, step_id = self._prepare(self._schedule())
+        scheduled, step_id = self._prepare(self._schedule())
         try:
             self.engine.move(self.buffers)
-            ends = accumulate(row.query_len for row in rows)
-            last_tokens = [end - 1 for row, end in zip(rows, ends, strict=True) if row.samples]
+            ends = accumulate(each.query_len for each in scheduled)
+            last_tokens = [end - 1 for each, end in zip(scheduled, ends, strict=True) if each.samples]
             wanted = torch.tensor(last_tokens, dtype=torch.int64, device=self.model.device)
             logits = self._paged.forward(self.engine, self.buffers, wanted)
-            leaders = [row.sequence for row in rows if row.samples]
+            leaders = [each.sequence for each in scheduled if each.samples]
             answers = [sequence for leader in leaders for sequence in (leader, *leader.followers)]
             if len(answers) > len(leaders):
                 counts = torch.tensor([1 + len(leader.followers) for leader in leaders], device=logits.device)
@@ -385,39 +396,39 @@ class Generator:
         there = self.manager.match(waiting.prompt, salt=waiting.request.salt, extra=waiting.request.extra)
         return useful - there >= _WORTH_WAITING
 
-    def _schedule(self) -> list[_Row]:
+    def _schedule(self) -> list[_Scheduled]:
         """Share the tokens of a pass out: one to each who decodes, what is left to prompts, the oldest first."""
         lengths = self.manager.lengths([sequence.handle for sequence in self._running])
         missing = (lengths.num_tokens - lengths.num_computed).tolist()
         budget = self.max_batch_tokens - missing.count(1)
-        rows = []
+        scheduled = []
         for sequence, num_missing in zip(self._running, missing, strict=True):
             query_len = num_missing
             if num_missing > 1:
                 query_len = min(num_missing, budget)
                 budget -= query_len
             if query_len:
-                rows.append(_Row(sequence, query_len, samples=query_len == num_missing))
-        return rows
+                scheduled.append(_Scheduled(sequence, query_len, samples=query_len == num_missing))
+        return scheduled
 
-    def _prepare(self, rows: list[_Row]) -> tuple[list[_Row], int]:
-        """Get slots for the rows, from the newest sequences if need be, and the last one in smaller chunks.
+    def _prepare(self, scheduled: list[_Scheduled]) -> tuple[list[_Scheduled], int]:
+        """Get slots for the scheduled, from the newest sequences if need be, and the last one in smaller chunks.
 
         `prepare` that fails has changed nothing.
         """
         while True:
             try:
-                handles = [row.sequence.handle for row in rows]
-                return rows, self.manager.prepare(handles, [row.query_len for row in rows], self.buffers)
+                handles = [each.sequence.handle for each in scheduled]
+                return scheduled, self.manager.prepare(handles, [each.query_len for each in scheduled], self.buffers)
             except NoFreeBlocks:
                 if len(self._running) == 1:
-                    [row] = rows
-                    if not self._has_windows or row.query_len == 1:
+                    [only] = scheduled
+                    if not self._has_windows or only.query_len == 1:
                         raise
-                    rows = [_Row(row.sequence, row.query_len // 2, samples=False)]
+                    scheduled = [_Scheduled(only.sequence, only.query_len // 2, samples=False)]
                     continue
                 newest = self._preempt()
-                rows = [row for row in rows if row.sequence is not newest]
+                scheduled = [each for each in scheduled if each.sequence is not newest]
 
     def _chosen(self, logits: Tensor, sequences: list[_Sequence]) -> list[Choice]:
         """A token for each sequence, by its row of the logits [n, vocabulary]."""

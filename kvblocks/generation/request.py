@@ -24,7 +24,7 @@ class Request:
         temperature: above 0 the tokens are sampled, 0 takes the best one each time.
         top_k, top_p, min_p: what is sampled from, as transformers has them; they need a temperature, here or in the
             generation config.
-        seed: of the request's own random numbers; None draws from torch's. Sampled tokens are those of
+        seed: 0 to 2**64 - n, of the request's own random numbers; None draws from torch's. Sampled tokens are those of
             `torch.manual_seed(seed); model.generate(...)` with this prompt alone, where logits are equal.
         logits_processors: called as transformers' are, with ids int64 [1, tokens] and scores float32 [1, vocabulary].
         logprobs: also give each token's log-probability, and those of so many best ones: by the model's own logits,
@@ -106,6 +106,8 @@ def check_request(request: Request) -> None:
     _check_int("n", request.n)
     if request.n < 1:
         raise ValueError(f"n={request.n} must be at least 1")
+    if request.seed is not None and request.seed + request.n > 2**64:
+        raise ValueError(f"seed={request.seed} and n={request.n}: answer i draws from seed + i, at most 2**64 - 1")
     for name, most in (("temperature", float("inf")), ("top_p", 1.0), ("min_p", 1.0)):
         value = getattr(request, name)
         if value is None:

@@ -72,11 +72,19 @@ class Chooser:
         self._logprobs = logprobs
 
     def scores(self, ids: npt.NDArray[np.integer[Any]], logits: Tensor) -> Tensor:
-        """Logits [vocabulary] after ids [tokens], processed: float32 [vocabulary]."""
+        """Logits [vocabulary] after ids [tokens], processed: float32 [vocabulary].
+
+        Raises:
+            TypeError: a processor returned something else.
+        """
         scores = logits[None].to(torch.float32, copy=True)
         if self.processors:
             process: Any = self.processors
-            scores = process(self._tensor(ids, logits), scores)
+            made = process(self._tensor(ids, logits), scores)
+            if not isinstance(made, Tensor) or made.shape != scores.shape:
+                what = f"of shape {list(made.shape)}" if isinstance(made, Tensor) else f"a {type(made).__name__}"
+                raise TypeError(f"logits_processors returned scores {what}; they must be {list(scores.shape)}")
+            scores = made
         return scores[0]
 
     def choose(self, ids: npt.NDArray[np.integer[Any]], logits: Tensor) -> Choice:

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from kvblocks.config import CacheConfig
 from kvblocks.generation.generator import Generator, Request, blocks_needed
 from kvblocks.generation.request import Settings
-from kvblocks.integrations.transformers import Pool, cache_groups, served
-from kvblocks.integrations.transformers.backend import unwrapped
+from kvblocks.integrations.transformers import CachedModel, PagedModel, Pool, cache_groups, served
 from kvblocks.integrations.transformers.layers import one_block
+from kvblocks.integrations.transformers.pool import check_pool
 
 __all__ = ["Generation", "Stream", "generate"]
 
@@ -90,7 +90,8 @@ def generate(
 
     Thread-safety: one thread drives a generation.
     """
-    inner = unwrapped(model)
+    runs = served(model)
+    inner = runs.model
     limit, longest = _limits(inner, max_new_tokens)
     default = _with(Request((), limit, _stop_tokens(inner, stop_tokens)), settings)
     requests = [_request(prompt, default, longest) for prompt in _unpadded(prompts, attention_mask)]
@@ -99,12 +100,13 @@ def generate(
     if pool is not None:
         if (memory, num_blocks, block_size, layout) != (None, None, 16, "NHD"):
             raise ValueError("memory, num_blocks, block_size and layout are those of the pool; give no others")
+        check_pool(pool).check(runs)
     else:
         if memory is None and num_blocks is None:
-            num_blocks = _needed(block_of(model, block_size), requests, max_seqs, max_batch_tokens)
-        pool = Pool(model, memory=memory, num_blocks=num_blocks, block_size=block_size, layout=layout, chunks=True)
+            num_blocks = _needed(block_of(runs, block_size), requests, max_seqs, max_batch_tokens)
+        pool = Pool(runs, memory=memory, num_blocks=num_blocks, block_size=block_size, layout=layout, chunks=True)
     generator = Generator(
-        model,
+        runs,
         pool.config,
         max_batch_tokens=max_batch_tokens,
         max_seqs=max_seqs,
@@ -115,7 +117,7 @@ def generate(
     return Generation(generator, requests, default, longest, pool)
 
 
-def block_of(model: PreTrainedModel, block_size: int) -> CacheConfig:
+def block_of(model: PreTrainedModel | PagedModel | CachedModel, block_size: int) -> CacheConfig:
     """The sizes of a cache of one block for a model, as its layers make K and V."""
     paged = served(model)
     groups = cache_groups(paged.model.config, chunks=paged.attends_in_blocks)
@@ -137,7 +139,7 @@ class Stream:
             request asks for them.
     """
 
-    def __init__(self, run: "_Run", request_id: int, request: Request) -> None:
+    def __init__(self, run: "_Streams", request_id: int, request: Request) -> None:
         self.request_id = request_id
         self.request = request
         self.tokens: list[int] = []
@@ -145,7 +147,7 @@ class Stream:
         self.logprobs: list[float] = []
         self.top: list[tuple[tuple[int, float], ...]] = []
         self._answers: tuple[Stream, ...] = ()
-        self._run = run
+        self._shared = run
         self._given = 0
 
     @property
@@ -160,26 +162,26 @@ class Stream:
         while self._given == len(self.tokens):
             if self.finish is not None:
                 raise StopIteration
-            self._run.step()
+            self._shared.step()
         self._given += 1
         return self.tokens[self._given - 1]
 
     def read(self) -> list[int]:
         """All tokens, once it has ended."""
         while self.finish is None:
-            self._run.step()
+            self._shared.step()
         return self.tokens
 
     def cancel(self) -> None:
         """End it now, and give its blocks back. One that has ended stays as it is."""
         if self.finish is None:
-            self._run.cancel(self)
+            self._shared.cancel(self)
 
     def __repr__(self) -> str:
         return f"Stream(request_id={self.request_id}, new_tokens={len(self.tokens)}, finish={self.finish!r})"
 
 
-class _Run:
+class _Streams:
     """What the streams of a generation have in common. It holds none of them: those that nobody holds are cancelled."""
 
     def __init__(self, generator: Generator) -> None:
@@ -260,8 +262,8 @@ class Generation:
         self._default = default
         self._longest = longest
         self._unfinished: dict[int, Stream] = {}
-        self._run = _Run(generator)
-        self._run.owner = weakref.ref(self)
+        self._shared = _Streams(generator)
+        self._shared.owner = weakref.ref(self)
         self._streams = [stream for request in requests for stream in self._start(request)]
 
     def add(
@@ -300,11 +302,11 @@ class Generation:
 
     def step(self) -> list[Stream]:
         """One forward pass; returns the streams that got a token: none while only prompts are computed."""
-        return self._run.step()
+        return self._shared.step()
 
     def cancel(self, stream: Stream) -> None:
         """End a stream now, if it has not ended, and give its blocks back."""
-        self._run.cancel(stream)
+        self._shared.cancel(stream)
 
     def run(self) -> list[list[int]]:
         """The tokens of every request, once all have ended."""
@@ -312,10 +314,10 @@ class Generation:
 
     def close(self) -> None:
         """Cancel what has not ended, and take no more."""
-        self._run.close()
+        self._shared.close()
 
     def _start(self, request: Request) -> tuple[Stream, ...]:
-        answers = self._run.start(request)
+        answers = self._shared.start(request)
         self._unfinished.update((stream.request_id, stream) for stream in answers)
         return answers
 
@@ -348,8 +350,11 @@ def _unpadded(prompts: Any, attention_mask: Any) -> Iterable[Any]:
             raise ValueError(f"prompts is a {type(prompts).__name__} of shape {list(shape)}; give a list of prompts")
         if isinstance(prompts, list | tuple) and prompts and all(type(token) is int for token in prompts):
             raise TypeError(f"prompts is one flat list of {len(prompts)} ids; give a list of prompts: [ids]")
-        given: Iterable[Any] = prompts
-        return given
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise TypeError(
+                f"prompts is the {type(prompts).__name__} {prompts!r}; give a list of prompts, as token ids"
+            )
+        return prompts
     mask = np.asarray(attention_mask.tolist() if hasattr(attention_mask, "tolist") else attention_mask)
     ids = np.asarray(prompts.tolist() if hasattr(prompts, "tolist") else prompts)
     if ids.ndim != 2 or mask.shape != ids.shape:
@@ -413,7 +418,8 @@ def _stop_tokens(model: PreTrainedModel | None, given: Iterable[int] | int | Non
     if given is None:
         return frozenset()
     ids: Any = given.tolist() if hasattr(given, "tolist") else given
-    return frozenset([ids] if isinstance(ids, int) else (operator.index(token) for token in ids))
+    tokens = [ids] if isinstance(ids, int) else list(ids)
+    return frozenset(operator.index(token) if isinstance(token, SupportsIndex) else token for token in tokens)
 
 
 def _needed(config: CacheConfig, requests: Sequence[Request], max_seqs: int, max_batch_tokens: int) -> int:

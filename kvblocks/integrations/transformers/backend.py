@@ -5,9 +5,8 @@ Importing this module registers the attention and its mask with transformers. Sc
 
 import contextlib
 import inspect
-import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -16,13 +15,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
 from kvblocks.attention.call import paged_attention
 from kvblocks.config import Chunk, Window
 from kvblocks.engine import CacheEngine
 from kvblocks.errors import UnsupportedModel
-from kvblocks.integrations.transformers.layers import KVShape, ModelLayer, model_layers
+from kvblocks.integrations.transformers.layer import PagedLayer
+from kvblocks.integrations.transformers.layers import KVShape, ModelLayer, cache_argument, model_layers, text_config
 from kvblocks.step.buffers import StepBuffers
 from kvblocks.storage.cache import PagedKVCache
 
@@ -121,24 +122,47 @@ class PagedModel:
         self.model = unwrapped(model)
         self.layers = check_model(self.model)
         self._call = model
+        self._configs = _configs(self.model)
+        self._reaches: dict[tuple[int, int | None, int | None], Window | Chunk | None] = {}
         self._keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
-    @torch.inference_mode()
     def measure(self) -> KVShape:
-        """What the layers hand to attention: one token is run through the model, attending to nothing, the first time.
+        """What the layers hand to attention: the first time two tokens are run through the model, attending to nothing.
 
         Raises:
             UnsupportedModel: a layer does what the cache cannot serve.
         """
+        return self._measure()[0]
+
+    def as_cached(self) -> bool:
+        """Whether attention gets the very K and V that the model hands to a cache, so that one may find the other's."""
+        return self._measure()[1]
+
+    @torch.inference_mode()
+    def _measure(self) -> tuple[KVShape, bool]:
         if self.model in _measured:
             return _measured[self.model]
-        run = _Run(self.layers, None, None)
-        token = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
-        self._run(run, input_ids=token, position_ids=token)
-        writing = [run.shapes[layer.index] for layer in self.layers if layer.writes]
-        shape = KVShape.of(writing)
-        _measured[self.model] = shape
-        return shape
+        run = _PassState(self.layers, None, None, self._reaches)
+        handed = _Handed()
+        others = DynamicCache(config=text_config(self.model.config)).layers
+        cache = Cache(
+            layers=[PagedLayer(handed, layer) if layer.writes else others[layer.index] for layer in self.layers]
+        )
+        # Neither token nor position is 0: their K might be the same before and after rotation, or all zeros.
+        ids = torch.tensor([[1, 2]], device=self.model.device)
+        inputs: dict[str, Any] = {"input_ids": ids, "position_ids": ids}
+        if self._keeps:
+            inputs["logits_to_keep"] = torch.tensor([1], device=ids.device)
+        try:
+            self._run(run, True, **inputs, **{cache_argument(self.model.forward): cache})
+        except UnsupportedModel:  # it may be served without a cache all the same
+            run = _PassState(self.layers, None, None, self._reaches)
+            self._run(run, **inputs)
+        writing = [layer for layer in self.layers if layer.writes]
+        alike = all(_same(run.states.get(layer.index), handed.states.get(layer.index)) for layer in writing)
+        measured = KVShape.of([run.shapes[layer.index] for layer in writing]), alike
+        _measured[self.model] = measured
+        return measured
 
     def forward(self, engine: CacheEngine, step: StepBuffers, wanted: Tensor) -> Tensor:
         """One forward pass over the tokens of a prepared step; their K and V are written into the cache on the way.
@@ -155,7 +179,7 @@ class PagedModel:
             UnsupportedModel: a layer does what the cache cannot serve.
         """
         output = self._run(
-            _Run(self.layers, engine, step),
+            _PassState(self.layers, engine, step, self._reaches),
             input_ids=step.input_ids[None, : step.num_tokens],
             position_ids=step.positions[None, : step.num_tokens],
             **({"logits_to_keep": wanted} if self._keeps else {}),
@@ -163,11 +187,11 @@ class PagedModel:
         logits: Tensor = output.logits[0]
         return logits if self._keeps else logits[wanted]
 
-    def _run(self, run: "_Run", **inputs: Any) -> Any:
+    def _run(self, run: "_PassState", use_cache: bool = False, /, **inputs: Any) -> Any:
         entered = _running.set(run)
         try:
-            with _attached(self.model):
-                output = self._call(use_cache=False, **inputs)
+            with _attached(self.model, self._configs):
+                output = self._call(use_cache=use_cache, **inputs)
         finally:
             _running.reset(entered)
         expected = [layer.index for layer in self.layers if layer.storage is not None]
@@ -179,20 +203,28 @@ class PagedModel:
         return output
 
 
-_measured: "WeakKeyDictionary[PreTrainedModel, KVShape]" = WeakKeyDictionary()
+_measured: "WeakKeyDictionary[PreTrainedModel, tuple[KVShape, bool]]" = WeakKeyDictionary()
 _locks: "WeakKeyDictionary[PreTrainedModel, threading.RLock]" = WeakKeyDictionary()
 _locks_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _attached(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model's layers attend through kvblocks, and give each part its own attention back, whatever happens."""
+def _attached(model: PreTrainedModel, configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
+    """Let the model's layers attend through kvblocks, and give each part its own attention back, whatever happens.
+
+    `set_attn_implementation` would search all modules of the model in every pass.
+
+    Args:
+        model: whose passes wait for each other.
+        configs: as `_configs` finds them in the model.
+    """
     with _locks_lock:
         lock = _locks.setdefault(model, threading.RLock())
     with lock:
-        before = [(config, config._attn_implementation) for config in _configs(model)]
+        before = [(config, config._attn_implementation) for config in configs]
         try:
-            model.set_attn_implementation(NAME)
+            for config in configs:
+                config._attn_implementation = NAME
             yield
         finally:
             for config, attention in before:
@@ -216,18 +248,42 @@ def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
 
 
 @dataclass
-class _Run:
+class _PassState:
     """What the layers need in one forward pass."""
 
     layers: Sequence[ModelLayer]
     engine: CacheEngine | None
     step: StepBuffers | None
+    reaches: "dict[tuple[int, int | None, int | None], Window | Chunk | None]"
     attended: list[int] = field(default_factory=list)
     shapes: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # heads, dim of K, dim of V
+    states: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # K and V, kept while a model is measured
+
+
+class _Handed:
+    """The K and V that layers hand to a cache, for `PagedModel.as_cached`; see `LayerState`."""
+
+    recording = False
+
+    def __init__(self) -> None:
+        self.states: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def length(self, layer: ModelLayer) -> int:
+        return self.states[layer.index][0].shape[2] if layer.index in self.states else 0
+
+    def update(self, layer: ModelLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.states[layer.index] = keys, values
+        return keys, values
+
+
+def _same(attended: tuple[Tensor, Tensor] | None, cached: tuple[Tensor, Tensor] | None) -> bool:
+    if attended is None or cached is None:
+        return False
+    return all(torch.equal(one, other) for one, other in zip(attended, cached, strict=True))
 
 
 # Not every model hands keyword arguments on to its layers, so what they need reaches them by this.
-_running: ContextVar[_Run | None] = ContextVar("kvblocks_running", default=None)
+_running: ContextVar[_PassState | None] = ContextVar("kvblocks_running", default=None)
 
 
 @dataclass(frozen=True)
@@ -261,7 +317,6 @@ def _mask(
     return None if local_size is None else _LocalMask(local_size)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator] # it knows tensors by address, and a trace has none
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -279,6 +334,21 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function: query, key, value [1, heads, tokens, dim]; returns [1, tokens, heads, dim]."""
+    if torch.compiler.is_compiling():  # the kernels know tensors by address, and a trace has none
+        return _untraced(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling,
+            dropout,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            s_aux=s_aux,
+            is_causal=is_causal,
+            position_bias=position_bias,
+        )
     run = _running.get()
     if run is None:
         raise UnsupportedModel(
@@ -288,60 +358,72 @@ def _attention(
     index: int | None = getattr(module, "layer_idx", None)
     if index is None or not 0 <= index < len(run.layers):
         raise UnsupportedModel(f"{type(module).__name__} has layer_idx={index}; there are {len(run.layers)} layers")
-    where, layer = f"layer {index} ({type(module).__name__})", run.layers[index]
+    layer = run.layers[index]
     if layer.storage is None:
-        raise UnsupportedModel(f"{where} attends, and by its config it keeps no K and V")
+        raise UnsupportedModel(f"{_named(module)} attends, and by its config it keeps no K and V")
     if is_causal is False or not getattr(module, "is_causal", True):
-        raise UnsupportedModel(f"{where} is not causal; cached K and V serve causal attention only")
+        raise UnsupportedModel(f"{_named(module)} is not causal; cached K and V serve causal attention only")
     if position_bias is not None:
-        raise UnsupportedModel(f"{where} adds a position bias to its scores, which paged attention does not")
+        raise UnsupportedModel(f"{_named(module)} adds a position bias to its scores, which paged attention does not")
     if dropout:
-        raise UnsupportedModel(f"{where} asks for dropout={dropout}; call model.eval()")
+        raise UnsupportedModel(f"{_named(module)} asks for dropout={dropout}; call model.eval()")
     if attention_mask is not None and not isinstance(attention_mask, _LocalMask):
-        raise UnsupportedModel(f"{where} makes a mask of its own, which paged attention does not take")
-    window, chunk = _reach(module, index, sliding_window)
-    masked = None if attention_mask is None else attention_mask.size
-    if window is None and chunk is None:
-        window = masked  # what a layer does not say, its mask does
-    if masked != (window if chunk is None else chunk):
-        raise UnsupportedModel(f"{where} has window={window} and chunk={chunk}, but its mask would show {masked}")
+        raise UnsupportedModel(f"{_named(module)} makes a mask of its own, which paged attention does not take")
+    asked = (index, sliding_window, None if attention_mask is None else attention_mask.size)
+    if asked not in run.reaches:
+        run.reaches[asked] = _reach(module, layer, *asked[1:])
+    reach = run.reaches[asked]
     run.attended.append(index)
     run.shapes[index] = (key.shape[1], key.shape[3], value.shape[3])
     if run.engine is None or run.step is None:
+        run.states[index] = key, value
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
-    cache, group = run.engine[layer.storage], run.engine.group_of(layer.storage)
+    cache = run.engine[layer.storage]
     made = None
     if torch.is_autocast_enabled(key.device.type):
         made = torch.get_autocast_dtype(key.device.type)  # what torch's own attention would see and give
         key, value, query = (states.to(made).to(cache.dtype) for states in (key, value, query))
-    _check_reach(where, run.engine.config.groups[group].reach, window, chunk)
-    keys, values, queries = (states[0].transpose(0, 1) for states in (key, value, query))
-    heads, value_dim = queries.shape[1], values.shape[2]
-    if layer.writes and len(keys) != run.step.num_tokens:
-        raise UnsupportedModel(f"{where} makes K for {len(keys)} tokens, the step has {run.step.num_tokens}")
+    keys, values, queries = key[0].transpose(0, 1), value[0].transpose(0, 1), query[0].transpose(0, 1)
+    if layer.writes and keys.shape[0] != run.step.num_tokens:
+        raise UnsupportedModel(f"{_named(module)} makes K for {len(keys)} tokens, the step has {run.step.num_tokens}")
     if scaling is None:
-        scaling = 1 / math.sqrt(queries.shape[2])
-    keys, values, queries = _fitted(where, cache, keys, values, queries)
+        scaling = queries.shape[2] ** -0.5
+    fits = run.shapes[index] == (cache.num_heads, cache.head_dim, cache.v_head_dim)
+    heads, value_dim = queries.shape[1], values.shape[2]
+    if not fits:
+        keys, values, queries = _padded(module, cache, keys, values, queries)
     if layer.writes:
         cache.write(keys, values, run.step)
-    output = paged_attention(
-        queries, cache, run.step, scale=scaling, window=window, chunk=chunk, softcap=softcap, sinks=s_aux
-    )
-    output = output[None, :, :heads, :value_dim]
-    return output if made is None else output.to(made), None
+    nearer: dict[str, int] = {}
+    if reach != cache.reach:
+        nearer = _nearer(module, cache.reach, reach)
+    output = paged_attention(queries, cache, run.step, scale=scaling, softcap=softcap, sinks=s_aux, **nearer)
+    if not fits:
+        output = output[:, :heads, :value_dim]
+    return (output if made is None else output.to(made))[None], None
 
 
-def _check_reach(where: str, kept: Window | Chunk | None, window: int | None, chunk: int | None) -> None:
-    """Stop a layer that would read blocks which its group has given back."""
-    attended = window if chunk is None else chunk  # a chunk never reaches further back than a window of its size
-    if (isinstance(kept, Window) and (attended is None or attended > kept.size)) or (
-        isinstance(kept, Chunk) and chunk != kept.size
-    ):
-        raise UnsupportedModel(f"{where} attends with window={window} and chunk={chunk}, and its group keeps {kept}")
+_untraced: Callable[..., tuple[Tensor, None]] = torch.compiler.disable(_attention)  # type: ignore[no-untyped-call]
 
 
-def _fitted(
-    where: str, cache: PagedKVCache, keys: Tensor, values: Tensor, queries: Tensor
+def _named(module: nn.Module) -> str:
+    return f"layer {module.layer_idx} ({type(module).__name__})"
+
+
+def _nearer(module: nn.Module, kept: Window | Chunk | None, asked: Window | Chunk | None) -> dict[str, int]:
+    """The option of `paged_attention` for a layer that attends less far than its group keeps blocks for.
+
+    Raises:
+        UnsupportedModel: it attends further, to blocks that its group has given back.
+    """
+    # A chunk never reaches further back than a window of its size.
+    if isinstance(kept, Chunk) or asked is None or (kept is not None and asked.size > kept.size):
+        raise UnsupportedModel(f"{_named(module)} attends to {asked or 'all tokens'}, and its group keeps {kept}")
+    return {"window": asked.size} if isinstance(asked, Window) else {"chunk": asked.size}
+
+
+def _padded(
+    module: nn.Module, cache: PagedKVCache, keys: Tensor, values: Tensor, queries: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """K, V and queries with zeros added up to the heads and dims of the cache, where the layer has fewer.
 
@@ -349,30 +431,39 @@ def _fitted(
     """
     made = (keys.shape[1], keys.shape[2], values.shape[2])
     held = (cache.num_heads, cache.head_dim, cache.v_head_dim)
-    if made == held:
-        return keys, values, queries
     if any(size > most for size, most in zip(made, held, strict=True)):
         raise UnsupportedModel(
-            f"{where} makes {made[0]} heads of K [{made[1]}] and V [{made[2]}], the cache holds {held[0]} heads of "
-            f"[{held[1]}] and [{held[2]}]"
+            f"{_named(module)} makes {made[0]} heads of K [{made[1]}] and V [{made[2]}], the cache holds {held[0]} "
+            f"heads of [{held[1]}] and [{held[2]}]"
         )
     more = held[0] - made[0]
     queries = pad(queries, (0, held[1] - made[1], 0, more * (queries.shape[1] // made[0])))
     return pad(keys, (0, held[1] - made[1], 0, more)), pad(values, (0, held[2] - made[2], 0, more)), queries
 
 
-def _reach(module: nn.Module, layer: int, sliding_window: int | None) -> tuple[int | None, int | None]:
-    """Window and chunk of a layer. Transformers hands it the window; that it is chunked stands in the config only."""
-    config = getattr(module, "config", None)
-    types = getattr(config, "layer_types", None)
-    if types and types[layer] == "chunked_attention":
-        return None, getattr(config, "attention_chunk_size", None)
-    if not types and sliding_window is None and getattr(config, "sliding_window", None) is not None:
+def _reach(
+    module: nn.Module, layer: ModelLayer, sliding_window: int | None, masked: int | None
+) -> Window | Chunk | None:
+    """How far a layer attends: by its config, by what transformers hands it, and by its mask, which must agree.
+
+    Transformers hands a layer its window, but not its chunk. What a layer is not handed, its mask shows.
+    """
+    if layer.chunk is not None:
+        window, chunk = None, layer.chunk
+    else:
+        window, chunk = masked if sliding_window is None else sliding_window, None
+        if window is None and layer.window is not None:
+            raise UnsupportedModel(
+                f"{_named(module)} leaves its sliding window to transformers' cache: the layer and mask do not know "
+                f"of the {layer.window} tokens"
+            )
+    if masked != (window if chunk is None else chunk):
         raise UnsupportedModel(
-            f"{type(module).__name__} leaves its sliding window to transformers' cache: config.sliding_window is set, "
-            "the layer and its mask do not know of it"
+            f"{_named(module)} has window={window} and chunk={chunk}, but its mask would show {masked}"
         )
-    return sliding_window, None
+    if chunk is not None:
+        return Chunk(chunk)
+    return None if window is None else Window(window)
 
 
 AttentionInterface.register(NAME, _attention)

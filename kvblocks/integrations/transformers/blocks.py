@@ -1,4 +1,4 @@
-"""What caches on one pool have in common: a manager, the storage of its blocks, and whose pass runs.
+"""What caches on the same blocks have in common: a manager, the storage of its blocks, and whose pass runs.
 
 Knows rows only as far as `Sharing` says. Imports torch, the manager, storage and the shapes of layers.
 """
@@ -59,7 +59,7 @@ _unknown_ids = _UnknownIds()
 
 @dataclass
 class Sizes:
-    """What a pool is to be, as far as it is known before the first K and V come.
+    """What blocks there are to be, as far as it is known before the first K and V come.
 
     Attributes:
         shape: layers, heads and dims as the model's config has them; raises where it does not say.
@@ -104,9 +104,9 @@ class Blocks:
 
     @classmethod
     def of(cls, manager: BlockManager, engine: CacheEngine) -> "Blocks":
-        """The pool of a manager, the same for every cache on it."""
-        pool = cls._of_manager.get(id(manager))
-        if pool is not None and pool._engine is not engine:
+        """The blocks of a manager, the same object for every cache on it."""
+        known = cls._of_manager.get(id(manager))
+        if known is not None and known._engine is not engine:
             raise ValueError("another cache uses this manager with another engine; give the engine of that cache")
         if manager.groups != tuple(group.reach for group in engine.config.groups):
             raise ValueError(
@@ -118,7 +118,7 @@ class Blocks:
                 f"the manager has {manager.num_blocks} blocks of {manager.block_size} tokens and the engine "
                 f"{engine.num_blocks} of {engine.block_size}; give the two of one cache"
             )
-        return pool or cls(None, manager, engine)
+        return known or cls(None, manager, engine)
 
     @property
     def manager(self) -> BlockManager:
@@ -163,6 +163,11 @@ class Blocks:
         # NHD: a token's heads lie together, as transformers makes them and attention kernels read them.
         self._engine = CacheEngine(config, dtype, device, layout="NHD")
         return self._engine
+
+    @property
+    def is_allocated(self) -> bool:
+        """Whether shape, dtype and device are settled."""
+        return self._engine is not None
 
     def dtype_of(self, made: torch.dtype) -> torch.dtype:
         """Of K and V as they are kept, where autocast makes others: what was asked for or is there, else `made`."""

@@ -35,14 +35,13 @@ from kvblocks.integrations.transformers.layers import (
     unscaled_length,
 )
 from kvblocks.integrations.transformers.passes import Prompt
-from kvblocks.integrations.transformers.pool import Pool
+from kvblocks.integrations.transformers.pool import Pool, check_pool
 from kvblocks.integrations.transformers.rows import Rows
 from kvblocks.manager import BlockManager
 from kvblocks.sizes import checked_bytes, checked_size
 
 __all__ = ["PagedCache"]
 
-_OF_CACHES = b"PagedCache:"  # keeps apart what models hand to caches and to attention, where both use a pool
 _LARGEST_TOKEN = (1 << 30) - 1  # ids above stand for tokens whose own are not known
 
 
@@ -59,7 +58,11 @@ class PagedCache(Cache):
         block_size: tokens in a block.
         dtype, device: of K and V; by default those of the first K and V that come.
         manager, engine: those of another cache of the same model, to share its blocks; the sizes are theirs then.
-        pool: a `Pool` of the model, instead of all these.
+        pool: a `Pool` of the model, that of another cache or of a `Generation` too, instead of all these.
+
+    Attributes:
+        pool: whose blocks it holds: the one that was given, else its own, which may be handed to other caches and to
+            `kvblocks.generate`.
 
     Raises:
         UnsupportedModel: the model keeps more than K and V, or is an encoder-decoder.
@@ -98,24 +101,27 @@ class PagedCache(Cache):
         if pool is not None:
             if manager is not None or engine is not None:
                 raise ValueError("pool has a manager and an engine of its own; give no others")
-            pool.check(config)
-            manager, engine = pool.manager, pool.engine
-        if (manager is None) != (engine is None):
+            check_pool(pool).check(config)
+            if any(given is not None for given in (memory, num_blocks, dtype, device)) or block_size != 16:
+                raise ValueError("the sizes, dtype and device are those of the pool; give no others")
+        elif (manager is None) != (engine is None):
             raise ValueError("manager and engine belong together: give both of another cache, or neither")
-        if manager is not None and engine is not None:
+        elif manager is not None and engine is not None:
             if any(given is not None for given in (memory, num_blocks, dtype, device)) or block_size != 16:
                 raise ValueError("the sizes, dtype and device are those of manager and engine; give no others")
-            if len(engine) != writing:
-                raise ValueError(f"engine has {len(engine)} layers, and {writing} of the model's cache K and V")
-            _check_groups(described, engine)
-            blocks = Blocks.of(manager, engine)
+            pool = Pool.over(config, Blocks.of(manager, engine))
         else:
             groups = cache_groups(config, chunks=False)
-            blocks = Blocks(_sizes(config, writing, groups, memory, num_blocks, block_size, dtype, device))
-        self._fill(config, described, Rows(blocks))
-        self._state.salt = b"" if pool is None else _OF_CACHES
+            sizes = _sizes(config, writing, groups, memory, num_blocks, block_size, dtype, device)
+            pool = Pool.over(config, Blocks(sizes))
+        if pool.blocks.is_allocated:
+            if len(pool.engine) != writing:
+                raise ValueError(f"engine has {len(pool.engine)} layers, and {writing} of the model's cache K and V")
+            _check_groups(described, pool.engine)
+        self._fill(config, described, Rows(pool.blocks), pool)
 
-    def _fill(self, config: PreTrainedConfig, described: Sequence[ModelLayer], rows: Rows) -> None:
+    def _fill(self, config: PreTrainedConfig, described: Sequence[ModelLayer], rows: Rows, pool: Pool) -> None:
+        self.pool = pool
         state = CacheState(config, rows, sum(layer.writes for layer in described))
         self._state = state
         self._finalizer = weakref.finalize(self, rows.clear)
@@ -129,12 +135,12 @@ class PagedCache(Cache):
     @property
     def manager(self) -> BlockManager:
         """Whose sequences the rows are."""
-        return self._state.rows.pool.manager
+        return self.pool.manager
 
     @property
     def engine(self) -> CacheEngine:
         """Where K and V lie: one layer for each of the model's that writes any."""
-        return self._state.rows.pool.allocated()
+        return self.pool.engine
 
     @property
     def num_rows(self) -> int:
@@ -173,7 +179,8 @@ class PagedCache(Cache):
         Args:
             input_ids: [rows, columns].
             attention_mask: [rows, columns] of 0 and 1, padding on the left; none without it.
-            salt: what else decides the K and V: an adapter, a tenant.
+            salt: what else decides the K and V: an adapter, a tenant. Where the pool was made of the model, or has been
+                handed to `kvblocks.generate` with it, its adapters are told apart without.
             extra: for each row the (column, bytes) of what is not in the ids, in order: the hash of an image, say.
             reuse: False computes every column anew, as assisted generation in transformers does whatever is there.
 
@@ -273,7 +280,7 @@ class PagedCache(Cache):
         ids = _matrix("input_ids", input_ids)
         if not isinstance(salt, bytes):
             raise TypeError(f"salt is a {type(salt).__name__}; give bytes")
-        salt = self._state.salt + salt
+        salt = self.pool.adapters() + salt
         mask = np.ones_like(ids) if attention_mask is None else _matrix("attention_mask", attention_mask)
         if mask.shape != ids.shape:
             raise ValueError(f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}")
@@ -376,8 +383,7 @@ class PagedCache(Cache):
     def fork(self) -> "PagedCache":
         """Another cache that holds the same and shares every block; the two go on apart."""
         made = PagedCache.__new__(PagedCache)
-        made._fill(self._state.config, model_layers(self._state.config), self._state.settled("fork").fork())
-        made._state.salt = self._state.salt
+        made._fill(self._state.config, model_layers(self._state.config), self._state.settled("fork").fork(), self.pool)
         return made
 
     def __copy__(self) -> "PagedCache":

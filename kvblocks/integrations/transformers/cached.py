@@ -80,6 +80,10 @@ class CachedModel:
         _measured[self.model] = shape
         return shape
 
+    def as_cached(self) -> bool:
+        """As `PagedModel.as_cached`; here all goes through a cache."""
+        return True
+
     def forward(self, engine: CacheEngine, step: StepBuffers, wanted: Tensor) -> Tensor:
         """As `PagedModel.forward`, in one pass of the model for each length and number of new tokens among the rows."""
         lens = step.seq_lens[: step.num_seqs].tolist()
@@ -195,12 +199,17 @@ _measured: "WeakKeyDictionary[PreTrainedModel, KVShape]" = WeakKeyDictionary()
 def served(model: Any) -> PagedModel | CachedModel:
     """A model as a step can run it: by layers that read the blocks, else over a cache that gathers them.
 
+    Args:
+        model: a transformers model, what torch.compile or PEFT made of one, or what this function returned of one.
+
     The choice is made by running a token or two, the first time, and stays with the model. Where layers do not read the
     blocks, the logger "kvblocks" says at INFO why.
 
     Raises:
         UnsupportedModel: neither serves it.
     """
+    if isinstance(model, PagedModel | CachedModel):
+        return model
     inner = unwrapped(model)
     if inner not in _measured:
         try:

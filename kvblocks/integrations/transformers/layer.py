@@ -41,7 +41,6 @@ class CacheState:
 
     def __init__(self, config: PreTrainedConfig, rows: Rows, num_layers: int) -> None:
         self.config = config
-        self.salt = b""
         self.rows = rows
         self.num_layers = num_layers
 
@@ -83,9 +82,9 @@ class CacheState:
                 _check_copies(keys, run.factor, len(rows.rows))
             kept = keys.dtype
             if torch.is_autocast_enabled(keys.device.type):
-                kept = rows.pool.dtype_of(torch.promote_types(keys.dtype, values.dtype))
+                kept = rows.blocks.dtype_of(torch.promote_types(keys.dtype, values.dtype))
             shape = (keys.shape[1], keys.shape[3], values.shape[3])
-            engine = rows.pool.engine(shape, kept, keys.device)
+            engine = rows.blocks.engine(shape, kept, keys.device)
             read = exchange(self.config, engine, run, layer, keys, values)
         except BaseException:
             rows.abort()
@@ -244,18 +243,18 @@ def _read(
     """K and V [rows, heads, columns, dim] of the columns within reach; zeros where there is padding."""
     after = run.before + run.count
     first = 0 if window is None else max(0, run.before - window + 1)
-    skipped = 0 if run.places is not None else first // cache.block_size
+    skipped = 0 if run.gathered_at is not None else first // cache.block_size
     tables = run.tables[group, :, skipped:]
     length = tables.shape[1] * cache.block_size
     start, stop = first - skipped * cache.block_size, after - skipped * cache.block_size
-    unpadded = len(tables) == 1 and run.places is None
+    unpadded = len(tables) == 1 and run.gathered_at is None
     sides = cache.gather(tables.flatten(), stop if unpadded else len(tables) * length)
     result = []
     for side, dim in zip(sides, shape[1:], strict=True):
-        if run.places is None or run.padding is None:
+        if run.gathered_at is None or run.padding is None:
             rows = side.view(len(tables), -1, *side.shape[1:])[:, start:stop]
         else:
-            rows = side[run.places[:, first:]]
+            rows = side[run.gathered_at[:, first:]]
             rows.masked_fill_(run.padding[:, first:, None, None], 0)
         rows = rows[:, :, : shape[0], :dim]
         if run.factor > 1:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import (
@@ -41,6 +42,22 @@ __all__ = [
 ]
 
 
+OLDEST = (5, 24)  # of transformers: the caches of earlier versions are asked in another way
+
+
+def check_version(installed: str) -> None:
+    """Raise `ImportError` for a version of transformers that is not served."""
+    if tuple(int(part) for part in installed.split(".")[:2]) < OLDEST:
+        raise ImportError(
+            f"kvblocks needs transformers {OLDEST[0]}.{OLDEST[1]} or newer, and {installed} is installed; run: pip "
+            'install "kvblocks[generate]"',
+            name="transformers",
+        )
+
+
+check_version(transformers.__version__)
+
+
 class KVShape(NamedTuple):
     """What a model's layers cache: heads count K/V heads, dims are of one head, the largest where layers differ.
 
@@ -53,6 +70,11 @@ class KVShape(NamedTuple):
     head_dim: int
     v_head_dim: int
     layers: tuple[tuple[int, int, int], ...] | None = None
+
+    @property
+    def of_layers(self) -> tuple[tuple[int, int, int], ...]:
+        """(num_kv_heads, head_dim, v_head_dim) of each layer that has a cache."""
+        return self.layers or (self[1:4],) * self.num_layers
 
     @classmethod
     def of(cls, layers: Sequence[tuple[int, int, int]]) -> "KVShape":
@@ -152,7 +174,7 @@ def model_layers(config: PreTrainedConfig) -> tuple[ModelLayer, ...]:
 
 
 def cache_groups(config: PreTrainedConfig, *, chunks: bool = True) -> tuple[Group, ...]:
-    """The layers of a model that write K and V, by their place in the cache, in groups for `CacheConfig`.
+    """The layers of a model that write K and V, by their number in the cache, in groups for `CacheConfig`.
 
     Layers that cache more than others count for more, by the shapes that the config names; where it does not name them,
     all count alike.
@@ -172,8 +194,8 @@ def cache_groups(config: PreTrainedConfig, *, chunks: bool = True) -> tuple[Grou
         shapes = None
     sizes = [1] * len(writing) if shapes is None else [heads * (k_dim + v_dim) for heads, k_dim, v_dim in shapes]
     layers = [
-        PagedLayer(place, _reach(layer, chunks), size)
-        for place, (layer, size) in enumerate(zip(writing, sizes, strict=True))
+        PagedLayer(number, _reach(layer, chunks), size)
+        for number, (layer, size) in enumerate(zip(writing, sizes, strict=True))
     ]
     longest = getattr(text_config(config), "max_position_embeddings", None)
     groups = layer_groups(layers, longest if isinstance(longest, int) and longest > 0 else None)
@@ -210,7 +232,7 @@ def check_splits(config: PreTrainedConfig) -> None:
 
 
 def cache_argument(forward: Callable[..., Any]) -> str:
-    """The name by which a model's forward takes a cache: "cache", or "past_key_values" before transformers 5.24.
+    """The name by which a model's forward takes a cache: "cache", or "past_key_values" in older code.
 
     Raises:
         UnsupportedModel: it takes none.

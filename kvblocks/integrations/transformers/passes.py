@@ -44,9 +44,9 @@ class Pass:
         slots: int64 [groups, n]: where those new tokens go that have no K and V yet.
         chosen: int64 [n]: which of the `rows * count` new tokens these are; None for all, in order.
         tables: int32 [groups, rows, blocks].
-        places: int64 [rows, before + count]: where each column's token lies among all tokens of `tables`; None where
-            row i has column c at `i * blocks * block_size + c`.
-        padding: bool [rows, before + count], where `places` means nothing.
+        gathered_at: int64 [rows, before + count]: where each column's token lies among all tokens of `tables`; None
+            where row i has column c at `i * blocks * block_size + c`.
+        padding: bool [rows, before + count], where `gathered_at` means nothing.
         written: layers that have written.
         saved: the rows as they were, None where the pass made them.
     """
@@ -58,7 +58,7 @@ class Pass:
     slots: Tensor
     tables: Tensor
     chosen: Tensor | None = None
-    places: Tensor | None = None
+    gathered_at: Tensor | None = None
     padding: Tensor | None = None
     step_id: int | None = None
     saved: list[Row] | None = None

@@ -4,17 +4,20 @@ Imports torch and transformers.
 """
 
 import weakref
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from kvblocks.config import CacheConfig
 from kvblocks.engine import CacheEngine
-from kvblocks.integrations.transformers.cached import served
+from kvblocks.integrations.transformers.backend import PagedModel, adapters
+from kvblocks.integrations.transformers.blocks import Blocks
+from kvblocks.integrations.transformers.cached import CachedModel, served
 from kvblocks.integrations.transformers.layers import cache_groups, filling, kv_shape, one_block, text_config
 from kvblocks.manager import BlockManager
 
-__all__ = ["Pool"]
+__all__ = ["Pool", "check_pool"]
 
 
 class Pool:
@@ -31,12 +34,10 @@ class Pool:
             read the blocks. That takes fewer blocks, and no `PagedCache` can use the pool then.
 
     Attributes:
-        config: the sizes.
-        engine: where K and V lie.
-        manager: whose sequences all calls and caches hold.
+        blocks: what caches on this pool share.
 
-    What `kvblocks.generate` computes is found by `kvblocks.generate`, and what `PagedCache` computes by `PagedCache`:
-    some models hand their cache other K and V than their attention, so the two share room and not blocks.
+    What `kvblocks.generate` has computed `PagedCache` finds, and the other way round. A few models hand their cache
+    other K and V than their attention; there the two share room, and each finds its own blocks only.
 
     Raises:
         UnsupportedModel: the model cannot be served.
@@ -53,7 +54,7 @@ class Pool:
 
     def __init__(
         self,
-        model: PreTrainedModel | PreTrainedConfig,
+        model: PreTrainedModel | PreTrainedConfig | PagedModel | CachedModel,
         *,
         memory: int | str | None = None,
         num_blocks: int | None = None,
@@ -77,38 +78,81 @@ class Pool:
             likely = getattr(text_config(model), "dtype", None) or getattr(model, "dtype", None)
             dtype = dtype or (likely if isinstance(likely, torch.dtype) else torch.get_default_dtype())
             device = device or "cpu"
-        self._of: weakref.ref[Any] = weakref.ref(model)
         # Else chunked layers keep windows: `PagedCache` does not know where a padded row's chunks begin.
         one = one_block(shape, block_size, cache_groups(_config(model), chunks=chunks))
         if num_blocks is None:
-            self.config = filling(one, "64MiB" if memory is None else memory, dtype)
+            config = filling(one, "64MiB" if memory is None else memory, dtype)
         else:
-            self.config = one.replace(num_gpu_blocks=num_blocks)
-        self.engine = CacheEngine(self.config, dtype, device, layout=layout)
-        self.manager = BlockManager.for_config(self.config, watermark=watermark)
+            config = one.replace(num_gpu_blocks=num_blocks)
+        engine = CacheEngine(config, dtype, device, layout=layout)
+        self._of: weakref.ref[Any] = weakref.ref(model)
+        self.blocks = Blocks.of(BlockManager.for_config(config, watermark=watermark), engine)
 
-    def check(self, model: PreTrainedModel | PreTrainedConfig) -> None:
+    @classmethod
+    def over(cls, config: PreTrainedConfig, blocks: Blocks) -> Self:
+        """The pool of a model's config over blocks that may not be allocated yet, as `PagedCache` makes it."""
+        made = cls.__new__(cls)
+        made._of = weakref.ref(config)
+        made.blocks = blocks
+        return made
+
+    @property
+    def engine(self) -> CacheEngine:
+        """Where K and V lie; allocated now, if a `PagedCache` made this pool and nothing has come yet."""
+        return self.blocks.allocated()
+
+    @property
+    def manager(self) -> BlockManager:
+        """Whose sequences all calls and caches hold."""
+        return self.blocks.manager
+
+    @property
+    def config(self) -> CacheConfig:
+        """The sizes of `engine`."""
+        return self.engine.config
+
+    def check(self, model: PreTrainedModel | PreTrainedConfig | PagedModel | CachedModel) -> None:
         """Raise `ValueError` unless this is the pool of that model: another one's K and V would be found.
 
-        The pool of a config becomes that of the first model with this config.
+        The pool of a config becomes that of the first model with this config, and is allocated for it if it is not yet.
         """
+        paged: PagedModel | CachedModel | None = None
+        if isinstance(model, PagedModel | CachedModel):
+            paged, model = model, model.model
+        elif not isinstance(model, PreTrainedConfig):
+            paged = served(model)
+            model = paged.model
         owner = self._of()
-        both = isinstance(owner, PreTrainedModel) and isinstance(model, PreTrainedModel)
+        both = isinstance(owner, PreTrainedModel) and paged is not None
         if owner is not model and (both or _config(owner) is not _config(model)):
             name = type(owner).__name__ if owner is not None else "model that is gone"
             raise ValueError(
                 f"the pool was made for another model, a {name}; its K and V would be taken for this "
                 f"{type(model).__name__}'s. Make a pool for each model"
             )
-        if not isinstance(model, PreTrainedModel):
+        if paged is None:
             return
-        if not isinstance(owner, PreTrainedModel):
-            self._of = weakref.ref(model)
-        if (model.dtype, model.device) != (self.engine.dtype, self.engine.device):
+        shape = paged.measure()
+        if not self.blocks.is_allocated:
+            self.blocks.engine(None if shape.layers else shape[1:4], paged.model.dtype, paged.model.device)
+        if (paged.model.dtype, paged.model.device) != (self.engine.dtype, self.engine.device):
             raise ValueError(
-                f"the model is {model.dtype} on {model.device}, and the pool {self.engine.dtype} on "
+                f"the model is {paged.model.dtype} on {paged.model.device}, and the pool {self.engine.dtype} on "
                 f"{self.engine.device}; make the pool when the model is where it stays"
             )
+        for layer, (made, held) in enumerate(zip(shape.of_layers, self.config.layer_shapes, strict=True)):
+            if any(size > most for size, most in zip(made, held, strict=True)):
+                raise ValueError(
+                    f"layer {layer} of the model attends to (heads, dim of K, dim of V) {made}, and the pool holds "
+                    f"{held}; make the pool of the model, not of its config or in a PagedCache"
+                )
+        if owner is not model:
+            self._of = weakref.ref(model)
+
+    def adapters(self) -> bytes:
+        """Which adapters change the model's K and V now, for salts; empty where none does, or no model is known."""
+        owner = self._of()
+        return adapters(owner) if isinstance(owner, PreTrainedModel) else b""
 
     def reset_prefix_cache(self) -> None:
         """For new weights: let nothing that was computed so far be found again.
@@ -124,3 +168,10 @@ class Pool:
 
 def _config(model: Any) -> Any:
     return model.config if isinstance(model, PreTrainedModel) else model
+
+
+def check_pool(pool: Any) -> Pool:
+    """`pool`; raises `TypeError` where it is none."""
+    if not isinstance(pool, Pool):
+        raise TypeError(f"pool is a {type(pool).__name__}; give a kvblocks.Pool, as another cache or a Generation has")
+    return pool

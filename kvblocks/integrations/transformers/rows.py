@@ -27,8 +27,8 @@ class Rows:
     A call that raises leaves them as they were, `begin` excepted, which leaves none.
     """
 
-    def __init__(self, pool: Blocks) -> None:
-        self.pool = pool
+    def __init__(self, blocks: Blocks) -> None:
+        self.blocks = blocks
         self.rows: list[Row] = []
         self.columns = 0
         self.factor = 1  # rows of the batch that each row stands for, as long as they hold the same
@@ -56,7 +56,7 @@ class Rows:
                 f"{self._skipped}; what computes a prompt whole (as assisted generation does) needs "
                 "begin(..., reuse=False)"
             )
-        self.pool.begin(self)
+        self.blocks.begin(self)
         fresh = not self.rows
         if len(self._recorded) >= _MOST_RECORDED:
             self.settle()
@@ -71,7 +71,7 @@ class Rows:
                 self._restore(saved)
                 raise
         except BaseException:
-            self.pool.running = None
+            self.blocks.running = None
             if fresh:
                 self.clear()
             raise
@@ -80,27 +80,27 @@ class Rows:
 
     def finish(self) -> None:
         """The running pass is done: its tokens count."""
-        done, self.running, self.pool.running = self.running, None, None
+        done, self.running, self.blocks.running = self.running, None, None
         assert done is not None
         self.columns += done.count
         if done.step_id is None:
             return
-        if self.recording and any(reach is not None for reach in self.pool.manager.groups):
+        if self.recording and any(reach is not None for reach in self.blocks.manager.groups):
             # A commit gives blocks back that the windows have left; until then it can still be cut.
             self._recorded.append(done)
-            self.pool.recorded = self
+            self.blocks.recorded = self
         else:
-            self.pool.manager.commit(done.step_id)
+            self.blocks.manager.commit(done.step_id)
 
     def settle(self, columns: int | None = None) -> None:
         """No pass before this is cut any more; those that were recorded keep the first `columns` columns, or all."""
         recorded, self._recorded = self._recorded, []
-        if self.pool.recorded is self:
-            self.pool.recorded = None
+        if self.blocks.recorded is self:
+            self.blocks.recorded = None
         while recorded and columns is not None and recorded[-1].before >= columns:
             newest = recorded.pop()
             assert newest.step_id is not None
-            self.pool.manager.abort(newest.step_id)
+            self.blocks.manager.abort(newest.step_id)
         for run in recorded:
             assert run.step_id is not None
             accepted = None
@@ -109,7 +109,7 @@ class Rows:
                 olds = run.saved if run.saved is not None else [Row(row.handle, row.pad) for row in self.rows]
                 news = [(old.computed, old.at(run.before + run.count), old.at(columns)) for old in olds]
                 accepted = [max(0, end - old) for old, after, end in news if after > old]
-            self.pool.manager.commit(run.step_id, accepted)
+            self.blocks.manager.commit(run.step_id, accepted)
 
     def abort(self) -> None:
         """Take the running pass back, if there is one: as if it had never begun."""
@@ -119,13 +119,13 @@ class Rows:
     def drop(self) -> None:
         """`abort`, but the pass stays to be seen as one that was dropped."""
         run = self.running
-        if self.pool.running is self:
-            self.pool.running = None
+        if self.blocks.running is self:
+            self.blocks.running = None
         if run is None or run.dropped:
             return
         run.dropped = True
         if run.step_id is not None:
-            self.pool.manager.abort(run.step_id)
+            self.blocks.manager.abort(run.step_id)
         if run.saved is None:
             self.clear()
         else:
@@ -134,7 +134,7 @@ class Rows:
     def _admit_unknown(self, batch: int) -> None:
         """Rows of tokens whose ids nobody told; the salt keeps them apart from all others."""
         for _ in range(batch):
-            handle, _ = self.pool.manager.admit([0], salt=os.urandom(16), reserve=0)
+            handle, _ = self.blocks.manager.admit([0], salt=os.urandom(16), reserve=0)
             self.rows.append(Row(handle, 0, total=1, known=1))
         self.factor = 1
 
@@ -152,7 +152,7 @@ class Rows:
         return all(row.real == row.total for row in self.rows)
 
     def _prepare(self, batch: int, count: int, device: torch.device) -> Pass:
-        manager, block_size = self.pool.manager, self.pool.manager.block_size
+        manager, block_size = self.blocks.manager, self.blocks.manager.block_size
         after = self.columns + count
         missing = [max(0, row.at(after) - row.total) for row in self.rows]
         if any(missing):
@@ -166,14 +166,14 @@ class Rows:
         step_id, slots, tables = None, torch.empty(groups, 0, dtype=torch.int64, device=device), None
         if taking:
             widest = max(-(-row.total // block_size) for row, _ in taking)  # a told prompt has its blocks reserved
-            step = self.pool.buffers(len(taking), sum(news), widest, device)
+            step = self.blocks.buffers(len(taking), sum(news), widest, device)
             step_id = manager.prepare([row.handle for row, _ in taking], [new for _, new in taking], step)
             slots = step.slot_mapping.view(groups, -1)[:, : step.num_tokens]
             tables = step.block_table.view(groups, step.max_seqs, -1)[:, : step.num_seqs, :num_blocks]
             tables = tables.clamp(min=0)  # padding is gathered too, and masked afterwards
         try:
             if step_id is not None:
-                self.pool.move(step)
+                self.blocks.move(step)
             if tables is None or len(taking) < len(self.rows):
                 tables = self._tables(num_blocks, device)
             for row, new in taking:
@@ -183,22 +183,22 @@ class Rows:
                 ends = range(count, (len(self.rows) + 1) * count, count)
                 parts = [np.arange(end - new, end) for end, new in zip(ends, news, strict=True)]
                 chosen = torch.from_numpy(np.concatenate(parts)).to(device)
-            places = padding = None
+            gathered_at = padding = None
             if any(row.pad for row in self.rows):
                 pads = torch.tensor([row.pad for row in self.rows], device=device)[:, None]
                 tokens = torch.arange(after, device=device) - pads
                 padding = tokens < 0
                 starts = torch.arange(len(self.rows), device=device)[:, None] * (num_blocks * block_size)
-                places = starts + tokens.clamp(min=0)
+                gathered_at = starts + tokens.clamp(min=0)
         except BaseException:
             if step_id is not None:
                 manager.abort(step_id)
             raise
-        return Pass(batch, self.factor, self.columns, count, slots, tables, chosen, places, padding, step_id)
+        return Pass(batch, self.factor, self.columns, count, slots, tables, chosen, gathered_at, padding, step_id)
 
     def _tables(self, num_blocks: int, device: torch.device) -> Tensor:
         """The block tables of all rows, those too that take no part in the step; 0 pads."""
-        tables = np.zeros((len(self.pool.manager.groups), len(self.rows), num_blocks), np.int32)
+        tables = np.zeros((len(self.blocks.manager.groups), len(self.rows), num_blocks), np.int32)
         for number, row in enumerate(self.rows):
             blocks = self._blocks(row)[:, :num_blocks]
             tables[:, number, : blocks.shape[1]] = blocks.clip(min=0)
@@ -206,7 +206,7 @@ class Rows:
 
     def _blocks(self, row: Row) -> npt.NDArray[np.int32]:
         """[groups, blocks] of a row; -1 where they are out of reach."""
-        return np.atleast_2d(self.pool.manager.block_table(row.handle))
+        return np.atleast_2d(self.blocks.manager.block_table(row.handle))
 
     def held_blocks(self) -> int:
         """Blocks that the rows hold, each counted once."""
@@ -218,7 +218,7 @@ class Rows:
             if self._recorded:
                 old.total = row.total  # the sequence is in an open step; placeholders stay for the next pass
             elif row.total != old.total:
-                self.pool.manager.trim(row.handle, old.total)
+                self.blocks.manager.trim(row.handle, old.total)
         self.rows = saved
 
     # Prompts
@@ -231,7 +231,7 @@ class Rows:
         """
         self.abort()
         self.settle()
-        manager = self.pool.manager
+        manager = self.blocks.manager
         # What was computed before a reset belongs to other weights, in these rows too.
         stale = self._resets != manager.num_resets
         self._resets = manager.num_resets
@@ -269,8 +269,8 @@ class Rows:
             for number in lacking:
                 row, prompt = self.rows[number], self._prompts[number]
                 length = row.at(self.columns)
-                self.pool.manager.free([row.handle])
-                row.handle, row.computed = self.pool.manager.admit(
+                self.blocks.manager.free([row.handle])
+                row.handle, row.computed = self.blocks.manager.admit(
                     prompt.ids[: length + 1],
                     salt=prompt.salt,
                     extra=[pair for pair in prompt.extra if pair[0] <= length],
@@ -280,7 +280,7 @@ class Rows:
     def _extend(self, handle: int, prompt: Prompt, start: int) -> None:
         """Add a prompt's tokens from `start` on, and what they stand for beyond their ids."""
         extra = [(position - start, value) for position, value in prompt.extra if position >= start]
-        self.pool.manager.extend([handle], prompt.ids[start:], [len(prompt.ids) - start], extra=[extra])
+        self.blocks.manager.extend([handle], prompt.ids[start:], [len(prompt.ids) - start], extra=[extra])
 
     def _before_images(self, columns: int) -> int:
         """The most columns, `columns` at most, that end inside of no row's image."""
@@ -298,10 +298,10 @@ class Rows:
     def _first_held(self, row: Row) -> int:
         """The first token from which on each group has what windows reach."""
         first = 0
-        for reach, blocks in zip(self.pool.manager.groups, self._blocks(row), strict=True):
+        for reach, blocks in zip(self.blocks.manager.groups, self._blocks(row), strict=True):
             gone = int((blocks < 0).sum())  # they come first
             if reach is not None and gone:
-                first = max(first, gone * self.pool.manager.block_size + reach.size - 1)
+                first = max(first, gone * self.blocks.manager.block_size + reach.size - 1)
         return first
 
     def _continued(self, number: int, prompt: Prompt) -> Row | None:
@@ -313,13 +313,13 @@ class Rows:
             return None
         differing = [position for position, _ in {*old.extra} ^ {*prompt.extra}]
         most = min(row.real, row.computed, len(prompt.ids) - 1, *differing)
-        same = self.pool.manager.tokens(row.handle)[:most] == prompt.ids[:most]
+        same = self.blocks.manager.tokens(row.handle)[:most] == prompt.ids[:most]
         alike = most if same.all() else int(same.argmin())
-        if alike < max(1, self._first_held(row)) or alike <= self.pool.manager.match(
+        if alike < max(1, self._first_held(row)) or alike <= self.blocks.manager.match(
             prompt.ids, salt=prompt.salt, extra=prompt.extra
         ):
             return None
-        self.pool.manager.trim(row.handle, alike)
+        self.blocks.manager.trim(row.handle, alike)
         return Row(row.handle, prompt.pad, alike, alike, alike, alike)
 
     def tell(self, rows: Sequence[Ids]) -> None:
@@ -332,7 +332,7 @@ class Rows:
             raise ValueError(f"ids of {len(rows)} rows were given, the cache holds {len(self.rows) * self.factor}")
         if not self._prompts:
             raise ValueError("no prompt was told, so these ids belong to nothing; call begin before generation")
-        manager = self.pool.manager
+        manager = self.blocks.manager
         for number, (row, ids) in enumerate(zip(self.rows, rows, strict=True)):
             if row.known > row.real:
                 raise ValueError(
@@ -342,10 +342,10 @@ class Rows:
                 raise ValueError(f"row {number} holds {row.total} tokens, and {len(ids)} ids were given")
             told = manager.tokens(row.handle)[: row.real]
             if (told != ids[: row.real]).any():
-                place = int((told != ids[: row.real]).argmax())
+                differs = int((told != ids[: row.real]).argmax())
                 raise ValueError(
-                    f"row {number} holds token {told[place]} at {place}, and {ids[place]} was given; the ids must be "
-                    "the prompt's, and what came after it"
+                    f"row {number} holds token {told[differs]} at {differs}, and {ids[differs]} was given; they must "
+                    "be the prompt's, and what came after it"
                 )
         counts = [row.total - row.known for row in self.rows]
         new = [ids[row.known : row.total] for row, ids in zip(self.rows, rows, strict=True)]
@@ -371,7 +371,7 @@ class Rows:
         for row in self.rows:
             length = row.at(columns)
             if row.total > length:
-                self.pool.manager.trim(row.handle, length)
+                self.blocks.manager.trim(row.handle, length)
                 row.total = length
                 row.computed, row.known, row.real = (min(n, length) for n in (row.computed, row.known, row.real))
         self.columns = columns
@@ -390,12 +390,12 @@ class Rows:
         gone = [row.handle for index, row in enumerate(self.rows) if index not in taken]
         self._prompts = [self._prompts[index] for index in indices] if self._prompts else []
         self.rows, self.factor = rows, 1
-        self.pool.manager.free(gone)
+        self.blocks.manager.free(gone)
 
     def fork(self) -> "Rows":
         """The same rows again, sharing every block."""
         self.settle()
-        made = Rows(self.pool)
+        made = Rows(self.blocks)
         made.recording = self.recording
         forks = self._forks([*range(len(self.rows))] * 2)
         made.rows = [replace(row, handle=forks[index].pop()) for index, row in enumerate(self.rows)]
@@ -412,11 +412,11 @@ class Rows:
                 row = self.rows[index]
                 if more and row.known < row.computed:
                     count = row.total - row.known
-                    self.pool.manager.set_tokens([row.handle], self.pool.unknown_ids(count), [count])
+                    self.blocks.manager.set_tokens([row.handle], self.blocks.unknown_ids(count), [count])
                     row.known = row.total
-                forks[index] = self.pool.manager.fork(row.handle, more) if more else []
+                forks[index] = self.blocks.manager.fork(row.handle, more) if more else []
         except BaseException:
-            self.pool.manager.free([handle for handles in forks.values() for handle in handles])
+            self.blocks.manager.free([handle for handles in forks.values() for handle in handles])
             raise
         return forks
 
@@ -426,4 +426,4 @@ class Rows:
         self.settle()
         rows, self.rows, self._prompts, self.columns, self.factor = self.rows, [], [], 0, 1
         if rows:
-            self.pool.manager.free([row.handle for row in rows])
+            self.blocks.manager.free([row.handle for row in rows])
