@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvblocks.attention import paged_attention
-    from kvblocks.config import CacheConfig, Chunk, Group, Window
+    from kvblocks.config import CacheConfig, Chunk, Group, LayerTensor, Window, key_value
     from kvblocks.engine import CacheEngine
     from kvblocks.errors import (
         InvariantViolation,
@@ -39,6 +39,7 @@ _HOMES = {
     "Group": "config",
     "InvariantViolation": "errors",
     "KVBlocksError": "errors",
+    "LayerTensor": "config",
     "MovesPending": "errors",
     "NoFreeBlocks": "errors",
     "OutOfMemory": "errors",
@@ -50,6 +51,7 @@ _HOMES = {
     "TooManySequences": "errors",
     "Window": "config",
     "generate": "generation",
+    "key_value": "config",
     "paged_attention": "attention",
     "plan": "planner",
 }
@@ -63,6 +65,7 @@ __all__ = [
     "Group",
     "InvariantViolation",
     "KVBlocksError",
+    "LayerTensor",
     "MovesPending",
     "NoFreeBlocks",
     "OutOfMemory",
@@ -74,6 +77,7 @@ __all__ = [
     "TooManySequences",
     "Window",
     "generate",
+    "key_value",
     "paged_attention",
     "plan",
 ]

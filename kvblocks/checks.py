@@ -1,4 +1,4 @@
-"""Checks of what callers give that need torch: devices, index arrays, and whether a tensor has memory.
+"""Checks of what callers give that need torch: devices, dtypes, index arrays, and whether a tensor has memory.
 
 Each returns what it was given in the form that is used, or raises an error that names it. Imports torch and numpy.
 Integers and sizes are checked in `kvblocks.sizes`, without them.
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-__all__ = ["Indices", "checked_device", "checked_indices", "dense", "has_memory", "once"]
+from kvblocks.config import itemsize
+
+__all__ = ["Indices", "checked_device", "checked_dtype", "checked_indices", "dense", "has_memory", "once"]
 
 _Made = TypeVar("_Made")
 
@@ -113,3 +115,10 @@ def checked_device(given: torch.device | str) -> torch.device:
         if (device.index or 0) >= count:
             raise ValueError(f"device={str(given)!r}: torch {torch.__version__} sees {count} CUDA devices; use 'cpu'")
     return torch.device("cpu") if device.type == "cpu" else torch.empty(0, device=device).device
+
+
+def checked_dtype(given: torch.dtype | str) -> torch.dtype:
+    """A dtype, given as itself or by its name, that can hold a cache; TypeError for another."""
+    itemsize(given)
+    found: torch.dtype = given if isinstance(given, torch.dtype) else getattr(torch, given.removeprefix("torch."))
+    return found

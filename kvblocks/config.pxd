@@ -14,14 +14,16 @@ cdef class CacheConfig:
     cdef readonly int64_t block_size
     cdef readonly int64_t v_head_dim
     cdef readonly int64_t layers_per_group
-    # None stands for the default, one group of every layer, all alike: a tuple is made only when somebody looks.
+    # None stands for one group of every layer, and for layers that are all alike with K and V: a tuple is made only
+    # when somebody looks.
     cdef tuple _groups
-    cdef tuple _layer_shapes
+    cdef tuple _layers
 
-    cdef tuple _fields(self)
+    cdef int _take_layers(self, tuple layers) except -1
     cdef dict _arguments(self)
     cdef int64_t _largest_group(self, int64_t size) except -1
     cpdef int64_t token_bytes(self, object dtype) except -1
     cpdef int64_t block_bytes(self, object dtype) except -1
     cpdef int64_t memory_bytes(self, object dtype) except -1
+    cpdef int64_t state_bytes(self, object dtype) except -1
     cpdef int64_t num_blocks_for(self, object num_tokens) except -1

@@ -9,20 +9,16 @@ from typing import Self, SupportsIndex
 
 import torch
 
-from kvblocks.checks import Indices, checked_device, checked_indices
+from kvblocks.checks import Indices, checked_device, checked_dtype, checked_indices
 from kvblocks.config import CacheConfig, Group
 from kvblocks.errors import OutOfMemory
 from kvblocks.manager import BlockManager
 from kvblocks.movement import copy_slots, first_outside
 from kvblocks.sizes import budget, checked_integer
 from kvblocks.step import StepBuffers
-from kvblocks.storage.cache import (
-    PagedKVCache,
-    copy_blocks,
-    free_memory,
-    zero_blocks,
-)
+from kvblocks.storage.cache import PagedKVCache, copy_blocks, zero_blocks
 from kvblocks.storage.host import HEADER_BYTES, HostArena
+from kvblocks.storage.pool import free_memory
 
 __all__ = ["CacheEngine"]
 
@@ -38,19 +34,23 @@ class CacheEngine:
     much. The caches are handed out as they are: whoever writes through one is seen by all who hold it.
 
     Args:
-        config: sizes.
-        dtype, device, layout, prefault: as for `PagedKVCache`, the default of `layout` too. Give "NHD" to run a model:
+        config: sizes, and the tensors of each layer.
+        dtype: of all tensors that have none of their own.
+        device, layout, prefault: as for `PagedKVCache`, the default of `layout` too. Give "NHD" to run a model:
             flash-attn, torch's `varlen_attn` and FlashInfer read it.
 
-    With several layer groups the i-th layers of all groups share memory, as a block of the pool
-    belongs to one group at a time. Each layer has its own `PagedKVCache` all the same, which knows its group and how
-    far that attends: given a step, `write` and `paged_attention` take the group's slots and block table. Where layers
-    differ in heads or dims, those of a group lie one after the other inside each block; on CUDA such blocks are moved
-    by torch operations, not by the kernels.
+    With several layer groups the layers of all groups share memory, as a block of the pool belongs to one group at a
+    time. Each layer has its own `PagedKVCache` all the same, which knows its group and how far that attends: given a
+    step, `write` and `paged_attention` take the group's slots and block table. Where the tensors of groups end at
+    different bytes, several lie in one piece of memory, one behind the other in each block; on CUDA rows go into and
+    out of such blocks by torch operations, not by the kernels.
 
     Raises:
         OutOfMemory: the layers do not all fit; none stays allocated.
-        OverflowError, ValueError, TypeError: as for `PagedKVCache`.
+        NotImplementedError: a layer keeps a tensor for each sequence; the engine holds only what is kept for tokens.
+        ValueError: groups of tensors of several dtypes, and a `block_size` with which these do not lie aligned; or as
+            for `PagedKVCache`.
+        OverflowError, TypeError: as for `PagedKVCache`.
 
     Example:
         >>> config = CacheConfig(num_layers=2, num_kv_heads=8, head_dim=128, num_gpu_blocks=64)
@@ -77,7 +77,7 @@ class CacheEngine:
         self._config = config
         self._reaches = tuple(group.reach for group in config.groups)
         caches, self._mover = PagedKVCache.for_config(config, dtype, device, layout=layout, prefault=prefault)
-        self._caches = tuple(caches)
+        self._caches, self._dtype = tuple(caches), checked_dtype(dtype)
         _log.info(
             "KV cache on %s: %d blocks x %d layers = %.1f MB",
             self.device,
@@ -182,7 +182,7 @@ class CacheEngine:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._caches[0].dtype
+        return self._dtype
 
     @property
     def device(self) -> torch.device:
@@ -241,7 +241,8 @@ class CacheEngine:
     def memory_of(self, block: SupportsIndex, group: SupportsIndex = 0) -> list[tuple[int, int]]:
         """Where the bytes of a block lie that belong to the layers of one group, in the order that stores keep.
 
-        These are K, then V of each layer in the order of `config.groups[group].layers`, whatever the layout. A block of
+        These are the tensors of each layer (K, then V) in the order of `config.groups[group].layers`, whatever the
+        layout. A block of
         the pool may have more memory, of layers that only other groups have there; that is not among them.
 
         Args:
@@ -293,8 +294,9 @@ class CacheEngine:
         pieces = []
         for layer in self._config.groups[index].layers:
             cache = self._caches[layer]
-            for tensor, lie in zip((cache.key_cache, cache.value_cache), cache.block_layouts, strict=True):
-                pieces.append((tensor.data_ptr(), lie.block_stride, lie.block_bytes))
+            for name, tensor in cache.tensors.items():
+                lies = cache.layouts[name]
+                pieces.append((tensor.data_ptr(), lies.block_stride, lies.block_bytes))
         return torch.tensor(pieces, dtype=torch.int64)
 
     def _copy_slots(self, arena: HostArena, pairs: Indices, group: SupportsIndex, to_slots: bool) -> None:

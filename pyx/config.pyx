@@ -14,7 +14,7 @@ from kvblocks.sizes import parse_size
 
 from libc.stdint cimport INT32_MAX, INT64_MAX, int64_t
 
-__all__ = ["CacheConfig", "Chunk", "Group", "Window", "itemsize"]
+__all__ = ["CacheConfig", "Chunk", "Group", "LayerTensor", "Window", "itemsize", "key_value"]
 
 
 # The dtypes that can hold K and V, and their bytes. float8_e8m0fnu cannot: it has neither a sign nor a zero.
@@ -32,17 +32,8 @@ cdef dict _ITEMSIZE = {
 }
 
 
-# What a constructor takes, in the order of `_fields`.
-cdef tuple _FIELDS = (
-    "num_layers",
-    "num_kv_heads",
-    "head_dim",
-    "num_gpu_blocks",
-    "block_size",
-    "v_head_dim",
-    "groups",
-    "layer_shapes",
-)
+# The numbers by which layers that are all alike, each with K and V, are given; `layers` takes their place.
+cdef tuple _ALIKE = ("num_layers", "num_kv_heads", "head_dim", "v_head_dim")
 
 
 cdef str _shown(object value):
@@ -170,8 +161,116 @@ class Group:
         object.__setattr__(self, "layers", layers)
 
 
-cdef tuple _checked_groups(object given, int64_t num_layers):
-    """The groups, in which every one of `num_layers` layers has exactly one place."""
+@dataclass(frozen=True)
+class LayerTensor:
+    """A tensor that a layer keeps: for every token, or once for a sequence.
+
+    Args:
+        name: of the tensor, such as "key", "value" or "latent"; a layer has no two of one name. "key" and "value" are
+            what attention reads: a layer that has both gives them the same heads and the same dtype.
+        shape: of what is kept for a token, (heads, dim); or of what is kept for a sequence, any dims.
+        dtype: a `torch.dtype` or its name, kept as the name; None for the dtype of the cache.
+        per: "token" or "sequence".
+
+    Raises:
+        TypeError: a name that is not text, a shape that is not of integers, or a dtype that cannot hold a cache.
+        ValueError: an empty name, a number outside 1..2**31-1, a token's shape that is not (heads, dim), no dims, or
+            another `per`.
+
+    Example:
+        >>> LayerTensor("latent", (1, 576)), LayerTensor("conv", (1536, 3), "float32", per="sequence").dtype
+        (LayerTensor(name='latent', shape=(1, 576), dtype=None, per='token'), 'float32')
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str | None = None
+    per: str = "token"
+
+    def __post_init__(self):
+        if not isinstance(self.name, str):
+            raise TypeError(f"LayerTensor.name={_shown(self.name)} is of type {type(self.name).__name__}; give text")
+        if not self.name:
+            raise ValueError("LayerTensor.name is empty; a tensor of a layer is found by its name")
+        if self.per not in ("token", "sequence"):
+            raise ValueError(f"LayerTensor.per={_shown(self.per)} is neither 'token' nor 'sequence'")
+        try:
+            given = () if isinstance(self.shape, (str, bytes)) else tuple(self.shape)
+        except TypeError:
+            given = ()
+        if not given or (self.per == "token" and len(given) != 2):
+            wanted = "(heads, dim)" if self.per == "token" else "a tuple of sizes"
+            raise (ValueError if given else TypeError)(f"LayerTensor.shape={_shown(self.shape)}; give {wanted}")
+        shape = tuple([_bounded("LayerTensor.shape", number, 1, INT32_MAX) for number in given])
+        object.__setattr__(self, "shape", shape)
+        if self.dtype is not None:
+            itemsize(self.dtype)
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+
+
+def key_value(num_kv_heads, head_dim, v_head_dim=None):
+    """What a layer of attention keeps: "key" and "value" for every token, in the dtype of the cache.
+
+    Args:
+        num_kv_heads, head_dim: of K, 1 to 2**31-1.
+        v_head_dim: elements of one head of V; None for `head_dim`.
+
+    Raises:
+        TypeError, ValueError: as for `LayerTensor`.
+    """
+    value = head_dim if v_head_dim is None else v_head_dim
+    return LayerTensor("key", (num_kv_heads, head_dim)), LayerTensor("value", (num_kv_heads, value))
+
+
+cdef tuple _checked_layers(object given):
+    """The layers, each a tuple of `LayerTensor` of different names; at least one keeps something for a token."""
+    try:
+        layers = tuple([tuple(layer) for layer in given])
+    except TypeError:
+        raise TypeError(f"layers={_shown(given)}; give the LayerTensor objects of each layer") from None
+    for i, layer in enumerate(layers):
+        named = {}
+        for tensor in layer:
+            if not isinstance(tensor, LayerTensor):
+                raise TypeError(f"layers[{i}] holds {_shown(tensor)} of type {type(tensor).__name__}; "
+                                "give LayerTensor objects")
+            if tensor.name in named:
+                raise ValueError(f"layers[{i}] names {tensor.name!r} twice; a tensor is found by its name")
+            named[tensor.name] = tensor
+        if not named:
+            raise ValueError(f"layers[{i}] is empty; leave out layers that keep nothing")
+        key, value = named.get("key"), named.get("value")
+        if key is not None and value is not None:
+            if key.per != value.per or key.dtype != value.dtype or key.shape[0] != value.shape[0]:
+                raise ValueError(f"layers[{i}] has {key!r} and {value!r}; attention reads heads of one number and "
+                                 "dtype: make them alike, or name them otherwise")
+    if not any([tensor.per == "token" for layer in layers for tensor in layer]):
+        raise ValueError(f"layers={_shown(layers)} keep nothing for a token, so there are no blocks; give a layer that "
+                         "does")
+    return layers
+
+
+cdef bint _is_paged(tuple layer) except -1:
+    """Whether a layer keeps something for each token, and so takes part in a group."""
+    for tensor in layer:
+        if tensor.per == "token":
+            return True
+    return False
+
+
+cdef object _tensor_bytes(object tensor, int64_t size):
+    """Bytes of what is kept for one token or sequence, where the cache's dtype has `size` bytes; of any size."""
+    numbers = 1
+    for number in tensor.shape:
+        numbers *= number
+    return numbers * (size if tensor.dtype is None else itemsize(tensor.dtype))
+
+
+cdef tuple _checked_groups(object given, int64_t num_layers, tuple layers):
+    """The groups, in which every layer that keeps something for a token has exactly one place.
+
+    `layers` is None where all do.
+    """
     try:
         groups = tuple(given)
     except TypeError:
@@ -187,125 +286,124 @@ cdef tuple _checked_groups(object given, int64_t num_layers):
                 )
             if layer in seen:
                 raise ValueError(f"groups names layer {layer} twice; a layer belongs to one group")
+            if layers is not None and not _is_paged(layers[layer]):
+                raise ValueError(f"groups names layer {layer}, which keeps nothing for a token; leave it out")
             seen.add(layer)
     if len(seen) < num_layers:
-        missing = next(layer for layer in range(num_layers) if layer not in seen)
-        raise ValueError(f"groups leaves out layer {missing} of num_layers={num_layers}; each belongs to a group")
+        for layer in range(num_layers):
+            if layer not in seen and (layers is None or _is_paged(layers[layer])):
+                raise ValueError(
+                    f"groups leaves out layer {layer} of num_layers={num_layers}; each belongs to a group"
+                )
     return groups
-
-
-cdef tuple _checked_shapes(object given, CacheConfig config):
-    """Heads, K dim and V dim of every layer, as tuples of int; the fields of `config` are the largest of each."""
-    if isinstance(given, (str, bytes)):
-        raise TypeError(f"layer_shapes={_shown(given)}; give (num_kv_heads, head_dim, v_head_dim) for each layer")
-    try:
-        rows = [tuple(row) for row in given]
-    except TypeError:
-        raise TypeError(
-            f"layer_shapes={_shown(given)}; give (num_kv_heads, head_dim, v_head_dim) for each layer, or None"
-        ) from None
-    if len(rows) != config.num_layers:
-        raise ValueError(f"layer_shapes has {len(rows)} shapes; num_layers is {config.num_layers}")
-    shapes = []
-    for row in rows:
-        if len(row) != 3:
-            raise ValueError(f"layer_shapes holds {_shown(row)}; a shape is (num_kv_heads, head_dim, v_head_dim)")
-        shapes.append(tuple([_bounded("layer_shapes", number, 1, INT32_MAX) for number in row]))
-    largest = tuple([max([shape[i] for shape in shapes]) for i in range(3)])
-    fields = (config.num_kv_heads, config.head_dim, config.v_head_dim)
-    if largest != fields:
-        raise ValueError(
-            f"layer_shapes is {largest} at most; num_kv_heads, head_dim and v_head_dim are {fields}, and have to be "
-            "that"
-        )
-    return tuple(shapes)
 
 
 cdef class CacheConfig:
     """The shape of a paged KV cache, and the sizes that follow from it. Immutable, hashable, picklable.
 
-    A block holds the K and V of `block_size` consecutive tokens for the layers of one group; with the default, one
-    group, for every layer. Sizes are exact: what does not fit in 64 bits is an OverflowError that names the product.
+    A block holds what the layers of one group keep of `block_size` consecutive tokens; with the default, one group, of
+    every layer. Sizes are exact: what does not fit in 64 bits is an OverflowError that names the product.
 
     All arguments are given by name: heads, dims and layers are integers alike, and in the wrong order they would make a
     config of the same size for another model.
 
     Args:
-        num_layers: layers that have a cache.
+        num_layers: layers that have a cache, each with K and V of the same shape.
         num_kv_heads: heads of K and V in each layer (on this device, where they are split over several).
         head_dim: elements of one head of K.
         num_gpu_blocks: blocks in the pool.
         block_size: tokens in a block.
         v_head_dim: elements of one head of V; None for `head_dim`.
-        groups: the layers by how far they attend; each layer in exactly one group. None for one group of all layers
-            that attends to everything. Groups share the pool, so a block is as large as the largest group needs and
-            shorter groups leave places empty.
-        layer_shapes: (num_kv_heads, head_dim, v_head_dim) of each layer, where layers differ; the fields of those names
-            are then the largest of each. None for layers that are all alike. A group's layers lie in its block one
-            after the other in the order of the group, each in as many bytes as it needs.
+        groups: the layers by how far they attend; each layer that keeps something for a token in exactly one group.
+            None for one group of all of them that attends to everything. Groups share the pool, so a block is as large
+            as the largest group needs and shorter groups leave places empty.
+        layers: the tensors of each layer, instead of the numbers above: where layers differ, or keep something else
+            than K and V. A group's layers lie in its block one after the other in the order of the group, each in as
+            many bytes as it needs. `num_kv_heads`, `head_dim` and `v_head_dim` are then the largest of all tensors
+            named "key" and "value", and 0 where there are none. Layers that are all alike, with K and V in the dtype
+            of the cache, make the same config as the numbers do.
 
     Every number is an integer in 1..2**31-1. Two configs are equal when they are of one class and all fields are.
     A subclass that takes more arguments overrides `__new__`, as one of `int` or `tuple` does.
 
     Raises:
-        TypeError: a field that is not an integer (a bool is none), or groups that are not `Group` objects.
-        ValueError: a field out of bounds; groups that name a layer twice, leave one out or name one that is not there.
+        TypeError: a field that is not an integer (a bool is none), groups or layers that are not of `Group` or
+            `LayerTensor` objects, or layers and the numbers that stand for them both.
+        ValueError: a field out of bounds; groups that name a layer twice, leave one out or name one that is not there;
+            a layer without tensors, or with two of one name; layers that keep nothing for a token.
 
     Example:
         >>> config = CacheConfig(num_layers=32, num_kv_heads=8, head_dim=128, num_gpu_blocks=1024)
         >>> config.memory_bytes("bfloat16")
         2147483648
+        >>> sparse = (*key_value(8, 128), LayerTensor("index", (1, 64), "float8_e4m3fn"))
+        >>> CacheConfig(layers=[sparse, key_value(8, 128)], num_gpu_blocks=1024).token_bytes("bfloat16")
+        8256
     """
 
     def __cinit__(
         self,
         *more,
+        num_gpu_blocks=MISSING,
         num_layers=MISSING,
         num_kv_heads=MISSING,
         head_dim=MISSING,
-        num_gpu_blocks=MISSING,
         block_size=16,
         v_head_dim=None,
         groups=None,
-        layer_shapes=None,
+        layers=None,
         **unknown,
     ):
-        needed = {
-            "num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
-            "num_gpu_blocks": num_gpu_blocks,
-        }
+        needed = {"num_gpu_blocks": num_gpu_blocks}
+        if layers is None:
+            needed = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim} | needed
         check_arguments(type(self).__name__, needed, more, unknown)
         # Not __init__: an object that exists has been checked, and calling __init__ again cannot change it.
-        self.num_layers = _bounded("num_layers", num_layers, 1, INT32_MAX)
-        self.num_kv_heads = _bounded("num_kv_heads", num_kv_heads, 1, INT32_MAX)
-        self.head_dim = _bounded("head_dim", head_dim, 1, INT32_MAX)
+        if layers is None:
+            self.num_layers = _bounded("num_layers", num_layers, 1, INT32_MAX)
+            self.num_kv_heads = _bounded("num_kv_heads", num_kv_heads, 1, INT32_MAX)
+            self.head_dim = _bounded("head_dim", head_dim, 1, INT32_MAX)
+            self.v_head_dim = self.head_dim if v_head_dim is None else _bounded("v_head_dim", v_head_dim, 1, INT32_MAX)
+            self.layers_per_group = self.num_layers
+        else:
+            for name, value in zip(_ALIKE, (num_layers, num_kv_heads, head_dim, v_head_dim), strict=True):
+                if value is not None and value is not MISSING:
+                    raise TypeError(f"{name}={_shown(value)} is given beside layers, which say it; give one of the two")
+            self._take_layers(_checked_layers(layers))
         self.num_gpu_blocks = _bounded("num_gpu_blocks", num_gpu_blocks, 1, INT32_MAX)
         self.block_size = _bounded("block_size", block_size, 1, INT32_MAX)
-        self.v_head_dim = self.head_dim if v_head_dim is None else _bounded("v_head_dim", v_head_dim, 1, INT32_MAX)
-        self.layers_per_group = self.num_layers
         if groups is not None:
-            groups = _checked_groups(groups, self.num_layers)
-            self.layers_per_group = max([len(group.layers) for group in groups])
-            if groups != (Group(None, tuple(range(self.num_layers))),):
-                self._groups = groups
-        if layer_shapes is not None:
-            shapes = _checked_shapes(layer_shapes, self)
-            if len(set(shapes)) > 1:
-                self._layer_shapes = shapes
+            checked = _checked_groups(groups, self.num_layers, self._layers)
+            self.layers_per_group = max([len(group.layers) for group in checked])
+            if checked != self.groups:
+                self._groups = checked
+
+    cdef int _take_layers(self, tuple layers) except -1:
+        """Be a config of these layers; those that numbers can give are kept as numbers."""
+        cdef list keys = [tensor.shape for layer in layers for tensor in layer if tensor.name == "key"]
+        cdef list values = [tensor.shape for layer in layers for tensor in layer if tensor.name == "value"]
+        self.num_layers = len(layers)
+        self.num_kv_heads = max([shape[0] for shape in keys + values], default=0)
+        self.head_dim = max([shape[1] for shape in keys], default=0)
+        self.v_head_dim = max([shape[1] for shape in values], default=0)
+        self.layers_per_group = sum([_is_paged(layer) for layer in layers])
+        if not keys or not values or set(layers) != {key_value(self.num_kv_heads, self.head_dim, self.v_head_dim)}:
+            self._layers = layers
+        return 0
 
     @classmethod
     def for_capacity(
         cls,
         *,
-        num_kv_heads,
-        head_dim,
-        num_layers,
         max_seq_len,
         max_batch_size,
+        num_kv_heads=None,
+        head_dim=None,
+        num_layers=None,
         block_size=16,
         v_head_dim=None,
         groups=None,
-        layer_shapes=None,
+        layers=None,
     ):
         """A config whose pool holds `max_batch_size` sequences of `max_seq_len` tokens at once.
 
@@ -324,7 +422,7 @@ cdef class CacheConfig:
             block_size=block_size,
             v_head_dim=v_head_dim,
             groups=groups,
-            layer_shapes=layer_shapes,
+            layers=layers,
         )
         cdef int64_t seq_len = _bounded("max_seq_len", max_seq_len, 1, INT32_MAX)
         cdef int64_t batch_size = _bounded("max_batch_size", max_batch_size, 1, INT32_MAX)
@@ -341,15 +439,15 @@ cdef class CacheConfig:
     def for_memory(
         cls,
         *,
-        num_kv_heads,
-        head_dim,
-        num_layers,
         memory_bytes,
         dtype,
+        num_kv_heads=None,
+        head_dim=None,
+        num_layers=None,
         block_size=16,
         v_head_dim=None,
         groups=None,
-        layer_shapes=None,
+        layers=None,
     ):
         """A config with as many whole blocks of `dtype` as fit into `memory_bytes`: bytes, or text such as "8GiB".
 
@@ -370,7 +468,7 @@ cdef class CacheConfig:
             block_size=block_size,
             v_head_dim=v_head_dim,
             groups=groups,
-            layer_shapes=layer_shapes,
+            layers=layers,
         )
         if isinstance(memory_bytes, str):
             memory_bytes = parse_size(memory_bytes, "memory_bytes")
@@ -394,16 +492,18 @@ cdef class CacheConfig:
     @property
     def groups(self):
         """The layer groups, a tuple of `Group`. By default one, of every layer, that attends to everything."""
-        if self._groups is None:
+        if self._groups is not None:
+            return self._groups
+        if self._layers is None:
             return (Group(None, tuple(range(self.num_layers))),)
-        return self._groups
+        return (Group(None, tuple([i for i, layer in enumerate(self._layers) if _is_paged(layer)])),)
 
     @property
-    def layer_shapes(self):
-        """(num_kv_heads, head_dim, v_head_dim) of each layer: a tuple of `num_layers` tuples."""
-        if self._layer_shapes is None:
-            return ((self.num_kv_heads, self.head_dim, self.v_head_dim),) * self.num_layers
-        return self._layer_shapes
+    def layers(self):
+        """The `LayerTensor` objects of each layer: a tuple of `num_layers` tuples."""
+        if self._layers is None:
+            return (key_value(self.num_kv_heads, self.head_dim, self.v_head_dim),) * self.num_layers
+        return self._layers
 
     @property
     def max_tokens(self):
@@ -413,14 +513,14 @@ cdef class CacheConfig:
     cpdef int64_t token_bytes(self, object dtype) except -1:
         """Bytes of one slot: num_kv_heads * (head_dim + v_head_dim) * itemsize * layers_per_group.
 
-        With `layer_shapes` it is what the group needs whose layers need the most, each by its own shape.
+        With `layers` it is what the group needs whose layers need the most, each tensor by its own shape and dtype.
 
         Raises:
             TypeError: `dtype` cannot hold a cache, see `itemsize`.
             OverflowError: more than 2**63-1.
         """
         cdef int64_t size = itemsize(dtype)
-        if self._layer_shapes is not None:
+        if self._layers is not None:
             return self._largest_group(size)
         cdef int64_t dims = self.head_dim + self.v_head_dim
         cdef int64_t product = _times(_times(_times(self.num_kv_heads, dims), size), self.layers_per_group)
@@ -437,17 +537,21 @@ cdef class CacheConfig:
         return product
 
     cdef int64_t _largest_group(self, int64_t size) except -1:
-        """Bytes of one slot where layers differ."""
+        """Bytes of one slot where layers are given by their tensors."""
         most = 0
         for group in self.groups:
-            numbers = 0
+            nbytes = 0
             for layer in group.layers:
-                heads, head_dim, v_head_dim = self._layer_shapes[layer]
-                numbers += heads * (head_dim + v_head_dim)
-            most = max(most, numbers)
-        if most * size > INT64_MAX:
-            raise _too_large("token_bytes", [("numbers in a slot", most), ("itemsize", size)])
-        return most * size
+                for tensor in self._layers[layer]:
+                    if tensor.per == "token":
+                        nbytes += _tensor_bytes(tensor, size)
+            most = max(most, nbytes)
+        if most > INT64_MAX:
+            raise OverflowError(
+                f"token_bytes = {most}, the tensors of a group's layers, does not fit in 64 bits; at most {INT64_MAX} "
+                "is counted"
+            )
+        return most
 
     cpdef int64_t block_bytes(self, object dtype) except -1:
         """Bytes of one block: block_size * token_bytes(dtype).
@@ -475,6 +579,26 @@ cdef class CacheConfig:
             raise _too_large("memory_bytes", [("num_gpu_blocks", self.num_gpu_blocks), ("block_bytes", block_bytes)])
         return product
 
+    cpdef int64_t state_bytes(self, object dtype) except -1:
+        """Bytes that all layers keep once for a sequence: those of one slot of state. 0 where no layer keeps any.
+
+        Raises:
+            TypeError: `dtype` cannot hold a cache, see `itemsize`.
+            OverflowError: more than 2**63-1.
+        """
+        cdef int64_t size = itemsize(dtype)
+        nbytes = 0
+        for layer in self._layers or ():
+            for tensor in layer:
+                if tensor.per == "sequence":
+                    nbytes += _tensor_bytes(tensor, size)
+        if nbytes > INT64_MAX:
+            raise OverflowError(
+                f"state_bytes = {nbytes}, the tensors of all layers, does not fit in 64 bits; at most {INT64_MAX} is "
+                "counted"
+            )
+        return nbytes
+
     cpdef int64_t num_blocks_for(self, object num_tokens) except -1:
         """Blocks of one group that `num_tokens` tokens of one sequence take: ceil(num_tokens / block_size).
 
@@ -487,57 +611,55 @@ cdef class CacheConfig:
     def replace(self, **fields):
         """The same config but for the fields given, checked as a new one.
 
-        What followed another field still does: `v_head_dim` where it equals `head_dim`, the one group of all layers,
-        and shapes that are all alike. A subclass with fields of its own overrides this with `__new__`.
+        What followed another field still does: `v_head_dim` where it equals `head_dim`, and the one group of all
+        layers. `layers` takes the place of the numbers that stand for layers. A subclass with fields of its own
+        overrides this with `__new__`.
 
         Raises:
             TypeError, ValueError: as the class does; an unknown field is a TypeError.
         """
-        return type(self)(**(self._arguments() | fields))
+        cdef dict arguments = self._arguments()
+        if fields.get("layers") is not None:
+            for name in _ALIKE:
+                arguments.pop(name, None)
+        return type(self)(**(arguments | fields))
 
     def __replace__(self, /, **fields):
         return self.replace(**fields)
 
-    cdef tuple _fields(self):
-        """What a constructor needs to make an equal config."""
-        v_head_dim = None if self.v_head_dim == self.head_dim else self.v_head_dim
-        return (
-            self.num_layers,
-            self.num_kv_heads,
-            self.head_dim,
-            self.num_gpu_blocks,
-            self.block_size,
-            v_head_dim,
-            self._groups,
-            self._layer_shapes,
-        )
-
     cdef dict _arguments(self):
-        """The fields by the names under which a constructor takes them."""
-        return dict(zip(_FIELDS, self._fields(), strict=True))
+        """What a constructor needs to make an equal config."""
+        cdef dict arguments
+        if self._layers is not None:
+            arguments = {"layers": self._layers}
+        else:
+            arguments = {
+                "num_layers": self.num_layers,
+                "num_kv_heads": self.num_kv_heads,
+                "head_dim": self.head_dim,
+                "v_head_dim": None if self.v_head_dim == self.head_dim else self.v_head_dim,
+            }
+        arguments["num_gpu_blocks"] = self.num_gpu_blocks
+        arguments["block_size"] = self.block_size
+        arguments["groups"] = self._groups
+        return arguments
 
     def __eq__(self, other):
         if type(other) is not type(self):
             return NotImplemented
-        return self._fields() == (<CacheConfig>other)._fields()
+        return self._arguments() == (<CacheConfig>other)._arguments()
 
     def __hash__(self):
-        return hash(self._fields())
+        return hash(tuple(self._arguments().values()))
 
     def __repr__(self):
+        numbers = ("num_layers", "num_kv_heads", "head_dim", "layers", "num_gpu_blocks", "block_size")
+        arguments = self._arguments()
         shown = [
-            f"num_layers={self.num_layers}",
-            f"num_kv_heads={self.num_kv_heads}",
-            f"head_dim={self.head_dim}",
-            f"num_gpu_blocks={self.num_gpu_blocks}",
-            f"block_size={self.block_size}",
+            f"{name}={arguments[name]!r}"
+            for name in (*numbers, "v_head_dim", "groups")
+            if arguments.get(name) is not None
         ]
-        if self.v_head_dim != self.head_dim:
-            shown.append(f"v_head_dim={self.v_head_dim}")
-        if self._groups is not None:
-            shown.append(f"groups={self._groups!r}")
-        if self._layer_shapes is not None:
-            shown.append(f"layer_shapes={self._layer_shapes!r}")
         return f"{type(self).__qualname__}({', '.join(shown)})"
 
     def __reduce__(self):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
 from itertools import pairwise
+from math import prod
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from kvblocks.config import CacheConfig, Chunk, Group, Window, itemsize
+from kvblocks.config import CacheConfig, Chunk, Group, LayerTensor, Window, itemsize, key_value
 
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
@@ -569,93 +570,152 @@ def test_a_group_checks_what_it_is_given() -> None:
             make(None, layers)
 
 
-# --- layers of several shapes
+# --- layers by their tensors
 
-layer_shapes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
+token_tensors = st.builds(
+    LayerTensor,
+    name=st.sampled_from(["key", "value", "latent", "index"]),
+    shape=st.tuples(sizes, sizes),
+    dtype=st.none() | dtypes,
+)
+sequence_tensors = st.builds(
+    LayerTensor,
+    name=st.sampled_from(["conv", "state"]),
+    shape=st.lists(sizes, min_size=1, max_size=3),
+    dtype=st.none() | dtypes,
+    per=st.just("sequence"),
+)
 
 
-def shaped(groups: tuple[Group, ...], rows: Any, **fields: Any) -> CacheConfig:
-    heads, head_dim, v_head_dim = (max(row[i] for row in rows) for i in range(3))
-    return CacheConfig(
-        num_layers=len(rows),
-        num_kv_heads=heads,
-        head_dim=head_dim,
-        num_gpu_blocks=fields.pop("num_gpu_blocks", 7),
-        block_size=16,
-        v_head_dim=v_head_dim,
-        groups=groups,
-        layer_shapes=rows,
-        **fields,
+def fits(layer: list[LayerTensor]) -> bool:
+    """Whether K and V, where a layer has both, have the same heads and dtype."""
+    pair = [tensor for tensor in layer if tensor.name in ("key", "value")]
+    return len(pair) < 2 or (pair[0].shape[0], pair[0].dtype) == (pair[1].shape[0], pair[1].dtype)
+
+
+some_layers = st.lists(
+    st.lists(token_tensors | sequence_tensors, min_size=1, max_size=3, unique_by=lambda tensor: tensor.name).filter(
+        fits
     )
+    | st.builds(key_value, sizes, sizes, st.none() | sizes),
+    min_size=1,
+    max_size=5,
+).filter(lambda layers: any(tensor.per == "token" for layer in layers for tensor in layer))
 
 
-@given(groupings(), st.data(), dtypes)
-def test_a_block_has_room_for_the_group_that_needs_the_most(
-    groups: tuple[Group, ...], data: st.DataObject, dtype: torch.dtype
+def formula(tensors: list[LayerTensor], dtype: torch.dtype) -> int:
+    """Bytes of one entry of each tensor, in Python's own integers."""
+    return sum(prod(t.shape) * (dtype.itemsize if t.dtype is None else itemsize(t.dtype)) for t in tensors)
+
+
+@given(some_layers, st.data(), dtypes, sizes, sizes)
+def test_layers_are_sized_tensor_by_tensor(
+    layers: list[list[LayerTensor]], data: st.DataObject, dtype: torch.dtype, blocks: int, block_size: int
 ) -> None:
-    layers = sum(len(group.layers) for group in groups)
-    rows = data.draw(st.lists(layer_shapes, min_size=layers, max_size=layers))
-    config = shaped(groups, rows)
-    needs = [sum(h * (k + v) for h, k, v in (rows[layer] for layer in group.layers)) for group in groups]
-    assert config.token_bytes(dtype) == max(needs) * dtype.itemsize
-    assert config.memory_bytes(dtype) == 7 * config.block_bytes(dtype) == 7 * 16 * config.token_bytes(dtype)
-    assert config.layer_shapes == tuple(rows)
+    paged = [i for i, layer in enumerate(layers) if any(tensor.per == "token" for tensor in layer)]
+    order = data.draw(st.permutations(paged))
+    cut = data.draw(st.integers(0, len(order)))
+    groups = tuple(Group(None, tuple(part)) for part in (order[:cut], order[cut:]) if part)
+    config = CacheConfig(layers=iter(layers), num_gpu_blocks=blocks, block_size=block_size, groups=groups)
+    of_tokens = [[tensor for tensor in layer if tensor.per == "token"] for layer in layers]
+    token = max(sum(formula(of_tokens[layer], dtype) for layer in group.layers) for group in groups)
+    check_size(config.token_bytes, dtype, "token_bytes", token)
+    check_size(config.block_bytes, dtype, "(token|block)_bytes", token * block_size)
+    check_size(config.memory_bytes, dtype, "(token|block|memory)_bytes", token * block_size * blocks)
+    of_sequences = [tensor for layer in layers for tensor in layer if tensor.per == "sequence"]
+    check_size(config.state_bytes, dtype, "state_bytes", formula(of_sequences, dtype))
+    assert config.layers == tuple(map(tuple, layers))
+    assert (config.num_layers, config.layers_per_group) == (len(layers), max(len(group.layers) for group in groups))
+    named = [[t.shape for layer in layers for t in layer if t.name == name] for name in ("key", "value")]
+    assert config.num_kv_heads == max((shape[0] for shapes in named for shape in shapes), default=0)
+    assert (config.head_dim, config.v_head_dim) == tuple(max((s[1] for s in shapes), default=0) for shapes in named)
     for twin in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config), config.replace(), eval(repr(config))):
         assert (twin, hash(twin), repr(twin)) == (config, hash(config), repr(config))
-    sized = CacheConfig.for_memory(
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        num_layers=layers,
-        memory_bytes=3 * config.block_bytes(dtype),
-        dtype=dtype,
-        v_head_dim=config.v_head_dim,
-        groups=groups,
-        layer_shapes=rows,
-    )
-    assert sized == config.replace(num_gpu_blocks=3)
+    without = CacheConfig(layers=layers, num_gpu_blocks=blocks)
+    assert without.groups == (Group(None, tuple(paged)),)
+    changed = [[*layer, LayerTensor("more", (1, 1))] if i == paged[0] else layer for i, layer in enumerate(layers)]
+    assert config.replace(layers=changed).layers[paged[0]][-1].name == "more"
+    assert config.replace(layers=changed) != config
 
 
-@given(shapes)
-def test_layers_that_are_all_alike_have_one_shape(shape: Shape) -> None:
-    shape = {**shape, "num_layers": min(shape["num_layers"], 5)}
+@given(small_shapes, dtypes)
+def test_the_numbers_are_the_short_form_of_layers(shape: Shape, dtype: torch.dtype) -> None:
     config = CacheConfig(**shape)
-    row = (shape["num_kv_heads"], shape["head_dim"], shape["v_head_dim"])
-    assert config.layer_shapes == (row,) * shape["num_layers"]
-    spelled_out = CacheConfig(**shape, layer_shapes=[row] * shape["num_layers"])
+    layer = key_value(shape["num_kv_heads"], shape["head_dim"], shape["v_head_dim"])
+    assert config.layers == (layer,) * shape["num_layers"]
+    sized = {"num_gpu_blocks": shape["num_gpu_blocks"], "block_size": shape["block_size"]}
+    spelled_out = CacheConfig(layers=config.layers, **sized)
     assert (spelled_out, hash(spelled_out), repr(spelled_out)) == (config, hash(config), repr(config))
+    assert config.state_bytes(dtype) == 0
+    one = LayerTensor("latent", (2, 3))
+    assert config.replace(layers=[[one]]) == CacheConfig(layers=[[one]], **sized)
+    assert CacheConfig(layers=[[one]], **sized).replace(layers=config.layers) == config
+    memory = config.memory_bytes(dtype)
+    given: dict[str, Any] = {"layers": config.layers, "block_size": config.block_size}
+    assert CacheConfig.for_memory(memory_bytes=memory, dtype=dtype, **given) == config
+    capacity = CacheConfig.for_capacity(max_seq_len=9, max_batch_size=2, **given)
+    assert capacity == config.replace(num_gpu_blocks=2 * ceil_div(9, config.block_size))
+
+
+KV = key_value(2, 4)
+STATE = LayerTensor("conv", (3,), per="sequence")
 
 
 @pytest.mark.parametrize(
-    ("rows", "error", "message"),
+    ("fields", "error", "message"),
     [
-        ([(2, 4, 4)], ValueError, r"layer_shapes has 1 shapes; num_layers is 2"),
-        ([(2, 4, 4), (1, 4)], ValueError, r"layer_shapes holds \(1, 4\); a shape is"),
-        ([(2, 4, 4), (1, 4, 0)], ValueError, r"layer_shapes=0 is outside 1\.\."),
-        ([(2, 4, 4), (1, 4, True)], TypeError, r"layer_shapes=True is a bool"),
-        ([(2, 4, 4), (1, 4, 1.5)], TypeError, r"layer_shapes=1\.5 is of type float"),
-        ([(2, 4, 4), (3, 4, 4)], ValueError, r"layer_shapes is \(3, 4, 4\) at most; .* are \(2, 4, 4\)"),
-        ([(1, 4, 4), (1, 4, 4)], ValueError, r"layer_shapes is \(1, 4, 4\) at most"),
-        ("ab", TypeError, r"layer_shapes='ab'; give"),
-        (5, TypeError, r"layer_shapes=5; give"),
-        ([1, 2], TypeError, r"layer_shapes=\[1, 2\]; give"),
+        ({"layers": 5}, TypeError, r"layers=5; give the LayerTensor objects of each layer"),
+        ({"layers": [KV[0]]}, TypeError, r"layers=.*; give the LayerTensor objects of each layer"),
+        ({"layers": ["ab"]}, TypeError, r"layers\[0\] holds 'a' of type str; give LayerTensor objects"),
+        ({"layers": [KV, ()]}, ValueError, r"layers\[1\] is empty"),
+        ({"layers": []}, ValueError, r"layers=\(\) keep nothing for a token"),
+        ({"layers": [(STATE,)]}, ValueError, r"keep nothing for a token"),
+        ({"layers": [(*KV, KV[0])]}, ValueError, r"layers\[0\] names 'key' twice"),
+        (
+            {"layers": [(KV[0], LayerTensor("value", (3, 4)))]},
+            ValueError,
+            r"layers\[0\] has .*; attention reads heads of one number and dtype",
+        ),
+        ({"layers": [(KV[0], LayerTensor("value", (2, 4), "int8"))]}, ValueError, "make them alike"),
+        ({"layers": [(KV[0], LayerTensor("value", (2, 4), per="sequence"))]}, ValueError, "make them alike"),
+        ({"layers": [KV], "num_layers": 1}, TypeError, "num_layers=1 is given beside layers"),
+        ({"layers": [KV], "v_head_dim": 4}, TypeError, "v_head_dim=4 is given beside layers"),
+        ({"layers": [KV, (STATE,)], "groups": [Group(None, (0, 1))]}, ValueError, "names layer 1, which keeps nothing"),
+        ({"layers": [KV, KV, (STATE,)], "groups": [Group(None, (0,))]}, ValueError, "leaves out layer 1 of"),
+        ({"layers": [KV], "groups": [Group(None, (0, 1))]}, ValueError, "names layer 1; with num_layers=1"),
+        ({}, TypeError, "needs num_layers, num_kv_heads, head_dim"),
     ],
 )
-def test_wrong_shapes_are_named(rows: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        CacheConfig(num_layers=2, num_kv_heads=2, head_dim=4, num_gpu_blocks=1, layer_shapes=rows)
+def test_wrong_layers_are_named(fields: dict[str, Any], error: type[Exception], message: str) -> None:
+    for make in (CacheConfig, CacheConfig(layers=[(STATE, *KV)], num_gpu_blocks=2).replace):
+        if fields or make is CacheConfig:
+            with pytest.raises(error, match=message):
+                make(**fields, num_gpu_blocks=1)
 
 
-def test_shapes_past_64_bits_are_an_overflow() -> None:
-    most = INT32_MAX
-    config = CacheConfig(
-        num_layers=2,
-        num_kv_heads=most,
-        head_dim=most,
-        num_gpu_blocks=1,
-        layer_shapes=[(most, most, most), (1, most, most)],
-    )
-    with pytest.raises(OverflowError, match="token_bytes = numbers in a slot="):
-        config.token_bytes("float32")
+def test_a_tensor_checks_what_it_is_given() -> None:
+    make: Any = LayerTensor
+    tensor = make("latent", [np.int32(1), 576], torch.float8_e4m3fn)
+    assert tensor == LayerTensor("latent", (1, 576), "float8_e4m3fn")
+    assert type(tensor.shape[0]) is int
+    assert make("conv", (3,), "torch.float32", "sequence").dtype == "float32"
+    assert key_value(2, 4) == (LayerTensor("key", (2, 4)), LayerTensor("value", (2, 4)))
+    assert key_value(2, 4, 3)[1].shape == (2, 3)
+    assert eval(repr(tensor)) == pickle.loads(pickle.dumps(tensor)) == tensor
+    wrong: list[tuple[type[Exception], str, Any]] = [
+        (TypeError, r"LayerTensor\.name=3 is of type int", (3, (1, 2))),
+        (ValueError, r"LayerTensor\.name is empty", ("", (1, 2))),
+        (ValueError, r"LayerTensor\.per='block' is neither 'token' nor 'sequence'", ("a", (1, 2), None, "block")),
+        (TypeError, r"LayerTensor\.shape=5; give \(heads, dim\)", ("a", 5)),
+        (TypeError, r"LayerTensor\.shape=\(\); give a tuple of sizes", ("a", (), None, "sequence")),
+        (ValueError, r"LayerTensor\.shape=\(1, 2, 3\); give \(heads, dim\)", ("a", (1, 2, 3))),
+        (ValueError, r"LayerTensor\.shape=0 is outside 1\.\.2147483647", ("a", (1, 0))),
+        (TypeError, r"LayerTensor\.shape=True is a bool", ("a", (1, True))),
+        (TypeError, r"dtype='half' cannot hold a cache", ("a", (1, 2), "half")),
+    ]
+    for error, message, arguments in wrong:
+        with pytest.raises(error, match=message):
+            make(*arguments)
 
 
 # --- a value among values
@@ -737,7 +797,7 @@ def test_replace_is_checked_and_follows() -> None:
 @given(shapes)
 def test_nothing_changes_a_config(shape: Shape) -> None:
     config: Any = CacheConfig(**shape)
-    for name in [*FIELDS, "groups", "layers_per_group", "max_tokens", "colour"]:
+    for name in [*FIELDS, "groups", "layers", "layers_per_group", "max_tokens", "colour"]:
         with pytest.raises(AttributeError):
             setattr(config, name, 1)
         with pytest.raises(AttributeError):

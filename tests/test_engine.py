@@ -20,10 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvblocks import memory
-from kvblocks.config import CacheConfig, Group
+from kvblocks import memory, paged_attention
+from kvblocks.attention import call as attention_call
+from kvblocks.config import CacheConfig, Group, LayerTensor, key_value
 from kvblocks.engine import CacheEngine
 from kvblocks.errors import OutOfMemory
+from kvblocks.manager import BlockManager
 from kvblocks.sizes import LAYOUTS
 from kvblocks.step import StepBuffers
 
@@ -41,7 +43,7 @@ SMALL = CacheConfig(num_layers=3, num_kv_heads=2, head_dim=8, num_gpu_blocks=5, 
 
 
 def tensors(engine: CacheEngine) -> list[Tensor]:
-    return [tensor for cache in engine for tensor in (cache.key_cache, cache.value_cache)]
+    return [tensor for cache in engine for tensor in cache.tensors.values()]
 
 
 def mapped() -> int:
@@ -162,56 +164,147 @@ def test_layers_of_groups_share_memory_by_their_place(order: list[int], parts: l
     assert all(torch.equal(cache.gather([5], 1)[0], keys) for cache in engine)
 
 
-shapes = st.tuples(st.integers(1, 3), st.integers(1, 3).map(lambda n: 16 * n), st.integers(1, 20))
+key_values = st.builds(key_value, st.integers(1, 3), st.integers(1, 3).map(lambda n: 16 * n), st.integers(1, 20))
+own_dtypes = st.none() | st.sampled_from(["uint8", "bfloat16", "float64"])
+sizes = st.tuples(st.integers(1, 3), st.integers(1, 20))
+others = st.builds(LayerTensor, st.just("other"), sizes, own_dtypes)
+latents = st.tuples(st.builds(LayerTensor, st.just("latent"), sizes, own_dtypes))
+layers_of_any_kind = key_values | latents | st.builds(lambda kv, other: (*kv, other), key_values, others)
 
 
-@given(st.lists(shapes, min_size=2, max_size=5), st.data(), dtypes, st.sampled_from(LAYOUTS))
-def test_layers_of_unlike_shape_share_blocks(
-    rows: list[tuple[int, int, int]], data: st.DataObject, dtype: torch.dtype | str, layout: str
+@given(st.lists(layers_of_any_kind, min_size=2, max_size=5), st.data(), dtypes, st.sampled_from(LAYOUTS))
+def test_layers_of_any_kind_share_blocks(
+    layers: list[tuple[LayerTensor, ...]], data: st.DataObject, dtype: torch.dtype | str, layout: str
 ) -> None:
     """What each layer of a group holds stays apart, a block moves whole, and all of it is what the config says."""
-    layers = data.draw(st.permutations(range(len(rows))))
-    cut = data.draw(st.integers(1, len(rows)))
-    groups = [Group(None, tuple(part)) for part in (layers[:cut], layers[cut:]) if part]
-    largest = [max(row[i] for row in rows) for i in range(3)]
-    block_size = data.draw(st.integers(1, 5))
-    heads, head_dim, v_head_dim = largest
-    config = CacheConfig(
-        num_layers=len(rows),
-        num_kv_heads=heads,
-        head_dim=head_dim,
-        num_gpu_blocks=4,
-        block_size=block_size,
-        v_head_dim=v_head_dim,
-        groups=groups,
-        layer_shapes=rows,
-    )
+    order = data.draw(st.permutations(range(len(layers))))
+    cut = data.draw(st.integers(1, len(layers)))
+    groups = [Group(None, tuple(part)) for part in (order[:cut], order[cut:]) if part]
+    own = {tensor.dtype for layer in layers for tensor in layer}
+    block_size = data.draw(st.integers(1, 5) if len(own) == 1 or len(groups) == 1 else st.just(8))
+    config = CacheConfig(layers=layers, num_gpu_blocks=4, block_size=block_size, groups=groups)
     engine = CacheEngine(config, dtype, "cpu", layout=layout)
+    assert engine.memory_bytes == config.memory_bytes(dtype)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors(engine)}
-    assert engine.memory_bytes == config.memory_bytes(dtype) == sum(storages.values())
-    assert [(cache.num_heads, cache.head_dim, cache.v_head_dim) for cache in engine] == rows
+    assert sum(storages.values()) == engine.memory_bytes
+    if len(groups) == 1:
+        assert all(tensor.is_contiguous() for tensor in tensors(engine))
     generator = torch.Generator().manual_seed(0)
 
-    def written(layer: int, block: int) -> tuple[Tensor, Tensor]:
-        heads, *dims = rows[layer]
-        sizes = [(block_size, heads, dim) for dim in dims]
-        kv = [torch.randint(0, 100, size, generator=generator).to(torch.uint8) for size in sizes]
-        keys, values = (part.to(torch.float32).to(engine.dtype) for part in kv)
-        engine[layer].write(keys, values, [block * block_size + i for i in range(block_size)])
-        return keys, values
+    def written(layer: int, block: int) -> list[Tensor]:
+        rows = []
+        for spec, tensor in zip(layers[layer], engine[layer].tensors.values(), strict=True):
+            some = torch.randint(0, 100, (block_size, *spec.shape), generator=generator).to(torch.uint8)
+            assert tensor.dtype == engine.dtype if spec.dtype is None else str(tensor.dtype) == f"torch.{spec.dtype}"
+            rows.append(some.to(torch.float32).to(tensor.dtype))
+        engine[layer].write(*rows, [block * block_size + i for i in range(block_size)])
+        return rows
+
+    def same(got: tuple[Tensor, ...], put: list[Tensor]) -> bool:
+        return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(got, put, strict=True))
 
     # Group g writes block g, and block g becomes block 3 - g.
     kept = {layer: written(layer, g) for g, group in enumerate(groups) for layer in group.layers}
     engine.copy_blocks([(g, 3 - g) for g in range(len(groups))])
     for g, group in enumerate(groups):
         for layer in group.layers:
-            for block in (g, 3 - g):
-                for got, put in zip(engine[layer].gather([block], block_size), kept[layer], strict=True):
-                    assert torch.equal(got.view(torch.uint8), put.view(torch.uint8))
+            cache = engine[layer]
+            assert list(cache.tensors) == [spec.name for spec in layers[layer]]
+            assert same(cache.gather([g], block_size), kept[layer])
+            out = [torch.empty_like(rows) for rows in kept[layer]]
+            assert same(cache.gather([3 - g], block_size, out=out), kept[layer])
+            assert same(tuple(out), kept[layer])
     engine.zero_blocks([3])
     for layer in groups[0].layers:
-        assert not engine[layer].gather([3], block_size)[0].view(torch.uint8).any()
-        assert torch.equal(engine[layer].gather([0], block_size)[1].view(torch.uint8), kept[layer][1].view(torch.uint8))
+        assert not any(rows.view(torch.uint8).any() for rows in engine[layer].gather([3], block_size))
+        assert same(engine[layer].gather([0], block_size), kept[layer])
+
+
+INDEXED = (*key_value(2, 16), LayerTensor("index", (1, 8), "float32"))
+
+
+def test_a_layer_of_other_tensors_says_what_it_keeps() -> None:
+    config = CacheConfig(layers=[(LayerTensor("latent", (1, 24)),), INDEXED], num_gpu_blocks=4, block_size=4)
+    engine = CacheEngine(config, "bfloat16", "cpu", layout="NHD")
+    latent, indexed = engine
+    assert (latent.has_key_value, indexed.has_key_value, latent.dtype) == (False, True, torch.bfloat16)
+    assert latent.tensors["latent"].shape == (4, 4, 1, 24)
+    assert indexed.tensors["index"].dtype == torch.float32
+    assert indexed.tensors["key"] is indexed.key_cache
+    assert repr(latent) == "<PagedKVCache of 4 blocks of 4 tokens on cpu: latent [1, 24]>"
+    for name in ("key_cache", "value_cache", "num_heads", "head_dim", "v_head_dim", "block_layouts"):
+        assert hasattr(indexed, name)
+        with pytest.raises(AttributeError, match=f"there is no {name}: the layer keeps latent, not key and value"):
+            getattr(latent, name)
+    with pytest.raises(AttributeError, match="no attribute 'colour'"):
+        latent.colour  # noqa: B018
+    rows, keys, index = torch.ones(2, 1, 24).bfloat16(), torch.ones(2, 2, 16).bfloat16(), torch.ones(2, 1, 8)
+    wrong: list[tuple[type[Exception], str, Any]] = [
+        (TypeError, "write takes latent and slot_mapping; 3 arguments", lambda: latent.write(rows, rows, [0, 1])),
+        (TypeError, "write takes keys, values, index and slot_mapping; 3", lambda: indexed.write(keys, keys, [0, 1])),
+        (
+            TypeError,
+            "index is torch.bfloat16, this cache holds torch.float32",
+            lambda: indexed.write(keys, keys, index.bfloat16(), [0, 1]),
+        ),
+        (
+            ValueError,
+            r"latent has shape \[2, 2, 16\]; this cache takes \[2, 1, 24\]",
+            lambda: latent.write(keys, [0, 1]),
+        ),
+        (
+            ValueError,
+            "keys has 2 rows and index 1; they must be the same tokens",
+            lambda: indexed.write(keys, keys, index[:1], [0, 1]),
+        ),
+        (TypeError, r"out must be 1 tensors, \(latent\)", lambda: latent.gather([0], 2, out=(rows, rows))),
+        (
+            ValueError,
+            r"out\[0\] and out\[1\] share memory",
+            lambda: indexed.gather([0], 2, out=(keys, keys, index)),
+        ),
+    ]
+    for error, message, call in wrong:
+        with pytest.raises(error, match=message):
+            call()
+    assert not any(tensor.any() for tensor in tensors(engine))
+
+
+def test_attention_reads_k_and_v_of_a_layer_that_keeps_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same answer beside an index as without one, from the kernel and from torch; without K and V an error."""
+    torch.manual_seed(0)
+    config = CacheConfig(
+        layers=[INDEXED, key_value(2, 16), (LayerTensor("latent", (1, 24)),)], num_gpu_blocks=4, block_size=4
+    )
+    engine, manager = CacheEngine(config, "float32", "cpu", layout="NHD"), BlockManager.for_config(config)
+    step = StepBuffers.for_config(config, max_seqs=1, max_tokens=8, max_seq_len=8)
+    manager.prepare([manager.admit(range(6))[0]], 6, step)
+    engine.move(step)
+    keys, values, query = torch.randn(6, 2, 16), torch.randn(6, 2, 16), torch.randn(6, 4, 16)
+    engine[0].write(keys, values, torch.randn(6, 1, 8), step)
+    engine[1].write(keys, values, step)
+    for names in (attention_call._COMPILED, {}):
+        monkeypatch.setattr(attention_call, "_COMPILED", names)
+        assert torch.equal(paged_attention(query, engine[0], step), paged_attention(query, engine[1], step))
+    with pytest.raises(ValueError, match="the cache's layer keeps latent; attention reads key and value"):
+        paged_attention(query, engine[2], step)
+
+
+def test_what_an_engine_does_not_hold_is_said() -> None:
+    state = LayerTensor("conv", (4, 3), per="sequence")
+    with pytest.raises(NotImplementedError, match="layer 1 keeps 'conv' for each sequence"):
+        CacheEngine(CacheConfig(layers=[key_value(1, 8), (state,)], num_gpu_blocks=2), "int8", "cpu")
+    small, float32 = LayerTensor("small", (1, 3), "uint8"), LayerTensor("float32", (1, 1), "float32")
+    seven = LayerTensor("seven", (1, 7), "uint8")
+    groups = [Group(None, (0,)), Group(None, (1,))]
+    config = CacheConfig(layers=[(small, float32), (seven,)], num_gpu_blocks=2, block_size=1, groups=groups)
+    with pytest.raises(ValueError, match=r"share blocks of 7 bytes, .* 4 bytes begins at byte 3; .* multiple of 8"):
+        CacheEngine(config, "int8", "cpu")
+    assert CacheEngine(config.replace(block_size=8), "int8", "cpu").memory_bytes == 2 * 8 * 7
+    with pytest.raises(ValueError, match=r"head_dim=8 does not divide by 16: layout X"):
+        CacheEngine(
+            CacheConfig(layers=[(LayerTensor("key", (1, 8), "int8"),)], num_gpu_blocks=1), "float32", "cpu", layout="X"
+        )
 
 
 def test_what_is_wrong_is_said() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvblocks import CacheConfig, CacheEngine, Chunk, Group, Window
+from kvblocks import CacheConfig, CacheEngine, Chunk, Group, LayerTensor, Window, key_value
 from kvblocks.sizes import LAYOUTS
 from kvblocks.storage import HostArena
 from kvblocks.storage.host import HEADER_BYTES
@@ -25,16 +25,26 @@ GROUPED = CacheConfig(  # the third group leaves two places of a block empty
     v_head_dim=24,
     groups=[Group(None, (4, 0, 2)), Group(Window(8), (1, 3, 5)), Group(Chunk(8), (6,))],
 )
-DIFFERENT = CacheConfig(
-    num_layers=3,
-    num_kv_heads=4,
-    head_dim=16,
+DIFFERENT = CacheConfig(  # the second group ends in the middle of a tensor of the first
+    layers=[key_value(2, 16, 16), key_value(4, 16, 8), key_value(1, 16, 8)],
     num_gpu_blocks=6,
     block_size=4,
     groups=[Group(None, (2, 0)), Group(Window(8), (1,))],
-    layer_shapes=[(2, 16, 16), (4, 16, 8), (1, 8, 8)],
 )
-CONFIGS = pytest.mark.parametrize("config", [ALIKE, GROUPED, DIFFERENT], ids=["alike", "groups", "layers differ"])
+OTHERS = CacheConfig(  # one tensor, three, and dtypes of their own
+    layers=[
+        (LayerTensor("latent", (1, 24)),),
+        (*key_value(2, 16), LayerTensor("index", (1, 8), "uint8")),
+        key_value(2, 16),
+        (LayerTensor("index", (3, 8), "bfloat16"), *key_value(1, 16)),
+    ],
+    num_gpu_blocks=6,
+    block_size=4,
+    groups=[Group(None, (3, 0)), Group(Window(8), (1, 2))],
+)
+CONFIGS = pytest.mark.parametrize(
+    "config", [ALIKE, GROUPED, DIFFERENT, OTHERS], ids=["alike", "groups", "layers differ", "other tensors"]
+)
 
 
 def filled(config: CacheConfig, layout: str = "NHD") -> CacheEngine:
@@ -42,16 +52,16 @@ def filled(config: CacheConfig, layout: str = "NHD") -> CacheEngine:
     engine = CacheEngine(config, "float32", "cpu", layout=layout)
     torch.manual_seed(1)
     for cache in engine:
-        for tensor in (cache.key_cache, cache.value_cache):
-            tensor.copy_(torch.randn(tensor.shape))
+        for tensor in cache.tensors.values():
+            tensor.copy_(torch.randn(tensor.shape) * 100)
     return engine
 
 
 def expected(engine: CacheEngine, block: int, group: int) -> bytes:
-    """K, then V of each layer of the group, as the tensors of the caches have them."""
+    """K, V and what else each layer of the group keeps, as the tensors of the caches have them."""
     caches = [engine[layer] for layer in engine.config.groups[group].layers]
-    tensors = [tensor[block] for cache in caches for tensor in (cache.key_cache, cache.value_cache)]
-    return b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)
+    tensors = [tensor[block] for cache in caches for tensor in cache.tensors.values()]
+    return b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors)
 
 
 def whole(engine: CacheEngine) -> list[bytes]:
@@ -66,7 +76,7 @@ def test_where_a_block_lies(config: CacheConfig, layout: str) -> None:
         taken: list[tuple[int, int]] = []
         for block in range(config.num_gpu_blocks):
             pieces = engine.memory_of(block, group)
-            assert len(pieces) == 2 * len(layers.layers)
+            assert len(pieces) == sum(len(config.layers[layer]) for layer in layers.layers)
             assert b"".join(ctypes.string_at(*piece) for piece in pieces) == expected(engine, block, group)
             assert sum(nbytes for _, nbytes in pieces) == engine.group_bytes(group)
             taken += pieces

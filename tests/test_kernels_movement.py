@@ -14,7 +14,7 @@ from kernel_helpers import DEVICES, bits, engine_moved_by, moved_by, random_bits
 from torch import Tensor
 
 from kvblocks import memory
-from kvblocks.config import CacheConfig, itemsize
+from kvblocks.config import CacheConfig, LayerTensor, itemsize, key_value
 from kvblocks.kernels import kernels
 from kvblocks.sizes import LAYOUTS
 from kvblocks.storage.cache import PagedKVCache
@@ -97,8 +97,7 @@ def indices(values: list[int], device: str, form: torch.dtype) -> Tensor:
 
 
 def assert_same(a: PagedKVCache, b: PagedKVCache) -> None:
-    assert bits(a.key_cache) == bits(b.key_cache)
-    assert bits(a.value_cache) == bits(b.value_cache)
+    assert [bits(tensor) for tensor in a.tensors.values()] == [bits(tensor) for tensor in b.tensors.values()]
 
 
 def unchecked(cache: PagedKVCache) -> Any:
@@ -199,23 +198,33 @@ def test_tokens_that_may_go_together_do_so_only_where_it_is_right(
         cache.value_cache.view(torch.uint8).fill_(5)
     # The cache ends after 96 slots, and memory goes on: what is written past its end is seen.
     unchecked(ours)._capacity = 96
-    unchecked(ours).write(keys, values, torch.tensor(list(slots), device=device))
+    unchecked(ours).write((keys, values), torch.tensor(list(slots), device=device))
     inside = [slot if slot < 96 else -1 for slot in slots]
-    unchecked(theirs).write(keys, values, torch.tensor(inside, device=device))
+    unchecked(theirs).write((keys, values), torch.tensor(inside, device=device))
     assert_same(ours, theirs)
+
+
+UNLIKE = [  # one tensor, two and three, of several dtypes, in blocks of several sizes
+    (LayerTensor("latent", (1, 24)),),
+    key_value(2, 16, 24),
+    (*key_value(1, 8), LayerTensor("index", (1, 8), "uint8")),
+]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_blocks_of_all_layers_move_in_one_launch(layout: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = CacheConfig(num_layers=3, num_kv_heads=2, head_dim=16, num_gpu_blocks=5, block_size=4, v_head_dim=24)
+@pytest.mark.parametrize("layers", [[key_value(2, 16, 24)] * 3, UNLIKE], ids=["alike", "unlike"])
+def test_blocks_of_all_layers_move_in_one_launch(
+    layers: list[tuple[LayerTensor, ...]], layout: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CacheConfig(layers=layers, num_gpu_blocks=5, block_size=4)
     ours = engine_moved_by(WithTriton, config, "float16", device, layout=layout)
     theirs = engine_moved_by(WithTorch, config, "float16", device, layout=layout)
     for seed, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        for side in ("key_cache", "value_cache"):
-            given_bits = random_bits(getattr(a, side).shape, torch.float16, seed, device)
-            getattr(a, side).copy_(given_bits)
-            getattr(b, side).copy_(given_bits)
+        for name, tensor in a.tensors.items():
+            given_bits = random_bits(tensor.shape, tensor.dtype, seed, device)
+            tensor.copy_(given_bits)
+            b.tensors[name].copy_(given_bits)
     module = kernels("movement")
     assert module is not None
     launches = []
@@ -233,6 +242,25 @@ def test_blocks_of_all_layers_move_in_one_launch(layout: str, device: str, monke
     assert len(launches) == 2
     for a, b in zip(ours, theirs, strict=True):
         assert_same(a, b)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_of_layers_of_one_tensor_and_of_three(layout: str, device: str) -> None:
+    config = CacheConfig(layers=UNLIKE, num_gpu_blocks=5, block_size=4)
+    ours = engine_moved_by(WithTriton, config, "float16", device, layout=layout)
+    theirs = engine_moved_by(WithTorch, config, "float16", device, layout=layout)
+    for a, b, layer in zip(ours, theirs, UNLIKE, strict=True):
+        tensors = zip(layer, a.tensors.values(), strict=True)
+        given: Any = [
+            random_bits((7, *spec.shape), made.dtype, seed, device) for seed, (spec, made) in enumerate(tensors)
+        ]
+        for cache in (a, b):
+            cache.write(*given, [3, 4, 5, 17, -1, 9, 0])
+        assert_same(a, b)
+        one, other = a.gather([1, 0, 4], 11), b.gather([1, 0, 4], 11)
+        assert [bits(rows) for rows in one] == [bits(rows) for rows in other]
+        assert any(any(bits(rows)) for rows in one)
 
 
 @pytest.mark.parametrize("device", DEVICES)

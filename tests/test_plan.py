@@ -13,7 +13,19 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from kvblocks import BlockManager, CacheConfig, CacheEngine, Chunk, Group, Plan, StepBuffers, Window, plan
+from kvblocks import (
+    BlockManager,
+    CacheConfig,
+    CacheEngine,
+    Chunk,
+    Group,
+    LayerTensor,
+    Plan,
+    StepBuffers,
+    Window,
+    key_value,
+    plan,
+)
 from kvblocks.formats import format_of
 from kvblocks.models.grouping import BlockGroup, Layout, PagedLayer, blocks_held, layer_groups, uniform_bytes
 from kvblocks.planner import UnknownModel, smallest_changes, uniform
@@ -96,7 +108,8 @@ def test_published_bytes_per_token(config: dict[str, Any], expected: int) -> Non
 def test_expanded_latents_are_heads_of_k_and_v() -> None:
     expanded = plan(DEEPSEEK_V3, mla="expanded")
     assert expanded.bytes_per_token == 61 * 128 * (128 + 64 + 128) * 2
-    assert plan(DEEPSEEK_V3, memory="1GiB").cache_config().head_dim == 512
+    latent = (LayerTensor("latent", (1, 512)), LayerTensor("rope key", (1, 64)))
+    assert plan(DEEPSEEK_V3, memory="1GiB").cache_config().layers == (latent,) * 61
     config = plan(DEEPSEEK_V3, memory="1GiB", mla="expanded").cache_config()
     assert (config.num_kv_heads, config.head_dim, config.v_head_dim) == (128, 192, 128)
 
@@ -304,7 +317,7 @@ def test_layers_of_several_shapes_hand_over_their_shapes() -> None:
     }
     planned = plan(config, memory="1MiB")
     handed = planned.cache_config()
-    assert handed.layer_shapes == ((2, 16, 8), (4, 16, 8), (4, 16, 8), (2, 16, 8))
+    assert handed.layers == tuple(key_value(heads, 16, 8) for heads in (2, 4, 4, 2))
     assert handed.memory_bytes("bfloat16") == (planned.num_blocks or 0) * planned.block_bytes
     assert planned.groups == (Group(None, (0, 3)), Group(Window(32), (1,)), Group(Window(32), (2,)))
 
@@ -733,7 +746,7 @@ def test_compressed_entries_need_whole_blocks() -> None:
     planned = plan(config, block_size=128, memory="1MiB")
     assert planned.bytes_per_token == 16 * 2 + 1  # an entry of 32 B for 128 tokens, rounded up
     assert planned.block_bytes == 128 * 16 * 2
-    with pytest.raises(ValueError, match="keeps K = V, compressed K = V"):
+    with pytest.raises(ValueError, match="layer 0 of deepseek_v4 has one entry of its compressed K = V for 128 tokens"):
         planned.cache_config()
 
 
@@ -819,6 +832,7 @@ def test_the_dtype_that_a_checkpoint_asks_for_is_said(scheme: dict[str, Any], dt
         (LLAMA_3_8B, {}),
         (DEEPSEEK_V3, {}),
         (DEEPSEEK_V3, {"mla": "expanded"}),
+        (DEEPSEEK_V3 | {"model_type": "deepseek_v32", "index_head_dim": 128}, {}),
         (LLAMA_3_8B, {"dtype": "int4", "group_size": 32}),
         (GEMMA_2_9B, {}),
         (GEMMA_3_27B, {"tp": 2}),

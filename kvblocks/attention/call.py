@@ -73,8 +73,8 @@ def paged_attention(
     Raises:
         TypeError: the cache's dtype is not one of float16, bfloat16, float32, float64 (8-bit caches would need scales),
             or the query's differs from it.
-        ValueError: a shape, device, length or option is not as above, or the group is not the cache's or the reach
-            further than its group's; nothing has been computed.
+        ValueError: the cache's layer keeps no key and value; a shape, device, length or option is not as above, or the
+            group is not the cache's or the reach further than its group's. Nothing has been computed.
         MovesPending: blocks that the step has to copy first were not copied; see `CacheEngine.move`.
 
     For inference: no gradient flows through it. On a CUDA device the work is done by torch's `varlen_attn` where a
@@ -251,7 +251,7 @@ def _decode(query: Tensor, row: "_Row", cache: PagedKVCache, table: Tensor, scal
     The query heads of a K/V head are that head's queries: K and V are read once, and nothing has to be hidden.
     """
     first = row.first * cache.block_size
-    keys, values = cache.gather(table[row.index, row.first : row.last + 1], row.seq_len - first)
+    keys, values = _key_value(cache, table[row.index, row.first : row.last + 1], row.seq_len - first)
     start = reach.start(row.seq_len - 1) - first
     output = torch.nn.functional.scaled_dot_product_attention(
         query.view(1, cache.num_heads, -1, cache.head_dim),
@@ -364,6 +364,8 @@ def _group(cache: PagedKVCache, step: StepLike, group: int | None) -> int | None
 
 
 def _check(query: Tensor, cache: PagedKVCache, step: StepLike, sinks: Tensor | None) -> None:
+    if not cache.has_key_value:
+        raise ValueError(f"the cache's layer keeps {', '.join(cache.tensors)}; attention reads key and value")
     if cache.dtype not in _FLOATS:
         raise TypeError(f"the cache holds {cache.dtype}; attention takes {', '.join(map(str, _FLOATS))}")
     dense("query", query)
@@ -437,6 +439,11 @@ def _column(rows: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, 
     return torch.unbind(torch.tensor(rows, device=device)[:, :, None], 1)
 
 
+def _key_value(cache: PagedKVCache, blocks: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    gathered = dict(zip(cache.tensors, cache.gather(blocks, num_tokens), strict=True))
+    return gathered["key"], gathered["value"]
+
+
 def _gather(batch: list[_Row], cache: PagedKVCache, table: Tensor) -> tuple[Tensor, Tensor]:
     """K and V of the blocks that the rows reach: [rows, kv heads, length, dim], from the start of their block `first`.
 
@@ -447,7 +454,7 @@ def _gather(batch: list[_Row], cache: PagedKVCache, table: Tensor) -> tuple[Tens
     if len(batch) == 1:
         row = batch[0]
         blocks = table[row.index, row.first : row.last + 1]
-        keys, values = cache.gather(blocks, row.seq_len - row.first * size)
+        keys, values = _key_value(cache, blocks, row.seq_len - row.first * size)
         return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
     index, first, last, lens = _column(
         [(row.index, row.first, row.last, row.seq_len - row.first * size) for row in batch], device
@@ -455,7 +462,7 @@ def _gather(batch: list[_Row], cache: PagedKVCache, table: Tensor) -> tuple[Tens
     num_blocks = batch[-1].num_blocks
     blocks = table[index, torch.minimum(first + torch.arange(num_blocks, device=device), last)]
     length = num_blocks * size
-    keys, values = cache.gather(blocks.flatten(), len(batch) * length)
+    keys, values = _key_value(cache, blocks.flatten(), len(batch) * length)
     unused = torch.arange(length, device=device) >= lens
     values.index_fill_(0, unused.flatten().nonzero()[:, 0], 0)
     # Head by head without gaps: matmul would copy to that form too, and slower.

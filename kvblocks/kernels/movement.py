@@ -1,16 +1,19 @@
 """Triton kernels that move K and V: rows of tokens into slots and out of blocks, whole blocks, zeros.
 
-K and V are moved as integers of 1 to 8 bytes, so that every bit survives, in one launch for both. Nothing here
-allocates, waits or reads a value on the host: a launch can be captured in a CUDA graph. What is out of range is skipped
-(zeros, in what `gather` returns), as in `kvblocks.storage.on_torch`, which these kernels equal bit for bit.
+Tensors are moved as integers of 1 to 8 bytes, so that every bit survives, in one launch for two, K and V mostly.
+Nothing here allocates, waits or reads a value on the host: a launch can be captured in a CUDA graph. What is out of
+range is skipped (zeros, in what `gather` returns), as in `kvblocks.storage.on_torch`, which these kernels equal bit for
+bit.
 Imports torch, Triton and the layout of blocks.
 """
 
 import functools
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self, TypeAlias
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,7 +21,7 @@ from torch import Tensor
 from kvblocks.kernels.launch import on_device_of, power_of_2
 from kvblocks.movement import BlockLayout
 
-__all__ = ["Forms", "copy_blocks", "forms", "gather", "write", "zero_blocks"]
+__all__ = ["Blocks", "Forms", "copy_blocks", "forms", "gather", "write", "zero_blocks"]
 
 # By the alignment of the rows that are moved, in bytes.
 Forms: TypeAlias = "dict[int, _Form]"
@@ -251,22 +254,21 @@ def _gather(k_cache, v_cache, keys, values, table, count, num_blocks, k_form: tl
 
 @triton.jit(do_not_specialize=["num_blocks"])
 def _blocks(
-    addresses,
+    table,
     ids,
     num_blocks,
     unit: tl.constexpr,
+    width: tl.constexpr,
     together: tl.constexpr,
-    k_units: tl.constexpr,
-    v_units: tl.constexpr,
     chunk: tl.constexpr,
     copies: tl.constexpr,
 ):
-    """Copy block ids[2 i] to ids[2 i + 1], or zero block ids[i], in the cache at addresses[program_id(2)]."""
+    """Copy block ids[2 i] to ids[2 i + 1], or zero block ids[i], in the cache of row program_id(2) of the table."""
     item = tl.program_id(0).to(tl.int64)
-    side = tl.program_id(2)
-    cache = tl.load(addresses + side).to(tl.pointer_type(unit))
+    cache = tl.load(table + 2 * tl.program_id(2)).to(tl.pointer_type(unit))
     cache = tl.multiple_of(cache, together)
-    units = tl.where(side % 2 == 0, k_units, v_units).to(tl.int64)
+    # In this form it shows the compiler that blocks are as well aligned as the cache is.
+    units = tl.load(table + 2 * tl.program_id(2) + 1) * (together // width)
     at = tl.program_id(1).to(tl.int64) * chunk + tl.arange(0, chunk)
     if copies:
         source = tl.load(ids + 2 * item).to(tl.int64)
@@ -281,84 +283,112 @@ def _blocks(
 
 
 def write(
-    caches: tuple[Tensor, Tensor],
-    forms: tuple[Forms, Forms],
-    rows: tuple[Tensor, Tensor],
+    caches: Sequence[Tensor],
+    forms: Sequence[Forms],
+    rows: Sequence[Tensor],
     slots: Tensor,
     capacity: int,
 ) -> None:
-    """Row i of K's and V's rows goes to slot `slots[i]`; a slot outside 0..capacity - 1 is skipped.
+    """Row i of each tensor's rows goes to slot `slots[i]`; a slot outside 0..capacity - 1 is skipped.
 
     Args:
-        caches: K and V of one layer, each of one integer dtype.
+        caches: the tensors of one layer, K and V or others, each of an integer dtype. One launch moves two.
         forms: how tokens lie in them.
         rows: [n, heads, dim] of the same bytes, the dims of a head without gaps, n >= 1.
         slots: int64 or int32 [n]. The same slot twice: some mix of the two rows.
         capacity: slots of the cache.
     """
     chosen, strides = [], []
-    count, heads, _ = rows[0].shape
     for row, by_alignment in zip(rows, forms, strict=True):
+        count, heads, _ = row.shape
         apart, step, _ = row.stride()
         apart = apart * row.itemsize if count > 1 else 0
         step = step * row.itemsize if heads > 1 else 0
         align = _power_in(16 | row.data_ptr() | apart | step)
         chosen.append(by_alignment[align])
-        strides += [apart // align, step // align]
-    k, v = chosen
-    grid = (max(-(-count // k.tokens), -(-count // v.tokens)), max(k.programs, v.programs), 2)
+        strides.append((apart // align, step // align))
     with on_device_of(slots):
-        _write[grid](*caches, *rows, slots, *strides, count, capacity, k, v)
+        for first, last in _couples(len(caches)):
+            k, v = chosen[first], chosen[last]
+            two = (*strides[first], *strides[last])
+            cache, given = (caches[first], caches[last]), (rows[first], rows[last])
+            _write[_grid(len(slots), k, v, last - first + 1)](*cache, *given, slots, *two, len(slots), capacity, k, v)
 
 
 def gather(
-    caches: tuple[Tensor, Tensor],
-    forms: tuple[Forms, Forms],
-    out: tuple[Tensor, Tensor],
+    caches: Sequence[Tensor],
+    forms: Sequence[Forms],
+    out: Sequence[Tensor],
     table: Tensor,
     num_blocks: int,
 ) -> None:
-    """The tokens of the blocks in `table`, in order, fill K's and V's `out`; zeros where a block does not exist.
+    """The tokens of the blocks in `table`, in order, fill each tensor's `out`; zeros where a block does not exist.
 
     Args:
         caches, forms: as for `write`.
-        out: [n, heads, dim] of the caches' integer dtype, without gaps, n >= 1.
+        out: [n, heads, dim] of the caches' integer dtypes, without gaps, n >= 1.
         table: int64 or int32 [m], `m * block_size >= n`.
         num_blocks: of the cache.
     """
-    k, v = (by[_power_in(16 | rows.data_ptr())] for rows, by in zip(out, forms, strict=True))
+    chosen = [by[_power_in(16 | rows.data_ptr())] for rows, by in zip(out, forms, strict=True)]
     count = len(out[0])
-    grid = (max(-(-count // k.tokens), -(-count // v.tokens)), max(k.programs, v.programs), 2)
     with on_device_of(table):
-        _gather[grid](*caches, *out, table, count, num_blocks, k, v)
+        for first, last in _couples(len(caches)):
+            k, v = chosen[first], chosen[last]
+            cache, rows = (caches[first], caches[last]), (out[first], out[last])
+            _gather[_grid(count, k, v, last - first + 1)](*cache, *rows, table, count, num_blocks, k, v)
 
 
-def copy_blocks(addresses: Tensor, layouts: tuple[BlockLayout, BlockLayout], pairs: Tensor, num_blocks: int) -> None:
+def _couples(count: int) -> list[tuple[int, int]]:
+    """Tensors two by two, for a launch each; one that is left over is both, and `_grid` has programs for the first."""
+    return [(first, min(first + 1, count - 1)) for first in range(0, count, 2)]
+
+
+def _grid(count: int, k: _Form, v: _Form, tensors: int) -> tuple[int, int, int]:
+    return max(-(-count // k.tokens), -(-count // v.tokens)), max(k.programs, v.programs), tensors
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Caches whose blocks move together.
+
+    Attributes:
+        table: int64 [caches, 2] on the device: the address of each, a multiple of 16, and the bytes of its blocks in
+            units of `align`.
+        most: bytes of the largest block.
+        align: the largest power of two, up to 16, that divides the bytes of every block.
+    """
+
+    table: Tensor
+    most: int
+    align: int
+
+    @classmethod
+    def of(cls, addresses: Sequence[int], block_bytes: Sequence[int], device: torch.device) -> Self:
+        align = _alignment(*block_bytes)
+        rows = [(address, nbytes // align) for address, nbytes in zip(addresses, block_bytes, strict=True)]
+        return cls(torch.tensor(rows, dtype=torch.int64, device=device), max(block_bytes), align)
+
+
+def copy_blocks(blocks: Blocks, pairs: Tensor, num_blocks: int) -> None:
     """Block `pairs[i, 1]` becomes block `pairs[i, 0]` in all caches, for pairs of existing blocks.
 
     Args:
-        addresses: int64 [layers * 2] on the device: of K and V of each layer in turn, multiples of 16.
-        layouts: how tokens lie in K and in V.
+        blocks: the caches, without gaps between blocks.
         pairs: int64 or int32 [n, 2], n >= 1. A target appears once, and nowhere as a source.
         num_blocks: of each cache.
     """
-    _launch_blocks(addresses, layouts, pairs, num_blocks, True)
+    _launch_blocks(blocks, pairs, num_blocks, True)
 
 
-def zero_blocks(addresses: Tensor, layouts: tuple[BlockLayout, BlockLayout], ids: Tensor, num_blocks: int) -> None:
+def zero_blocks(blocks: Blocks, ids: Tensor, num_blocks: int) -> None:
     """All bytes of the blocks `ids` [n], n >= 1, that exist become zero; the rest as for `copy_blocks`."""
-    _launch_blocks(addresses, layouts, ids, num_blocks, False)
+    _launch_blocks(blocks, ids, num_blocks, False)
 
 
-def _launch_blocks(
-    addresses: Tensor, layouts: tuple[BlockLayout, BlockLayout], ids: Tensor, num_blocks: int, copies: bool
-) -> None:
-    k_bytes, v_bytes = (layout.block_bytes for layout in layouts)
-    align = _alignment(k_bytes, v_bytes)
-    width = min(align, 8)
-    chunk = min(power_of_2(max(k_bytes, v_bytes)), _CHUNK_BYTES) // width
-    grid = (len(ids), -(-max(k_bytes, v_bytes) // (chunk * width)), len(addresses))
+def _launch_blocks(blocks: Blocks, ids: Tensor, num_blocks: int, copies: bool) -> None:
+    width = min(blocks.align, 8)
+    chunk = min(power_of_2(blocks.most), _CHUNK_BYTES) // width
+    grid = (len(ids), -(-blocks.most // (chunk * width)), len(blocks.table))
     with on_device_of(ids):
-        _blocks[grid](
-            addresses, ids, num_blocks, _UNITS[width], align, k_bytes // width, v_bytes // width, chunk, copies
-        )
+        _blocks[grid](blocks.table, ids, num_blocks, _UNITS[width], width, blocks.align, chunk, copies)

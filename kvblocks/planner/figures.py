@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import cached_property, lru_cache
 from typing import Any, Self
 
-from kvblocks.config import CacheConfig, Group
+from kvblocks.config import CacheConfig, Group, LayerTensor
 from kvblocks.formats import Format, dtype_name, format_of, itemsize_of, narrower
 from kvblocks.models.grouping import (
     MOST_GROUPS,
@@ -29,6 +29,7 @@ from kvblocks.sizes import checked_integer
 __all__ = ["LONGEST", "Figures", "Settings", "Stage"]
 
 LONGEST = 2**31 - 1  # tokens of a sequence, and blocks of a pool
+_NAMES = {"K": "key", "V": "value"}  # as attention knows them
 _groups = lru_cache(maxsize=64)(model_groups)  # which depend on the layers alone, and advice tries many splits of them
 
 
@@ -497,12 +498,12 @@ class Figures:
 
         Its `memory_bytes(plan.storage_dtype)` is `num_blocks * block_bytes` to the byte; with pipeline stages whose
         layers are grouped differently these are the stage's own (`stages`). Its layers are those of the
-        model that keep K and V, in order: `cache_layers` says which is which. Where layers differ in heads or dims,
-        `layer_shapes` holds each one's. A latent is K and its rotated key V, of one head. Packed numbers and their
-        scales are bytes: then dims count them.
+        model that keep something for every token, in order: `cache_layers` says which is which. K and V are "key" and
+        "value", other tensors (a latent, its rotated key, an indexer's keys) have the names that the plan gives them.
+        Packed numbers and their scales are bytes: then dims count them. State is not among them: `state_bytes`.
 
         Raises:
-            ValueError: nothing to page, not one block, something besides K and V in the blocks; which, it says.
+            ValueError: nothing to page, not one block, a tensor that a block cannot hold; which, it says.
             IndexError: no such stage.
         """
         if self.settings.engine != "kvblocks":
@@ -518,37 +519,38 @@ class Figures:
             raise ValueError("how many blocks? Give plan(...) a memory, or a concurrency and a seq_len")
         if blocks < 1:
             raise ValueError(f"not one block fits: {self.missing_bytes} bytes are missing; see explain()")
-        shapes = [self._shape(chosen, layer) for layer in layers]
         ids = {layer.index: i for i, layer in enumerate(layers)}
         groups = tuple(
             Group(group.reach, tuple(ids[layer.index] for layer in group.layers)) for group in chosen.layout.groups
         )
-        heads, k_dim, v_dim = (max(shape[i] for shape in shapes) for i in range(3))
         return CacheConfig(
-            num_layers=len(layers),
-            num_kv_heads=heads,
-            head_dim=k_dim,
+            layers=[self._tensors(layer) for layer in layers],
             num_gpu_blocks=blocks,
             block_size=self.block_size,
-            v_head_dim=v_dim,
             groups=groups,
-            layer_shapes=shapes if len(set(shapes)) > 1 else None,
         )
 
-    def _shape(self, stage: Stage, layer: Layer) -> tuple[int, int, int]:
-        """Heads, K dim and V dim of a layer, on one device."""
-        kept = layer.kept
-        plain = [one for one in kept if one.dtype is None and one.every == 1 and not one.extra_tokens]
-        if len(plain) != len(kept) or len(kept) != 2 or kept[0].heads != kept[1].heads:
-            names = ", ".join(one.name for one in kept)
-            raise ValueError(
-                f"layer {layer.index} of {self.model.name} keeps {names}; a CacheConfig holds K and V and nothing else"
-            )
-        if kept[0].reach != kept[1].reach:
-            raise ValueError(f"layer {layer.index} of {self.model.name} keeps K and V of different reach")
-        format = self.settings.format
-        dims = [one.dim if format.is_dtype else one.stored_in(format).vector_bytes(one.dim) for one in kept]
-        return self.settings.heads(kept[0].heads, kept[0].queries)[0], dims[0], dims[1]
+    def _tensors(self, layer: Layer) -> list[LayerTensor]:
+        """What a layer keeps for a token, on one device."""
+        format, found = self.settings.format, []
+        for kept in layer.kept:
+            if kept.every != 1 or kept.extra_tokens or kept.reach != layer.kept[0].reach:
+                which = "keeps tensors of different reach"
+                if kept.every != 1:
+                    which = f"has one entry of its {kept.name} for {kept.every} tokens"
+                elif kept.extra_tokens:
+                    which = f"has {kept.extra_tokens} entries of its {kept.name} before the first token"
+                raise ValueError(
+                    f"layer {layer.index} of {self.model.name} {which}; a block holds one entry for each of its tokens"
+                )
+            own = format.is_dtype or kept.dtype is not None
+            dim = kept.dim if own else kept.stored_in(format).vector_bytes(kept.dim)
+            heads = self.settings.heads(kept.heads, kept.queries)[0]
+            try:
+                found.append(LayerTensor(_NAMES.get(kept.name, kept.name), (heads, dim), kept.dtype))
+            except TypeError as error:
+                raise ValueError(f"layer {layer.index} of {self.model.name} keeps {kept.name}: {error}") from None
+        return found
 
     def with_dtype(self, dtype: Any, group_size: int | None = None) -> Self:
         """The plan with K and V in another dtype; int4 and int2 with a scale for each 32 numbers by default.

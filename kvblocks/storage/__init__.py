@@ -1,4 +1,7 @@
-"""What holds blocks: `cache` the tensors of a layer, `host` memory of the host. `movers`, `on_torch` move blocks."""
+"""What holds blocks: `pool` the memory of all, `cache` the tensors of a layer, `host` memory of the host.
+
+`movers` and `on_torch` move what is in them.
+"""
 
 from kvblocks.storage.cache import PagedKVCache
 from kvblocks.storage.host import HostArena

@@ -1,32 +1,36 @@
-"""PagedKVCache: the K and V blocks of one layer as two tensors, and moving tokens and blocks in and out of them.
+"""PagedKVCache: the blocks of one layer as tensors, K and V mostly, and moving tokens and blocks in and out of them.
 
-Knows integers in arrays, not who hands them out: the manager is not imported here. Imports torch, the sizes and the
-movers.
+Knows integers in arrays, not who hands them out: the manager is not imported here. Imports torch, the sizes, the pool
+and the movers.
 """
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, Self, SupportsIndex
+from itertools import combinations
+from typing import Any, Protocol, Self, SupportsIndex, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvblocks import memory
-from kvblocks.checks import Indices, checked_device, checked_indices, has_memory, once
-from kvblocks.config import CacheConfig, Chunk, Window, itemsize
-from kvblocks.errors import MovesPending, OutOfMemory
+from kvblocks.checks import Indices, checked_device, checked_dtype, checked_indices, has_memory, once
+from kvblocks.config import CacheConfig, Chunk, LayerTensor, Window, itemsize
+from kvblocks.errors import MovesPending
 from kvblocks.movement import BlockLayout, first_outside
 from kvblocks.sizes import LAYOUTS, checked_integer, checked_size
 from kvblocks.storage.movers import Mover, Side, mover
+from kvblocks.storage.pool import Pool
 
 __all__ = ["PagedKVCache", "StepSlots"]
 
 
-# Order of the axes of K: blocks, heads, dims, tokens of a block. X splits off x dims, 16 bytes together; its V is HDN.
+# Order of the axes of a tensor: blocks, heads, dims, tokens of a block. X splits off x dims of K, 16 bytes together; V
+# and what else a layer keeps are HDN there.
 _KEY_AXES = {"HDN": "bhdt", "NHD": "bthd", "HND": "bhtd", "X": "bhdtx"}
-_VALUE_AXES = _KEY_AXES | {"X": "bhdt"}
+_AXES = _KEY_AXES | {"X": "bhdt"}
+
+# What rows of these tensors are called where they are given.
+_TITLES = {"key": "keys", "value": "values"}
 
 # Whether indices that already lie on a device are brought to the host and checked, which waits for the device.
 CHECKED = os.environ.get("KVBLOCKS_CHECKED") == "1"
@@ -45,7 +49,7 @@ class StepSlots(Protocol):
 
 
 class PagedKVCache:
-    """K and V of one layer, in blocks of `block_size` tokens, zeroed.
+    """What one layer keeps for its tokens, K and V mostly, in blocks of `block_size` tokens, zeroed.
 
     Args:
         num_blocks, num_heads, head_dim, block_size: 1 to 2**31 - 1 each. `num_heads` counts KV heads.
@@ -62,11 +66,19 @@ class PagedKVCache:
         HND  [blocks, heads, block, dim]
         X    [blocks, heads, dim / x, block, x] with x = 16 / itemsize; V as in HDN
 
+    A cache that a `CacheEngine` made has the tensors that the config gives its layer, in `tensors` by their names; all
+    but "key" are laid out as V is. Where "key" and "value" are not both among them, there are no `key_cache`,
+    `value_cache`, `num_heads`, `head_dim` and `v_head_dim`.
+
     A slot is `block * block_size + offset`. Indices are int64 or int32 tensors, numpy arrays, or lists. On the host
     they are checked before a byte is written. Those that already lie on a device are not waited for: what is out of
     range there is dropped (zeros, in what `gather` returns). KVBLOCKS_CHECKED=1 in the environment checks them too.
 
     Attributes:
+        dtype: of K and V; of a layer without them, of its first tensor.
+        tensors: each tensor by its name, in the order of the layer's config: "key" and "value" for a cache made alone.
+        layouts: by the same names, where the bytes of a token lie in each.
+        has_key_value: whether both are there, so that attention can read them.
         group: of a cache that a `CacheEngine` made, the layer group of its layer, an index into `config.groups`; None
             for a cache made alone.
         num_groups: layer groups of the engine; 1 for a cache made alone.
@@ -100,6 +112,9 @@ class PagedKVCache:
     dtype: torch.dtype
     device: torch.device
     layout: str
+    tensors: dict[str, Tensor]
+    layouts: dict[str, BlockLayout]
+    has_key_value: bool
     group: int | None = None
     num_groups: int = 1
     reach: Window | Chunk | None = None
@@ -117,7 +132,6 @@ class PagedKVCache:
         v_head_dim: SupportsIndex | None = None,
         prefault: bool = False,
     ) -> None:
-        kind = _checked_kind(dtype, device, layout)
         config = CacheConfig(
             num_layers=1,
             num_kv_heads=checked_size("num_heads", num_heads),
@@ -126,9 +140,9 @@ class PagedKVCache:
             block_size=block_size,
             v_head_dim=v_head_dim,
         )
-        config.memory_bytes(dtype)  # past 64 bits an OverflowError
-        shape = _Shape(config.num_gpu_blocks, *config.layer_shapes[0], config.block_size, *kind)
-        self._lay_out(shape, *shape.allocate(1, prefault))
+        kind = _checked_kind(dtype, device, layout)
+        pool = _pool(config, *kind, prefault)
+        self._lay_out(config, config.layers[0], pool.of_group(0), kind)
 
     @classmethod
     def for_config(
@@ -142,118 +156,166 @@ class PagedKVCache:
     ) -> tuple[list[Self], Mover]:
         """The caches of all layers of `config`, or with an error none; and what moves whole blocks of all of them.
 
-        A block belongs to one group at a time, so that the i-th layers of all groups share memory. Where
-        layers differ in heads or dims, those of a group lie inside each block one after the other, in the group's
-        order.
+        A block belongs to one group at a time, so that groups share memory: see `kvblocks.storage.pool`. Within a
+        group, layers lie one after the other in the group's order.
 
         Args:
             config: sizes and groups; what it says is not checked again.
-            dtype, device, layout, prefault: as for one cache.
+            dtype: of the tensors that have none of their own.
+            device, layout, prefault: as for one cache.
 
-        Errors are those of one cache.
+        Raises:
+            NotImplementedError: a layer keeps a tensor for each sequence; blocks hold what is kept for tokens.
+            ValueError: groups with tensors of several dtypes, and a `block_size` with which these do not lie aligned.
+        Other errors are those of one cache.
         """
-        first, *others = (
-            _Shape(config.num_gpu_blocks, heads, k_dim, v_dim, config.block_size, *_checked_kind(dtype, device, layout))
-            for heads, k_dim, v_dim in config.layer_shapes
-        )
-        shapes = [first, *others]
-        config.memory_bytes(dtype)  # past 64 bits an OverflowError
-        caches = [cls.__new__(cls) for _ in shapes]
-        if len(set(shapes)) == 1:
-            storages = first.allocate(config.layers_per_group, prefault)
-            for group in config.groups:
-                for index, layer in enumerate(group.layers):
-                    caches[layer]._lay_out(first, *storages[2 * index : 2 * index + 2])
-            longest = max(config.groups, key=lambda group: len(group.layers))
-            moves = mover([side for layer in longest.layers for side in (caches[layer]._keys, caches[layer]._values)])
-        else:
-            width = config.block_bytes(dtype)
-            [storage] = first.zeroed([first.num_blocks * width], width, prefault)
-            blocks = storage.view(first.num_blocks, width)
-            for group in config.groups:
-                start = 0
-                for layer in group.layers:
-                    middle, end = start + shapes[layer].key_bytes, start + shapes[layer].block_bytes
-                    caches[layer]._lay_out(shapes[layer], blocks[:, start:middle], blocks[:, middle:end])
-                    start = end
-            sizes = {"b": first.num_blocks, "h": 1, "d": width, "t": 1}
-            moves = mover([Side(storage, "bthd", sizes, torch.uint8)])
+        kind = _checked_kind(dtype, device, layout)
+        layers = config.layers
+        for index, layer in enumerate(layers if config.state_bytes(dtype) else ()):
+            state = next((tensor.name for tensor in layer if tensor.per == "sequence"), None)
+            if state is not None:
+                raise NotImplementedError(
+                    f"layer {index} keeps {state!r} for each sequence, and an engine holds only what is kept for each "
+                    "token; leave it out of the config and allocate config.state_bytes(dtype) for each sequence"
+                )
+        pool = _pool(config, *kind, prefault)
+        caches = [cls.__new__(cls) for _ in range(config.num_layers)]
         for index, group in enumerate(config.groups):
-            for layer in group.layers:
-                cache = caches[layer]
+            storages = pool.of_group(index)
+            for number in group.layers:
+                layer, cache = layers[number], caches[number]
+                cache._lay_out(config, layer, storages[: len(layer)], kind)
+                del storages[: len(layer)]
                 cache.group, cache.num_groups, cache.reach = index, len(config.groups), group.reach
-        return caches, moves
+        # A tensor that has a storage for itself stands for it.
+        alone = {(side.start, side.nbytes): side for cache in caches for side in cache._sides}
+        return caches, mover(
+            [
+                alone.get((storage.data_ptr(), storage.nbytes)) or _whole_blocks(storage, width)
+                for storage, width in pool.storages
+            ]
+        )
 
     @torch.inference_mode(False)  # views made in inference mode could not be written outside of it
-    def _lay_out(self, shape: "_Shape", keys: Tensor, values: Tensor) -> None:
-        self.num_blocks, self.block_size, self.num_heads = shape.num_blocks, shape.block_size, shape.num_heads
-        self.head_dim, self.v_head_dim = shape.head_dim, shape.v_head_dim
-        self.dtype, self.device, self.layout = shape.dtype, shape.device, shape.layout
-        sizes = {"b": shape.num_blocks, "h": shape.num_heads, "t": shape.block_size}
-        self._keys = Side(keys, _KEY_AXES[shape.layout], sizes | {"d": shape.head_dim}, shape.dtype)
-        self._values = Side(values, _VALUE_AXES[shape.layout], sizes | {"d": shape.v_head_dim}, shape.dtype)
-        self._mover = mover([self._keys, self._values])
+    def _lay_out(
+        self,
+        config: CacheConfig,
+        layer: Sequence[LayerTensor],
+        storages: Sequence[Tensor],
+        kind: tuple[torch.dtype, torch.device, str],
+    ) -> None:
+        """Take the bytes of each tensor of `layer`, as a pool gives them."""
+        self.num_blocks, self.block_size = config.num_gpu_blocks, config.block_size
+        dtype, self.device, self.layout = kind
+        self._sides = []
+        for tensor, storage in zip(layer, storages, strict=True):
+            own = dtype if tensor.dtype is None else checked_dtype(tensor.dtype)
+            heads, dim = tensor.shape
+            axes = (_KEY_AXES if tensor.name == "key" else _AXES)[self.layout]
+            sizes = {"b": self.num_blocks, "h": heads, "d": dim, "t": self.block_size}
+            self._sides.append(Side(_TITLES.get(tensor.name, tensor.name), storage, axes, sizes, own))
+        names = [tensor.name for tensor in layer]
+        self.tensors = {name: side.tensor for name, side in zip(names, self._sides, strict=True)}
+        self.layouts = {name: side.blocks for name, side in zip(names, self._sides, strict=True)}
+        self.dtype = self.tensors.get("key", self._sides[0].tensor).dtype
+        self.has_key_value = "key" in names and "value" in names
+        if self.has_key_value:
+            keys, values = (self._sides[names.index(name)] for name in ("key", "value"))
+            self._key_cache, self._value_cache = keys.tensor, values.tensor
+            self._block_layouts = keys.blocks, values.blocks
+            self.num_heads, self.head_dim = keys.row
+            self.v_head_dim = values.row[1]
+        self._mover = mover(self._sides)
 
     @property
     def key_cache(self) -> Tensor:
-        return self._keys.tensor
+        return self._key_cache
 
     @property
     def value_cache(self) -> Tensor:
-        return self._values.tensor
+        return self._value_cache
 
     @property
     def block_layouts(self) -> tuple[BlockLayout, BlockLayout]:
         """Where the bytes of a token lie in `key_cache` and in `value_cache`."""
-        return self._keys.blocks, self._values.blocks
+        return self._block_layouts
+
+    def __getattr__(self, name: str) -> Any:
+        # What only a layer with K and V has; anything else that is missing is a mistake in the name.
+        if name in ("key_cache", "value_cache", "block_layouts", "num_heads", "head_dim", "v_head_dim"):
+            kept = ", ".join(self.__dict__.get("tensors", ()))
+            raise AttributeError(f"there is no {name}: the layer keeps {kept}, not key and value; see `tensors`")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of `key_cache` and `value_cache` together."""
-        return self._keys.nbytes + self._values.nbytes
+        """Bytes of all tensors together."""
+        return sum(side.nbytes for side in self._sides)
 
-    def write(self, keys: Tensor, values: Tensor, slot_mapping: Indices | StepSlots) -> None:
+    @overload
+    def write(self, tensor: Tensor, slot_mapping: Indices | StepSlots, /) -> None: ...
+
+    @overload
+    def write(self, keys: Tensor, values: Tensor, slot_mapping: Indices | StepSlots, /) -> None: ...
+
+    @overload
+    def write(
+        self, first: Tensor, second: Tensor, third: Tensor, slot_mapping: Indices | StepSlots, /, *more: Any
+    ) -> None: ...
+
+    def write(self, *given: Any) -> None:
         """Put row i of `keys` and `values` into slot i of `slot_mapping`; rows with slot -1 are skipped.
+
+        A layer of other tensors takes all of them, in the order of its config, and the slots last:
+        `write(latent, step)`, `write(keys, values, index_keys, step)`.
 
         A slot that comes twice keeps the later row on CPU, and elsewhere some mix of the two.
 
         Args:
             keys: [n, num_heads, head_dim], the cache's dtype and device, any strides.
-            values: [n, num_heads, v_head_dim], likewise.
+            values: [n, num_heads, v_head_dim], likewise. Other tensors have the heads, dim and dtype of their own.
             slot_mapping: the step that `BlockManager.prepare` filled for this pass. The slots of the cache's layer
                 group are taken, and checked once for all its layers; rows past `step.num_tokens` are padding and
                 skipped. Or slots [n], -1 to num_blocks * block_size - 1, checked in each call.
 
         Raises:
             ValueError: a shape, device or slot that does not fit, or a step of other layer groups; nothing was written.
-            TypeError: a dtype that does not fit; nothing was written.
+            TypeError: a dtype that does not fit, or too few or too many tensors; nothing was written.
             MovesPending: blocks that the step has to copy first were not copied; see `CacheEngine.move`.
         """
-        keys = self._rows("keys", keys, self.head_dim)
-        values = self._rows("values", values, self.v_head_dim)
-        if len(values) != len(keys):
-            raise ValueError(f"keys has {len(keys)} rows and values {len(values)}; they must be the same tokens")
-        count = keys.shape[0]
+        if len(given) != len(self._sides) + 1:
+            titles = ", ".join(side.title for side in self._sides)
+            raise TypeError(f"write takes {titles} and slot_mapping; {len(given)} arguments were given")
+        rows = [self._rows(side, tensor) for side, tensor in zip(self._sides, given, strict=False)]
+        slot_mapping, count = given[-1], len(rows[0])
+        for side, tensor in zip(self._sides, rows, strict=True):
+            if len(tensor) != count:
+                raise ValueError(
+                    f"{self._sides[0].title} has {count} rows and {side.title} {len(tensor)}; they must be the same "
+                    "tokens"
+                )
         if hasattr(slot_mapping, "slot_mapping"):
             slots = self._slots_of(slot_mapping, count)
         else:
             slots = self._indices("slot_mapping", slot_mapping, -1, self.num_blocks * self.block_size - 1)
-            if slots.shape != keys.shape[:1]:
+            if slots.shape != (count,):
                 raise ValueError(f"slot_mapping has shape {list(slots.shape)}; for {count} tokens give [{count}]")
-        self._mover.write(keys, values, slots)
+        self._mover.write(rows, slots)
 
     def gather(
-        self, block_table: Indices, num_tokens: SupportsIndex, *, out: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, block_table: Indices, num_tokens: SupportsIndex, *, out: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, ...]:
         """K and V of the first `num_tokens` tokens of the blocks of `block_table`, in order, as copies without gaps.
 
         Args:
             block_table: [m] with `m * block_size >= num_tokens`; entries past the last block needed are not looked at.
             num_tokens: 0 or more.
-            out: contiguous tensors to fill and return; without it they are allocated.
+            out: contiguous tensors to fill and return, one for each that the layer keeps; without it they are
+                allocated.
 
         Returns:
-            keys [num_tokens, num_heads, head_dim] and values [num_tokens, num_heads, v_head_dim].
+            keys [num_tokens, num_heads, head_dim] and values [num_tokens, num_heads, v_head_dim]; of a layer of other
+            tensors all of these, [num_tokens, heads, dim] each, in the order of its config.
 
         Raises:
             ValueError: the table is too short or names a block that does not exist; `out` does not fit.
@@ -273,7 +335,7 @@ class PagedKVCache:
         return self._mover.gather(table, count, None if out is None else self._outputs(out, count))
 
     def copy_blocks(self, pairs: Indices) -> None:
-        """Copy whole blocks, K and V: block `pairs[i][1]` becomes a copy of block `pairs[i][0]`.
+        """Copy whole blocks, all tensors: block `pairs[i][1]` becomes a copy of block `pairs[i][0]`.
 
         Args:
             pairs: [n, 2] of (source, target). A target appears once, and nowhere as a source.
@@ -285,7 +347,7 @@ class PagedKVCache:
         copy_blocks(self, self._mover, pairs)
 
     def zero_blocks(self, ids: Indices) -> None:
-        """Set all K and V of the blocks `ids`, [n], to zero.
+        """Set everything in the blocks `ids`, [n], to zero.
 
         Raises:
             ValueError: a block that does not exist; nothing was changed.
@@ -294,6 +356,9 @@ class PagedKVCache:
         zero_blocks(self, self._mover, ids)
 
     def __repr__(self) -> str:
+        if not self.has_key_value:
+            rows = ", ".join(f"{name} {list(side.row)}" for name, side in zip(self.tensors, self._sides, strict=True))
+            return f"<PagedKVCache of {self.num_blocks} blocks of {self.block_size} tokens on {self.device}: {rows}>"
         return (
             f"PagedKVCache(num_blocks={self.num_blocks}, num_heads={self.num_heads}, head_dim={self.head_dim}, "
             f"block_size={self.block_size}, dtype={self.dtype}, device='{self.device}', layout={self.layout!r}, "
@@ -324,41 +389,53 @@ class PagedKVCache:
 
         return once(step, ("slots", self.group, self.num_groups, capacity, self.device, count), checked)
 
-    def _rows(self, name: str, rows: Tensor, head_dim: int) -> Tensor:
+    def _rows(self, side: Side, rows: Tensor) -> Tensor:
         """`rows` checked, and in a form that the movers read rightly."""
-        self._same_kind(name, rows)
-        if rows.ndim != 3 or rows.shape[1] != self.num_heads or rows.shape[2] != head_dim:
-            shape = [len(rows) if rows.ndim == 3 else "tokens", self.num_heads, head_dim]
-            raise ValueError(f"{name} has shape {list(rows.shape)}; this cache takes {shape}")
+        self._same_kind(side.title, rows, side.dtype)
+        heads, dim = side.row
+        if rows.ndim != 3 or rows.shape[1] != heads or rows.shape[2] != dim:
+            shape = [len(rows) if rows.ndim == 3 else "tokens", heads, dim]
+            raise ValueError(f"{side.title} has shape {list(rows.shape)}; this cache takes {shape}")
         if rows.is_neg():
             rows = rows.resolve_neg()
         if rows.stride(2) != 1:
             rows = rows.contiguous()
-        if self._keys.holds(rows.data_ptr()) or self._values.holds(rows.data_ptr()):
+        if self._holds(rows):
             rows = rows.clone(memory_format=torch.contiguous_format)
         return rows
 
-    def _outputs(self, out: tuple[Tensor, Tensor], num_tokens: int) -> tuple[Tensor, Tensor]:
-        if not isinstance(out, tuple | list) or len(out) != 2:
-            raise TypeError("out must be two tensors, (keys, values)")
-        for name, given, row in zip(("out[0]", "out[1]"), out, (self._keys.row, self._values.row), strict=True):
-            self._same_kind(name, given)
-            if given.shape != (num_tokens, *row) or not given.is_contiguous():
+    def _holds(self, tensor: Tensor) -> bool:
+        """Whether `tensor` begins in this cache's own memory."""
+        address = tensor.data_ptr()
+        for side in self._sides:  # noqa: SIM110, a generator costs as much as all else here
+            if side.start <= address < side.end:
+                return True
+        return False
+
+    def _outputs(self, out: Sequence[Tensor], num_tokens: int) -> Sequence[Tensor]:
+        if not isinstance(out, tuple | list) or len(out) != len(self._sides):
+            titles = ", ".join(side.title for side in self._sides)
+            raise TypeError(f"out must be {len(self._sides)} tensors, ({titles})")
+        for index, (given, side) in enumerate(zip(out, self._sides, strict=True)):
+            name = f"out[{index}]"
+            self._same_kind(name, given, side.dtype)
+            if given.shape != (num_tokens, *side.row) or not given.is_contiguous():
                 raise ValueError(
                     f"{name} has shape {list(given.shape)} and strides {list(given.stride())}; "
-                    f"give a contiguous {[num_tokens, *row]}"
+                    f"give a contiguous {[num_tokens, *side.row]}"
                 )
-            if self._keys.holds(given.data_ptr()) or self._values.holds(given.data_ptr()):
+            if self._holds(given):
                 raise ValueError(f"{name} lies in this cache's own storage; give memory of its own")
-        if num_tokens and _overlap(*out):
-            raise ValueError("out[0] and out[1] share memory; give each its own")
+        for (i, one), (j, other) in combinations(enumerate(out if num_tokens else ()), 2):
+            if _overlap(one, other):
+                raise ValueError(f"out[{i}] and out[{j}] share memory; give each its own")
         return out
 
-    def _same_kind(self, name: str, given: Tensor) -> None:
+    def _same_kind(self, name: str, given: Tensor, dtype: torch.dtype) -> None:
         if not isinstance(given, Tensor):
             raise TypeError(f"{name} is a {type(given).__name__}; give a tensor")
-        if given.dtype != self.dtype:
-            raise TypeError(f"{name} is {given.dtype}, this cache holds {self.dtype}; convert it with .to()")
+        if given.dtype != dtype:
+            raise TypeError(f"{name} is {given.dtype}, this cache holds {dtype}; convert it with .to()")
         if given.device != self.device:
             raise ValueError(f"{name} is on {given.device}, this cache on {self.device}; move it with .to()")
         has_memory(name, given)
@@ -393,72 +470,32 @@ def _checked_kind(
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; use one of {', '.join(LAYOUTS)}")
     itemsize(dtype)
-    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype.removeprefix("torch."))
-    return found, checked_device(device), layout
+    return checked_dtype(dtype), checked_device(device), layout
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """What a cache is to be: numbers that a `CacheConfig` has checked."""
+def _pool(config: CacheConfig, dtype: torch.dtype, device: torch.device, layout: str, prefault: bool) -> Pool:
+    """The memory for all blocks of `config`; OutOfMemory leaves none of it behind."""
+    config.memory_bytes(dtype)  # past 64 bits an OverflowError
+    layers, groups = config.layers, []
+    for group in config.groups:
+        pieces = []
+        for tensor in (tensor for layer in group.layers for tensor in layers[layer]):
+            heads, dim = tensor.shape
+            size = itemsize(dtype if tensor.dtype is None else tensor.dtype)
+            if layout == "X" and tensor.name == "key" and dim % (16 // size):
+                raise ValueError(
+                    f"head_dim={dim} does not divide by {16 // size}: layout X packs 16 bytes of K, which are "
+                    f"{16 // size} elements of {tensor.dtype or dtype}; use another layout"
+                )
+            pieces.append((config.block_size * heads * dim * size, size))
+        groups.append(pieces)
+    return Pool(config.num_gpu_blocks, groups, device, prefault=prefault)
 
-    num_blocks: int
-    num_heads: int
-    head_dim: int
-    v_head_dim: int
-    block_size: int
-    dtype: torch.dtype
-    device: torch.device
-    layout: str
 
-    def __post_init__(self) -> None:
-        packed = 16 // self.dtype.itemsize
-        if self.layout == "X" and self.head_dim % packed:
-            raise ValueError(
-                f"head_dim={self.head_dim} does not divide by {packed}: layout X packs 16 bytes of K, which are "
-                f"{packed} elements of {self.dtype}; use another layout"
-            )
-
-    @torch.inference_mode(False)
-    def allocate(self, num_layers: int, prefault: bool) -> list[Tensor]:
-        """Zeroed storage for K, V of each layer in turn, uint8 [bytes]; OutOfMemory leaves none of it behind."""
-        sizes = [self.num_blocks * part for part in (self.key_bytes, self.block_bytes - self.key_bytes)] * num_layers
-        return self.zeroed(sizes, self.block_bytes * num_layers, prefault)
-
-    @property
-    def key_bytes(self) -> int:
-        """Of K in one block of one layer."""
-        return self.block_size * self.num_heads * self.head_dim * self.dtype.itemsize
-
-    @property
-    def block_bytes(self) -> int:
-        """Of K and V in one block of one layer."""
-        return self.block_size * self.num_heads * (self.head_dim + self.v_head_dim) * self.dtype.itemsize
-
-    def zeroed(self, sizes: Sequence[int], block_bytes: int, prefault: bool) -> list[Tensor]:
-        """Zeroed storages of so many bytes, uint8, that together hold `num_blocks` blocks of `block_bytes`, or none."""
-        requested = sum(sizes)
-        storages: list[Tensor] = []
-        fits = self.device.type != "cpu" or requested <= memory.room().nbytes
-        try:
-            for size in sizes if fits else ():
-                storages.append(_zeroed(size, self.device, prefault))
-        except (MemoryError, torch.OutOfMemoryError):
-            fits = False
-        # Outside of `except`, so that no traceback keeps what was allocated.
-        if not fits:
-            storages.clear()
-            free, limit = free_memory(self.device)
-            if free >= requested:
-                free, limit = _refused(self.device, requested, free)
-            fitting = min(free // block_bytes, self.num_blocks - 1)
-            raise OutOfMemory(
-                f"{self.num_blocks} blocks of {block_bytes} bytes are {requested} bytes, and {self.device} has {free} "
-                f"available: {fitting} blocks fit. The limit is {limit}",
-                requested,
-                free,
-                fitting,
-            )
-        return storages
+def _whole_blocks(storage: Tensor, width: int) -> Side:
+    """Blocks of `width` bytes without gaps, whatever they hold."""
+    sizes = {"b": storage.nbytes // width, "h": 1, "d": width, "t": 1}
+    return Side("blocks", storage, "bthd", sizes, torch.uint8)
 
 
 def copy_blocks(cache: PagedKVCache, moves: Mover, pairs: Indices) -> None:
@@ -494,30 +531,3 @@ def _check_pairs(pairs: list[list[int]]) -> None:
 def _overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two contiguous tensors have a byte in common."""
     return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
-
-
-def _zeroed(nbytes: int, device: torch.device, prefault: bool) -> Tensor:
-    if device.type == "cpu":
-        return memory.zeroed(nbytes, prefault=prefault)
-    return torch.zeros(nbytes, dtype=torch.uint8, device=device)
-
-
-def free_memory(device: torch.device) -> memory.Room:
-    """What caches on `device` can have now; 0 bytes where it does not say."""
-    if device.type == "cpu":
-        return memory.room()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return memory.Room(torch.cuda.mem_get_info(device)[0], "the device's memory")
-    return memory.Room(0, f"unknown, as {device} does not say how much it has")
-
-
-def _refused(device: torch.device, requested: int, free: int) -> memory.Room:
-    """What there is where as much as was asked for seemed to be free, and was refused."""
-    if device.type == "cpu":
-        return memory.Room(
-            memory.mappable(requested),
-            f"what the system maps, though {free} bytes seemed to be free: see locked memory (ulimit -l), "
-            "vm.overcommit_memory and vm.max_map_count",
-        )
-    return memory.Room(free, "torch's allocator, which rounds each tensor up and needs it in one piece")

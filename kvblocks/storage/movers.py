@@ -1,12 +1,12 @@
-"""Who moves the K and V of caches: compiled code in CPU memory, Triton kernels on CUDA, torch operations elsewhere.
+"""Who moves the tensors of caches: compiled code in CPU memory, Triton kernels on CUDA, torch operations elsewhere.
 
-`Side` says how K or V lies in memory; `mover` picks who moves it. Nothing is checked here: `cache` does.
+`Side` says how one lies in memory; `mover` picks who moves it. Nothing is checked here: `cache` does.
 Imports torch, the compiled mover, and the two others.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -23,16 +23,19 @@ _OWN_MAPPING_BYTES = 32 << 20
 
 
 class Side:
-    """K or V of a layer: the tensor, and how a token lies in it."""
+    """K, V or another tensor of a layer: the tensor, and how a token lies in it."""
 
-    def __init__(self, storage: Tensor, axes: str, sizes: dict[str, int], dtype: torch.dtype) -> None:
+    def __init__(self, title: str, storage: Tensor, axes: str, sizes: dict[str, int], dtype: torch.dtype) -> None:
         """Lay `storage` out as `axes`; `sizes` has b, h, d (all dims) and t.
 
-        `storage` is uint8, without gaps, or [blocks, bytes of a block] with gaps between blocks.
+        `storage` is uint8, without gaps, or [blocks, bytes of a block] with gaps between blocks. `title` is what its
+        rows are called in errors.
         """
+        self.title, self.dtype = title, dtype
         split = 16 // dtype.itemsize if "x" in axes else 1
         sizes = sizes | {"d": sizes["d"] // split, "x": split}
-        self.tensor = storage.view(sizes["b"], -1).view(dtype).view([sizes[axis] for axis in axes])
+        blocks = storage.view(sizes["b"], -1)
+        self.tensor = blocks.view(dtype).view([sizes[axis] for axis in axes])
         self.nbytes = storage.nbytes
         self.row = (sizes["h"], sizes["d"] * split)
         # [blocks, block_size, heads, dims...], the same memory, whatever the layout.
@@ -48,24 +51,31 @@ class Side:
             token_stride=strides["t"],
             head_stride=strides["h"],
             run_stride=strides["d"],
-            block_stride=storage.view(sizes["b"], -1).stride(0),
+            block_stride=blocks.stride(0),
         )
 
-    def holds(self, address: int) -> bool:
-        end = (self.blocks.num_blocks - 1) * self.blocks.block_stride + self.blocks.block_bytes
-        return 0 <= address - self.tensor.data_ptr() < end
+        self._locate()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._locate()  # a copy has memory of its own
+
+    def _locate(self) -> None:
+        """Note the address of its first byte, and of the first behind it."""
+        self.start = self.tensor.data_ptr()
+        self.end = self.start + (self.blocks.num_blocks - 1) * self.blocks.block_stride + self.blocks.block_bytes
 
 
 class Mover(Protocol):
-    """Moves K and V of one layer or of several alike; `write` and `gather` know the first.
+    """Moves the tensors of one layer, or whole blocks.
 
     Indices are contiguous tensors on the caches' device, int64 or, on a device other than the CPU, int32; rows are
     [n, heads, dim] with the dims of a head without gaps. What is out of range is skipped; `gather` gives zeros there.
     """
 
-    def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None: ...
+    def write(self, rows: Sequence[Tensor], slots: Tensor) -> None: ...
 
-    def gather(self, table: Tensor, num_tokens: int, out: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]: ...
+    def gather(self, table: Tensor, num_tokens: int, out: Sequence[Tensor] | None) -> tuple[Tensor, ...]: ...
 
     def copy_blocks(self, pairs: Tensor) -> None: ...
 
@@ -73,13 +83,13 @@ class Mover(Protocol):
 
 
 def mover(sides: Sequence[Side]) -> Mover:
-    """For K and V of each layer in turn, all layers alike; or for one side that is whole blocks."""
+    """For the tensors of one layer, whose rows are written and gathered, or for any that move by whole blocks."""
     device = sides[0].tensor.device
     if device.type == "cpu":
         return InMemory(sides)
     # The kernels know blocks without gaps between them.
     dense = all(side.blocks.block_stride == side.blocks.block_bytes for side in sides)
-    if device.type == "cuda" and dense and len(sides) > 1 and kernels("movement") is not None:
+    if device.type == "cuda" and dense and kernels("movement") is not None:
         return WithTriton(sides)
     return WithTorch(sides)
 
@@ -90,27 +100,28 @@ class InMemory:
     def __init__(self, sides: Sequence[Side]) -> None:
         self._sides = sides
 
-    def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        for side, rows in zip(self._sides[:2], (keys, values), strict=True):
-            steps = [step * rows.itemsize for step in rows.stride()]
-            cache = side.tensor.data_ptr()
-            side.blocks.write(cache, rows.data_ptr(), steps[0], steps[1], slots.data_ptr(), len(slots))
+    def write(self, rows: Sequence[Tensor], slots: Tensor) -> None:
+        address, count = slots.data_ptr(), len(slots)
+        for side, given in zip(self._sides, rows, strict=True):
+            size = given.itemsize
+            token, head, _ = given.stride()
+            side.blocks.write(side.start, given.data_ptr(), token * size, head * size, address, count)
 
-    def gather(self, table: Tensor, num_tokens: int, out: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        keys, values = self._sides[:2]
-        if out is None:
-            out = _empty((num_tokens, *keys.row), keys.tensor), _empty((num_tokens, *values.row), values.tensor)
-        for side, rows in zip((keys, values), out, strict=True):
-            side.blocks.gather(side.tensor.data_ptr(), rows.data_ptr(), table.data_ptr(), num_tokens)
-        return out
+    def gather(self, table: Tensor, num_tokens: int, out: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+        address, filled = table.data_ptr(), out
+        if filled is None:
+            filled = [_empty((num_tokens, *side.row), side.dtype) for side in self._sides]
+        for side, rows in zip(self._sides, filled, strict=True):
+            side.blocks.gather(side.start, rows.data_ptr(), address, num_tokens)
+        return tuple(filled)
 
     def copy_blocks(self, pairs: Tensor) -> None:
         for side in self._sides:
-            side.blocks.copy_blocks(side.tensor.data_ptr(), pairs.data_ptr(), len(pairs))
+            side.blocks.copy_blocks(side.start, pairs.data_ptr(), len(pairs))
 
     def zero_blocks(self, ids: Tensor) -> None:
         for side in self._sides:
-            side.blocks.zero_blocks(side.tensor.data_ptr(), ids.data_ptr(), len(ids))
+            side.blocks.zero_blocks(side.start, ids.data_ptr(), len(ids))
 
 
 class WithTorch:
@@ -119,16 +130,16 @@ class WithTorch:
     def __init__(self, sides: Sequence[Side]) -> None:
         self._sides = sides
 
-    def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        for side, rows in zip(self._sides[:2], (keys, values), strict=True):
-            on_torch.write(side.by_token, rows.reshape(len(rows), *side.by_token.shape[2:]), slots.to(torch.int64))
+    def write(self, rows: Sequence[Tensor], slots: Tensor) -> None:
+        for side, given in zip(self._sides, rows, strict=True):
+            on_torch.write(side.by_token, given.reshape(len(given), *side.by_token.shape[2:]), slots.to(torch.int64))
 
-    def gather(self, table: Tensor, num_tokens: int, out: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        keys, values = (
+    def gather(self, table: Tensor, num_tokens: int, out: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+        found = [
             on_torch.gather(side.by_token, table.to(torch.int64), num_tokens).view(num_tokens, *side.row)
-            for side in self._sides[:2]
-        )
-        return (keys, values) if out is None else (out[0].copy_(keys), out[1].copy_(values))
+            for side in self._sides
+        ]
+        return tuple(found if out is None else [to.copy_(rows) for to, rows in zip(out, found, strict=True)])
 
     def copy_blocks(self, pairs: Tensor) -> None:
         for side in self._sides:
@@ -140,50 +151,48 @@ class WithTorch:
 
 
 class WithTriton:
-    """One launch for K and V, and one for all layers where whole blocks move; nothing is allocated by a call."""
+    """One launch for K and V, and one for all tensors where whole blocks move; nothing is allocated by a call."""
 
     def __init__(self, sides: Sequence[Side]) -> None:
         module = kernels("movement")
         if module is None:
             raise RuntimeError("Triton is not installed, so its kernels cannot move blocks; `pip install triton`")
         self._kernels = module
-        self._sides = sides  # whose memory `addresses` points into
+        self._sides = sides  # whose memory `_blocks` points into
         self._num_blocks = sides[0].blocks.num_blocks
         self._capacity = self._num_blocks * sides[0].blocks.block_size
-        self._caches = tuple(on_torch.bits(side.tensor) for side in sides[:2])
-        self._layouts = tuple(side.blocks for side in sides[:2])
-        self._forms = tuple(module.forms(layout) for layout in self._layouts)
-        addresses = [side.tensor.data_ptr() for side in sides]
-        self._addresses = torch.tensor(addresses, dtype=torch.int64, device=sides[0].tensor.device)
+        self._caches = [on_torch.bits(side.tensor) for side in sides]
+        self._forms = [module.forms(side.blocks) for side in sides]
+        sizes = [side.blocks.block_bytes for side in sides]
+        self._blocks = module.Blocks.of([side.start for side in sides], sizes, sides[0].tensor.device)
 
     def __reduce__(self) -> tuple[type[Self], tuple[Sequence[Side]]]:
         return type(self), (self._sides,)  # a copy has memory of its own, at other addresses
 
-    def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    def write(self, rows: Sequence[Tensor], slots: Tensor) -> None:
         if len(slots):
-            rows = on_torch.bits(keys.detach()), on_torch.bits(values.detach())
-            self._kernels.write(self._caches, self._forms, rows, slots, self._capacity)
+            bits = [on_torch.bits(given.detach()) for given in rows]
+            self._kernels.write(self._caches, self._forms, bits, slots, self._capacity)
 
-    def gather(self, table: Tensor, num_tokens: int, out: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        keys, values = self._sides[:2]
+    def gather(self, table: Tensor, num_tokens: int, out: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
         if out is None:
-            out = keys.tensor.new_empty((num_tokens, *keys.row)), values.tensor.new_empty((num_tokens, *values.row))
+            out = [side.tensor.new_empty((num_tokens, *side.row)) for side in self._sides]
         if num_tokens:
-            bits = tuple(on_torch.bits(rows) for rows in out)
+            bits = [on_torch.bits(rows) for rows in out]
             self._kernels.gather(self._caches, self._forms, bits, table, self._num_blocks)
-        return out
+        return tuple(out)
 
     def copy_blocks(self, pairs: Tensor) -> None:
         if len(pairs):
-            self._kernels.copy_blocks(self._addresses, self._layouts, pairs, self._num_blocks)
+            self._kernels.copy_blocks(self._blocks, pairs, self._num_blocks)
 
     def zero_blocks(self, ids: Tensor) -> None:
         if len(ids):
-            self._kernels.zero_blocks(self._addresses, self._layouts, ids, self._num_blocks)
+            self._kernels.zero_blocks(self._blocks, ids, self._num_blocks)
 
 
-def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    nbytes = like.itemsize * math.prod(shape)
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    nbytes = dtype.itemsize * math.prod(shape)
     if nbytes < _OWN_MAPPING_BYTES:
-        return torch.empty(shape, dtype=like.dtype, device="cpu")
-    return memory.zeroed(nbytes).view(like.dtype).view(shape)
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return memory.zeroed(nbytes).view(dtype).view(shape)

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
-from kvblocks.config import CacheConfig, Chunk, Group, Window
+from kvblocks.config import CacheConfig, Chunk, Group, LayerTensor, Window, key_value
 from kvblocks.errors import UnsupportedModel
 from kvblocks.models.grouping import PagedLayer, layer_groups
 from kvblocks.models.shapes import Reach
@@ -80,6 +80,11 @@ class KVShape(NamedTuple):
     def of(cls, layers: Sequence[tuple[int, int, int]]) -> "KVShape":
         heads, head_dim, v_head_dim = (max(sizes) for sizes in zip(*layers, strict=True))
         return cls(len(layers), heads, head_dim, v_head_dim, tuple(layers) if len(set(layers)) > 1 else None)
+
+    @property
+    def tensors(self) -> tuple[tuple[LayerTensor, ...], ...]:
+        """What each layer keeps, as `CacheConfig(layers=...)` takes it."""
+        return tuple(key_value(*sizes) for sizes in self.layers or (self[1:4],) * self.num_layers)
 
 
 # Model types whose K and V of a token depend on more than the tokens before it, and what that is. Those of the first
@@ -341,16 +346,7 @@ def _layer_shape(config: Any) -> tuple[int, int, int]:
 
 def one_block(shape: KVShape, block_size: int, groups: Sequence[Group]) -> CacheConfig:
     """The sizes of a cache of one block."""
-    return CacheConfig(
-        num_layers=shape.num_layers,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        num_gpu_blocks=1,
-        block_size=block_size,
-        v_head_dim=shape.v_head_dim,
-        groups=groups,
-        layer_shapes=shape.layers,
-    )
+    return CacheConfig(layers=shape.tensors, num_gpu_blocks=1, block_size=block_size, groups=groups)
 
 
 def filling(config: CacheConfig, memory: int | str, dtype: torch.dtype) -> CacheConfig:
@@ -376,15 +372,11 @@ def cache_config(
     """
     shape = kv_shape(config)
     return CacheConfig.for_memory(
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        num_layers=shape.num_layers,
+        layers=shape.tensors,
         memory_bytes=memory_bytes,
         dtype=dtype,
         block_size=block_size,
-        v_head_dim=shape.v_head_dim,
         groups=cache_groups(config),
-        layer_shapes=shape.layers,
     )
 
 

@@ -140,7 +140,8 @@ class Pool:
                 f"the model is {paged.model.dtype} on {paged.model.device}, and the pool {self.engine.dtype} on "
                 f"{self.engine.device}; make the pool when the model is where it stays"
             )
-        for layer, (made, held) in enumerate(zip(shape.of_layers, self.config.layer_shapes, strict=True)):
+        for layer, (made, (key, value)) in enumerate(zip(shape.of_layers, self.config.layers, strict=True)):
+            held = (*key.shape, value.shape[1])
             if any(size > most for size, most in zip(made, held, strict=True)):
                 raise ValueError(
                     f"layer {layer} of the model attends to (heads, dim of K, dim of V) {made}, and the pool holds "

@@ -1,0 +1,137 @@
+"""Pool: the memory of all blocks, how it is cut among the tensors of layers, and having all of it or none.
+
+Knows bytes, not what they mean. Imports torch, and the memory of the host.
+
+A block belongs to one layer group at a time, so that groups share its bytes. The tensors of a group's layers lie one
+after the other. The pool is cut where a tensor ends in every group (in those that are so long): each part is a storage
+of its own, in which blocks follow each other without gaps. With one group, or with layers that are all alike, that is a
+storage for each tensor. Otherwise several tensors may lie in one storage, one behind the other in each block.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from kvblocks import memory
+from kvblocks.errors import OutOfMemory
+
+__all__ = ["Pool", "free_memory"]
+
+
+class Pool:
+    """Zeroed memory for `num_blocks` blocks.
+
+    Args:
+        num_blocks: at least 1.
+        groups: for each group (bytes of a block, bytes of an element) of each of its tensors, in order.
+        device: where it lies.
+        prefault: touch every page of CPU memory now.
+
+    Attributes:
+        storages: (uint8 [num_blocks * width], width) of each.
+
+    Raises:
+        OutOfMemory: the memory is not there; nothing stays allocated.
+        ValueError: elements of a group would not lie at multiples of their size.
+    """
+
+    def __init__(
+        self, num_blocks: int, groups: Sequence[Sequence[tuple[int, int]]], device: torch.device, *, prefault: bool
+    ) -> None:
+        ends = [list(accumulate(nbytes for nbytes, _ in group)) for group in groups]
+        cuts = _cuts(ends)
+        starts = [0, *cuts[:-1]]
+        widths = [end - start for start, end in zip(starts, cuts, strict=True)]
+        # Of each tensor of each group: its storage, and the bytes of a block of that in which it lies.
+        self._places: list[list[tuple[int, int, int]]] = []
+        for group, own in zip(groups, ends, strict=True):
+            places: list[tuple[int, int, int]] = []
+            at = 0
+            for (nbytes, size), end in zip(group, own, strict=True):
+                while cuts[at] < end:
+                    at += 1
+                low, high = end - nbytes - starts[at], end - starts[at]
+                if low % size or widths[at] % size:
+                    raise ValueError(
+                        f"layer groups of several dtypes share blocks of {widths[at]} bytes, in which a tensor with "
+                        f"elements of {size} bytes begins at byte {low}; use a block_size that is a multiple of 8"
+                    )
+                places.append((at, low, high))
+            self._places.append(places)
+        memories = _zeroed([num_blocks * width for width in widths], num_blocks, cuts[-1], device, prefault)
+        self.storages = list(zip(memories, widths, strict=True))
+
+    @torch.inference_mode(False)  # views made in inference mode could not be written outside of it
+    def of_group(self, group: int) -> list[Tensor]:
+        """The bytes of each tensor of a group, uint8: all of a storage, or [num_blocks, bytes of a block] of it."""
+        return [self._view(*place) for place in self._places[group]]
+
+    def _view(self, at: int, low: int, high: int) -> Tensor:
+        storage, width = self.storages[at]
+        return storage if high - low == width else storage.view(-1, width)[:, low:high]
+
+
+def _cuts(ends: Sequence[Sequence[int]]) -> list[int]:
+    """Where the tensors of every group end that is so long, among the ends of the tensors of each."""
+    own = [(set(group), group[-1]) for group in ends]
+    every = sorted({end for group in ends for end in group})
+    return [end for end in every if all(end in group or end > last for group, last in own)]
+
+
+@torch.inference_mode(False)
+def _zeroed(
+    sizes: Sequence[int], num_blocks: int, block_bytes: int, device: torch.device, prefault: bool
+) -> list[Tensor]:
+    """Zeroed storages of so many bytes, uint8, that together hold the blocks, or none."""
+    requested = sum(sizes)
+    storages: list[Tensor] = []
+    fits = device.type != "cpu" or requested <= memory.room().nbytes
+    try:
+        for size in sizes if fits else ():
+            storages.append(_storage(size, device, prefault))
+    except (MemoryError, torch.OutOfMemoryError):
+        fits = False
+    # Outside of `except`, so that no traceback keeps what was allocated.
+    if not fits:
+        storages.clear()
+        free, limit = free_memory(device)
+        if free >= requested:
+            free, limit = _refused(device, requested, free)
+        fitting = min(free // block_bytes, num_blocks - 1)
+        raise OutOfMemory(
+            f"{num_blocks} blocks of {block_bytes} bytes are {requested} bytes, and {device} has {free} available: "
+            f"{fitting} blocks fit. The limit is {limit}",
+            requested,
+            free,
+            fitting,
+        )
+    return storages
+
+
+def _storage(nbytes: int, device: torch.device, prefault: bool) -> Tensor:
+    if device.type == "cpu":
+        return memory.zeroed(nbytes, prefault=prefault)
+    return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+
+
+def free_memory(device: torch.device) -> memory.Room:
+    """What caches on `device` can have now; 0 bytes where it does not say."""
+    if device.type == "cpu":
+        return memory.room()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return memory.Room(torch.cuda.mem_get_info(device)[0], "the device's memory")
+    return memory.Room(0, f"unknown, as {device} does not say how much it has")
+
+
+def _refused(device: torch.device, requested: int, free: int) -> memory.Room:
+    """What there is where as much as was asked for seemed to be free, and was refused."""
+    if device.type == "cpu":
+        return memory.Room(
+            memory.mappable(requested),
+            f"what the system maps, though {free} bytes seemed to be free: see locked memory (ulimit -l), "
+            "vm.overcommit_memory and vm.max_map_count",
+        )
+    return memory.Room(free, "torch's allocator, which rounds each tensor up and needs it in one piece")
