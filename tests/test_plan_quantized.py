@@ -180,6 +180,16 @@ def test_what_is_left_open_is_refused_by_name(asked: dict[str, Any], message: st
     assert str(raised.value).endswith("give the bytes")
 
 
+def test_linear_layers_with_the_inputs_first() -> None:
+    """GPT-2's, of 96 outputs for 32 inputs and the like: GPTQ keeps an index for each input."""
+    small = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 50, "n_positions": 16}
+    config = small | {"torch_dtype": "float16", "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    shapes = [(96, 32), (32, 32), (128, 32), (32, 128)]
+    matrices = sum(rows * columns // 2 + rows * 2 + rows // 2 + columns * 4 for rows, columns in shapes)
+    rest = 2 * (50 * 32 + 16 * 32 + 2 * 32 + 2 * (4 * 32 + 96 + 32 + 128 + 32))
+    assert plan(config, weights="auto").weights_bytes == 2 * matrices + rest
+
+
 def test_experts_that_a_type_stores_otherwise() -> None:
     config = json.loads((CONFIGS / "gpt-oss-20b.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
