@@ -354,7 +354,8 @@ def verdict(plan: Figures) -> list[str]:
     sequences, length = plan.target
     found = [
         f"does not fit: {count(sequences, 'sequence')} of {count(length, 'token')} "
-        f"{'needs' if sequences == 1 else 'need'} {plan.memory_for(sequences, length):,} B, there are {plan.memory or 0:,} B{_share_text(plan)}; "
+        f"{'needs' if sequences == 1 else 'need'} {plan.memory_for(sequences, length):,} B, "
+        f"there are {plan.memory or 0:,} B{_share_text(plan)}; "
         f"{plan.missing_bytes:,} B ({amount(plan.missing_bytes)}) are missing"
     ]
     if plan.settings.sequences is not None and sequences > plan.settings.sequences:
