@@ -276,6 +276,7 @@ def _past(plan: Figures, length: int) -> str:
 
 
 def reach_text(reach: Reach) -> str:
+    """How far a group attends, in words."""
     if reach is None:
         return "full attention"
     return f"{'chunks' if isinstance(reach, Chunk) else 'a window'} of {reach.size:,}"
