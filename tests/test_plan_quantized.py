@@ -169,6 +169,10 @@ def test_what_is_not_quantized(names: list[str], matrices: int) -> None:
         ({"quant_method": "auto-round", "bits": 4}, "packing_format='': not GPTQ's nor AWQ's"),
         ({"quant_method": "bitsandbytes"}, "load_in_4bit=None: neither 4 bits nor 8"),
         ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, "stored in several ways"),
+        ({"quant_method": "awq", "bits": -1}, "bits=-1: no number of bits"),
+        ({**COMPRESSED, "config_groups": [3]}, r"config_groups=\[3\]: no object"),
+        ({**COMPRESSED, "config_groups": group(num_bits=8, strategy="block", block_structure="x")}, "no two numbers"),
+        ({**COMPRESSED, "config_groups": group(num_bits=4, group_size=0)}, "group_size=0: no number"),
         ({**COMPRESSED, "config_groups": {"group_0": 3}}, "config_groups.group_0=3: no object"),
         ({**COMPRESSED, "config_groups": group(num_bits=8, strategy="other")}, "strategy='other': how its scales lie"),
     ],
@@ -180,11 +184,22 @@ def test_what_is_left_open_is_refused_by_name(asked: dict[str, Any], message: st
     assert str(raised.value).endswith("give the bytes")
 
 
+def test_linear_layers_with_the_inputs_first() -> None:
+    """GPT-2's, of 96 outputs for 32 inputs and the like: GPTQ keeps an index for each input."""
+    small = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 50, "n_positions": 16}
+    config = small | {"torch_dtype": "float16", "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    shapes = [(96, 32), (32, 32), (128, 32), (32, 128)]
+    matrices = sum(rows * columns // 2 + rows * 2 + rows // 2 + columns * 4 for rows, columns in shapes)
+    rest = 2 * (50 * 32 + 16 * 32 + 2 * 32 + 2 * (4 * 32 + 96 + 32 + 128 + 32))
+    assert plan(config, weights="auto").weights_bytes == 2 * matrices + rest
+
+
 def test_experts_that_a_type_stores_otherwise() -> None:
     config = json.loads((CONFIGS / "gpt-oss-20b.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     with pytest.raises(UnknownModel, match=r"whether it quantized the experts of gpt_oss .* give the bytes"):
         plan(config, weights="auto")
-    with pytest.raises(UnknownModel, match="how it goes with expert_dtype='fp4' is not known here"):
-        plan({**config, "expert_dtype": "fp4"}, weights="auto")
+    for dtype in ("fp4", ["fp4"]):
+        with pytest.raises(UnknownModel, match=r"how it goes with expert_dtype=.*fp4'.* is not known here"):
+            plan({**config, "expert_dtype": dtype}, weights="auto")
     assert plan(config, weights="auto", weights_dtype="int8").weights_bytes == 20_914_757_184

@@ -46,6 +46,7 @@ _SHARING = _names("gemma3n_text gemma4_text gemma4_unified_text")
 
 
 def head_dim_of(f: Fields, heads: str = "num_attention_heads", hidden: str = "hidden_size") -> int:
+    """Numbers in one head: as the config says, or the hidden size over the heads of queries."""
     if f.has("head_dim"):
         return f.count("head_dim")
     if f.model_type in _OWN_HEAD_DIM and "head_dim" not in f.values:
@@ -103,10 +104,12 @@ def plain(layers: str, heads: str, hidden: str, head_dim: str | None = None) -> 
 
 
 def window_of(f: Fields, name: str = "sliding_window") -> Window:
+    """The window that a field names."""
     return Window(f.count(name))
 
 
 def reach_of(f: Fields, kind: str, window: str = "sliding_window") -> Reach:
+    """How far a layer of this kind attends; None for all tokens."""
     if kind in ("full_attention", "indexed_attention", "hybrid", "minimax_m3_sparse"):
         return None
     if kind in ("sliding_attention", "hybrid_sliding"):
@@ -138,6 +141,7 @@ def every(period: str, default: int, offset: int = 0) -> Callable[[Fields, int],
 
 
 def qwen(f: Fields, i: int) -> str:
+    """Qwen's rule: layers from `max_window_layers` on have the window, where it is used at all."""
     if not f.flag("use_sliding_window") or not f.has("sliding_window"):
         return "full_attention"
     return "sliding_attention" if i >= f.count("max_window_layers") else "full_attention"
@@ -356,6 +360,7 @@ def t5(f: Fields) -> list[Layer]:
 
 
 def latent_kept(f: Fields, reach: Reach = None) -> tuple[Kept, ...]:
+    """The latent and the rotated key, or with `mla="expanded"` K and V of every head."""
     rope = f.count("qk_rope_head_dim")
     if f.mla == "latent":
         return Kept("latent", 1, f.count("kv_lora_rank"), reach), Kept("rope key", 1, rope, reach)
@@ -433,6 +438,7 @@ def mamba2(f: Fields, heads: int, head_dim: int, groups: int, state: int, conv: 
 
 
 def bamba_states(f: Fields) -> tuple[State, ...]:
+    """Convolution and recurrent state of a Mamba 2 layer, as Bamba and its kin name their sizes."""
     heads, head_dim = f.count("mamba_n_heads"), f.get("mamba_d_head")
     if head_dim == "auto":
         inner = f.count("mamba_expand") * f.count("hidden_size")
@@ -464,6 +470,7 @@ def delta_states(f: Fields) -> tuple[State, ...]:
 
 
 def kimi_states(f: Fields) -> tuple[State, ...]:
+    """Convolutions and recurrent state of Kimi's delta attention."""
     heads, dim, conv = f.count("linear_num_heads"), f.count("linear_head_dim"), f.count("linear_conv_kernel_dim")
     return (
         State("convolution", ((heads, 3 * dim),), kernel=conv),
@@ -472,11 +479,13 @@ def kimi_states(f: Fields) -> tuple[State, ...]:
 
 
 def grouped_kept(f: Fields, kind: str) -> tuple[Kept, ...]:
+    """K and V of grouped attention, of as many tokens as the kind reaches."""
     dim = head_dim_of(f)
     return grouped_heads(f, kv_heads_of(f), dim, dim, reach_of(f, kind))
 
 
 def indexed_kept(f: Fields, kind: str) -> tuple[Kept, ...]:
+    """K and V, and the keys by which an indexer picks tokens."""
     kept = grouped_kept(f, kind)
     if kind != "indexed_attention":
         return kept
@@ -509,6 +518,8 @@ def by_kind(kinds: Kinds, states: Callable[[Fields], tuple[State, ...]], kept: K
 
 
 def named(field: str, number: str | None = "num_hidden_layers") -> Kinds:
+    """The kinds that a field names, one for each layer; `number` is the field that says how many there are."""
+
     def kinds(f: Fields) -> list[str]:
         value = f.get(field)
         return f.kinds(field, f.layers(number) if number else len(value) if isinstance(value, list | tuple) else 0)
@@ -517,15 +528,18 @@ def named(field: str, number: str | None = "num_hidden_layers") -> Kinds:
 
 
 def every_layer(kind: str) -> Kinds:
+    """The same kind for all layers."""
     return lambda f: [kind] * f.layers("num_hidden_layers")
 
 
 def bamba_kinds(f: Fields) -> list[str]:
+    """Attention in the layers that `attn_layer_indices` names, Mamba in the others."""
     indices = f.indices("attn_layer_indices")
     return ["full_attention" if i in indices else "linear_attention" for i in range(f.layers("num_hidden_layers"))]
 
 
 def jamba_kinds(f: Fields) -> list[str]:
+    """Attention in one layer of each period, Mamba in the others."""
     period, offset = f.count("attn_layer_period"), f.count("attn_layer_offset", 0)
     return [
         "full_attention" if i % period == offset else "linear_attention" for i in range(f.layers("num_hidden_layers"))
@@ -533,11 +547,13 @@ def jamba_kinds(f: Fields) -> list[str]:
 
 
 def zamba_kept(f: Fields, kind: str) -> tuple[Kept, ...]:
+    """K and V of the attention block that hybrid layers run."""
     dim = f.count("attention_head_dim")
     return grouped_heads(f, f.count("num_key_value_heads"), dim, dim)
 
 
 def lfm_states(f: Fields) -> tuple[State, ...]:
+    """The short convolution of an LFM layer."""
     for name in ("conv_dim", "conv_dim_out"):
         if f.has(name) and f.count(name) != f.count("hidden_size"):
             raise UnknownModel(
@@ -547,11 +563,13 @@ def lfm_states(f: Fields) -> tuple[State, ...]:
 
 
 def minimax_states(f: Fields) -> tuple[State, ...]:
+    """The recurrent state of lightning attention."""
     dim = head_dim_of(f)
     return (State("recurrent state", ((f.count("num_attention_heads"), dim * dim),)),)
 
 
 def minimax_kept(f: Fields, kind: str) -> tuple[Kept, ...]:
+    """K and V of MiniMax's full layers."""
     if kind != "full_attention":
         raise UnknownModel(f"minimax.layer_types: the planner does not know the kind {kind!r}")
     heads, dim = kv_heads_of(f), head_dim_of(f)
@@ -561,6 +579,7 @@ def minimax_kept(f: Fields, kind: str) -> tuple[Kept, ...]:
 
 
 def zaya_states(f: Fields) -> tuple[State, ...]:
+    """What convolutional attention keeps: its columns, and a delayed value."""
     heads, kv_heads, dim = f.count("num_attention_heads"), kv_heads_of(f), head_dim_of(f)
     window = f.count("cca_time0") + f.count("cca_time1") - 2
     states = (State("delayed value", ((kv_heads, dim // 2),)),)

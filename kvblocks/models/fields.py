@@ -39,6 +39,7 @@ class Fields:
         return Fields(self.model_type, own, self.mla)
 
     def has(self, name: str) -> bool:
+        """Whether the config has the field, with a value other than None."""
         return self.values.get(name) is not None
 
     def get(self, name: str) -> Any:

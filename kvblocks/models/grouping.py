@@ -84,6 +84,7 @@ class Layout:
         return max((group.block_bytes for group in self.groups), default=0)
 
     def blocks_of(self, group: BlockGroup, num_tokens: int) -> int:
+        """Blocks of one group that a sequence holds at most on its way to `num_tokens` tokens."""
         return blocks_held(group.reach, num_tokens, self.block_size, self.step_tokens)
 
     def blocks(self, num_tokens: int) -> int:
@@ -91,6 +92,7 @@ class Layout:
         return sum(self.blocks_of(group, num_tokens) for group in self.groups)
 
     def held_bytes(self, num_tokens: int) -> int:
+        """Bytes of all blocks that a sequence holds at most on its way to `num_tokens` tokens."""
         return self.blocks(num_tokens) * self.block_bytes
 
     def bytes_for(self, count: int, num_tokens: int) -> int:

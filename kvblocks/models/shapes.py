@@ -159,6 +159,7 @@ class ModelCache:
 
     @property
     def has_cross_attention(self) -> bool:
+        """Whether a layer keeps something of an encoder or an image."""
         return any(layer.cross for layer in self.layers)
 
 

@@ -276,6 +276,7 @@ def _past(plan: Figures, length: int) -> str:
 
 
 def reach_text(reach: Reach) -> str:
+    """How far a group attends, in words."""
     if reach is None:
         return "full attention"
     return f"{'chunks' if isinstance(reach, Chunk) else 'a window'} of {reach.size:,}"
@@ -353,8 +354,9 @@ def verdict(plan: Figures) -> list[str]:
         return []
     sequences, length = plan.target
     found = [
-        f"does not fit: {count(sequences, 'sequence')} of {count(length, 'token')} need "
-        f"{plan.memory_for(sequences, length):,} B, there are {plan.memory or 0:,} B{_share_text(plan)}; "
+        f"does not fit: {count(sequences, 'sequence')} of {count(length, 'token')} "
+        f"{'needs' if sequences == 1 else 'need'} {plan.memory_for(sequences, length):,} B, "
+        f"there are {plan.memory or 0:,} B{_share_text(plan)}; "
         f"{plan.missing_bytes:,} B ({amount(plan.missing_bytes)}) are missing"
     ]
     if plan.settings.sequences is not None and sequences > plan.settings.sequences:

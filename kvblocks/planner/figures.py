@@ -137,6 +137,7 @@ class Stage:
     layers: tuple[Layer, ...]
 
     def entry_bytes(self, kept: Kept, *, stored: bool = False) -> int:
+        """Bytes of one entry on the fullest device; `stored` for the heads that transformers' caches keep."""
         heads = kept.heads
         if stored and kept.stored_heads is not None:
             heads = kept.stored_heads
@@ -163,6 +164,7 @@ class Stage:
 
     @cached_property
     def cross_bytes(self) -> int:
+        """Bytes that cross-attention keeps of one sequence's encoder or image."""
         entries = sum(self.entry_bytes(kept) for layer in self.layers for kept in layer.cross)
         return entries * self.settings.encoder_tokens
 
@@ -219,6 +221,7 @@ class Stage:
 
     @property
     def block_bytes(self) -> int:
+        """Bytes of one block of the pool."""
         return self.layout.block_bytes
 
     def sequence_bytes(self, num_tokens: int) -> int:
@@ -233,6 +236,7 @@ class Stage:
 
     @cached_property
     def extra_tokens(self) -> int:
+        """Entries that every sequence has before its first token."""
         return max((kept.extra_tokens for layer in self.layers for kept in layer.kept), default=0)
 
     @property
@@ -245,6 +249,7 @@ class Stage:
 
     @property
     def weights(self) -> int:
+        """Bytes of the weights on one device, as if they split evenly."""
         return math.ceil(self.settings.weights / (self.settings.tp * len(self.settings.stages)))
 
     @cached_property
@@ -308,6 +313,7 @@ class Figures:
 
     @property
     def model(self) -> ModelCache:
+        """What the model keeps."""
         return self.settings.model
 
     @property
@@ -333,6 +339,7 @@ class Figures:
 
     @property
     def activation_bytes(self) -> int:
+        """Bytes set aside on each device."""
         return self.settings.activations
 
     @property

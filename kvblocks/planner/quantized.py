@@ -110,10 +110,10 @@ def read_quantization(config: Mapping[str, Any], expert_dtype: Any = None) -> Qu
     if reader is None:
         raise _unknown("quant_method", method, f"known are {', '.join(sorted([*_READERS, *_GROUPED]))}")
     named = _names(config, "modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers")
-    experts = {None: [], "fp4": [(_Names(["experts"]), _mxfp4(config))], "fp8": []}
-    if expert_dtype not in experts or (expert_dtype is not None and method != "fp8"):
+    experts = {"fp4": [(_Names(["experts"]), _mxfp4(config))], "fp8": []}
+    if expert_dtype not in (None, *experts) or (expert_dtype is not None and method != "fp8"):
         raise _unknown("quant_method", method, f"how it goes with expert_dtype={expert_dtype!r:.30} is not known here")
-    groups = ((_Names(named), None), *experts[expert_dtype], (_Names(["*"]), reader(config)))
+    groups = ((_Names(named), None), *experts.get(expert_dtype or "", []), (_Names(["*"]), reader(config)))
     return Quantization(method, groups, named, text_only=method in ("gptq", "awq", "auto-round"))
 
 
@@ -136,7 +136,7 @@ def _names(config: Mapping[str, Any], *fields: str) -> tuple[str, ...]:
 
 def _integer(config: Mapping[str, Any], field: str, default: int | None = None) -> int:
     value = config.get(field, default)
-    if type(value) is not int or not -1 <= value < 2**31 or value == 0:
+    if type(value) is not int or not -1 <= value < 2**31 or value == 0 or (value < 0 and "bits" in field):
         raise _unknown(field, value, "no number of bits or of a group")
     return value
 
@@ -145,17 +145,22 @@ def _group(size: int) -> int | None:
     return None if size == -1 else size
 
 
+def _block(config: Mapping[str, Any], field: str) -> tuple[int, int]:
+    block = config.get(field)
+    if not isinstance(block, list | tuple) or len(block) != 2 or any(type(n) is not int or n < 1 for n in block):
+        raise _unknown(field, block, "no two numbers of rows and columns")
+    return block[0], block[1]
+
+
 # --- methods with one scheme for all
 
 
 def _fp8(config: Mapping[str, Any]) -> Scheme:
     """A float32 for each block, in `weight_scale_inv`, or for each matrix."""
-    block = config.get("weight_block_size")
-    if block is None:
+    if config.get("weight_block_size") is None:
         return Scheme(8, 0, matrix_bytes=4)
-    if not isinstance(block, list | tuple) or len(block) != 2 or any(type(n) is not int or n < 1 for n in block):
-        raise _unknown("weight_block_size", block, "no two numbers of rows and columns")
-    return Scheme(8, block[1], rows=block[0], scale_bytes=4)
+    rows, columns = _block(config, "weight_block_size")
+    return Scheme(8, columns, rows=rows, scale_bytes=4)
 
 
 def _awq(config: Mapping[str, Any]) -> Scheme:
@@ -218,6 +223,8 @@ def _by_groups(config: Mapping[str, Any], method: str) -> Quantization:
     named = _names(config, "ignore")
     own: list[tuple[_Names, Scheme | None]] = []
     others: list[tuple[_Names, Scheme | None]] = []
+    if not isinstance(config["config_groups"], Mapping):
+        raise _unknown("config_groups", config["config_groups"], "no object")
     for name, group in config["config_groups"].items():
         if not isinstance(group, Mapping):
             raise _unknown(f"config_groups.{name}", group, "no object")
@@ -235,23 +242,21 @@ def _grouped(field: str, weights: Any, format: str) -> Scheme:
     if not isinstance(weights, Mapping):
         raise _unknown(field, weights, "no object")
     bits, kind = _integer(weights, "num_bits"), weights.get("type", "int")
-    size = weights.get("group_size")
+    size = None if weights.get("group_size") is None else _integer(weights, "group_size")
     strategy = weights.get("strategy") or ("tensor" if size is None else "group")
-    if bits == 4 and kind == "float":  # NVFP4: an fp8 scale for each 16 numbers, and float32 ones for the matrix
-        if strategy not in ("group", "tensor_group") or type(size) is not int:
-            raise _unknown(f"{field}.strategy", strategy, "not groups of numbers")
-        return Scheme(4, size, scale_bytes=1, matrix_bytes=8)
+    if bits == 4 and kind == "float" and strategy in ("group", "tensor_group") and size is not None:
+        return Scheme(4, _group(size), scale_bytes=1, matrix_bytes=8)  # NVFP4: fp8 scales, and float32 ones for all
     zeros = 0 if weights.get("symmetric", True) else bits
     matrix = 16 if format == "pack-quantized" else 0  # weight_shape, two int64
     if strategy == "tensor":
         return Scheme(bits, 0, matrix_bytes=4 + matrix)
     if strategy == "channel":
         return Scheme(bits, None, zero_bits=zeros, matrix_bytes=matrix)
-    if strategy == "group" and type(size) is int:
+    if strategy == "group" and size is not None:
         return Scheme(bits, _group(size), zero_bits=zeros, matrix_bytes=matrix)
-    block = weights.get("block_structure")
-    if strategy == "block" and isinstance(block, list | tuple) and len(block) == 2:
-        return Scheme(bits, block[1], rows=block[0], matrix_bytes=matrix)
+    if strategy == "block":
+        rows, columns = _block(weights, "block_structure")
+        return Scheme(bits, columns, rows=rows, matrix_bytes=matrix)
     raise _unknown(f"{field}.strategy", strategy, "how its scales lie is not known here")
 
 

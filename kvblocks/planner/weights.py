@@ -60,7 +60,8 @@ def quantized_weight_bytes(
         path, _, own = name.rpartition(".")
         module = model.get_submodule(path)
         experts = parameter.dim() == 3 and "experts" in name
-        linear = isinstance(module, torch.nn.Linear) and own == "weight"
+        turned = type(module).__name__ == "Conv1D"  # GPT-2's, a linear layer with the inputs first
+        linear = own == "weight" and (turned or isinstance(module, torch.nn.Linear))
         scheme = None
         if (linear and (quantization.output or module is not output)) or experts:
             scheme = quantization.scheme(name if experts else path)
@@ -69,7 +70,8 @@ def quantized_weight_bytes(
         if scheme is None or (scheme.experts_only and not experts):
             total += -(-parameter.numel() * format.bits // 8)
         elif not experts:
-            total += scheme.stored_bytes(*parameter.shape)
+            outputs, inputs = reversed(parameter.shape) if turned else parameter.shape
+            total += scheme.stored_bytes(outputs, inputs)
         elif quantization.method == "bitsandbytes":
             raise UnknownModel(
                 f"weights='auto': quantization_config.quant_method='bitsandbytes': whether it quantized the experts of "
@@ -117,13 +119,13 @@ def _built(config: Mapping[str, Any]) -> Any:
     kinds: Any = CONFIG_MAPPING
     # Of types that are registered as both, the one that sees holds the whole checkpoint, the causal one its text half.
     makers: list[Any] = [AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForSeq2SeqLM]
-    makers += filter(None, [getattr(transformers, "AutoModelForMultimodalLM", None)])  # which speaks too; since 5.0
+    speaks = [maker for maker in [getattr(transformers, "AutoModelForMultimodalLM", None)] if maker is not None]
     model_type = config["model_type"]
     if model_type not in kinds:
         # The code that comes with the weights may be that of a type which transformers has: Kimi K2 is a DeepSeek V3.
         classes = {kind: of for maker in makers for of, kind in maker._model_mapping._model_mapping.items()}
         named = config.get("architectures")
-        found = [classes[one] for one in named or [] if one in classes] if isinstance(named, list | None) else []
+        found = [classes[str(one)] for one in named if str(one) in classes] if isinstance(named, list) else []
         if not found:
             raise UnknownModel(
                 f"the installed transformers has no model_type={model_type!r}; give the bytes of its weights"
@@ -133,7 +135,7 @@ def _built(config: Mapping[str, Any]) -> Any:
         made = kinds[model_type].from_dict({**config, "model_type": model_type})
         if made.is_encoder_decoder:
             makers.reverse()
-        maker = next((maker for maker in makers if type(made) in maker._model_mapping), None)
+        maker = next((maker for maker in [*makers, *speaks] if type(made) in maker._model_mapping), None)
         if maker is None:
             raise UnknownModel(f"it registers no class that makes text for {type(made).__name__}")
         with torch.device("meta"):
