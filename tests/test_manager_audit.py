@@ -207,7 +207,7 @@ NO_MEMORY |= {"block_table", "tokens", "repr"}
 
 def ready_for(name: str) -> tuple[BlockManager, dict[str, int], StepBuffers]:
     """A busy manager on which the call of that name succeeds, and has to allocate where it can."""
-    manager, handles = busy_manager(120 if name == "resume" else 32)
+    manager, handles = busy_manager(300 if name == "resume" else 32)
     step = StepBuffers(4, 64, 16)
     handles["second"], _ = manager.admit(np.arange(60, 69))
     manager.append([handles["child"]], [3])
@@ -216,7 +216,7 @@ def ready_for(name: str) -> tuple[BlockManager, dict[str, int], StepBuffers]:
         manager.extend([handles["second"]], np.arange(300), [300])
         manager.commit(manager.prepare([handles["second"]], 309, StepBuffers(1, 309, 80)))
         manager.preempt(handles["second"])
-        manager.extend([handles["second"]], np.arange(64), [64])  # its table has to grow
+        manager.extend([handles["second"]], np.arange(640), [640])  # its table has to grow
     if name == "set_tokens":
         manager.append([handles["first"]])
     if name == "prepare":  # its table has to grow, and its result is no small integer either
