@@ -51,6 +51,11 @@ cdef extern from *:
         memset(to, 0, n);
     }
 
+    /* The start of what is copied next, which no prefetcher of the processor's expects. */
+    static inline void kvb_expect(const char *from, size_t n) {
+        for (size_t i = 0; i < n && i < 1024; i += 64) __builtin_prefetch(from + i);
+    }
+
     /* After streaming stores, before another thread may be told that the bytes are there. */
     static inline void kvb_fence(void) {
     #ifdef __SSE2__
@@ -127,6 +132,7 @@ cdef extern from *:
     """
     void kvb_copy(char* to, const char* source, size_t n, bint stream) noexcept nogil
     void kvb_zero(char* to, size_t n) noexcept nogil
+    void kvb_expect(const char* source, size_t n) noexcept nogil
     void kvb_fence() noexcept nogil
     void kvb_transpose(char* to, ptrdiff_t to_stride, const char* source, ptrdiff_t source_stride, ptrdiff_t rows,
                        ptrdiff_t cols, size_t size, bint stream) noexcept nogil
@@ -215,6 +221,8 @@ def move_blocks(size_t pieces, int64_t num_pieces, int64_t num_blocks, size_t sl
                     length = min(piece[3 * j + 2], left)
                     own = <char*> <size_t> piece[3 * j] + block * piece[3 * j + 1]
                     if out:
+                        if j + 1 < num_pieces and left > length:
+                            kvb_expect(<char*> <size_t> piece[3 * j + 3] + block * piece[3 * j + 4], left - length)
                         kvb_copy(at, own, length, True)
                     else:
                         kvb_copy(own, at, length, True)
