@@ -22,7 +22,7 @@ from harness import RESULTS, Row, compare, machine, report
 
 from kvblocks import CacheConfig, CacheEngine
 from kvblocks.memory import zeroed
-from kvblocks.storage.host import HEADER_BYTES, HostArena
+from kvblocks.storage.host import HEADER_BYTES
 from kvblocks.tiers import Block, DiskStore, ObjectFormat, Status
 
 OBJECT, BLOCK_SIZE = 1 << 20, 16
@@ -101,9 +101,11 @@ def moves(heads: int, dim: int, mebibytes: int, repeats: int) -> list[Row]:
     config = CacheConfig.for_memory(
         num_layers=8, num_kv_heads=heads, head_dim=dim, memory_bytes=mebibytes << 20, dtype="bfloat16"
     )
-    engine = CacheEngine(config, "bfloat16", "cpu", layout="NHD", prefault=True)
-    count, nbytes = engine.num_blocks, engine.group_bytes()
-    arena = HostArena(count, nbytes, pinned=False)
+    count = config.num_gpu_blocks
+    engine = CacheEngine(config, "bfloat16", "cpu", layout="NHD", prefault=True, host_blocks=count)
+    nbytes, arena = engine.group_bytes(), engine.arena
+    if arena is None:
+        raise ValueError("the engine was given host_blocks and has no arena")
     arena.buffer[:] = bytes(arena.memory_bytes)
     pairs = torch.stack([torch.randperm(count), torch.randperm(count)], 1)
     flat = zeroed(count * nbytes, prefault=True)  # huge pages, as the other two have

@@ -13,11 +13,12 @@ from kvblocks.checks import Indices, checked_device, checked_dtype, checked_indi
 from kvblocks.config import CacheConfig, Group
 from kvblocks.errors import OutOfMemory
 from kvblocks.manager import BlockManager
-from kvblocks.movement import copy_slots, first_outside
+from kvblocks.movement import first_outside
+from kvblocks.moves import HostMoves, lane
 from kvblocks.sizes import budget, checked_integer
 from kvblocks.step import StepBuffers
-from kvblocks.storage.cache import PagedKVCache, copy_blocks, zero_blocks
-from kvblocks.storage.host import HEADER_BYTES, HostArena
+from kvblocks.storage.cache import PagedKVCache, checked_pairs, zero_blocks
+from kvblocks.storage.host import HostArena
 from kvblocks.storage.pool import free_memory
 
 __all__ = ["CacheEngine"]
@@ -38,6 +39,11 @@ class CacheEngine:
         dtype: of all tensors that have none of their own.
         device, layout, prefault: as for `PagedKVCache`, the default of `layout` too. Give "NHD" to run a model:
             flash-attn, torch's `varlen_attn` and FlashInfer read it.
+        host_blocks: slots of host memory for blocks that leave the device and come back, as many as the manager has; 0
+            for none. On a CUDA device the memory is pinned at once, and moves need Triton.
+
+    Attributes:
+        arena: the slots of host memory, a `HostArena`; None without `host_blocks`.
 
     With several layer groups the layers of all groups share memory, as a block of the pool belongs to one group at a
     time. Each layer has its own `PagedKVCache` all the same, which knows its group and how far that attends: given a
@@ -47,6 +53,7 @@ class CacheEngine:
 
     Raises:
         OutOfMemory: the layers do not all fit; none stays allocated.
+        MemoryError: there is no memory for the host slots, or CUDA does not pin it.
         NotImplementedError: a layer keeps a tensor for each sequence; the engine holds only what is kept for tokens.
         ValueError: groups of tensors of several dtypes, and a `block_size` with which these do not lie aligned; or as
             for `PagedKVCache`.
@@ -71,13 +78,20 @@ class CacheEngine:
         *,
         layout: str = "HDN",
         prefault: bool = False,
+        host_blocks: SupportsIndex = 0,
     ) -> None:
         if not isinstance(config, CacheConfig):
             raise TypeError(f"config is a {type(config).__name__}; give a CacheConfig")
         self._config = config
         self._reaches = tuple(group.reach for group in config.groups)
-        caches, self._mover = PagedKVCache.for_config(config, dtype, device, layout=layout, prefault=prefault)
+        slots = checked_integer("host_blocks", host_blocks, 0, 2**31 - 1)
+        caches, self._mover, self._pool = PagedKVCache.for_config(
+            config, dtype, device, layout=layout, prefault=prefault
+        )
         self._caches, self._dtype = tuple(caches), checked_dtype(dtype)
+        self.arena = HostArena(slots, config.block_bytes(dtype)) if slots else None
+        self._host = None if self.arena is None else self._moves_to(self.arena)
+        self._closed: str | None = None
         _log.info(
             "KV cache on %s: %d blocks x %d layers = %.1f MB",
             self.device,
@@ -100,12 +114,14 @@ class CacheEngine:
         v_head_dim: SupportsIndex | None = None,
         groups: Iterable[Group] | None = None,
         layout: str = "HDN",
+        host_blocks: SupportsIndex = 0,
     ) -> Self:
         """As many blocks as fit into a share of what is free on the device now; load the model before.
 
         Args:
             num_kv_heads, head_dim, num_layers, block_size, v_head_dim, groups: as for `CacheConfig.for_memory`.
             dtype, device, layout: as for `PagedKVCache`.
+            host_blocks: as for the class; on CPU their memory is not taken off what is free.
             memory: "90%" of the free memory, "8GiB", or bytes. The rest is left to activations and whoever else comes;
                 an INFO line of the logger "kvblocks" says how much that is.
 
@@ -161,7 +177,7 @@ class CacheEngine:
             memory,
             (free - config.memory_bytes(dtype)) / 1e6,
         )
-        return cls(config, dtype, target, layout=layout)
+        return cls(config, dtype, target, layout=layout, host_blocks=host_blocks)
 
     @property
     def config(self) -> CacheConfig:
@@ -257,8 +273,14 @@ class CacheEngine:
             TypeError: one of them is not an integer.
         """
         index = checked_integer("block", block, 0, self.num_blocks - 1)
-        pieces = self._pieces_of(group)
-        return [(first + index * stride, nbytes) for first, stride, nbytes in pieces.tolist()]
+        at = checked_integer("group", group, 0, len(self._config.groups) - 1)
+        pieces = []
+        for layer in self._config.groups[at].layers:
+            cache = self._caches[layer]
+            for name, tensor in cache.tensors.items():
+                lies = cache.layouts[name]
+                pieces.append((tensor.data_ptr() + index * lies.block_stride, lies.block_bytes))
+        return pieces
 
     def group_bytes(self, group: SupportsIndex = 0) -> int:
         """Bytes of one block that belong to the layers of a group: those of `memory_of` together.
@@ -266,7 +288,7 @@ class CacheEngine:
         Raises:
             ValueError, TypeError: as for `memory_of`.
         """
-        return int(self._pieces_of(group)[:, 2].sum())
+        return self._pool.sizes[checked_integer("group", group, 0, len(self._config.groups) - 1)]
 
     def copy_to_host(self, arena: HostArena, pairs: Indices, group: SupportsIndex = 0) -> None:
         """Copy blocks of a group into slots of host memory, behind the slots' headers, and wait until that is done.
@@ -280,7 +302,7 @@ class CacheEngine:
             ValueError: a block, slot or group that does not exist, an arena with too little room, or pairs that lie
                 on a device; nothing was copied.
             TypeError: not integers, or not an arena.
-            NotImplementedError: the engine is not on CPU.
+            NotImplementedError: the engine is neither on CPU nor on CUDA, or there without Triton.
         """
         self._copy_slots(arena, pairs, group, True)
 
@@ -288,26 +310,14 @@ class CacheEngine:
         """Copy slots of host memory into blocks of a group. Arguments and errors are those of `copy_to_host`."""
         self._copy_slots(arena, pairs, group, False)
 
-    def _pieces_of(self, group: SupportsIndex) -> torch.Tensor:
-        """int64 [pieces, 3]: the address of the first block's piece, bytes to the next block, bytes of the piece."""
-        index = checked_integer("group", group, 0, len(self._config.groups) - 1)
-        pieces = []
-        for layer in self._config.groups[index].layers:
-            cache = self._caches[layer]
-            for name, tensor in cache.tensors.items():
-                lies = cache.layouts[name]
-                pieces.append((tensor.data_ptr(), lies.block_stride, lies.block_bytes))
-        return torch.tensor(pieces, dtype=torch.int64)
-
     def _copy_slots(self, arena: HostArena, pairs: Indices, group: SupportsIndex, to_slots: bool) -> None:
+        self._check_open()
         if not isinstance(arena, HostArena):
             raise TypeError(f"arena is a {type(arena).__name__}; give a HostArena")
-        if self.device.type != "cpu":
-            raise NotImplementedError(f"blocks of an engine on {self.device} are not copied to host slots yet")
-        pieces = self._pieces_of(group)
-        nbytes = int(pieces[:, 2].sum())
+        index = checked_integer("group", group, 0, len(self._config.groups) - 1)
+        nbytes = self._pool.sizes[index]
         if nbytes > arena.payload_bytes:
-            raise ValueError(f"a block of group {group} has {nbytes} bytes and a slot room for {arena.payload_bytes}")
+            raise ValueError(f"a block of group {index} has {nbytes} bytes and a slot room for {arena.payload_bytes}")
         given = checked_indices("pairs", pairs)
         if not given.is_cpu:
             raise ValueError(f"pairs is on {given.device}; move it with .to()")
@@ -318,23 +328,28 @@ class CacheEngine:
             bad = first_outside(ids.data_ptr(), len(ids), 0, count - 1)
             if bad >= 0:
                 raise ValueError(f"pairs[{bad}] names {name} {int(ids[bad])}, which is outside 0..{count - 1}")
-        copy_slots(
-            pieces.data_ptr(),
-            len(pieces),
-            self.num_blocks,
-            arena.address + HEADER_BYTES,
-            arena.slot_bytes,
-            arena.num_slots,
-            given.data_ptr(),
-            len(given),
-            to_slots,
-        )
+        host = self._host if arena is self.arena and self._host is not None else self._moves_to(arena)
+        if len(given):
+            block, slot = given.to(torch.int32).unbind(1)
+            kind = torch.full_like(block, 0 if to_slots else 1)
+            ends = (block, slot) if to_slots else (slot, block)
+            host.run(torch.stack([kind, torch.full_like(block, index), *ends], 1))
+
+    def _moves_to(self, arena: HostArena) -> HostMoves:
+        pieces = [(storage.data_ptr(), width, width) for storage, width in self._pool.storages]
+        found = lane(pieces, self._pool.sizes, self.num_blocks, arena, self.device)
+        return HostMoves(found, arena, self._pool)
 
     def move(self, step: StepBuffers) -> None:
         """Do all that a step needs moved before its pass, and mark it as done. Call it right after `prepare`, always.
 
-        What is moved is `step.copies`: a block that others hold too, or that is published, is copied before the step
-        writes to it. A second call, or one after the step was aborted, does nothing.
+        What is moved is `step.moves`, between device blocks and host slots, and then `step.copies`: a block that others
+        hold too, or that is published, is copied before the step writes to it. A second call moves nothing; moves of a
+        step that was aborted are made all the same.
+
+        On a CUDA device nothing is waited for: moves run on a stream of their own, behind the passes launched so far,
+        and the current stream goes on once the moves up to `step.needs` are done. Make the call on the stream on which
+        the pass will run.
 
         Args:
             step: filled by `BlockManager.prepare`, on this engine's device.
@@ -342,14 +357,72 @@ class CacheEngine:
         Raises:
             TypeError: not a step that a manager has filled.
             ValueError: the manager's blocks are not this engine's (their size, their number, or what the layer groups
-                attend to differ), or the step is on another device; nothing was copied or marked.
+                attend to differ); the step is on another device; it has moves of a block or slot that is not there, or
+                with other numbers than those that come after the newest move made. Nothing was moved or marked.
+            RuntimeError: an earlier call failed after it had begun, so that it is not known what blocks hold.
         """
-        if not isinstance(step, StepBuffers) or step.manager is None:
+        manager = getattr(step, "manager", None)
+        if manager is None:
             raise TypeError(f"step is a {type(step).__name__} that no manager has filled; give what prepare was given")
-        self._check_manager(step.manager)
-        if step.waits:
-            self.copy_blocks(step.copies)
-            step.manager.mark_moved(step.last_move)
+        self._check_manager(manager)
+        if not step.waits:
+            if self._host is not None:
+                self._host.hold(step.needs)  # moves of earlier steps that this pass waits for
+            return
+        self._check_open()
+        first, last, moves = self._checked_moves(step, manager)
+        pairs = checked_pairs(self._caches[0], step.copies)
+        try:
+            if self._host is not None:
+                self._host.enqueue(moves, first, last, step.needs)
+                self._host.hold(step.needs)
+            if pairs.numel():
+                self._mover.copy_blocks(pairs)
+        except BaseException as error:
+            self._closed = f"moves {first} to {last} failed halfway: {type(error).__name__}: {error}"
+            raise
+        manager.mark_moved(last)
+
+    def landed(self) -> int:
+        """The number of the newest move that is done together with all before it, 0 for none: for `manager.landed`.
+
+        It is asked of the device without waiting.
+        """
+        return 0 if self._host is None else self._host.landed()
+
+    def _check_open(self) -> None:
+        if self._closed is not None:
+            raise RuntimeError(f"the engine is closed: {self._closed}; what its blocks hold is not known, make another")
+
+    def _checked_moves(self, step: StepBuffers, manager: BlockManager) -> tuple[int, int, torch.Tensor]:
+        """The numbers of the first and the last of a step's moves, and those between device and host."""
+        moves = torch.from_numpy(step.moves)
+        first, last = step.first_move, step.last_move
+        if len(moves):
+            done = manager.moves_marked
+            if first != done + 1:
+                raise ValueError(
+                    f"the step's moves begin with number {first}, and the newest that was made is {done}: each is made "
+                    "once, in order; call engine.move(step) right after every prepare"
+                )
+            self._check_bounds(moves)
+        return first, last, moves
+
+    def _check_bounds(self, moves: torch.Tensor) -> None:
+        if self.arena is None:
+            raise ValueError(
+                f"the step has {len(moves)} moves between device and host, and the engine no host memory: make it with "
+                "host_blocks="
+            )
+        groups, slots = len(self._config.groups), self.arena.num_slots
+        kinds = moves[:, 0] != 0
+        blocks, in_host = torch.where(kinds, moves[:, 3], moves[:, 2]), torch.where(kinds, moves[:, 2], moves[:, 3])
+        columns = (("kind", moves[:, 0], 2), ("group", moves[:, 1], groups))
+        for name, column, count in (*columns, ("block", blocks, self.num_blocks), ("slot", in_host, slots)):
+            ids = column.to(torch.int64)
+            bad = first_outside(ids.data_ptr(), len(ids), 0, count - 1)
+            if bad >= 0:
+                raise ValueError(f"step.moves[{bad}] names {name} {int(ids[bad])}, which is outside 0..{count - 1}")
 
     def _check_manager(self, manager: BlockManager) -> None:
         if manager.groups != self._reaches:
@@ -362,11 +435,20 @@ class CacheEngine:
                 f"the manager has {manager.num_blocks} blocks of {manager.block_size} tokens and the engine "
                 f"{self.num_blocks} of {self.block_size}; make both from one CacheConfig"
             )
+        slots = 0 if self.arena is None else self.arena.num_slots
+        if manager.host_blocks > slots:
+            raise ValueError(
+                f"the manager has host_blocks={manager.host_blocks} and the engine {slots}; make both with one number"
+            )
 
     def copy_blocks(self, pairs: Indices) -> None:
         """`PagedKVCache.copy_blocks` in every layer; the pairs are checked once, before anything is copied."""
-        copy_blocks(self._caches[0], self._mover, pairs)
+        self._check_open()
+        index = checked_pairs(self._caches[0], pairs)
+        if index.numel():
+            self._mover.copy_blocks(index)
 
     def zero_blocks(self, ids: Indices) -> None:
         """`PagedKVCache.zero_blocks` in every layer; the ids are checked once, before anything is changed."""
+        self._check_open()
         zero_blocks(self._caches[0], self._mover, ids)

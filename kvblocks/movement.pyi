@@ -1,33 +1,35 @@
 from typing import Any, final
 
-__all__ = ["BlockLayout", "copy_slots", "first_outside"]
+__all__ = ["BlockLayout", "first_outside", "move_blocks"]
 
 def first_outside(address: int, count: int, low: int, high: int) -> int:
     """Position of the first of `count` int64 at `address` that is not in low..high (both included); -1 if all are."""
 
-def copy_slots(
+def move_blocks(
     pieces: int,
     num_pieces: int,
     num_blocks: int,
     slots: int,
     slot_stride: int,
     num_slots: int,
-    pairs: int,
+    sizes: int,
+    num_groups: int,
+    moves: int,
     count: int,
-    to_slots: bool,
 ) -> None:
-    """Copy blocks into slots or back: for each (block, slot) of `pairs`, in order, the pieces that make up the block.
+    """Copy blocks into slots and back, one after the other: moves of (kind, group, source, target).
 
-    A slot has the pieces one after the other, without gaps. Pairs that name a block or a slot which is not there are
-    skipped.
+    Kind 0 copies block `source` into slot `target`, kind 1 slot `source` into block `target`. A slot holds the bytes of
+    a block that belong to the group in the order of the pieces, without gaps; these are the first of the block. Moves
+    of another kind, or that name a group, a block or a slot which is not there, are skipped.
 
     Args:
         pieces, num_pieces: address of contiguous int64 [num_pieces, 3]: where the piece of block 0 lies, the bytes from
             there to that of the next block, and its length.
         num_blocks: blocks there are.
         slots, slot_stride, num_slots: where the bytes of slot 0 begin, the bytes to the next slot, slots there are.
-        pairs, count: address of contiguous int64 [count, 2].
-        to_slots: whether bytes go from blocks to slots.
+        sizes, num_groups: address of int64 [num_groups]: bytes of a block that belong to each group.
+        moves, count: address of contiguous int32 [count, 4].
 
     Thread-safety: releases the GIL; calls that write the same bytes must not overlap.
     """

@@ -6,9 +6,9 @@ keep the memory alive; an index outside the cache is skipped, so that it can nev
 """
 
 cimport cython
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint64_t
 
-__all__ = ["BlockLayout", "copy_slots", "first_outside"]
+__all__ = ["BlockLayout", "first_outside", "move_blocks"]
 
 cdef extern from *:
     r"""
@@ -49,6 +49,11 @@ cdef extern from *:
         }
     #endif
         memset(to, 0, n);
+    }
+
+    /* The start of what is copied next, which no prefetcher of the processor's expects. */
+    static inline void kvb_expect(const char *from, size_t n) {
+        for (size_t i = 0; i < n && i < 1024; i += 64) __builtin_prefetch(from + i);
     }
 
     /* After streaming stores, before another thread may be told that the bytes are there. */
@@ -127,6 +132,7 @@ cdef extern from *:
     """
     void kvb_copy(char* to, const char* source, size_t n, bint stream) noexcept nogil
     void kvb_zero(char* to, size_t n) noexcept nogil
+    void kvb_expect(const char* source, size_t n) noexcept nogil
     void kvb_fence() noexcept nogil
     void kvb_transpose(char* to, ptrdiff_t to_stride, const char* source, ptrdiff_t source_stride, ptrdiff_t rows,
                        ptrdiff_t cols, size_t size, bint stream) noexcept nogil
@@ -177,41 +183,53 @@ def first_outside(size_t address, int64_t count, int64_t low, int64_t high):
     return found
 
 
-def copy_slots(size_t pieces, int64_t num_pieces, int64_t num_blocks, size_t slots, int64_t slot_stride,
-               int64_t num_slots, size_t pairs, int64_t count, bint to_slots):
-    """Copy blocks into slots or back: for each (block, slot) of `pairs`, in order, the pieces that make up the block.
+def move_blocks(size_t pieces, int64_t num_pieces, int64_t num_blocks, size_t slots, int64_t slot_stride,
+                int64_t num_slots, size_t sizes, int64_t num_groups, size_t moves, int64_t count):
+    """Copy blocks into slots and back, one after the other: moves of (kind, group, source, target).
 
-    A slot has the pieces one after the other, without gaps. Pairs that name a block or a slot which is not there are
-    skipped.
+    Kind 0 copies block `source` into slot `target`, kind 1 slot `source` into block `target`. A slot holds the bytes of
+    a block that belong to the group in the order of the pieces, without gaps; these are the first of the block. Moves
+    of another kind, or that name a group, a block or a slot which is not there, are skipped.
 
     Args:
         pieces, num_pieces: address of contiguous int64 [num_pieces, 3]: where the piece of block 0 lies, the bytes from
             there to that of the next block, and its length.
         num_blocks: blocks there are.
         slots, slot_stride, num_slots: where the bytes of slot 0 begin, the bytes to the next slot, slots there are.
-        pairs, count: address of contiguous int64 [count, 2].
-        to_slots: whether bytes go from blocks to slots.
+        sizes, num_groups: address of int64 [num_groups]: bytes of a block that belong to each group.
+        moves, count: address of contiguous int32 [count, 4].
 
     Thread-safety: releases the GIL; calls that write the same bytes must not overlap.
     """
     cdef const int64_t* piece = <const int64_t*> pieces
-    cdef const int64_t* pair = <const int64_t*> pairs
-    cdef int64_t i, j, block, slot
+    cdef const int64_t* of_group = <const int64_t*> sizes
+    cdef const int32_t* move = <const int32_t*> moves
+    cdef int64_t _i, j, block, slot, left, length
+    cdef bint out
     cdef char* at
     cdef char* own
     with nogil:
-        for i in range(count):
-            block, slot = pair[2 * i], pair[2 * i + 1]
-            if block < 0 or block >= num_blocks or slot < 0 or slot >= num_slots:
-                continue
-            at = <char*> slots + slot * slot_stride
-            for j in range(num_pieces):
-                own = <char*> <size_t> piece[3 * j] + block * piece[3 * j + 1]
-                if to_slots:
-                    kvb_copy(at, own, piece[3 * j + 2], True)
-                else:
-                    kvb_copy(own, at, piece[3 * j + 2], True)
-                at += piece[3 * j + 2]
+        for _i in range(count):
+            out = move[0] == 0
+            block = move[2] if out else move[3]
+            slot = move[3] if out else move[2]
+            if 0 <= move[0] <= 1 and 0 <= move[1] < num_groups and 0 <= block < num_blocks and 0 <= slot < num_slots:
+                at = <char*> slots + slot * slot_stride
+                left = of_group[move[1]]
+                j = 0
+                while j < num_pieces and left > 0:
+                    length = min(piece[3 * j + 2], left)
+                    own = <char*> <size_t> piece[3 * j] + block * piece[3 * j + 1]
+                    if out:
+                        if j + 1 < num_pieces and left > length:
+                            kvb_expect(<char*> <size_t> piece[3 * j + 3] + block * piece[3 * j + 4], left - length)
+                        kvb_copy(at, own, length, True)
+                    else:
+                        kvb_copy(own, at, length, True)
+                    at += length
+                    left -= length
+                    j += 1
+            move += 4
         kvb_fence()
 
 

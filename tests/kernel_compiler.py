@@ -76,6 +76,10 @@ def main() -> None:
     label = "blocks"
     cache.copy_blocks([[2, 3], [0, 1]])
     cache.zero_blocks([2])
+    slots = kernels("slots")
+    assert slots is not None
+    chunks = slots.Chunks.of([(0, 4096, 4096)], [4096], torch.device("cpu"))
+    slots.move_blocks(chunks, 4096, 8192, torch.zeros(3, 4, dtype=torch.int32))
     steps = kernels("steps")
     assert steps is not None
     steps.apply_patches(torch.zeros(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32), 8, 1, 8)

@@ -18,7 +18,7 @@ FLOORS = [
     {"arguments", "checks", "errors", "sizes", "formats", "memory", "config", "manager", "movement", "cpu_attention"},
     {"kernels", "models", "storage"},
     {"step"},
-    {"attention", "engine"},
+    {"attention", "engine", "moves"},
     {"planner", "tiers"},
     {"integrations"},
     {"demo", "generation", "replay", "smollm2"},

@@ -29,7 +29,15 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def test_every_kernel_compiles(compiled: list[dict[str, Any]]) -> None:
-    assert {kernel["kernel"] for kernel in compiled} == {"_write", "_gather", "_blocks", "_apply", "_attend", "_reduce"}
+    assert {kernel["kernel"] for kernel in compiled} == {
+        "_write",
+        "_gather",
+        "_blocks",
+        "_move",
+        "_apply",
+        "_attend",
+        "_reduce",
+    }
     assert all(kernel["machine code"] > 0 for kernel in compiled)
 
 

@@ -153,8 +153,9 @@ class PagedKVCache:
         *,
         layout: str = "HDN",
         prefault: bool = False,
-    ) -> tuple[list[Self], Mover]:
-        """The caches of all layers of `config`, or with an error none; and what moves whole blocks of all of them.
+    ) -> tuple[list[Self], Mover, Pool]:
+        """The caches of all layers of `config`, or with an error none; what moves whole blocks of all of them; and
+        their memory.
 
         A block belongs to one group at a time, so that groups share memory: see `kvblocks.storage.pool`. Within a
         group, layers lie one after the other in the group's order.
@@ -189,12 +190,11 @@ class PagedKVCache:
                 cache.group, cache.num_groups, cache.reach = index, len(config.groups), group.reach
         # A tensor that has a storage for itself stands for it.
         alone = {(side.start, side.nbytes): side for cache in caches for side in cache._sides}
-        return caches, mover(
-            [
-                alone.get((storage.data_ptr(), storage.nbytes)) or _whole_blocks(storage, width)
-                for storage, width in pool.storages
-            ]
-        )
+        sides = [
+            alone.get((storage.data_ptr(), storage.nbytes)) or _whole_blocks(storage, width)
+            for storage, width in pool.storages
+        ]
+        return caches, mover(sides), pool
 
     @torch.inference_mode(False)  # views made in inference mode could not be written outside of it
     def _lay_out(
@@ -344,7 +344,9 @@ class PagedKVCache:
             ValueError: a block that does not exist, or a target that appears twice or as a source; nothing was copied.
             TypeError: not integers.
         """
-        copy_blocks(self, self._mover, pairs)
+        index = checked_pairs(self, pairs)
+        if index.numel():
+            self._mover.copy_blocks(index)
 
     def zero_blocks(self, ids: Indices) -> None:
         """Set everything in the blocks `ids`, [n], to zero.
@@ -498,16 +500,16 @@ def _whole_blocks(storage: Tensor, width: int) -> Side:
     return Side("blocks", storage, "bthd", sizes, torch.uint8)
 
 
-def copy_blocks(cache: PagedKVCache, moves: Mover, pairs: Indices) -> None:
-    """`PagedKVCache.copy_blocks` by the mover of one or more caches like `cache`."""
+def checked_pairs(cache: PagedKVCache, pairs: Indices) -> Tensor:
+    """What `PagedKVCache.copy_blocks` of `cache`, or of caches like it, is given; without elements there is no copy."""
     index = cache._indices("pairs", pairs, 0, cache.num_blocks - 1)
     if index.numel() == 0:
-        return
+        return index
     if index.ndim != 2 or index.shape[1] != 2:
         raise ValueError(f"pairs has shape {list(index.shape)}; give [n, 2] of (source, target)")
     if CHECKED or not isinstance(pairs, Tensor) or pairs.is_cpu:
         _check_pairs(checked_indices("pairs", pairs).tolist())  # as they were given: `index` may lie on a device by now
-    moves.copy_blocks(index)
+    return index
 
 
 def zero_blocks(cache: PagedKVCache, moves: Mover, ids: Indices) -> None:

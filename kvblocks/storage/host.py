@@ -13,6 +13,7 @@ from kvblocks.sizes import checked_integer, checked_size
 
 __all__ = ["HEADER_BYTES", "PAGE_BYTES", "HostArena"]
 
+_PORTABLE, _MAPPED = 1, 2  # flags of cudaHostRegister: for every device, and at an address that kernels can use
 PAGE_BYTES = 4096  # what slots are padded to, for reads and writes that go past the page cache
 HEADER_BYTES = 4096  # of each slot, before the bytes of its block
 
@@ -91,7 +92,7 @@ class HostArena:
 
     def _pin(self) -> None:
         cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        status = int(cudart.cudaHostRegister(self.address, self.memory_bytes, 0))
+        status = int(cudart.cudaHostRegister(self.address, self.memory_bytes, _PORTABLE | _MAPPED))
         if status:
             raise MemoryError(f"CUDA did not register {self.memory_bytes} bytes of host memory: error {status}")
         # The finalizer holds the memory, so that it outlives its registration.

@@ -30,7 +30,8 @@ class Pool:
         prefault: touch every page of CPU memory now.
 
     Attributes:
-        storages: (uint8 [num_blocks * width], width) of each.
+        storages: (uint8 [num_blocks * width], width) of each. In their order they make up a block.
+        sizes: bytes of a block that belong to each group: the first of it.
 
     Raises:
         OutOfMemory: the memory is not there; nothing stays allocated.
@@ -41,6 +42,7 @@ class Pool:
         self, num_blocks: int, groups: Sequence[Sequence[tuple[int, int]]], device: torch.device, *, prefault: bool
     ) -> None:
         ends = [list(accumulate(nbytes for nbytes, _ in group)) for group in groups]
+        self.sizes = [own[-1] for own in ends]
         cuts = _cuts(ends)
         starts = [0, *cuts[:-1]]
         widths = [end - start for start, end in zip(starts, cuts, strict=True)]
