@@ -23,7 +23,7 @@ from rich.table import Table
 
 from kvblocks import demo, smollm2
 from kvblocks.config import CacheConfig
-from kvblocks.errors import OutOfMemory, UsageError
+from kvblocks.errors import UsageError
 from kvblocks.generation.generator import Request, blocks_needed
 from kvblocks.generation.request import Settings, check_request
 from kvblocks.generation.sampling import Choosers
@@ -319,14 +319,15 @@ def _generate(
             loaded.model,
             requests,
             num_blocks=config.num_gpu_blocks,
+            host_memory=args.host_memory,
             block_size=config.block_size,
             layout=args.layout,
             max_batch_tokens=_pass_tokens(args, answers),
             max_seqs=min(args.max_seqs, len(answers)),
             tokenizer=loaded.tokenizer,
         )
-    except (ValueError, OutOfMemory) as error:
-        raise UsageError(_first_line(error)) from None
+    except (ValueError, MemoryError) as error:
+        raise UsageError(_first_line(error).replace("host_memory=", "--host-memory ")) from None
     with running:
         num_passes = 0
         start = time.perf_counter()
@@ -356,6 +357,9 @@ def _generate(
         "preemptions": stats.preemptions,
         "prompt_tokens": sum(len(request.prompt) for request in requests),
         "hit_tokens": running.generator.num_hit,
+        "cached_tokens_device": stats.hit_tokens - stats.host_hit_tokens,
+        "cached_tokens_host": stats.host_hit_tokens,
+        "host_bytes": 0 if engine.arena is None else engine.arena.memory_bytes,
         "readmitted_hit_tokens": running.generator.num_hit_again,
         "new_tokens": new_tokens,
         "forward_passes": num_passes,
@@ -413,6 +417,8 @@ def _table(report: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "prompts", f"{report['prompt_tokens']:,} tokens, {report['hit_tokens']:,} cached ones reused"
     if report["preemptions"]:
         yield "re-admitted", f"{report['readmitted_hit_tokens']:,} cached tokens reused after preemption"
+    if report["host_bytes"]:
+        yield "host", f"{report['host_bytes']:,} bytes, {report['cached_tokens_host']:,} cached tokens came from there"
     yield "answers", f"{report['new_tokens']:,} tokens in {report['forward_passes']:,} forward passes"
     yield "speed", f"{report['tokens_per_second']:,.0f} tokens/s ({report['seconds']:.2f} s)"
 

@@ -82,6 +82,12 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     add("--system", metavar="TEXT", help="what the system says in each chat; implies --chat")
     add("--max-new-tokens", type=_count, default=64, metavar="N", help="for each prompt (default: %(default)s)")
     add("--kv-memory", type=_size, default="64MiB", metavar="SIZE", help="for K and V (default: %(default)s)")
+    add(
+        "--host-memory",
+        type=_size,
+        metavar="SIZE",
+        help="host memory for blocks that leave the cache and may come back (default: none)",
+    )
     add("--block-size", type=_count, default=16, metavar="N", help="tokens in a block (default: %(default)s)")
     add("--layout", choices=LAYOUTS, default="NHD", help="of the cache (default: %(default)s)")
     add("--dtype", choices=("float16", "bfloat16", "float32", "float64"), help="default: what the model was saved in")

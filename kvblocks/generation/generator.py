@@ -254,6 +254,8 @@ class Generator:
         scheduled, step_id = self._prepare(self._schedule())
         try:
             self.engine.move(self.buffers)
+            if self.engine.arena is not None:
+                self.manager.landed(self.engine.landed())
             ends = accumulate(each.query_len for each in scheduled)
             last_tokens = [end - 1 for each, end in zip(scheduled, ends, strict=True) if each.samples]
             wanted = torch.tensor(last_tokens, dtype=torch.int64, device=self.model.device)

@@ -34,6 +34,7 @@ def generate(
     max_new_tokens: int | None = None,
     stop_tokens: Iterable[int] | int | None = None,
     memory: int | str | None = None,
+    host_memory: int | str | None = None,
     num_blocks: int | None = None,
     block_size: int = 16,
     layout: str = "NHD",
@@ -56,11 +57,13 @@ def generate(
         stop_tokens: ids that end an answer; the one that does is its last token. None: the end-of-sequence ids of the
             model's generation config. An empty list: none.
         memory: for K and V, in bytes or like "64MiB"; by default what the prompts need at once, at most `max_seqs`.
+        host_memory: for blocks that have left the pool and may come back, as of `Pool`; by default none.
         num_blocks: blocks in the pool, instead of `memory`.
         block_size, layout: of the cache.
         max_batch_tokens, max_seqs, choose: as for `Generator`.
-        pool: the model's `Pool`, whose blocks outlive this call, instead of `memory`, `num_blocks`, `block_size` and
-            `layout`. Without one a pool is made for this call, `Generation.pool`, which a later call may take up.
+        pool: the model's `Pool`, whose blocks outlive this call, instead of `memory`, `host_memory`, `num_blocks`,
+            `block_size` and `layout`. Without one a pool is made for this call, `Generation.pool`, which a later call
+            may take up.
         attention_mask: [prompts, columns], 0 where there is padding, on either side, which is left out.
         tokenizer: transformers' of the model, where stop strings are asked for.
         settings: of each prompt that is no `Request`, named as there: `salt`, `temperature`, `top_k`, `top_p`, `min_p`,
@@ -98,13 +101,22 @@ def generate(
     if memory is not None and num_blocks is not None:
         raise ValueError(f"memory={memory!r} and num_blocks={num_blocks} both say how large the cache is; give one")
     if pool is not None:
-        if (memory, num_blocks, block_size, layout) != (None, None, 16, "NHD"):
-            raise ValueError("memory, num_blocks, block_size and layout are those of the pool; give no others")
+        if (memory, host_memory, num_blocks, block_size, layout) != (None, None, None, 16, "NHD"):
+            sizes = "memory, host_memory, num_blocks, block_size and layout"
+            raise ValueError(f"{sizes} are those of the pool; give no others")
         check_pool(pool).check(runs)
     else:
         if memory is None and num_blocks is None:
             num_blocks = _needed(block_of(runs, block_size), requests, max_seqs, max_batch_tokens)
-        pool = Pool(runs, memory=memory, num_blocks=num_blocks, block_size=block_size, layout=layout, chunks=True)
+        pool = Pool(
+            runs,
+            memory=memory,
+            num_blocks=num_blocks,
+            host_memory=host_memory,
+            block_size=block_size,
+            layout=layout,
+            chunks=True,
+        )
     generator = Generator(
         runs,
         pool.config,

@@ -11,11 +11,16 @@ import torch
 from kvblocks import memory
 from kvblocks.sizes import checked_integer, checked_size
 
-__all__ = ["HEADER_BYTES", "PAGE_BYTES", "HostArena"]
+__all__ = ["HEADER_BYTES", "PAGE_BYTES", "HostArena", "slot_bytes"]
 
 _PORTABLE, _MAPPED = 1, 2  # flags of cudaHostRegister: for every device, and at an address that kernels can use
 PAGE_BYTES = 4096  # what slots are padded to, for reads and writes that go past the page cache
 HEADER_BYTES = 4096  # of each slot, before the bytes of its block
+
+
+def slot_bytes(payload_bytes: int) -> int:
+    """Bytes of a slot with room for so many bytes of a block, header and padding included."""
+    return -(-(HEADER_BYTES + payload_bytes) // PAGE_BYTES) * PAGE_BYTES
 
 
 class HostArena:
@@ -48,7 +53,7 @@ class HostArena:
     def __init__(self, num_slots: SupportsIndex, payload_bytes: SupportsIndex, *, pinned: bool | None = None) -> None:
         self.num_slots = checked_size("num_slots", num_slots)
         self.payload_bytes = checked_integer("payload_bytes", payload_bytes)
-        self.slot_bytes = -(-(HEADER_BYTES + self.payload_bytes) // PAGE_BYTES) * PAGE_BYTES
+        self.slot_bytes = slot_bytes(self.payload_bytes)
         if self.payload_bytes < 1 or self.num_slots * self.slot_bytes >= 2**63:
             raise ValueError(
                 f"payload_bytes={self.payload_bytes} for {self.num_slots} slots is outside 1 byte to 2**63 bytes in all"

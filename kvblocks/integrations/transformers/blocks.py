@@ -210,6 +210,8 @@ class Blocks:
     def move(self, step: StepBuffers) -> None:
         if self._engine is not None:  # without it nothing has been written that could be copied
             self._engine.move(step)
+            if self._engine.arena is not None:
+                self.manager.landed(self._engine.landed())
 
     def unknown_ids(self, count: int) -> Ids:
         ids, spent = _unknown_ids.draw(count)

@@ -23,6 +23,7 @@ from kvblocks.errors import UnsupportedModel
 from kvblocks.models.grouping import PagedLayer, layer_groups
 from kvblocks.models.shapes import Reach
 from kvblocks.sizes import checked_bytes
+from kvblocks.storage.host import slot_bytes
 
 __all__ = [
     "KVShape",
@@ -33,6 +34,7 @@ __all__ = [
     "check_prompts",
     "check_splits",
     "filling",
+    "host_slots",
     "keeps_offsets",
     "kv_shape",
     "longest_sequence",
@@ -359,6 +361,21 @@ def filling(config: CacheConfig, memory: int | str, dtype: torch.dtype) -> Cache
     if num_blocks < 1:
         raise ValueError(f"memory={memory!r} holds no block; one is {config.block_bytes(dtype)} bytes")
     return config.replace(num_gpu_blocks=num_blocks)
+
+
+def host_slots(config: CacheConfig, host_memory: int | str | None, dtype: torch.dtype) -> int:
+    """How many slots of host memory `host_memory`, in bytes or text such as "1GiB", holds; 0 for None.
+
+    Raises:
+        ValueError, TypeError: it is no size, or holds no slot.
+    """
+    if host_memory is None:
+        return 0
+    each = slot_bytes(config.block_bytes(dtype))
+    slots = checked_bytes("host_memory", host_memory) // each
+    if slots < 1:
+        raise ValueError(f"host_memory={host_memory!r} holds no slot; one is {each} bytes")
+    return slots
 
 
 def cache_config(

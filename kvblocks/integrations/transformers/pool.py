@@ -14,7 +14,14 @@ from kvblocks.engine import CacheEngine
 from kvblocks.integrations.transformers.backend import PagedModel, adapters
 from kvblocks.integrations.transformers.blocks import Blocks
 from kvblocks.integrations.transformers.cached import CachedModel, served
-from kvblocks.integrations.transformers.layers import cache_groups, filling, kv_shape, one_block, text_config
+from kvblocks.integrations.transformers.layers import (
+    cache_groups,
+    filling,
+    host_slots,
+    kv_shape,
+    one_block,
+    text_config,
+)
 from kvblocks.manager import BlockManager
 
 __all__ = ["Pool", "check_pool"]
@@ -28,6 +35,8 @@ class Pool:
         memory: for K and V, in bytes or like "64MiB", "1.5GB" (the default: "64MiB").
         num_blocks: blocks in the pool, instead of `memory`.
         block_size, layout: of the cache.
+        host_memory: for blocks that the pool has no more room for, in bytes or like "1GiB"; by default none. What is
+            about to be evicted is copied there, and comes back when it is asked for again.
         dtype, device: of K and V; by default the model's. Of a config its dtype, else torch's default, on CPU.
         watermark: share of the pool that an admission leaves free, for those who run to grow into.
         chunks: whether layers that attend in chunks (Llama 4) keep no more than their chunk, where the model's layers
@@ -58,6 +67,7 @@ class Pool:
         *,
         memory: int | str | None = None,
         num_blocks: int | None = None,
+        host_memory: int | str | None = None,
         block_size: int = 16,
         layout: str = "NHD",
         dtype: torch.dtype | None = None,
@@ -84,9 +94,10 @@ class Pool:
             config = filling(one, "64MiB" if memory is None else memory, dtype)
         else:
             config = one.replace(num_gpu_blocks=num_blocks)
-        engine = CacheEngine(config, dtype, device, layout=layout)
+        slots = host_slots(config, host_memory, dtype)
+        engine = CacheEngine(config, dtype, device, layout=layout, host_blocks=slots)
         self._of: weakref.ref[Any] = weakref.ref(model)
-        self.blocks = Blocks.of(BlockManager.for_config(config, watermark=watermark), engine)
+        self.blocks = Blocks.of(BlockManager.for_config(config, watermark=watermark, host_blocks=slots), engine)
 
     @classmethod
     def over(cls, config: PreTrainedConfig, blocks: Blocks) -> Self:
