@@ -415,16 +415,21 @@ class CacheEngine:
                     f"the step's moves begin with number {first}, and the newest that was made is {done}: each is made "
                     "once, in order; call engine.move(step) right after every prepare"
                 )
-            self._check_bounds(moves)
+            self._check_bounds(moves, manager)
         return first, last, moves
 
-    def _check_bounds(self, moves: torch.Tensor) -> None:
+    def _check_bounds(self, moves: torch.Tensor, manager: BlockManager) -> None:
         if self.arena is None:
             raise ValueError(
                 f"the step has {len(moves)} moves between device and host, and the engine no host memory: make it with "
                 "host_blocks="
             )
         groups, slots = len(self._config.groups), self.arena.num_slots
+        asked = getattr(manager, "host_blocks", slots)
+        if asked > slots:
+            raise ValueError(
+                f"the manager has {asked} host blocks and the engine {slots}; make both with one host_blocks"
+            )
         kinds = moves[:, 0] != 0
         blocks, in_host = torch.where(kinds, moves[:, 3], moves[:, 2]), torch.where(kinds, moves[:, 2], moves[:, 3])
         columns = (("kind", moves[:, 0], 2), ("group", moves[:, 1], groups))
@@ -444,12 +449,6 @@ class CacheEngine:
             raise ValueError(
                 f"the manager has {manager.num_blocks} blocks of {manager.block_size} tokens and the engine "
                 f"{self.num_blocks} of {self.block_size}; make both from one CacheConfig"
-            )
-        slots = 0 if self.arena is None else self.arena.num_slots
-        asked = getattr(manager, "host_blocks", 0)
-        if asked > slots:
-            raise ValueError(
-                f"the manager has {asked} host blocks and the engine {slots}; make both with one host_blocks"
             )
 
     def copy_blocks(self, pairs: Indices) -> None:
