@@ -22,7 +22,7 @@ from harness import RESULTS, Row, compare, machine, report
 
 from kvblocks import CacheConfig, CacheEngine
 from kvblocks.memory import zeroed
-from kvblocks.storage.host import HEADER_BYTES
+from kvblocks.sizes import HEADER_BYTES
 from kvblocks.tiers import Block, DiskStore, ObjectFormat, Status
 
 OBJECT, BLOCK_SIZE = 1 << 20, 16

@@ -218,6 +218,8 @@ class BlockManager:
         max_open_steps: int = 8,
         prefix_caching: bool = True,
         watermark: float = 0.0,
+        host_blocks: int = 0,
+        write_ahead: int = 256,
     ) -> Self:
         """A manager of the blocks of a cache: `num_blocks`, `block_size` and `groups` are the config's.
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kvblocks.kernels import kernels
 from kvblocks.movement import move_blocks
-from kvblocks.storage.host import HEADER_BYTES, HostArena
+from kvblocks.sizes import HEADER_BYTES
+from kvblocks.storage.host import HostArena
 
 __all__ = ["HostMoves", "Lane", "lane"]
 

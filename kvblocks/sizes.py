@@ -10,6 +10,7 @@ from operator import index
 from typing import SupportsIndex
 
 __all__ = [
+    "HEADER_BYTES",
     "LAYOUTS",
     "budget",
     "checked_bytes",
@@ -20,6 +21,7 @@ __all__ = [
     "parse_size",
 ]
 
+HEADER_BYTES = 4096  # before the bytes of a block, in a host slot and in whatever a store keeps
 LAYOUTS = ("HDN", "NHD", "HND", "X")  # of the blocks of a cache; `PagedKVCache` says what they are
 
 _UNITS = {"": 1, "B": 1}

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from kvblocks.cli import main as cli
+from kvblocks.sizes import HEADER_BYTES
 from kvblocks.tiers import DiskStore, ObjectFormat
-from kvblocks.tiers.objects import HEADER_BYTES, namespace
+from kvblocks.tiers.objects import namespace
 
 NAME = namespace(
     model="m", weights_version="1", dtype="float32", codec="none", block_size=16, layers=[], groups=[], layout="NHD"

@@ -236,8 +236,6 @@ def test_a_layer_of_other_tensors_says_what_it_keeps() -> None:
         assert hasattr(indexed, name)
         with pytest.raises(AttributeError, match=f"there is no {name}: the layer keeps latent, not key and value"):
             getattr(latent, name)
-    with pytest.raises(AttributeError, match="no attribute 'colour'"):
-        latent.colour  # noqa: B018
     rows, keys, index = torch.ones(2, 1, 24).bfloat16(), torch.ones(2, 2, 16).bfloat16(), torch.ones(2, 1, 8)
     wrong: list[tuple[type[Exception], str, Any]] = [
         (TypeError, "write takes latent and slot_mapping; 3 arguments", lambda: latent.write(rows, rows, [0, 1])),

@@ -54,7 +54,7 @@ def test_groups_come_back_too(name: str) -> None:
 
 
 def test_a_cache_for_model_generate_finds_what_the_host_has() -> None:
-    model = tiny_llama()
+    model: Any = tiny_llama()
     pool = Pool(model, num_blocks=16, block_size=4, host_memory="4MiB")
     texts = [prompt(21, seed) for seed in range(4)]
     expected = [kvblocks.generate(model, [text], **QUIET).run() for text in texts]
@@ -63,7 +63,7 @@ def test_a_cache_for_model_generate_finds_what_the_host_has() -> None:
             cache = PagedCache(model.config, pool=pool)
             cached = cache.begin(torch.tensor([text]))
             made = model.generate(
-                torch.tensor([text]), past_key_values=cache, do_sample=False, max_new_tokens=6, eos_token_id=None
+                torch.tensor([text]), cache=cache, do_sample=False, max_new_tokens=6, eos_token_id=None
             )
             assert made[0, len(text) :].tolist() == tokens
             cache.reset()

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from kvblocks import CacheConfig, CacheEngine, Chunk, Group, LayerTensor, Window, key_value
-from kvblocks.sizes import LAYOUTS
+from kvblocks.sizes import HEADER_BYTES, LAYOUTS
 from kvblocks.storage import HostArena
-from kvblocks.storage.host import HEADER_BYTES
 from kvblocks.tiers import DiskStore, ObjectFormat, Status
 
 ALIKE = CacheConfig(num_layers=3, num_kv_heads=2, head_dim=16, num_gpu_blocks=6, block_size=4)

@@ -16,7 +16,7 @@ from kvblocks import BlockManager, CacheConfig, CacheEngine, StepBuffers
 from kvblocks.kernels import kernels
 from kvblocks.kernels.launch import INTERPRETED
 from kvblocks.moves import CpuLane, HostMoves
-from kvblocks.storage.host import HEADER_BYTES
+from kvblocks.sizes import HEADER_BYTES
 
 OFFLOAD, LOAD = 0, 1
 

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from kvblocks.errors import StoreInUse
+from kvblocks.sizes import HEADER_BYTES
 from kvblocks.tiers import DiskStore, ObjectFormat, Status
 from kvblocks.tiers import disk as disk_module
 from kvblocks.tiers.conformance import CHECKS, Subject
 from kvblocks.tiers.disk import FEWEST_SLOTS, LOCK, read_folder, remove_folder
-from kvblocks.tiers.objects import HEADER_BYTES
 from kvblocks.tiers.segments import Record, Segment
 
 PAGE = 4096

@@ -14,8 +14,9 @@ from faulty_store import Fault, FaultyStore, StoreDied
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvblocks.sizes import HEADER_BYTES
 from kvblocks.tiers import Status
-from kvblocks.tiers.objects import HEADER_BYTES, Block, ObjectFormat, fault_of, namespace, read_header
+from kvblocks.tiers.objects import Block, ObjectFormat, fault_of, namespace, read_header
 
 MODEL: dict[str, Any] = {
     "model": "org/model",

@@ -48,6 +48,19 @@ class StepSlots(Protocol):
     def num_tokens(self) -> int: ...
 
 
+class _OfKeyValue:
+    """What only a layer with "key" and "value" has, as an attribute of its own that hides this one."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name.removeprefix("_")
+
+    def __get__(self, cache: "PagedKVCache", owner: type) -> Any:
+        if cache is None:
+            return self
+        kept = ", ".join(cache.tensors)
+        raise AttributeError(f"there is no {self._name}: the layer keeps {kept}, not key and value; see `tensors`")
+
+
 class PagedKVCache:
     """What one layer keeps for its tokens, K and V mostly, in blocks of `block_size` tokens, zeroed.
 
@@ -105,9 +118,12 @@ class PagedKVCache:
     """
 
     num_blocks: int
-    num_heads: int
-    head_dim: int
-    v_head_dim: int
+    num_heads: int = _OfKeyValue()  # type: ignore[assignment]
+    head_dim: int = _OfKeyValue()  # type: ignore[assignment]
+    v_head_dim: int = _OfKeyValue()  # type: ignore[assignment]
+    _key_cache: Tensor = _OfKeyValue()  # type: ignore[assignment]
+    _value_cache: Tensor = _OfKeyValue()  # type: ignore[assignment]
+    _block_layouts: tuple[BlockLayout, BlockLayout] = _OfKeyValue()  # type: ignore[assignment]
     block_size: int
     dtype: torch.dtype
     device: torch.device
@@ -239,13 +255,6 @@ class PagedKVCache:
     def block_layouts(self) -> tuple[BlockLayout, BlockLayout]:
         """Where the bytes of a token lie in `key_cache` and in `value_cache`."""
         return self._block_layouts
-
-    def __getattr__(self, name: str) -> Any:
-        # What only a layer with K and V has; anything else that is missing is a mistake in the name.
-        if name in ("key_cache", "value_cache", "block_layouts", "num_heads", "head_dim", "v_head_dim"):
-            kept = ", ".join(self.__dict__.get("tensors", ()))
-            raise AttributeError(f"there is no {name}: the layer keeps {kept}, not key and value; see `tensors`")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def memory_bytes(self) -> int:

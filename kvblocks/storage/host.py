@@ -9,13 +9,12 @@ from typing import SupportsIndex
 import torch
 
 from kvblocks import memory
-from kvblocks.sizes import checked_integer, checked_size
+from kvblocks.sizes import HEADER_BYTES, checked_integer, checked_size
 
-__all__ = ["HEADER_BYTES", "PAGE_BYTES", "HostArena", "slot_bytes"]
+__all__ = ["PAGE_BYTES", "HostArena", "slot_bytes"]
 
 _PORTABLE, _MAPPED = 1, 2  # flags of cudaHostRegister: for every device, and at an address that kernels can use
 PAGE_BYTES = 4096  # what slots are padded to, for reads and writes that go past the page cache
-HEADER_BYTES = 4096  # of each slot, before the bytes of its block
 
 
 def slot_bytes(payload_bytes: int) -> int:

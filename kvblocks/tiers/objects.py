@@ -1,6 +1,6 @@
 """Who a block is outside of this process: its name in a store, and the header that travels with its bytes.
 
-Knows bytes, and neither stores nor managers. Imports numpy, and xxhash where there is no secret.
+Knows bytes, and neither stores nor managers. Imports numpy, the sizes, and xxhash where there is no secret.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from kvblocks.sizes import HEADER_BYTES
 from kvblocks.tiers.store import Buffer
 
-__all__ = ["HEADER_BYTES", "Block", "Header", "ObjectFormat", "fault_of", "namespace", "read_header"]
+__all__ = ["Block", "Header", "ObjectFormat", "fault_of", "namespace", "read_header"]
 
-HEADER_BYTES = 4096
 MIN_SECRET_BYTES = 16
 
 # What of a header has a fixed place: magic, whether it is keyed, the length of the shard's name, group, bytes of the
