@@ -10,10 +10,11 @@ __all__ = ["CARDS", "card_memory", "parse_gpu"]
 # MiB of one card, as its driver reports the total (`nvidia-smi`, `rocm-smi --showmeminfo vram`); what the driver keeps
 # is not in it. Read in what the driver printed, which people publish with their issues and logs: among others
 # github.com/modal-labs/modal-client/pull/2797 (T4, L4, A10, L40S, A100 of both sizes, H100),
-# NVIDIA/TensorRT-LLM/issues/10278 (B200), noonghunna/club-3090/issues/1129 (RTX 3090), and logs of H200 (143771MiB),
-# B300 (275040MiB), H100 NVL (95830MiB), GH200 and H20 (97871MiB), A40 and L40 (46068MiB), RTX A6000 and 6000 Ada
-# (49140MiB), RTX 5090 (32607MiB), RTX PRO 6000 (97887MiB), MI250X (68702699520 bytes a die), MI300X (206141652992) and
-# MI355X (309220868096). ROCm's are 16 MiB less than whole GiB; the MI325X, which was not seen printed, is taken alike.
+# NVIDIA/TensorRT-LLM/issues/10278 (B200), noonghunna/club-3090/issues/1129 (RTX 3090), RLinf/RLinf/issues/255 (RTX
+# 4090), and logs of H200 (143771MiB), B300 (275040MiB), H100 NVL (95830MiB), GH200 and H20 (97871MiB), A40 and L40
+# (46068MiB), RTX A6000 (49140MiB), RTX 5090 (32607MiB), RTX PRO 6000 (97887MiB), MI250X (68702699520 bytes a die),
+# MI300X (206141652992) and MI355X (309220868096). ROCm's are 16 MiB less than whole GiB. Not seen printed, and taken
+# from what is like them or from the data sheet: V100, A30, RTX 6000 Ada and MI325X.
 CARDS: dict[str, int] = {
     "t4": 15360,
     "v100-16g": 16384,
