@@ -886,7 +886,7 @@ cdef class BlockManager:
                 with self.lock:
                     closed = core_abort(&self.core, step_id, &f)
                     if closed:
-                        keep_moves(&self.core)
+                        keep_moves(&self.core, &step.arrays)
                 if not closed:
                     error.add_note(f"step {step_id} stays open, as another thread has prepared a later one: abort both")
                 raise
@@ -895,7 +895,7 @@ cdef class BlockManager:
         except MemoryError:
             with self.lock:
                 if core_abort(&self.core, step_id, &f):
-                    keep_moves(&self.core)
+                    keep_moves(&self.core, &step.arrays)
                     self.core.counters.copies -= step.arrays.num_copies
             raise
 
@@ -910,8 +910,8 @@ cdef class BlockManager:
         cdef int64_t last = as_int(number, "number"), noted
         with self.lock:
             noted = self.core.pool.moves.handed
-            if 0 <= last <= noted:
-                self.core.pool.moves.marked = max(self.core.pool.moves.marked, last)
+            if self.core.pool.moves.marked < last <= noted:
+                self.core.pool.moves.marked = last
                 if last == noted:
                     self.core.pool.host.num_moves = 0
         if not 0 <= last <= noted:
@@ -1413,8 +1413,10 @@ cdef void close_host(Core* c, int32_t max_seqs) noexcept:
     unmap(h.needs, max_seqs, sizeof(int64_t))
 
 
-cdef void keep_moves(Core* c) noexcept:
-    """Let the next step hand out again what a step that never came to be has handed out."""
+cdef void keep_moves(Core* c, Arrays* a) noexcept:
+    """Let the next step hand out again what a step that never came to be has handed out, and its arrays ask for
+    nothing."""
+    a.needs = a.last_move = 0
     if c.pool.host.num_slots:
         c.pool.moves.handed = c.pool.moves.marked
 

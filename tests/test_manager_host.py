@@ -124,6 +124,8 @@ def test_a_prepare_that_raises_keeps_its_moves_for_the_next() -> None:
     for _ in range(100):
         with pytest.raises(RuntimeError, match="gone"):
             manager.prepare(seq, 1, torn)
+        assert (torn.needs, torn.last_move, torn.waits) == (0, 0, False)
+        manager.mark_moved(manager.moves_marked)  # what was marked before: it says nothing of those that are kept
         manager.audit()
     step_id = manager.prepare(seq, 1, step)
     moves = step.moves.tolist()
