@@ -125,7 +125,7 @@ def test_any_history_gives_the_same_bits_as_torch(device: str, data: st.DataObje
         )
         keys, values = (rows.contiguous() if rows.stride(2) != 1 else rows for rows in (keys, values))
         for cache in (ours, theirs):
-            unchecked(cache).write(keys, values, indices(slots, device, form))
+            unchecked(cache).write((keys, values), indices(slots, device, form))
         assert_same(ours, theirs)
 
     table = data.draw(st.lists(st.integers(-1, shape.num_blocks), max_size=4))

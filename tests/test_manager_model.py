@@ -47,8 +47,10 @@ class Engine:
         return table
 
     def lengths(self, seq: int) -> list[int]:
-        """num_cached, num_computed, reserved, num_tokens"""
-        return [int(values[0]) for values in self.manager.lengths([seq])]
+        """num_cached, num_computed, reserved, num_tokens; nothing is loading"""
+        *lengths, loading = (int(values[0]) for values in self.manager.lengths([seq]))
+        assert loading == 0
+        return lengths
 
 
 @pytest.fixture(params=[MODEL, COMPILED], ids=["model", "compiled"])
