@@ -1,9 +1,9 @@
-"""HostMoves: blocks on their way between a device and slots of host memory, in the order that the manager gives.
+"""HostMoves: copies of blocks between a device and slots of host memory, in the order that the manager gives.
 
-A device has a stream for them, beside the one on which passes run, and no call waits for either on the host. Streams,
-events and the passing of time go through `Lane` alone: here are those of the CPU, where all is done when a call
-returns, and of CUDA. Knows blocks and slots by their numbers, not what is in them. Imports torch, the compiled mover,
-the arena and the kernels.
+On CUDA they run on a stream of their own, beside that of the passes, and the host waits for neither. Streams and events
+are used through `Lane` alone: on the CPU moves are done when a call returns, on CUDA when the stream has reached them.
+Knows blocks and slots by their numbers, not what is in them. Imports torch, the compiled mover, the arena and the
+kernels.
 """
 
 import weakref
@@ -23,28 +23,28 @@ __all__ = ["HostMoves", "Lane", "lane"]
 
 
 class Lane(Protocol):
-    """The stream on which moves run, as seen from the current stream, on which passes run.
+    """The stream on which moves run; passes run on the current stream.
 
-    Marks are points of the lane: what an event is on CUDA.
+    A mark is a point of the lane, as an event is on CUDA.
     """
 
     def follow(self) -> None:
-        """Let what is run from now on begin after all that lies on the current stream now."""
+        """Let moves that are run from now on begin after all that is on the current stream now."""
 
     def run(self, moves: Tensor) -> None:
-        """Do moves in their order, behind all that was run before: int32 [n, 4] on the host, contiguous, n >= 1."""
+        """Do moves in order, after all that were run before: int32 [n, 4] on the host, contiguous, n >= 1."""
 
     def mark(self) -> Any:
-        """The point behind all that was run so far."""
+        """The point after all moves that were run so far."""
 
     def hold(self, mark: Any) -> None:
-        """Let what comes to lie on the current stream from now on begin after a mark."""
+        """Let what is put on the current stream from now on begin after a mark."""
 
     def passed(self, mark: Any) -> bool:
-        """Whether all before a mark is done; asked without waiting."""
+        """Whether all moves before a mark are done; does not wait."""
 
     def finish(self) -> None:
-        """Wait until all that was run is done."""
+        """Wait until all moves that were run are done."""
 
 
 class HostMoves:
@@ -52,11 +52,11 @@ class HostMoves:
 
     Args:
         lane: on which they run.
-        arena: the slots, which stay until the last move is done.
-        memory: what else has to stay so long.
+        arena: the slots, kept alive until the last move is done.
+        memory: what else is kept alive so long.
 
-    A step enqueues the same few things however many moves there are: the lane follows the current stream, does the
-    moves that the pass waits for, then the others, and the current stream is held until the pass may run.
+    A step enqueues the same few operations however many moves it has: the lane follows the current stream, does the
+    moves that the pass waits for, then the others, and the current stream waits for those that it needs.
     """
 
     def __init__(self, lane: Lane, arena: HostArena, memory: object = None) -> None:
@@ -70,11 +70,11 @@ class HostMoves:
         """Do moves, those that the next pass needs before the others.
 
         Args:
-            moves: int32 [n, 4]: kind (0 from a block to a slot, 1 back), group, source, target; all of them there.
-            first, last: the numbers of this step's moves; each but the last of `moves` may be followed by a gap.
+            moves: int32 [n, 4]: kind (0 from a block to a slot, 1 back), group, source, target, which must exist.
+            first, last: the range of this step's numbers, both included; not every number in it has a move here.
             needs: the newest move that the pass waits for, at most `last`; 0 for none.
         """
-        self.landed()  # so that marks do not pile up where nobody asks
+        self.landed()  # so that marks do not pile up where nobody calls it
         if len(moves):
             self._lane.follow()
             needed = self._needed(moves, needs - first + 1)
@@ -84,7 +84,7 @@ class HostMoves:
                     self._marks.append((number, self._lane.mark()))
 
     def hold(self, needs: int) -> None:
-        """Let the pass that is launched next wait for the moves up to a number, which were enqueued here."""
+        """Let the pass that is launched next wait for the enqueued moves up to number `needs`."""
         mark = next((mark for number, mark in self._marks if number >= needs), None)
         if needs > self._landed and mark is not None:
             self._lane.hold(mark)
@@ -103,9 +103,9 @@ class HostMoves:
 
     @staticmethod
     def _needed(moves: Tensor, count: int) -> int:
-        """How many moves have to run before the pass: up to the `count`-th, and where that is any, all loads.
+        """How many moves have to run before the pass: those up to the `count`-th and, unless there are none, all loads.
 
-        Where numbers have gaps, a move's own is as large as its place says, or larger.
+        As numbers may have gaps, the i-th move has the i-th number or a larger one.
         """
         if count <= 0:
             return 0
@@ -123,15 +123,15 @@ def lane(
     """The lane of a device.
 
     Args:
-        pieces: (address in block 0, bytes to the next block, length) of those that make up a block, in order.
-        sizes: bytes of a block that belong to each group, the first of it.
-        num_blocks: blocks there are.
+        pieces: of each part of a block, in order: its address in block 0, and in bytes the stride between blocks and
+            its length.
+        sizes: bytes of a block that each group uses, from its beginning.
+        num_blocks: number of blocks.
         arena: the slots.
         device: where the blocks lie.
 
     Raises:
-        NotImplementedError: there is no way between host memory and this device: it is neither the CPU nor CUDA, or
-            Triton is not installed.
+        NotImplementedError: the device is neither the CPU nor CUDA, or Triton, which CUDA needs, is not installed.
         ValueError: a CUDA device, and an arena that is not pinned.
     """
     if device.type == "cpu":
@@ -144,7 +144,7 @@ def lane(
 
 
 class CpuLane:
-    """Compiled copies, done when a call returns."""
+    """Compiled copies, which are done when a call returns."""
 
     def __init__(
         self, pieces: Sequence[tuple[int, int, int]], sizes: Sequence[int], num_blocks: int, arena: HostArena
@@ -197,13 +197,13 @@ class CudaLane:
         self._kernels, self._arena, self._device = module, arena, device
         self._chunks = module.Chunks.of(pieces, sizes, device)
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.follow()  # what the tables and the blocks were filled with
+        self.follow()  # the current stream, on which the tables and the blocks were filled
 
     def follow(self) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def run(self, moves: Tensor) -> None:
-        # torch keeps pinned memory from others until the copies out of it are done, and the stream what it allocated.
+        # torch reuses pinned memory only after the copies out of it, and the table only on this stream.
         with torch.cuda.stream(self._stream):
             table = moves.pin_memory().to(self._device, non_blocking=True)
             self._kernels.move_blocks(self._chunks, self._arena.address + HEADER_BYTES, self._arena.slot_bytes, table)

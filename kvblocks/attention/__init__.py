@@ -1,4 +1,4 @@
-"""Attention over the blocks. `call` checks and holds the plain torch path, `backends` picks a kernel on CUDA."""
+"""Attention over the blocks. `call` checks its arguments and attends on CPU, `backends` picks a kernel on CUDA."""
 
 from kvblocks.attention.arguments import StepLike
 from kvblocks.attention.call import paged_attention

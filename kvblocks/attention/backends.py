@@ -54,7 +54,7 @@ def _say(what: str, why: str) -> None:
 
 
 def varlen_refuses(args: Arguments) -> str | None:
-    """Why torch's `varlen_attn` cannot serve, if so."""
+    """Why torch's `varlen_attn` cannot take this call; None where it can."""
     found = _varlen()
     if found is None:
         return f"torch {torch.__version__} has none that takes a block table"
@@ -80,7 +80,7 @@ def varlen_refuses(args: Arguments) -> str | None:
 
 
 def kernel_refuses(args: Arguments) -> str | None:
-    """Why our Triton kernel cannot serve, if so."""
+    """Why our Triton kernel cannot take this call; None where it can."""
     module, cache = kernels("attention"), args.cache
     if module is None:
         return "Triton is not installed"
@@ -100,6 +100,7 @@ def kernel_refuses(args: Arguments) -> str | None:
 
 
 def on_varlen(args: Arguments) -> Tensor:
+    """Torch's `varlen_attn`, for a call that `varlen_refuses` lets pass."""
     found = _varlen()
     if found is None:
         raise RuntimeError("torch has no varlen_attn that takes a block table")

@@ -1,7 +1,7 @@
 """Attention over the paged cache for a ragged batch: the call, and plain torch that is right everywhere.
 
-Plain torch is the reference for the kernels, and what runs on CPU. On CUDA `backends` picks a kernel. Nothing is
-written to the cache here. Imports torch, storage, and `backends`.
+On CPU a compiled kernel attends, on CUDA one that `backends` picks. Plain torch is the reference for both, and takes
+what they do not. Nothing is written to the cache here. Imports torch, storage, the compiled kernel and `backends`.
 """
 
 import functools
@@ -82,7 +82,7 @@ def paged_attention(
     kernel, else, for what neither takes, by plain torch; which one is logged once by "kvblocks", with the reason. The
     kernels do not wait for the device and can be captured in a CUDA graph: its replays may hold fewer sequences and
     tokens than the step that was captured, and longer sequences, but no row of more than its `max_query_len` queries.
-    What lengths and tables hold is checked only by plain torch, and with KVBLOCKS_CHECKED=1.
+    There, the contents of lengths and tables are checked only by plain torch, and with KVBLOCKS_CHECKED=1.
     """
     if getattr(step, "waits", False):
         raise MovesPending("the step has blocks to copy before its pass: call engine.move(step) first", 0)
@@ -111,10 +111,9 @@ def paged_attention(
 
 
 def _lists(step: StepLike, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Block table, lengths and query starts in the form that the compiled kernel reads, and enough of them.
+    """Block table, lengths and query starts in the form that the compiled kernel reads, with enough rows.
 
-    What is in them the kernel checks itself, each time: it decides where memory is read, and may have been written
-    meanwhile.
+    The kernel checks their contents in each call: these decide where memory is read, and may have changed meanwhile.
     """
     table = _ints("step.block_table", table)
     lens, starts = _ints("step.seq_lens", step.seq_lens), _ints("step.query_start_loc", step.query_start_loc)
@@ -308,7 +307,7 @@ class _Reach:
 
 @functools.cache
 def _whole(kept: Window | Chunk | None) -> _Reach:
-    """All that a group keeps blocks for."""
+    """The reach of all that a group keeps blocks for."""
     if kept is None:
         return _Reach(None, None)
     return _Reach(kept.size, None) if isinstance(kept, Window) else _Reach(None, kept.size)
@@ -487,7 +486,7 @@ def _attend(
     kv_heads = keys.shape[1]
     plain = softcap is None and sinks is None
     if plain and query.is_cpu and rows == 1 and queries > 1 and hidden is not None and values.shape[3] == dim:
-        # Torch's fused kernel: it keeps to what attention promises here as one row brings no slot that is unused.
+        # Torch's fused kernel, which would let NaN in unused slots pass; a single row brings no such slot.
         output = torch.nn.functional.scaled_dot_product_attention(
             query.transpose(1, 2), keys, values, attn_mask=~hidden[:, None], scale=scale, enable_gqa=True
         )

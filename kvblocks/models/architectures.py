@@ -327,7 +327,7 @@ _register("deepseek_v4", read.deepseek_v4, "layer_types compress_rates sliding_w
 _register("xlnet", read.xlnet)
 _register("reformer", read.reformer)
 
-# Model types whose configs of before transformers 5 say some of this by other fields, which transformers translates.
+# Model types whose configs of before transformers 5 have other fields for some of this, which transformers translates.
 TRANSLATED = frozenset(
     [
         "bailing_hybrid",

@@ -46,7 +46,7 @@ _SHARING = _names("gemma3n_text gemma4_text gemma4_unified_text")
 
 
 def head_dim_of(f: Fields, heads: str = "num_attention_heads", hidden: str = "hidden_size") -> int:
-    """Numbers in one head: as the config says, or the hidden size over the heads of queries."""
+    """Numbers in one head: as the config says, or the hidden size over the query heads."""
     if f.has("head_dim"):
         return f.count("head_dim")
     if f.model_type in _OWN_HEAD_DIM and "head_dim" not in f.values:
@@ -120,7 +120,7 @@ def reach_of(f: Fields, kind: str, window: str = "sliding_window") -> Reach:
 
 
 def layer_kinds(f: Fields) -> list[str]:
-    """The kind of every layer: named, or by the rule by which transformers fills them in for configs of before."""
+    """The kind of every layer: as the config names it, or by the rule of transformers for older configs."""
     number = f.layers("num_hidden_layers")
     if f.has("layer_types"):
         return f.kinds("layer_types", number)
@@ -252,6 +252,7 @@ def mixed(f: Fields) -> list[Layer]:
 
 
 def gemma4(f: Fields) -> list[Layer]:
+    """`mixed` layers, of which the full ones have heads of their own."""
     if "per_layer_config" not in f.values:
         # Before, the heads of full layers had fields of their own; the rule for them is transformers'.
         raise MissingField(f.model_type, "per_layer_config")
@@ -273,6 +274,7 @@ def gpt_neo(f: Fields) -> list[Layer]:
 
 
 def gpt_bigcode(f: Fields) -> list[Layer]:
+    """One K and V head for all queries where the config says so, else one for each query."""
     heads = 1 if f.flag("multi_query") else f.count("n_head")
     dim = f.divided("n_embd", "n_head")
     return [Layer(i, "full_attention", attention(heads, dim, dim)) for i in range(f.layers("n_layer"))]
@@ -291,6 +293,7 @@ def falcon(f: Fields) -> list[Layer]:
 
 
 def dbrx(f: Fields) -> list[Layer]:
+    """K and V heads shared by queries, their number in `attn_config`."""
     given = f.get("attn_config")
     if not isinstance(given, Mapping):
         raise (
@@ -305,6 +308,7 @@ def dbrx(f: Fields) -> list[Layer]:
 
 
 def jetmoe(f: Fields) -> list[Layer]:
+    """K and V heads that the query heads of several experts share."""
     kept = attention(f.count("num_key_value_heads"), f.count("kv_channels"), f.count("kv_channels"))
     return [Layer(i, "full_attention", kept) for i in range(f.layers("num_hidden_layers"))]
 
@@ -351,6 +355,7 @@ def decoder_half(layers: str, heads: str, hidden: str) -> Reader:
 
 
 def t5(f: Fields) -> list[Layer]:
+    """`decoder_half` with heads of a size of their own, and always an encoder."""
     number = f.layers("num_decoder_layers") if f.has("num_decoder_layers") else f.layers("num_layers")
     kept = attention(f.count("num_heads"), f.count("d_kv"), f.count("d_kv"))
     return [Layer(i, "full_attention", kept, cross=kept) for i in range(number)]
@@ -376,6 +381,7 @@ def latent(f: Fields) -> list[Layer]:
 
 
 def longcat(f: Fields) -> list[Layer]:
+    """Latent attention twice in every layer, each with a cache of its own."""
     return [Layer(i, "full_attention", latent_kept(f)) for i in range(2 * f.layers("num_layers"))]
 
 
@@ -409,6 +415,7 @@ def inner_of(f: Fields) -> int:
 
 
 def mpt(f: Fields) -> list[Layer]:
+    """`plain`; an `attn_config` that asks for other heads of K and V is an error."""
     given = f.values.get("attn_config") or {}
     if not isinstance(given, Mapping):
         raise UnknownModel("mpt.attn_config is no object")
@@ -587,7 +594,7 @@ def zaya_states(f: Fields) -> tuple[State, ...]:
 
 
 def inkling(f: Fields) -> list[Layer]:
-    """Four short convolutions in every layer: over K, V and the two inputs; in single precision where it is inkling."""
+    """Four short convolutions in every layer: over K, V and the two inputs, all in float32."""
     kernel, hidden = f.count("conv_kernel_size"), f.count("hidden_size")
     dtype = "float32"
     layers = []
@@ -605,6 +612,7 @@ def inkling(f: Fields) -> list[Layer]:
 
 
 def recurrent_gemma(f: Fields) -> list[Layer]:
+    """Recurrent layers, and layers that attend to a window, in a pattern that repeats."""
     width, conv = f.count("lru_width"), f.count("conv1d_width")
     pattern = f.get("block_types")
     if not isinstance(pattern, list | tuple) or not pattern:
@@ -627,6 +635,7 @@ def recurrent_gemma(f: Fields) -> list[Layer]:
 
 
 def rwkv(f: Fields) -> list[Layer]:
+    """The last inputs of both halves of a layer, and its recurrent state."""
     hidden = f.count("hidden_size")
     states = (
         State("shifted inputs", ((1, 2 * hidden),)),
@@ -636,6 +645,7 @@ def rwkv(f: Fields) -> list[Layer]:
 
 
 def xlstm(f: Fields) -> list[Layer]:
+    """A matrix memory for each head, with its normalizer and its stabilizer."""
     heads, hidden = f.count("num_heads"), f.count("hidden_size")
     dims = []
     for name in ("qk_dim_factor", "v_dim_factor"):

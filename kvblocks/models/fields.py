@@ -115,7 +115,7 @@ class Fields:
         return whole // parts
 
 
-# Names of before, as transformers maps them.
+# Older names, as transformers maps them.
 _SYNONYMS = {
     "mamba": "linear_attention",
     "attention": "full_attention",

@@ -132,7 +132,7 @@ def layer_groups(
         layers: of the model, or of the part of it that one device runs. Only the ratios of their `block_bytes` count.
         longest: tokens of the longest sequence that the model was made for; None where it names none. The sequence that
             is compared has so many tokens, and 32,768 at most. It lies in blocks of 16 and grows a token at a time.
-        max_groups: block tables of a sequence, at most, as far as reaches allow.
+        max_groups: block tables of a sequence, at most; layers of each reach need at least one.
     """
     num_tokens = _LENGTH if longest is None else min(longest, _LENGTH)
     by_reach: dict[Reach, list[PagedLayer]] = {}
@@ -166,7 +166,7 @@ def model_groups(
 def paged_layers(
     layers: Iterable[Layer], block_size: int, entry_bytes: Callable[[Kept], int]
 ) -> tuple[PagedLayer, ...]:
-    """What every layer puts into blocks of `block_size` tokens, apart by reach."""
+    """What every layer puts into blocks of `block_size` tokens, one entry for each of its reaches."""
     found = []
     for layer in layers:
         for reach in dict.fromkeys(kept.reach for kept in layer.kept):
@@ -177,7 +177,7 @@ def paged_layers(
 
 
 def uniform_bytes(layers: Sequence[PagedLayer], block_size: int, num_tokens: int) -> int:
-    """Bytes that a sequence takes where every layer keeps every token, in places of equal size."""
+    """Bytes of a sequence if every layer kept every token, and each took as many bytes as the largest."""
     if not layers:
         return 0
     each = max(layer.block_bytes for layer in layers)

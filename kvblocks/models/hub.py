@@ -1,4 +1,4 @@
-"""Files of a model on the hub, through huggingface_hub: from its cache, or downloaded, or told quickly that neither is.
+"""Files of a model on the hub, through huggingface_hub: from its cache or downloaded, or a quick error.
 
 Imports huggingface_hub, and what speaks to a network, only where a model is named by a hub id.
 """
@@ -39,13 +39,13 @@ class HubModel:
         self.text = text
         self.name = name
         self.revision = revision
-        self.folder: Path | None = None  # of the cache, where what was asked for lies, with what was downloaded before
+        self.folder: Path | None = None  # in the cache, with the files that were asked for
 
     def file(self, file: str) -> Path:
         """The path of one of its files, in the cache of huggingface_hub.
 
         Raises:
-            FileNotFoundError: there is no such file, or the hub cannot be reached; one sentence, within two seconds.
+            FileNotFoundError: there is no such file, or the hub does not answer in time (see `PATIENCE`).
         """
         try:
             from huggingface_hub import hf_hub_download, try_to_load_from_cache

@@ -182,7 +182,7 @@ def _halves(cache: Any) -> tuple[list[Any], list[Any]]:
 
 
 def _named(layer: Any) -> list[tuple[str, Any]]:
-    """The tensors of a layer by name, but for the tensor that says how wide its window is."""
+    """The tensors of a layer by name, except the one that holds the width of its window."""
     import torch
 
     found = []
@@ -242,7 +242,7 @@ def _bytes(layers: tuple[Layer, ...], tokens: int) -> int:
 
 
 def tensors_held(held: Any, seen: set[int]) -> Iterator[Any]:
-    """Every tensor of a cache once, wherever in it, but for those that say how wide a window is."""
+    """Every tensor of a cache once, however deep in it, except those that hold the width of a window."""
     import torch
 
     if id(held) in seen:

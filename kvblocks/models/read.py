@@ -40,7 +40,7 @@ class Source:
 
     Args:
         config: its config as a dict, text half and all; None for plain numbers and GGUF files.
-        read: makes the `ModelCache`, with a latent cache "latent" or "expanded"; called once for each.
+        read: makes the `ModelCache` for `mla`, "latent" or "expanded"; called once for each.
         origin: the folder, the model on the hub or the GGUF file that has the weights; None where there is none.
     """
 
@@ -215,7 +215,7 @@ def _config(config: dict[str, Any], name: str | None, *, whole: bool = False) ->
     except UnknownModel as problem:
         if not isinstance(problem, MissingField) and _is_unknown(config):
             return _measured(config, name)
-        # transformers fills in what is missing, and translates fields by which configs of before say the same.
+        # transformers fills in what is missing, and translates fields of older configs.
         if whole or not (isinstance(problem, MissingField) or TRANSLATED.intersection(_model_types(config))):
             raise
         config = _completed(config, problem, name)
@@ -313,7 +313,7 @@ def _model_types(config: Mapping[str, Any]) -> set[Any]:
 
 
 def _text_half(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the model that makes text, which several kinds of models hold inside theirs."""
+    """The config of the text half, which several kinds of models hold inside theirs."""
     dtype = None
     for _ in range(_DEEPEST):
         model_type = config["model_type"]
@@ -363,7 +363,7 @@ def _completed(config: dict[str, Any], missing: UnknownModel, name: str | None) 
     _refuse_sizeless(config, name)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it reads names of before is what it is asked for
+            warnings.simplefilter("ignore")  # it is asked to read older names, so it need not warn of them
             completed: dict[str, Any] = kinds[config["model_type"]].from_dict(dict(config)).to_dict()
     except Exception as error:  # its validators raise whatever they like
         reason = " ".join(str(error).split())

@@ -27,7 +27,7 @@ class Kept:
         stored_heads: what transformers' caches keep where that is not `heads`.
         stored_reach: whether transformers' caches keep only what is in reach.
         after: nothing is kept of a sequence that is not longer than this.
-        queries: heads of queries, a multiple of `heads`, which share these in order; None where they are not known.
+        queries: query heads, a multiple of `heads`, which share these in order; None where they are not known.
     """
 
     name: str
@@ -77,8 +77,8 @@ class State:
         dtype: its own, or None for the one that the model computes in.
         varies: (kind, rate), where transformers' caches fill the tensor only in part. After n tokens "rest" fills
             `n % rate` parts in `rate` of it; "last" fills nothing before token `rate`, then all of it.
-        kernel: of a convolution, whose `parts` count one column; 0 where the tensor is none. A step needs the kernel's
-            columns but the one that it brings itself; transformers' caches keep all of them.
+        kernel: width of a convolution, whose `parts` count one column; 0 for other tensors. "exact" counts a column
+            less, as each step brings one itself; transformers' caches keep all.
     """
 
     name: str

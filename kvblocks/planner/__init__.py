@@ -94,28 +94,28 @@ def plan(
         gpu: instead of memory: a card and how many there are, "h100:8"; see `CARDS`. Without a number, as many as hold
             what is asked for.
         block_size: tokens in a block; None for 16, or the fewest more that the model's layers allow.
-        tp: devices over which heads are split, each with equally many heads of queries, in order, and the K and V heads
-            that these share; where heads do not divide some are kept several times, and the plan says so. None for
-            1, and with `gpu` for the size with which the cards hold the most sequences, in as many copies as there are
-            cards for.
+        tp: devices over which heads are split. Each has equally many query heads, in order, and the K and V heads that
+            these read; where those do not divide, some are kept several times, and the plan says so. None for 1; with
+            `gpu`, for the size with which the cards hold the most sequences, in as many copies of the model as fit.
         pp: pipeline stages, or the layers of each.
         mla: what layers with latent attention keep: the latent and the rotated key, or K and V of all heads.
-        stored: "exact", or "transformers" for what the caches of the installed kind keep (it changes `cache_bytes`).
-        seq_len, concurrency: what is asked for: so many sequences of so many tokens (32768, or "32k").
+        stored: "exact", or "transformers" for what transformers' caches keep; it changes `cache_bytes` alone.
+        seq_len, concurrency: what has to fit: `concurrency` sequences of `seq_len` tokens (32768, or "32k").
         weights: bytes or a size of all weights; "auto" reads the safetensors headers or their index beside the config,
             on the hub too, and where there are none builds the model without memory to count them (needs torch and
             transformers), by its `quantization_config` where it has one. None counts none.
         weights_dtype: count the weights as the config describes them, in this dtype; None for the checkpoint's own.
         activations: bytes or a size set aside on each device.
         utilization: the share of the memory that is used, above 0 and at most 1 (0.9, or "90%").
-        sequences: for how many the fixed state is set aside before blocks are counted; None for `concurrency`.
-        encoder_tokens: of an encoder or an image, that cross-attention keeps K and V for in every sequence.
+        sequences: how many have their fixed state set aside before blocks are counted; None for `concurrency`.
+        encoder_tokens: tokens of an encoder or an image, of which cross-attention keeps K and V in every sequence.
         group_size: numbers of one head that share a scale, in 8-bit and packed dtypes; None where scales are not kept
             per token.
-        scale_dtype, zero_point: what a group keeps.
-        max_groups: block tables of a sequence, at most, as far as reaches allow.
-        step_tokens: that one step writes for a sequence, at most: what a window holds besides; None for 1, and with an
-            engine for its own default (8192 for vLLM's --max-num-batched-tokens, 512 for llama.cpp's --ubatch-size).
+        scale_dtype, zero_point: the dtype of a group's scale, and whether it has a zero point too.
+        max_groups: block tables of a sequence, at most; layers of each reach need at least one.
+        step_tokens: tokens that one step writes for a sequence at most, which windowed layers hold besides the window;
+            None for 1, and with an engine for its own default (8192 for vLLM's --max-num-batched-tokens, 512 for
+            llama.cpp's --ubatch-size).
         engine: whose pages, paddings and packings are counted: "kvblocks", "vllm", "sglang" or "llama.cpp". Each rule
             that the model meets is a note of `explain()` with the engine's file and function. It does not change
             `cache_bytes` but for packed formats and llama.cpp's float32 state.

@@ -103,7 +103,7 @@ def _other_stages(plan: Figures) -> Iterator[Change]:
 
 
 def _wider(plan: Figures) -> Iterator[int]:
-    """Larger numbers of devices over which the queries' heads split evenly."""
+    """Larger numbers of devices over which the query heads split evenly."""
     queries, tp = plan.model.query_heads, plan.settings.tp
     if not queries:
         return iter(range(2 * tp, _MOST_DEVICES + 1, tp))

@@ -52,7 +52,7 @@ def parse_gpu(text: str) -> tuple[str, int | None]:
     """The name and the number in "h100:8"; the number is None where only a name is given.
 
     Raises:
-        TypeError, ValueError: no text, a card that is not in the table, or a number that is none.
+        TypeError, ValueError: not text; a card that is not in the table, or no number of cards after the colon.
     """
     if not isinstance(text, str):
         raise TypeError(f"gpu={text!r:.60} is of type {type(text).__name__}; give a card like 'h100' or 'h100:8'")
@@ -68,7 +68,7 @@ def parse_gpu(text: str) -> tuple[str, int | None]:
 
 
 def card_memory(name: str) -> int:
-    """Bytes of one card of the table."""
+    """Bytes of one card of the table; KeyError for a name that is not in it."""
     return CARDS[name] * 2**20
 
 

@@ -42,7 +42,7 @@ class Checkpoint:
 
 
 def checkpoint_of(origin: "Path | HubModel | GgufFile", layers: int) -> Checkpoint | None:
-    """The checkpoint in a folder or on the hub; None where there are no safetensors.
+    """The checkpoint in a folder, on the hub or in a GGUF file; None where there are no safetensors.
 
     Args:
         origin: the folder that holds the config, the model on the hub, or a GGUF file.

@@ -11,7 +11,7 @@ __all__ = ["side_by_side"]
 def side_by_side(plans: Sequence[Figures]) -> tuple[list[str], list[list[str]]]:
     """The heads of the columns, and a row of cells for each plan.
 
-    A column is there where one of the plans has something to say in it.
+    A column that is empty for all plans is left out.
     """
     columns: dict[str, list[str]] = {
         "model": [plan.model.name for plan in plans],

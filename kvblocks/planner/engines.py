@@ -64,14 +64,14 @@ def engine_block_size(engine: Engine, model: ModelCache) -> int | None:
 
 
 def engine_step_tokens(engine: Engine) -> int:
-    """Tokens that one step writes for a sequence at most, where the caller does not say."""
+    """Tokens that one step writes for a sequence at most, by the engine's default."""
     return {"kvblocks": 1, "vllm": 8192, "sglang": 1, "llama.cpp": 512}[engine]
 
 
 def engine_layers(
     engine: Engine, layers: Sequence[Layer], model: ModelCache, format: Format, *, swa_full: bool
 ) -> tuple[Layer, ...]:
-    """Layers with what the engine keeps of them, K and V in `format`."""
+    """The layers as the engine keeps them, with K and V in `format`."""
     if engine == "kvblocks":
         return tuple(layers)
     if engine == "llama.cpp":
@@ -209,7 +209,7 @@ def engine_layout(
         states: bytes of the state of each layer that keeps one.
 
     Raises:
-        ValueError: pages of sizes of which the largest is no multiple, which vLLM unifies in a way not known here.
+        ValueError: page sizes that do not divide the largest: how vLLM unifies those is not known here.
     """
     by_reach: dict[tuple[Reach, int], list[PagedLayer]] = {}
     far: list[Reach] = sorted({layer.reach for layer in paged}, key=lambda reach: reach.size if reach else math.inf)
@@ -252,7 +252,7 @@ def engine_layout(
 
 
 def hybrid_block_size(paged: Sequence[PagedLayer], states: Sequence[int], block_size: int) -> int:
-    """vLLM's block size for models that keep a state: the multiple of `block_size` whose page holds the largest state.
+    """vLLM's block size for models with state: the least multiple of `block_size` whose page holds the largest state.
 
     Args:
         paged: what layers put into a block of `block_size` tokens.
@@ -267,7 +267,7 @@ def hybrid_block_size(paged: Sequence[PagedLayer], states: Sequence[int], block_
 
 
 def engine_notes(engine: Engine, model: ModelCache, format: Format, *, swa_full: bool, step_tokens: int) -> list[str]:
-    """How the engine's figures come about, a sentence for each rule that this model meets, with its source."""
+    """Where the engine's figures come from: a sentence for each of its rules that this model meets, with the source."""
     if engine == "kvblocks":
         return []
     layers = model.layers

@@ -1,4 +1,4 @@
-"""A plan in sentences: every figure with its line of arithmetic. Says nothing that the `Figures` do not know."""
+"""A plan in sentences: every figure with its line of arithmetic. All figures are those of `Figures`."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -63,7 +63,7 @@ class Settings:
         swa_full: whether llama.cpp keeps every token in windowed layers.
 
     Raises:
-        ValueError: heads of queries that `tp` devices cannot share evenly.
+        ValueError: query heads that `tp` devices cannot share evenly.
     """
 
     model: ModelCache
@@ -110,10 +110,10 @@ class Settings:
         return (self.each or 0) if self.sequences is None else self.sequences
 
     def heads(self, heads: int, queries: int | None = None) -> tuple[int, int]:
-        """Of `heads` heads: how many lie on the fullest device, and how many on all devices, each copy counted.
+        """How many of `heads` K and V heads the fullest device keeps, and all devices together, each copy counted.
 
-        A device has as many heads of queries as every other, in order, and keeps each head that one of them shares.
-        Where `queries` is None, all devices keep equally many.
+        All devices have equally many of the `queries` query heads, in order, and keep each head that one of theirs
+        reads. Where `queries` is None, all devices keep equally many.
         """
         shares = math.gcd(heads, self.tp)
         if queries is None:
@@ -145,14 +145,14 @@ class Stage:
 
     @cached_property
     def token_bytes(self) -> int:
-        """Of one token while every layer still reaches it; compressed entries count for the tokens they stand for."""
+        """Bytes of one token in reach of every layer; a compressed entry is divided among the tokens it stands for."""
         rates = math.lcm(*(kept.every for layer in self.layers for kept in layer.kept))
         whole = sum(self.entry_bytes(kept) * (rates // kept.every) for layer in self.layers for kept in layer.kept)
         return math.ceil(whole / rates)
 
     @cached_property
     def state_bytes(self) -> int:
-        """Of one sequence, whatever its length, cross-attention included."""
+        """Bytes of state of one sequence, whatever its length, cross-attention included."""
         in_pages = self.settings.engine == "vllm" and bool(self.paged)
         return self.cross_bytes + (0 if in_pages else sum(self.layer_states))
 
@@ -181,7 +181,7 @@ class Stage:
         return total
 
     def cache_bytes(self, num_tokens: int) -> int:
-        """Of one sequence of `num_tokens` tokens, to the byte, as `settings.stored` keeps it."""
+        """Bytes of one sequence of `num_tokens` tokens, unpadded, as `settings.stored` keeps it."""
         if not num_tokens:
             return 0
         stored = self.settings.stored
@@ -194,7 +194,7 @@ class Stage:
 
     @cached_property
     def paged(self) -> tuple[PagedLayer, ...]:
-        """What every layer puts into blocks, apart by reach."""
+        """What every layer puts into blocks, one entry for each of its reaches."""
         return paged_layers(self.layers, self.block_size, self.entry_bytes)
 
     @cached_property
@@ -225,13 +225,13 @@ class Stage:
         return self.layout.block_bytes
 
     def sequence_bytes(self, num_tokens: int) -> int:
-        """Of one sequence in whole blocks, with its state."""
+        """Bytes of one sequence in whole blocks, with its state."""
         if not num_tokens:
             return 0
         return self.paged_bytes(1, num_tokens) + self.state_bytes
 
     def paged_bytes(self, count: int, num_tokens: int) -> int:
-        """Of `count` sequences in whole blocks, without their state."""
+        """Bytes of `count` sequences in whole blocks, without their state."""
         return self.layout.bytes_for(count, num_tokens + self.extra_tokens)
 
     @cached_property
@@ -254,7 +254,7 @@ class Stage:
 
     @cached_property
     def num_blocks(self) -> int | None:
-        """Blocks that fit, or that what is asked for takes; None where neither is given, or there is no one pool."""
+        """Blocks that fit, or that the sequences asked for take; None where neither is given, and for several pools."""
         s = self.settings
         if not self.layout.pooled and len(self.layout.groups) > 1:
             return None
@@ -334,7 +334,7 @@ class Figures:
 
     @property
     def weights_bytes(self) -> int:
-        """Of the model's weights on one device; 0 where they were not asked for."""
+        """Bytes of the model's weights on one device; 0 where they were not asked for."""
         return self.stage.weights
 
     @property
@@ -344,17 +344,17 @@ class Figures:
 
     @property
     def bytes_per_token(self) -> int:
-        """Of one token in all layers, while every one of them still reaches it."""
+        """Bytes of one token in all layers, while it is in reach of every one."""
         return self.stage.token_bytes
 
     @property
     def block_bytes(self) -> int:
-        """Of one block of the pool: what the largest group needs. 0 where nothing grows with the sequence."""
+        """Bytes of one block of the pool: what the largest group needs. 0 where nothing grows with the sequence."""
         return self.stage.block_bytes
 
     @property
     def state_bytes(self) -> int:
-        """Fixed, for each sequence: convolution and recurrent state, and what cross-attention keeps."""
+        """Fixed bytes of each sequence: convolution and recurrent state, and what cross-attention keeps."""
         return self.stage.state_bytes
 
     def cache_bytes(self, num_tokens: int) -> int:
@@ -377,7 +377,11 @@ class Figures:
         return self.stage.sequence_bytes(_tokens("num_tokens", num_tokens, 0))
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that a sequence of `num_tokens` tokens takes, in all groups together."""
+        """Blocks that a sequence of `num_tokens` tokens takes, in all groups together.
+
+        Raises:
+            TypeError, ValueError: `num_tokens` is not an integer in 0..2**31-1.
+        """
         tokens = _tokens("num_tokens", num_tokens, 0)
         return self.stage.layout.blocks(tokens + self.stage.extra_tokens) if tokens else 0
 
@@ -469,11 +473,14 @@ class Figures:
         """The share of a sequence's blocks, 0 to 1, that holds nothing it needs, at `seq_len` tokens.
 
         By default at the length that was asked for, else at the longest that the model was made for, else at 32,768.
+
+        Raises:
+            TypeError, ValueError: `seq_len` is not an integer in 1..2**31-1.
         """
         return self._waste(seq_len, lambda stage, length: stage.layout.held_bytes(length))
 
     def uniform_waste(self, seq_len: int | None = None) -> float:
-        """What `waste` would be if every layer kept every token, in places of equal size."""
+        """What `waste` would be if every layer kept every token, and each took as many bytes as the largest."""
         return self._waste(seq_len, lambda stage, length: uniform_bytes(stage.paged, self.block_size, length))
 
     def _waste(self, seq_len: int | None, held: Callable[[Stage, int], int]) -> float:
@@ -494,7 +501,11 @@ class Figures:
 
     @property
     def cache_layers(self) -> tuple[int | None, ...]:
-        """For each layer of the model the one of `cache_config()` that it uses; None where it keeps no K and V."""
+        """For each layer of the model the one of `cache_config()` that it uses; None where it uses none.
+
+        Raises:
+            ValueError: the plan has several pipeline stages.
+        """
         if len(self.stages) > 1:
             raise ValueError("a plan with several pipeline stages has a cache for each: see stages")
         ids = {layer.index: i for i, layer in enumerate(layer for layer in self.model.layers if layer.kept)}
@@ -510,7 +521,8 @@ class Figures:
         Packed numbers and their scales are bytes: then dims count them. State is not among them: `state_bytes`.
 
         Raises:
-            ValueError: nothing to page, not one block, a tensor that a block cannot hold; which, it says.
+            ValueError: another engine's plan, nothing to page, no number of blocks or none that fits, or a tensor that
+                a block cannot hold.
             IndexError: no such stage.
         """
         if self.settings.engine != "kvblocks":

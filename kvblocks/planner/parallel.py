@@ -13,7 +13,8 @@ def stage_layers(model: ModelCache, pp: "int | Sequence[int]") -> tuple[int, ...
 
     Raises:
         TypeError: neither an integer nor a list of them.
-        ValueError: more stages than layers, layers that do not add up, a layer apart from the one whose cache it reads.
+        ValueError: more stages than layers, layers that do not add up to the model's, or a layer on another stage than
+            the one whose cache it reads.
     """
     total = len(model.layers)
     if isinstance(pp, int) and not isinstance(pp, bool):
@@ -39,7 +40,7 @@ def stage_layers(model: ModelCache, pp: "int | Sequence[int]") -> tuple[int, ...
 
 
 def check_tp(model: ModelCache, tp: int) -> None:
-    """Raises ValueError where the queries' heads cannot be split evenly."""
+    """Raises ValueError where the query heads cannot be split evenly."""
     for queries in model.query_heads:
         if queries % tp == 0:
             continue
@@ -50,5 +51,5 @@ def check_tp(model: ModelCache, tp: int) -> None:
 
 
 def splits_evenly(model: ModelCache, tp: int) -> bool:
-    """Whether every device of `tp` has as many heads of queries as every other."""
+    """Whether all of `tp` devices can have equally many query heads."""
     return all(queries % tp == 0 for queries in model.query_heads)

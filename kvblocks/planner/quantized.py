@@ -24,10 +24,10 @@ class Scheme:
         group: numbers of a row (one output) that share a scale; None for one scale a row, 0 for one a matrix.
         rows: rows that share a scale besides, where a scale is a block's.
         scale_bytes: of one scale.
-        zero_bits: of a zero point, which every scale has then.
-        input_bytes: for each input of a matrix, like GPTQ's index of groups.
-        matrix_bytes: for each matrix, like a scale for the whole of it.
-        experts_only: whether of a mixture of experts only these are quantized.
+        zero_bits: of the zero point beside each scale; 0 for none.
+        input_bytes: bytes besides for each input of a matrix, like GPTQ's index of groups.
+        matrix_bytes: bytes besides for each matrix, like a scale for the whole of it.
+        experts_only: whether only the experts of a mixture of experts are quantized.
     """
 
     bits: int
@@ -53,8 +53,8 @@ class Quantization:
 
     Args:
         method: its name, for the reader.
-        groups: whether a name is meant, and how matrices that are meant are stored; None where they are not quantized.
-            The first that means a matrix counts.
+        groups: names of matrices, and how these are stored; None where they are not quantized. The first group that
+            names a matrix counts.
         named: what the config names as not quantized.
         output: whether the output's matrix is quantized where nothing names it.
         text_only: whether vision and audio towers are left out.
@@ -96,7 +96,7 @@ def read_quantization(config: Mapping[str, Any], expert_dtype: Any = None) -> Qu
 
     Args:
         config: the `quantization_config`.
-        expert_dtype: of the same name beside it, by which DeepSeek V4 says that experts are stored otherwise.
+        expert_dtype: the field of this name beside it, by which DeepSeek V4 says how experts are stored.
 
     Raises:
         UnknownModel: a method that is not known here, or a setting by which matrices differ in a way not known here.
@@ -268,8 +268,8 @@ _OUTERMOST = ("model.", "language_model.", "text_model.")
 class _Names:
     """Names of modules, as a `quantization_config` writes them.
 
-    A name means the modules that have it as a whole part of their path, a glob and "re:" those that begin like it. What
-    models that see are called outermost differs between checkpoints and transformers, so that it does not count.
+    A name means the modules that have it as a whole part of their path; a glob or "re:", those whose path it matches
+    from the beginning. Outermost prefixes, which differ between checkpoints and transformers, are ignored.
 
     Raises:
         UnknownModel: no regular expression after "re:".
@@ -298,7 +298,7 @@ class _Names:
 
 
 def _lines(names: Iterable[str]) -> str:
-    """Each name between dots, in full and without what it begins with."""
+    """Each name between dots, in full and without its outermost prefixes."""
     return "\n".join(f".{line}." for name in names for line in dict.fromkeys((name, _inner(name))))
 
 

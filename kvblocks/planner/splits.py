@@ -59,7 +59,7 @@ def best_split(found: tuple[Split, ...]) -> Split:
 
 
 def fewest_devices(plan: Figures) -> Figures | None:
-    """The plan with the fewest devices on which what is asked for fits, one copy; None where `MOST_DEVICES` do not do.
+    """The plan with the fewest devices on which what is asked for fits, one copy; None beyond `MOST_DEVICES`.
 
     As people run them: one, two, four or eight devices, then whole nodes of eight. Heads are split first, over up to
     eight devices, then layers.
@@ -81,6 +81,6 @@ def fewest_devices(plan: Figures) -> Figures | None:
 
 
 def _sizes(plan: Figures, most: int) -> list[int]:
-    """Numbers of devices over which the heads of queries split evenly; powers of two where these are not known."""
+    """Numbers of devices over which the query heads split evenly; powers of two where these are not known."""
     known = bool(plan.model.query_heads)
     return [tp for tp in range(1, most + 1) if splits_evenly(plan.model, tp) and (known or tp & (tp - 1) == 0)]

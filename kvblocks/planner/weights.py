@@ -38,14 +38,14 @@ def weight_bytes(config: Mapping[str, Any], format: Format) -> int:
 def quantized_weight_bytes(
     config: Mapping[str, Any], asked: Mapping[str, Any], layers: int, format: Format, *, text_only: bool
 ) -> tuple[int, str]:
-    """Bytes of a quantized checkpoint by its `quantization_config`, and in words what they lean on.
+    """Bytes of a quantized checkpoint by its `quantization_config`, and a sentence that says how they were counted.
 
     Args:
         config: of the model.
         asked: its `quantization_config`.
         layers: of the model; names of later ones are of layers for multi-token prediction, which are not built.
         format: of all that is not quantized.
-        text_only: whether it is the text half's, so that what sees or hears is not quantized.
+        text_only: whether `asked` belongs to the text half, so that vision and audio towers are not quantized.
 
     Raises:
         UnknownModel: as `weight_bytes`, and where the config does not say how a matrix is stored.

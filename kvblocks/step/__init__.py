@@ -1,4 +1,4 @@
-"""The arrays of one forward pass: `buffers` fills them, `upload` brings them to a device."""
+"""The arrays of one forward pass: `buffers` allocates them, `upload` brings them to a device."""
 
 from kvblocks.step.buffers import StepBuffers
 

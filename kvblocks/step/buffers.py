@@ -1,16 +1,16 @@
 """StepBuffers: the arrays of one forward pass as torch tensors at fixed addresses, on the host or on a device.
 
-The manager fills the arrays on the host; here they are allocated, carved into tensors and carried over. Imports torch,
-the compiled manager and `kvblocks.step.upload`.
+The manager fills the arrays on the host; here they are allocated, viewed as tensors and brought to the device. Imports
+torch, the compiled manager and `kvblocks.step.upload`.
 
-Who writes what on a CUDA device while somebody else may still read it, and why the two do not meet:
+What is written while another may still read it, with a CUDA device, and what keeps the two apart:
 
 | memory | written by | while it is read by | kept apart by |
 | --- | --- | --- | --- |
 | host arrays | `prepare` N + 1 | the packing of step N | `prepare` packs before it returns; one thread a step |
 | pinned image A | the packing of step N + 2 | the copy of step N | A's event, which the host waits for |
 | pinned image B | the packing of step N + 1 | the copy of step N | another image |
-| landing place | the copy of step N + 1 | the kernel that spreads step N's patches | the stream |
+| landing buffer | the copy of step N + 1 | the kernel that spreads step N's patches | the stream |
 | device's image | that kernel, in step N + 1 | the pass of step N, a graph's replay | the stream |
 | blocks | the pass of step N + 1, its copies | the pass of step N | the stream |
 | blocks of step N | a later owner, once `commit` gave them back | the pass of step N | the stream |
@@ -46,11 +46,11 @@ class StepBuffers(StepArrays):
     """What attention kernels and `PagedKVCache.write` need to know of one forward pass.
 
     `BlockManager.prepare` fills it, and `for_config` sizes it for a cache. The tensors stay where they are for good, so
-    that a CUDA graph can be captured over them; only the first `num_tokens`, `num_seqs` elements say something, the
-    rest is padding.
+    that a CUDA graph can be captured over them; only the first `num_tokens` or `num_seqs` elements count, the rest is
+    padding.
 
     Args:
-        max_seqs: rows.
+        max_seqs: rows, one for each sequence.
         max_tokens: query tokens of all rows together.
         max_blocks_per_seq: columns of the block table.
         device: where the tensors lie.
@@ -68,8 +68,8 @@ class StepBuffers(StepArrays):
             kv_last_page_len: int32 [max_seqs]; None unless asked for. Blocks that a group does not reach
             are left out.
         num_seqs, num_tokens, num_copies, max_query_len, max_seq_len: ints on the host.
-        derived: what the layers of a pass have checked and read off these arrays, so that it is done once; empty again
-            after a `prepare`.
+        derived: what the first layer of a pass has checked in and computed from these arrays, for the others; empty
+            again after a `prepare`.
 
     Raises:
         ValueError: a size is not 1 to 2**31 - 1, or there is no such device.
@@ -77,7 +77,7 @@ class StepBuffers(StepArrays):
         OutOfMemory: the arrays do not fit the host's memory.
 
     With several groups `slot_mapping`, `block_table`, `kv_indptr` and `kv_indices` are [groups, ...]: `block_table[g]`
-    and `slot_mapping[g]` are what the layers of group g take. In a block table what lies out of reach is padding.
+    and `slot_mapping[g]` are what the layers of group g take. Blocks out of reach are padding in a block table.
 
     On a CUDA device `prepare` enqueues one copy of what changed, and a kernel that puts it in place, on the current
     stream, and returns; the host may be two steps ahead of the device. The module's docstring says what cannot race.
@@ -174,7 +174,7 @@ class StepBuffers(StepArrays):
         try:
             self._to_device.send(self._pack)
         except BaseException:
-            self._forget()  # what has arrived is not known: the next step brings everything
+            self._forget()  # what has arrived is not known: the next step sends everything
             raise
 
 

@@ -1,4 +1,4 @@
-"""Carrying the host arrays of a step to their image on a device: what changed, in one copy, on the current stream.
+"""Uploading the host arrays of a step to their image on a device: what changed, in one copy, on the current stream.
 
 Knows bytes and streams, neither sequences nor what the arrays mean. Imports torch and the kernels.
 """
@@ -67,14 +67,14 @@ class Upload:
 
 
 def transport(device: torch.device) -> "Transport | None":
-    """What carries arrays to a device; None for the CPU, where the host arrays are the image."""
+    """What uploads arrays to a device; None for the CPU, where the host arrays are the image."""
     if device.type == "cpu":
         return None
     return CudaTransport(device) if device.type == "cuda" else Transport(device)
 
 
 class Transport:
-    """A device that has done what it was told when the call returns."""
+    """A device whose work is done when a call returns."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -88,6 +88,7 @@ class Transport:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
     def event(self) -> Event:
+        """An event of the device's current stream."""
         return _Nothing()
 
     def entered(self, last: Event, memory: list[Tensor]) -> contextlib.AbstractContextManager[None]:
@@ -95,10 +96,11 @@ class Transport:
         return contextlib.nullcontext()
 
     def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy bytes from `pinned` memory to the device."""
         target.copy_(source)
 
     def apply(self, image: Tensor, packed: Tensor, host: Tensor, patches_at: int, count: int, longest: int) -> None:
-        """Bring patches into `image`.
+        """Write the patches into `image`.
 
         Args:
             image, packed: int32 on the device.
@@ -152,7 +154,7 @@ class CudaTransport(Transport):
 
 
 class _Nothing:
-    """What a device that is never behind has to wait for."""
+    """The event of a device whose work is done when a call returns."""
 
     def record(self) -> None: ...
 

@@ -1,6 +1,6 @@
-"""What holds blocks: `pool` the memory of all, `cache` the tensors of a layer, `host` memory of the host.
+"""Memory for blocks: `pool` has that of all layers, `cache` the tensors of one, `host` slots of host memory.
 
-`movers` and `on_torch` move what is in them.
+`movers` and `on_torch` move what lies in them.
 """
 
 from kvblocks.storage.cache import PagedKVCache

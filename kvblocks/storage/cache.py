@@ -67,7 +67,7 @@ class PagedKVCache:
     Args:
         num_blocks, num_heads, head_dim, block_size: 1 to 2**31 - 1 each. `num_heads` counts KV heads.
         dtype: of K and V, a `torch.dtype` or its name; see `kvblocks.config.itemsize`.
-        device: "cpu", "cuda", "cuda:1" or a `torch.device`. Other devices that hold data go the way of CUDA.
+        device: "cpu", "cuda", "cuda:1" or a `torch.device`. Other devices that hold data are treated as CUDA is.
         layout: "HDN", "NHD", "HND" or "X".
         v_head_dim: of V, where it differs from K's.
         prefault: touch every page of CPU memory now rather than when it is first written.
@@ -104,7 +104,7 @@ class PagedKVCache:
     Raises:
         OutOfMemory: the memory is not there; nothing stays allocated.
         OverflowError: more than 2**63 - 1 bytes.
-        ValueError: a size, layout or device that cannot be; X with a head_dim that x does not divide.
+        ValueError: a size, layout or device that is not as above; X with a head_dim that x does not divide.
         TypeError: a size is not an integer, or the dtype cannot hold a cache.
 
     Example:
@@ -170,8 +170,7 @@ class PagedKVCache:
         layout: str = "HDN",
         prefault: bool = False,
     ) -> tuple[list[Self], Mover, Pool]:
-        """The caches of all layers of `config`, or with an error none; what moves whole blocks of all of them; and
-        their memory.
+        """The caches of all layers of `config`, the mover of whole blocks of all of them, and their memory.
 
         A block belongs to one group at a time, so that groups share memory: see `kvblocks.storage.pool`. Within a
         group, layers lie one after the other in the group's order.
@@ -204,7 +203,7 @@ class PagedKVCache:
                 cache._lay_out(config, layer, storages[: len(layer)], kind)
                 del storages[: len(layer)]
                 cache.group, cache.num_groups, cache.reach = index, len(config.groups), group.reach
-        # A tensor that has a storage for itself stands for it.
+        # Where a tensor has a storage for itself, its own side is taken.
         alone = {(side.start, side.nbytes): side for cache in caches for side in cache._sides}
         sides = [
             alone.get((storage.data_ptr(), storage.nbytes)) or _whole_blocks(storage, width)
@@ -245,10 +244,12 @@ class PagedKVCache:
 
     @property
     def key_cache(self) -> Tensor:
+        """K of all blocks, in the shape of the layout."""
         return self._key_cache
 
     @property
     def value_cache(self) -> Tensor:
+        """V of all blocks, in the shape of the layout."""
         return self._value_cache
 
     @property
@@ -401,7 +402,7 @@ class PagedKVCache:
         return once(step, ("slots", self.group, self.num_groups, capacity, self.device, count), checked)
 
     def _rows(self, side: Side, rows: Tensor) -> Tensor:
-        """`rows` checked, and in a form that the movers read rightly."""
+        """`rows`, checked, in a form that the movers can read."""
         self._same_kind(side.title, rows, side.dtype)
         heads, dim = side.row
         if rows.ndim != 3 or rows.shape[1] != heads or rows.shape[2] != dim:
@@ -510,7 +511,7 @@ def _whole_blocks(storage: Tensor, width: int) -> Side:
 
 
 def checked_pairs(cache: PagedKVCache, pairs: Indices) -> Tensor:
-    """What `PagedKVCache.copy_blocks` of `cache`, or of caches like it, is given; without elements there is no copy."""
+    """`pairs` of `PagedKVCache.copy_blocks`, checked for `cache` and on its device; empty where there is no copy."""
     index = cache._indices("pairs", pairs, 0, cache.num_blocks - 1)
     if index.numel() == 0:
         return index

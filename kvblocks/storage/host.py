@@ -1,6 +1,6 @@
-"""HostArena: memory of the host for blocks that have left the device, in slots that disks and networks can use too.
+"""HostArena: host memory for blocks that have left the device, in slots that disks and networks can use too.
 
-Knows bytes, not what they mean. Imports torch, and the memory of the host.
+Knows bytes, not what they mean. Imports torch, the sizes and `memory`.
 """
 
 import weakref
@@ -18,7 +18,7 @@ PAGE_BYTES = 4096  # what slots are padded to, for reads and writes that go past
 
 
 def slot_bytes(payload_bytes: int) -> int:
-    """Bytes of a slot with room for so many bytes of a block, header and padding included."""
+    """Bytes of a slot for a block of `payload_bytes`, header and padding included."""
     return -(-(HEADER_BYTES + payload_bytes) // PAGE_BYTES) * PAGE_BYTES
 
 
@@ -26,18 +26,22 @@ class HostArena:
     """Slots of host memory in one mapping, each with room for a header and right behind it the bytes of one block.
 
     A slot begins at a multiple of 4 KiB: its header of 4,096 bytes, the payload, and padding. So the same memory serves
-    the copies of a device, a disk past the page cache, and a network that wants memory registered.
+    copies from and to a device, disks past the page cache, and networks that need registered memory.
 
     Args:
         num_slots: 1 to 2**31 - 1.
-        payload_bytes: of the largest block that a slot must hold.
-        pinned: register the memory with CUDA, so that copies to and from a device run beside everything else. None:
-            where torch has a CUDA device.
+        payload_bytes: bytes of the largest block that a slot must hold.
+        pinned: register the memory with CUDA, so that copies to and from a device run beside other work. None: where
+            torch has a CUDA device.
 
-    Memory is zeroed, and no page of it is touched before somebody writes there, unless it is pinned.
+    Attributes:
+        slot_bytes: bytes of a slot, a multiple of 4,096.
+        buffer: all slots, as one memoryview.
+
+    Memory is zeroed. Unless it is pinned, no page of it is touched before it is written.
 
     Raises:
-        MemoryError: the system has no such mapping to give, or CUDA did not take it.
+        MemoryError: the system cannot map so much memory, or CUDA cannot register it.
         ValueError: a number out of bounds, or `pinned=True` without a CUDA device.
         TypeError: a number that is not an integer.
 
@@ -46,7 +50,7 @@ class HostArena:
         >>> arena.slot_bytes, arena.object(3, 100_000).nbytes
         (106496, 104096)
 
-    Thread-safety: it never changes; who writes a slot while others use it is the callers' matter.
+    Thread-safety: immutable. Callers see to it that nobody writes a slot that others use.
     """
 
     def __init__(self, num_slots: SupportsIndex, payload_bytes: SupportsIndex, *, pinned: bool | None = None) -> None:
@@ -68,19 +72,20 @@ class HostArena:
 
     @property
     def address(self) -> int:
-        """Where slot 0 begins; slot i begins `i * slot_bytes` further on."""
+        """The address of slot 0; slot i begins `i * slot_bytes` bytes after it."""
         return self._memory.data_ptr()
 
     @property
     def memory_bytes(self) -> int:
+        """Bytes of all slots."""
         return self._memory.nbytes
 
     def object(self, slot: SupportsIndex, payload_bytes: SupportsIndex) -> memoryview:
-        """Header and payload of a slot, in one piece: what a store is given.
+        """Header and payload of a slot in one piece, as stores take it.
 
         Args:
             slot: 0 to num_slots - 1.
-            payload_bytes: of the block that lies there, 1 to those of the arena.
+            payload_bytes: bytes of the block that lies there, 1 to those of the arena.
 
         Raises:
             ValueError: one of them is out of bounds.

@@ -1,7 +1,7 @@
-"""Who moves the tensors of caches: compiled code in CPU memory, Triton kernels on CUDA, torch operations elsewhere.
+"""What moves the tensors of caches: compiled code in CPU memory, Triton kernels on CUDA, torch operations elsewhere.
 
-`Side` says how one lies in memory; `mover` picks who moves it. Nothing is checked here: `cache` does.
-Imports torch, the compiled mover, and the two others.
+`Side` says how a tensor lies in memory; `mover` picks what moves it. Arguments are checked by `cache`, not here.
+Imports torch, the compiled mover, the kernels and `on_torch`.
 """
 
 import math
@@ -83,7 +83,7 @@ class Mover(Protocol):
 
 
 def mover(sides: Sequence[Side]) -> Mover:
-    """For the tensors of one layer, whose rows are written and gathered, or for any that move by whole blocks."""
+    """The mover for the tensors of one layer, or for any tensors of which only whole blocks are moved."""
     device = sides[0].tensor.device
     if device.type == "cpu":
         return InMemory(sides)

@@ -1,11 +1,12 @@
-"""Pool: the memory of all blocks, how it is cut among the tensors of layers, and having all of it or none.
+"""Pool: the memory of all blocks, all of it or none, and how it is divided among the tensors of layers.
 
-Knows bytes, not what they mean. Imports torch, and the memory of the host.
+Knows bytes, not what they mean. Imports torch, the errors and `memory`.
 
-A block belongs to one layer group at a time, so that groups share its bytes. The tensors of a group's layers lie one
-after the other. The pool is cut where a tensor ends in every group (in those that are so long): each part is a storage
-of its own, in which blocks follow each other without gaps. With one group, or with layers that are all alike, that is a
-storage for each tensor. Otherwise several tensors may lie in one storage, one behind the other in each block.
+A block belongs to one layer group at a time, so that groups share its bytes, in which the tensors of a group's layers
+lie one after the other. A block is cut at each offset at which a tensor ends in all groups that use so many bytes. Each
+part is a storage of its own, in which blocks follow each other without gaps. With one group, or with layers that are
+all alike, each tensor has a storage of its own. Otherwise several tensors may lie in one storage, one after the other
+in each block.
 """
 
 from collections.abc import Sequence
@@ -30,8 +31,8 @@ class Pool:
         prefault: touch every page of CPU memory now.
 
     Attributes:
-        storages: (uint8 [num_blocks * width], width) of each. In their order they make up a block.
-        sizes: bytes of a block that belong to each group: the first of it.
+        storages: (uint8 [num_blocks * width], width) of each part of a block, in order.
+        sizes: bytes of a block that each group uses, from its beginning.
 
     Raises:
         OutOfMemory: the memory is not there; nothing stays allocated.
@@ -46,7 +47,7 @@ class Pool:
         cuts = _cuts(ends)
         starts = [0, *cuts[:-1]]
         widths = [end - start for start, end in zip(starts, cuts, strict=True)]
-        # Of each tensor of each group: its storage, and the bytes of a block of that in which it lies.
+        # Of each tensor of each group: the index of its storage, and where it begins and ends in a block of that.
         self._places: list[list[tuple[int, int, int]]] = []
         for group, own in zip(groups, ends, strict=True):
             places: list[tuple[int, int, int]] = []
@@ -76,7 +77,7 @@ class Pool:
 
 
 def _cuts(ends: Sequence[Sequence[int]]) -> list[int]:
-    """Where the tensors of every group end that is so long, among the ends of the tensors of each."""
+    """The offsets in a block at which a tensor ends in all groups that use so many bytes; `ends` are those of each."""
     own = [(set(group), group[-1]) for group in ends]
     every = sorted({end for group in ends for end in group})
     return [end for end in every if all(end in group or end > last for group, last in own)]
@@ -86,7 +87,11 @@ def _cuts(ends: Sequence[Sequence[int]]) -> list[int]:
 def _zeroed(
     sizes: Sequence[int], num_blocks: int, block_bytes: int, device: torch.device, prefault: bool
 ) -> list[Tensor]:
-    """Zeroed storages of so many bytes, uint8, that together hold the blocks, or none."""
+    """Zeroed storages of these sizes in bytes, uint8, that together hold the blocks.
+
+    Raises:
+        OutOfMemory: there is no room for all; none stays allocated.
+    """
     requested = sum(sizes)
     storages: list[Tensor] = []
     fits = device.type != "cpu" or requested <= memory.room().nbytes
@@ -119,7 +124,7 @@ def _storage(nbytes: int, device: torch.device, prefault: bool) -> Tensor:
 
 
 def free_memory(device: torch.device) -> memory.Room:
-    """What caches on `device` can have now; 0 bytes where it does not say."""
+    """The memory that is free for caches on `device` now, and what limits it; 0 bytes where it does not say."""
     if device.type == "cpu":
         return memory.room()
     if device.type == "cuda":
@@ -129,7 +134,7 @@ def free_memory(device: torch.device) -> memory.Room:
 
 
 def _refused(device: torch.device, requested: int, free: int) -> memory.Room:
-    """What there is where as much as was asked for seemed to be free, and was refused."""
+    """What can be had where enough seemed to be free and the allocation failed."""
     if device.type == "cpu":
         return memory.Room(
             memory.mappable(requested),

@@ -1,4 +1,4 @@
-"""Blocks outside of this process: what a store is, how an object says what it is, and stores."""
+"""Blocks outside of this process: the interface of stores, the format of their objects, and two stores."""
 
 from kvblocks.tiers.disk import DiskStore
 from kvblocks.tiers.memory_store import MemoryStore

@@ -33,7 +33,7 @@ class Subject:
     Args:
         open: makes or opens the store. The first call gives one without objects; where `persistent` is true, the next
             one, after `close`, gives the objects that are left.
-        capacity: bytes that the store surely does not hold more of.
+        capacity: bytes of objects that the store holds at most.
         sizes: lengths of objects to check with, each different from the others; the largest fits 8 times.
         persistent: whether objects outlive `close`.
     """
@@ -102,6 +102,7 @@ def _key(number: int, group: int = 0) -> str:
 
 
 def check_an_empty_store(subject: Subject) -> None:
+    """Everything is missing, and calls without keys answer without statuses."""
     with subject.open() as store:
         arena = _Arena(store)
         buffers = [arena.take(subject.sizes[0]) for _ in range(2)]
@@ -122,6 +123,7 @@ def check_an_empty_store(subject: Subject) -> None:
 
 
 def check_what_is_stored_can_be_loaded(subject: Subject) -> None:
+    """Objects of all sizes, from copies that the store has made."""
     with subject.open() as store:
         arena = _Arena(store)
         contents = [_content(i, size) for i, size in enumerate(subject.sizes)]
@@ -164,6 +166,7 @@ def check_memory_that_was_not_made_for_it(subject: Subject) -> None:
 
 
 def check_an_object_of_another_length_is_not_loaded(subject: Subject) -> None:
+    """Neither into a shorter nor into a longer buffer."""
     with subject.open() as store:
         arena = _Arena(store)
         size = subject.sizes[0]
@@ -198,6 +201,7 @@ def check_what_is_stored_again(subject: Subject) -> None:
 
 
 def check_deleting(subject: Subject) -> None:
+    """Deleted objects are missing until they are stored again, and others stay."""
     with subject.open() as store:
         arena = _Arena(store)
         size = subject.sizes[0]
@@ -235,6 +239,7 @@ def check_keys_have_no_meaning(subject: Subject) -> None:
 
 
 def check_wrong_calls_change_nothing(subject: Subject) -> None:
+    """Each raises the exception that `Store` names."""
     with subject.open() as store:
         arena = _Arena(store)
         content = _content(1, PAGE)
@@ -272,7 +277,7 @@ def check_wrong_calls_change_nothing(subject: Subject) -> None:
 
 
 def check_a_store_that_is_full(subject: Subject) -> None:
-    """Twice as much as it holds: others make way, or it answers FULL; what it still has is right."""
+    """Twice as much as it holds: others are evicted, or it answers FULL; what it still has is right."""
     with subject.open() as store:
         arena = _Arena(store)
         size = subject.sizes[0]
@@ -344,6 +349,7 @@ def check_many_threads(subject: Subject) -> None:
 
 
 def check_closing(subject: Subject) -> None:
+    """`close` may be called twice; every other call raises then."""
     store = subject.open()
     arena = _Arena(store)
     buffer = arena.take(PAGE, _content(1, PAGE))
@@ -361,7 +367,7 @@ def check_closing(subject: Subject) -> None:
 
 
 def check_opening_again(subject: Subject) -> None:
-    """What outlives `close` is what was there; for a store that keeps nothing there is nothing to check."""
+    """The objects that were there outlive `close`; a store that is not persistent is not checked."""
     if not subject.persistent:
         return
     sizes = subject.sizes

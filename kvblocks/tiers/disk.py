@@ -1,4 +1,4 @@
-"""DiskStore: objects in files on a local disk. Which object lies in which slot, and which goes first.
+"""DiskStore: objects in files on a local disk. Which object lies in which slot, and which is evicted first.
 
 How slots and their records lie on the disk is in `kvblocks.tiers.segments`. Imports that and the interface.
 """
@@ -36,10 +36,10 @@ class DiskStats(StoreStats):
     """What a `DiskStore` holds.
 
     Attributes:
-        bytes_on_disk: what its files take, slots that are free included.
+        bytes_on_disk: bytes that its files take, free slots included.
         segments: pairs of files.
         direct: whether bytes go past the page cache; false too while there is no file yet.
-        lost: objects that were found to be damaged, and files of them, since the store was opened.
+        lost: damaged objects, and damaged files, found since the store was opened.
     """
 
     bytes_on_disk: int
@@ -88,25 +88,25 @@ class _Entry:
 
 
 class DiskStore(Store):
-    """Objects in preallocated files of slots in one folder, least recently used first to go.
+    """Objects in preallocated files of slots in one folder; the least recently used are evicted first.
 
     Args:
         path: the folder, made if it is not there. It belongs to one store at a time.
         capacity: bytes that its files take at most, as a number or as text such as "10GiB".
-        threads: how many objects of a batch are moved at once.
+        threads: how many objects of a batch are moved at once, 1 to 256.
 
     Objects of one padded size (a multiple of 4 KiB) share files. These are made as they are needed, each about a 32nd
     of the capacity and all of it allocated at once, so that a full disk shows when a file is made. When the capacity
-    is used up, the least recently used object of the same size makes way, or a whole file of another size, if the
-    objects in it were on average used longer ago. So it is made for few sizes, as the blocks of a model have.
+    is used up, the least recently used object of the same size is evicted, or a whole file of another size, if the
+    objects in it were on average used longer ago. This suits few different sizes, as the blocks of a model have.
 
-    Where the file system takes O_DIRECT (it is asked with a read), bytes go between the buffers and the disk without
-    a copy: from page-aligned buffers, that is; from others by way of a buffer of the thread.
+    Where the file system supports O_DIRECT, bytes go between page-aligned buffers and the disk without a copy; those of
+    other buffers are copied through a buffer of the thread.
 
     A live object is never overwritten in place. If the process is killed at any moment, the folder opens again with
-    all objects that were stored, except those that were being written; recency outlives it too. If the machine itself
-    crashes, what was written in the last seconds before may be there in name only. Like bits that the disk turned, only
-    who verifies sees that (`kvblocks.tiers.ObjectFormat`). `close` waits until the disk has everything.
+    all objects that were stored, except those that were being written, and in their order of use. If the machine itself
+    crashes, objects stored in the last seconds before may be there with wrong bytes. As with bits that flipped on the
+    disk, only verifying them shows it (`kvblocks.tiers.ObjectFormat`). `close` waits until the disk has everything.
 
     Files have mode 0600 and a folder that is made 0700. Objects are not encrypted.
 
@@ -120,7 +120,7 @@ class DiskStore(Store):
         ...     store.store(["a"], [b"four"])
         [<Status.OK: 'ok'>]
 
-    Thread-safety: any number of threads; only moving bytes takes time, and it keeps nobody else out.
+    Thread-safety: any number of threads. Calls move bytes side by side, but all wait while one makes a file.
     """
 
     def __init__(
@@ -191,13 +191,13 @@ class DiskStore(Store):
             return [StoredObject(entry.key, entry.length, entry.stored_ns / 1e9) for entry in entries]
 
     def close(self) -> None:
-        """Wait for calls that run and until the disk has everything; then let go of the folder.
+        """Wait for calls that run and until the disk has everything, then release the folder.
 
         Raises:
             OSError: the disk did not take everything. The store is closed all the same.
         """
         if os.getpid() != self._pid:
-            return  # a fork has let go of it already
+            return  # a fork has released it already
         with self._lock:
             if self._closed:
                 return
@@ -306,7 +306,7 @@ class DiskStore(Store):
         return status
 
     def _hang(self, area: _Area, slot: int, record: Record) -> Status:
-        """Make an object that is written the one of its key."""
+        """Make an object that has been written the current one of its key."""
         old = self._entries.get(record.key)
         if old is not None and old.sequence > record.sequence:  # one stored later was faster
             area.free.append(slot)
@@ -352,7 +352,7 @@ class DiskStore(Store):
         self._recent[entry.area.segment.slot_bytes].move_to_end(entry.key)
 
     def _drop(self, entry: _Entry) -> None:
-        """Take an object out of every table here; its slot is not free by that."""
+        """Take an object out of every table here; this does not free its slot."""
         entry.gone = True
         del self._entries[entry.key]
         del self._recent[entry.area.segment.slot_bytes][entry.key]
@@ -372,7 +372,7 @@ class DiskStore(Store):
             entry.area.free.append(entry.slot)
 
     def _take(self, size: int) -> tuple[_Area, int] | None:
-        """A slot of this size that has no record; None where there is none to be had.
+        """A slot of this size without a record; None where there is no room for one.
 
         Raises:
             OSError: of a file that could not be made or written.
@@ -393,7 +393,7 @@ class DiskStore(Store):
         return victim.area, victim.area.free.pop()
 
     def _grown_for(self, size: int, victim: _Entry | None) -> _Area | None:
-        """A new area in the place of files of other sizes that are colder than `victim`, which would go otherwise."""
+        """A new area instead of files of other sizes that are colder than `victim`, which is evicted otherwise."""
         others = [area for other, areas in self._areas.items() if other != size for area in areas if not area.busy]
         others.sort(key=lambda area: area.warmth, reverse=True)
         least = Segment.size_of(size, 1)
@@ -441,7 +441,7 @@ class DiskStore(Store):
         return nbytes >= self._full_for and time.monotonic() < self._full_until
 
     def _give_up(self, area: _Area) -> None:
-        """Drop all objects of an area and delete its files; whoever is at it still may go on."""
+        """Drop all objects of an area and delete its files; calls that use it may finish."""
         area.given_up = True
         self._areas[area.segment.slot_bytes].remove(area)
         for entry in list(area.entries):
@@ -501,7 +501,7 @@ class DiskStore(Store):
         self._shrink()
 
     def _shrink(self) -> None:
-        """Let go of the coldest files until the rest fits into the capacity."""
+        """Delete the coldest files until the rest fits into the capacity."""
         areas = [area for areas in self._areas.values() for area in areas]
         areas.sort(key=lambda area: area.warmth)
         while sum(area.segment.nbytes for area in areas) > self._capacity:
@@ -516,7 +516,7 @@ class DiskStore(Store):
                     stack.callback(area.segment.close, sync=sync)
 
     def _leave(self) -> None:
-        """In a fork: let go of the files, so that the folder is free when the process that opened it ends."""
+        """In a fork: close the files, so that the folder is free when the process that opened it ends."""
         self._close_files(sync=False)
 
 
@@ -535,7 +535,7 @@ os.register_at_fork(after_in_child=_leave_all)
 def read_folder(path: str | os.PathLike[str]) -> list[StoredObject]:
     """What lies in the folder of a `DiskStore`, least recently used first, without opening it as one.
 
-    A store may have it open; what that is storing, or lets go, meanwhile may be told or not.
+    A store may have it open; objects that it stores or evicts meanwhile may be listed or not.
 
     Raises:
         FileNotFoundError: there is no such folder, or it has never been one of a `DiskStore`.
@@ -548,7 +548,7 @@ def read_folder(path: str | os.PathLike[str]) -> list[StoredObject]:
             continue
         try:
             opened = Segment.open(file, read_only=True)
-        except FileNotFoundError:  # it made way just now
+        except FileNotFoundError:  # it was evicted just now
             continue
         if opened is None:
             continue
@@ -609,7 +609,7 @@ def _locked(folder: Path) -> int:
                 raise StoreInUse(
                     f"{folder} is in use by process {holder}; close its store first", str(folder)
                 ) from None
-            # Who removes a folder deletes the file under its lock: a lock on what has no name any more is none.
+            # `remove_folder` deletes the file while it holds the lock: a lock on a deleted file counts for nothing.
             try:
                 named = os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd))
             except FileNotFoundError:

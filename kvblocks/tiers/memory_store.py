@@ -15,7 +15,7 @@ __all__ = ["MemoryStore"]
 
 
 class MemoryStore(Store):
-    """Objects in memory, least recently used first to go.
+    """Objects in memory; the least recently used are evicted first.
 
     Args:
         capacity: bytes of objects it holds at most, as a number or as text such as "64MiB".
@@ -31,7 +31,7 @@ class MemoryStore(Store):
         >>> store.load(["a", "b"], [there, bytearray(4)]), bytes(there)
         ([<Status.OK: 'ok'>, <Status.MISSING: 'missing'>], b'four')
 
-    Thread-safety: each call is one step to all others.
+    Thread-safety: each call is atomic.
     """
 
     def __init__(self, capacity: str | SupportsIndex) -> None:

@@ -1,4 +1,4 @@
-"""Who a block is outside of this process: its name in a store, and the header that travels with its bytes.
+"""How a block is identified outside of this process: its key in a store, and the header stored with its bytes.
 
 Knows bytes, and neither stores nor managers. Imports numpy, the sizes, and xxhash where there is no secret.
 """
@@ -42,7 +42,7 @@ class Block(NamedTuple):
         parent: digest of the block before it, or the root of its salt: 32 bytes.
         digest: its own, which stands for all tokens up to its end: 32 bytes.
         tokens: the ids of its tokens as little-endian int32.
-        extra: what its tokens stand for beyond their ids.
+        extra: bytes of what its tokens stand for beyond their ids, such as the hash of an image.
     """
 
     parent: bytes
@@ -60,7 +60,7 @@ class Header:
         namespace: as in the object's key, 64 hexadecimal digits.
         block, group, shard: what the object holds.
         payload_bytes: how many bytes follow the header.
-        key: the name that such an object has in a store.
+        key: the key of such an object in a store.
     """
 
     keyed: bool
@@ -86,7 +86,7 @@ def namespace(
     groups: Sequence[_Field],
     layout: str,
 ) -> str:
-    """The name of all that decides what the bytes of a block mean: sha256 over canonical bytes, as 64 hex digits.
+    """A name for all that decides what the bytes of a block mean: sha256 over canonical bytes, as 64 hex digits.
 
     Two processes may share blocks only where all of these are equal, so there are no defaults.
 
@@ -123,18 +123,18 @@ def _canonical(value: _Field) -> bytes:
 
 
 class ObjectFormat:
-    """Names and headers of the blocks of one namespace.
+    """Keys and headers of the blocks of one namespace.
 
     An object is a header of 4,096 bytes and, right after it, the bytes of one block of one layer group (or of a shard
-    of it). Its name is `kvb1/<namespace>/<digest>/g<group>/<shard>`. A block's digest is a sha256 over the digest of
-    the block before it, its extra bytes and its tokens; before the first block stands the root of a salt.
+    of it). Its key is `kvb1/<namespace>/<digest>/g<group>/<shard>`. A block's digest is a sha256 over the digest of
+    the block before it, its extra bytes and its tokens; the first block has the root of a salt before it.
 
-    The header says all that the name says and, as they are, the tokens, the extra bytes and the parent. There is
-    exactly one valid header for a block and its payload: `verify` makes it again and compares it byte for byte.
+    The header says all that the key says, and holds the tokens, the extra bytes and the parent. There is exactly one
+    valid header for a block and its payload: `verify` makes it again and compares it byte for byte.
 
-    Without a secret the payload's checksum is xxh3-128, which finds accidents. With one, names and checksums are
-    HMAC-SHA256 under keys derived from it: who does not know it can neither make an object that verifies, nor tell
-    from a name which prompt or salt it stands for. Tokens lie open in headers all the same.
+    Without a secret the payload's checksum is xxh3-128, which finds accidents. With one, digests, namespace and
+    checksums are HMAC-SHA256 under keys derived from it: without the secret nobody can make an object that verifies,
+    nor tell from a store's keys which prompts or salts they stand for. Headers hold the tokens unencrypted.
 
     Args:
         namespace: 64 hexadecimal digits, as `kvblocks.tiers.objects.namespace` gives them.
@@ -145,7 +145,7 @@ class ObjectFormat:
         TypeError: a secret that is not bytes.
         ModuleNotFoundError: there is no secret, and the package xxhash is not installed.
 
-    Thread-safety: it never changes.
+    Thread-safety: immutable.
     """
 
     def __init__(self, namespace: str, *, secret: bytes | None = None) -> None:
@@ -153,7 +153,7 @@ class ObjectFormat:
             raise ValueError(f"namespace={namespace!r:.80} is not 64 hexadecimal digits; see objects.namespace")
         self._digests = _Digests(secret)
         name = bytes.fromhex(namespace)
-        # Keyed to the last part: a name does not even tell which model it belongs to.
+        # Keyed too: a key in a store does not even tell which model it belongs to.
         self._namespace = self._digests.name(b"kvblocks namespace 1", name) if secret else name
 
     @property
@@ -162,7 +162,7 @@ class ObjectFormat:
         return self._namespace.hex()
 
     def root(self, salt: bytes = b"") -> bytes:
-        """What stands before the first block of sequences of this salt: 32 bytes."""
+        """The parent of the first block of sequences of this salt: 32 bytes."""
         return self._digests.name(b"kvblocks root 1", salt)
 
     def blocks(
@@ -172,12 +172,12 @@ class ObjectFormat:
 
         Args:
             parent: digest of the block before them, or a `root`.
-            tokens: [n] integers, 0 to 2**31 - 1; those after the last full block are not looked at.
+            tokens: [n] integers, 0 to 2**31 - 1; those after the last full block are left out.
             block_size: tokens in a block.
             extras: the extra bytes of each block, [n // block_size]; None where no block has any.
 
         Raises:
-            ValueError: `parent` is not 32 bytes, a token is out of bounds, or `extras` is of another length.
+            ValueError: `parent` is not 32 bytes, `extras` has another length, a token or `block_size` is out of range.
             TypeError: tokens that are not integers.
         """
         if len(parent) != 32:
@@ -199,7 +199,7 @@ class ObjectFormat:
         return found
 
     def key(self, block: Block, group: int, shard: str) -> str:
-        """The name of an object: `kvb1/<namespace>/<digest>/g<group>/<shard>`.
+        """The key of an object: `kvb1/<namespace>/<digest>/g<group>/<shard>`.
 
         Args:
             group: number of the layer group, 0 to 2**32 - 1.
@@ -220,7 +220,7 @@ class ObjectFormat:
         """Write the header of an object whose payload lies in `buffer`, from byte 4,096 to its end.
 
         Raises:
-            ValueError: a buffer of 4,096 bytes or less, a block that does not fit, a group or shard that cannot be.
+            ValueError: a buffer of 4,096 bytes or less, a block that does not fit, a group or shard that `key` refuses.
             TypeError: a buffer that is read-only or in several pieces.
         """
         view = memoryview(buffer).cast("B")
@@ -229,7 +229,7 @@ class ObjectFormat:
         view[:HEADER_BYTES] = self._digests.header(self._namespace, block, group, shard, len(payload), checksum)
 
     def verify(self, block: Block, group: int, shard: str, buffer: Buffer) -> bool:
-        """Whether `buffer` holds exactly this object: its header to the last byte, and the payload of its checksum.
+        """Whether `buffer` holds exactly this object: its header to the last byte, and a payload that fits it.
 
         The buffer must not change from here until its payload is used.
 
@@ -307,7 +307,7 @@ class _Digests:
     def verify(self, namespace: bytes, block: Block, group: int, shard: str, view: memoryview) -> bool:
         payload, given = _payload(view), view[:HEADER_BYTES]
         checksum = bytes(given[_PAYLOAD_CHECKSUM])
-        # What claims to be another block is told without reading the payload.
+        # An object of another block is refused without reading its payload.
         if not hmac.compare_digest(given, self.header(namespace, block, group, shard, len(payload), checksum)):
             return False
         return hmac.compare_digest(checksum, self.payload(payload))
@@ -335,11 +335,11 @@ def read_header(buffer: Buffer) -> Header | None:
 
 
 def fault_of(buffer: Buffer, secret: bytes | None = None) -> str | None:
-    """What is wrong with an object that nobody asked for by its tokens, in a few words; None for nothing.
+    """What is wrong with an object whose tokens the caller does not know, in a few words; None for nothing.
 
     Args:
         buffer: the object, to its end.
-        secret: with which it was made; objects made without one are a fault then.
+        secret: with which it must have been made, or None for without one.
 
     Raises:
         ValueError, TypeError, ModuleNotFoundError: as for `ObjectFormat`.

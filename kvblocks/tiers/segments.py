@@ -2,9 +2,9 @@
 
 A segment is two files. `N.slots` is nothing but slots, preallocated, read and written past the page cache where the
 file system takes that. `N.index` has a header and a record of 512 bytes for each slot, and goes through the page cache:
-both ways into one file at once would not be safe. A slot's record is written once all of its bytes are, and wiped
+using both ways on one file at once would not be safe. A slot's record is written after all of its bytes, and wiped
 before others overwrite them, so that a process killed at any moment leaves no record of a slot that is not whole.
-Knows no policy: what goes where is decided in `kvblocks.tiers.disk`.
+What is stored where is decided in `kvblocks.tiers.disk`.
 
 Imports the interface of stores, and numpy for addresses.
 """
@@ -33,8 +33,8 @@ _HEADER = struct.Struct("<8s16sQQ")
 _MAGIC = b"kvbslot1"
 _CHECK_BYTES = 16
 _RECORD_BYTES = 512
-# When it was last used, and that with all bits turned, outside of the checksum as it is written alone; then sequence,
-# length, time in nanoseconds, length of the key. The key follows.
+# Checksum; when it was last used, and that with all bits inverted: both are written alone, so the checksum does not
+# cover them; then sequence, length, time in nanoseconds, length of the key. The key follows.
 _RECORD = struct.Struct("<16sQQQQQH")
 _USED = struct.Struct("<QQ")
 _COVERED = 32  # where of a record the checksum begins to cover it
@@ -42,6 +42,7 @@ _ALL = 2**64 - 1
 
 
 def padded(nbytes: int) -> int:
+    """`nbytes` rounded up to whole pages."""
     return -(-nbytes // PAGE) * PAGE
 
 
@@ -76,9 +77,9 @@ class Segment:
     """One file of slots and its table.
 
     Attributes:
-        slot_bytes: of each slot, a multiple of 4,096.
+        slot_bytes: bytes of each slot, a multiple of 4,096.
         num_slots: slots that can be used; fewer than were made where the file was cut short.
-        nbytes: what the two files take on disk.
+        nbytes: bytes that the two files take on disk.
         direct: whether bytes go past the page cache.
 
     Thread-safety: any number of threads, as long as no two use one slot of which one writes.
@@ -94,11 +95,12 @@ class Segment:
 
     @staticmethod
     def size_of(slot_bytes: int, num_slots: int) -> int:
+        """Bytes of both files."""
         return PAGE + padded(num_slots * _RECORD_BYTES) + num_slots * slot_bytes
 
     @classmethod
     def create(cls, folder: Path, number: int, slot_bytes: int, num_slots: int) -> Self:
-        """Make both files, all of their bytes allocated. The index gets its name last: before, there is no segment.
+        """Make both files, all of their bytes allocated. The index gets its name last, and makes the segment exist.
 
         Raises:
             OSError: they could not be made; nothing is left of them.
@@ -207,7 +209,7 @@ class Segment:
             self._index = self._slots = -1
 
     def delete(self) -> None:
-        """Delete both files, the index first: slots without one are nothing. They can be used until they are closed."""
+        """Delete both files, the index first: slots without one do not count. Open files stay usable."""
         self._index_path.unlink(missing_ok=True)
         self._slots_path.unlink(missing_ok=True)
 
@@ -216,7 +218,7 @@ class Segment:
             self._index = os.open(self._index_path, flags | os.O_NOFOLLOW)
             try:
                 self._slots = os.open(self._slots_path, flags | os.O_NOFOLLOW | os.O_DIRECT)
-                # Some file systems take the flag and then no read.
+                # Some file systems take the flag and then refuse to read.
                 self.direct = os.preadv(self._slots, [_page()], 0) == PAGE
             except OSError as error:
                 if error.errno != errno.EINVAL:
@@ -250,7 +252,7 @@ class Segment:
             key = raw[_RECORD.size : end].decode()
         except UnicodeDecodeError:
             key = ""
-        # Somebody made such a record by hand; counting on from these numbers, ours would not fit any more.
+        # No store has written such a record, and numbers counted on from it would overflow.
         if not key or max(sequence, used) >= 2**62:
             return None
         return Record(key, length, sequence, used, stored_ns)
@@ -259,7 +261,7 @@ class Segment:
         reads, offset = call is os.preadv, slot * self.slot_bytes
         if not self.direct:
             return _transfer(call, self._slots, [view], offset)
-        # Past the page cache addresses, offsets and lengths are multiples of a page. What is not goes by a buffer.
+        # Past the page cache addresses, offsets and lengths are multiples of a page. Other bytes go through a buffer.
         whole = len(view) // PAGE * PAGE
         if np.frombuffer(view, np.uint8).__array_interface__["data"][0] % PAGE:
             whole = 0

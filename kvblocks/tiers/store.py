@@ -1,6 +1,6 @@
-"""What a store is: the calls, what they answer, and what every store checks of its arguments.
+"""The interface of stores: the calls, their answers, and the checks of arguments that every store makes.
 
-A store keeps objects under keys, both of which mean nothing to it. Imports nothing but the standard library.
+Keys and objects mean nothing to a store. Imports only the standard library.
 """
 
 import enum
@@ -22,9 +22,9 @@ class Status(enum.Enum):
 
     OK = "ok"
     MISSING = "missing"  # no such object, or none any more
-    CORRUPT = "corrupt"  # there is something under the key, but not an object of this length in one piece
+    CORRUPT = "corrupt"  # what is under the key is damaged, or has another length
     TIMEOUT = "timeout"  # the store gave up waiting; it may still be reading or writing the buffer
-    FULL = "full"  # no room, and nothing that could make way
+    FULL = "full"  # no room, and nothing that could be evicted
     ERROR = "error"  # the medium failed
 
 
@@ -36,7 +36,7 @@ class StoreStats:
         objects: objects that can be loaded now.
         bytes_used: bytes of these objects.
         capacity: bytes of objects and of what the store needs beside them, at most.
-        evictions: objects that made way for others since the store was opened.
+        evictions: objects evicted to make room for others since the store was opened.
     """
 
     objects: int | None
@@ -48,44 +48,44 @@ class StoreStats:
 class Store(ABC):
     """Objects under keys, on some medium. Calls are synchronous and take a batch.
 
-    An object is a piece of bytes of any length from 1, stored and loaded whole. A key is text of 1 to 320 bytes in
-    UTF-8. It has no meaning to a store: a slash, two dots and the like in it lead nowhere.
+    An object is 1 byte or more, stored and loaded whole. A key is text of 1 to 320 bytes in UTF-8. It has no meaning to
+    a store, which must not follow a slash or two dots in it as a path.
 
     `load` and `store` answer for each object by itself, in the order of the keys: a fault of the medium is a `Status`
-    of the objects that it befell, never an exception. Exceptions are for calls that are wrong:
+    of the objects concerned, never an exception. Exceptions are for calls that are wrong:
 
     Raises:
-        ValueError: keys and buffers of different number, a key or a buffer of a length that cannot be, a buffer that is
-            not contiguous, or a store that was closed. Nothing was done.
+        ValueError: not as many keys as buffers, a key of another length, an empty buffer or one that is not contiguous,
+            or a store that was closed. Nothing was done.
         TypeError: a key that is no text, a buffer without the buffer protocol, or `load` into one that is read-only.
             Nothing was done.
 
     What a store promises, and `kvblocks.tiers.conformance` checks:
 
     - `load` answers OK only where the buffer is now filled with one whole object that some `store` put under this very
-      key and that has the buffer's length. After any other answer what is in the buffer means nothing. No byte outside
-      of the buffer is ever written, nor one inside once the call has returned, unless it answered TIMEOUT.
-    - Where the same key is stored again, a load gives the one object or the other, never some of both.
-    - After a `delete` that returned, and until the next `store` of that key begins, there is no such object.
+      key and that has the buffer's length. After any other answer the buffer's content is undefined. No byte outside
+      of the buffer is ever written, and none inside after the call has returned, unless it answered TIMEOUT.
+    - Where the same key is stored again, a load gives the old object or the new one, never a mix of both.
+    - After a `delete` that answered OK or MISSING there is no such object until the next `store` of that key begins.
     - `store` reads its buffers and changes nothing in them.
 
-    What it does not promise: that an object stays; that `lookup` and a later `load` agree; that a `store` which
-    answered OK was not in vain; that the medium gives back the bytes it was given. Who loads verifies
+    What it does not promise: that an object stays, even right after a `store` that answered OK; that `lookup` and a
+    later `load` agree; that the medium gives back the bytes it was given. The caller of `load` verifies them
     (`kvblocks.tiers.objects`).
 
     Thread-safety: any number of threads may call at once. Buffers of calls that run at once must not overlap, unless
-    all of them only read. A store belongs to the process that opened it, not to a fork of it.
+    the calls only read them. A store belongs to the process that opened it, not to a fork of it.
     """
 
     def register(self, buffer: Buffer) -> None:  # noqa: B027 -- most stores have nothing to do here
-        """Announce memory that buffers of later calls lie in. Called before them; the memory outlives the store.
+        """Announce memory in which buffers of later calls lie. The memory must outlive the store.
 
         Stores that move bytes without copying them (RDMA) need it. Others do nothing, as this does.
         """
 
     @abstractmethod
     def lookup(self, keys: Sequence[str]) -> list[bool]:
-        """Whether each object is there: a hint, as it may be gone when it is loaded. Keeps nothing alive."""
+        """Whether each object is there: only a hint, as it may be evicted before it is loaded."""
 
     @abstractmethod
     def load(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[Status]:
@@ -93,11 +93,11 @@ class Store(ABC):
 
     @abstractmethod
     def store(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[Status]:
-        """Keep a copy of each buffer under its key, in place of an object that is there. Others may make way."""
+        """Keep a copy of each buffer under its key, in place of an older object. Others may be evicted."""
 
     @abstractmethod
     def delete(self, keys: Sequence[str]) -> list[Status]:
-        """Forget objects: OK, MISSING where there is none, or ERROR where the medium would not let go of one."""
+        """Forget objects: OK, MISSING where there is none, or ERROR where the medium failed and the object stays."""
 
     @abstractmethod
     def stats(self) -> StoreStats:
@@ -105,7 +105,7 @@ class Store(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Wait for calls that run, then let go of everything. A second time it does nothing."""
+        """Wait for calls that run, then release everything. A second call does nothing."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,14 +1,14 @@
 # The host pool: slots in host memory, each with one block of one group, that hang on the nodes of the tree as blocks of
 # the device do; and the moves between the two. Nothing is copied here: moves are noted, and handed out with a step.
 #
-# Moves are counted from 1, copies-on-write among them. Those of one step are done in the order of their numbers, loads
-# first: so a slot or a block that a move names may be given to a later move at once. A pass waits for the loads of what
-# it reads, and for every move that names a block that it writes.
+# Moves are numbered from 1, together with copies-on-write. Those of one step are done in the order in which the step
+# lists them, so that a slot or a block that a move names may be given to a later move at once. A pass waits for the
+# loads of what it reads, and for every move that names a block that it writes.
 #
 # Slots that hang on nodes are in a list, the least recently used first. A hit, and the eviction of a device block, make
-# a slot the most recent one, children before parents: of a path the end goes first.
+# a slot the most recent one, children before parents: the end of a path is evicted first.
 #
-# All of it lies in arrays of its own. Without a host pool there are none, and `num_slots` is 0.
+# All of this lies in arrays of its own. Without a host pool there are none, and `num_slots` is 0.
 
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint8_t
 
@@ -30,22 +30,22 @@ cdef struct Move:
 
 
 cdef struct Slot:       # 24 bytes
-    int32_t node        # where it hangs, 0: nowhere
+    int32_t node        # that it hangs on, 0: none
     int32_t group
-    int32_t older       # in the list, -1: none
+    int32_t older       # neighbours in the list, -1: none
     int32_t newer
     int64_t move        # the newest move that names it
 
 
-cdef struct Shadow:     # what tiers know of a device block: 32 bytes
+cdef struct Shadow:     # the moves of a device block: 32 bytes
     int64_t move        # the newest move that names it: whoever writes it waits for that
     int64_t load        # the newest load of what it holds: whoever reads it waits for that
-    int32_t noted       # 1 + its place among the noted loads, 0: none
-    int32_t slot        # that this load comes from
+    int32_t noted       # 1 + its index in `loads`, 0: none
+    int32_t slot        # the source of that load
     uint8_t slid        # cached because it went out of a window
 
 
-cdef struct Moves:      # numbers of the newest one that was noted, handed out, enqueued, done
+cdef struct Moves:      # the number of the newest move that was noted, handed out, enqueued, done
     int64_t noted, handed, marked, landed
 
 
@@ -56,14 +56,14 @@ cdef struct Host:
     int32_t oldest
     int32_t newest
     int32_t write_ahead     # offloads that one step notes at most
-    int32_t horizon     # cached blocks that are looked at, from the next to be evicted on
+    int32_t horizon     # cached blocks that are examined at most, from the next to be evicted on
     int32_t examined    # of these, how many were offloaded, or need not be
-    uint32_t cursor     # where in the queue the next one to look at is
+    uint32_t cursor     # the index in the queue of the next one to examine
     int32_t num_loads
     int32_t num_moves
     Slot* slots
     int32_t* stack
-    int32_t* slot_of    # [max_nodes + 1, groups]: 1 + the slot there, 0: none
+    int32_t* slot_of    # [max_nodes + 1, groups]: 1 + the slot of the node, 0: none
     Shadow* shadows     # [num_blocks]
     int32_t* loads      # [num_blocks]: blocks whose loads are noted and not handed out
     Move* moves         # [num_blocks + write_ahead]: handed out, and not marked as enqueued
@@ -112,7 +112,7 @@ cdef inline void use_slot(Host* h, const Tree* t, int32_t n, int32_t g) noexcept
 
 
 cdef inline void drop_slot(Host* h, Tree* t, int32_t s) noexcept nogil:
-    """Take a slot off its node, which goes if nothing else uses it."""
+    """Take a slot off its node, which is dropped if nothing else uses it."""
     cdef Slot* slot = &h.slots[s]
     cdef int32_t n = slot.node
     check(n > 0 and slot_at(h, t, n, slot.group) == s, b"a slot that is dropped hangs on its node")
@@ -125,7 +125,7 @@ cdef inline void drop_slot(Host* h, Tree* t, int32_t s) noexcept nogil:
 
 
 cdef inline void evict_slot(Host* h, Tree* t) noexcept nogil:
-    """Drop the slot that was used longest ago; there is one. Fetches for those that will follow."""
+    """Drop the least recently used slot; there is one. Prefetches what the next evictions will touch."""
     cdef int32_t next
     check(h.oldest >= 0, b"there is a host slot to evict")
     next = h.slots[h.oldest].newer
@@ -144,7 +144,7 @@ cdef inline void evict_slot(Host* h, Tree* t) noexcept nogil:
 
 
 cdef inline int32_t hang_slot(Host* h, Tree* t, int32_t n, int32_t g) noexcept nogil:
-    """Give a node a slot that hangs nowhere; there is one."""
+    """Give a node a free slot; there is one."""
     cdef int32_t s
     if h.stack_size:
         h.stack_size -= 1
@@ -174,7 +174,7 @@ cdef inline void note_load(Host* h, Moves* m, int32_t s, int32_t b) noexcept nog
 
 
 cdef inline void cancel_load(Host* h, int32_t b) noexcept nogil:
-    """The block is another's now: a load that was noted for it is not done. The last one takes its place."""
+    """Forget the load noted for a block, if any: the block has a new owner. The last load takes its index."""
     cdef int32_t i = h.shadows[b].noted - 1, last
     if i >= 0:
         h.num_loads -= 1
@@ -185,8 +185,8 @@ cdef inline void cancel_load(Host* h, int32_t b) noexcept nogil:
 
 
 cdef inline void hand_out_loads(Host* h) noexcept nogil:
-    """Move the noted loads to the moves of a step. Moves of a step that never came to be are still there: their loads,
-    where the block is another's by now, are left out."""
+    """Move the noted loads to the moves of a step. Moves of a `prepare` that raised are still there; of these, loads of
+    a block that has a new owner are left out."""
     cdef int32_t i, n = 0
     cdef int32_t b
     cdef Move* move
