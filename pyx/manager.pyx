@@ -18,7 +18,7 @@ from core.text cimport (
     Text,
 )
 from core.tree cimport NODE_HEAD, hash_extra, Line, node_at, Tree, tree_walk
-from core.host cimport Host, host_free, Move, Shadow, Slot
+from core.host cimport Host, count_moves, host_free, Move, Shadow, Slot
 from core.pool cimport Block, Pool, pool_free, Step
 from core.sequences cimport (
     BAD_ACCEPTED, BAD_COUNT, BAD_QUERY, BAD_TOKEN, BAD_TRIM, COMPUTED_UNKNOWN, EXTRA_SIZE, IN_STEP, IS_PIN,
@@ -40,7 +40,6 @@ import gc
 import itertools
 import os
 import struct
-import threading
 import weakref
 from enum import IntEnum
 from typing import NamedTuple
@@ -52,26 +51,37 @@ from kvblocks.config import CacheConfig, Chunk, Window
 from kvblocks.errors import InvariantViolation, MovesPending, NoFreeBlocks, StaleSequence, TooManySequences
 
 _manager_ids = itertools.count(1)
-_managers = weakref.WeakSet()
-_fork = threading.Lock()
-_held = []  # managers whose locks the thread that forks has taken
-_collects = []  # whether that thread's process collects garbage otherwise
+cdef dict _managers = {}    # weak references by number
+cdef cython.pymutex _fork   # of whoever forks, or makes a manager
+cdef bint _forking = False, _collects = False
+cdef list _held = []  # managers whose locks the thread that forks has taken
 
 
 def _before_fork():
-    """Take every lock: a child that was copied while another thread had one would wait for ever."""
+    """Take every lock: a child that was copied while another thread had one would wait for ever.
+
+    Nothing here runs an interpreter's loop, so no signal's handler comes in between: an exception would be ignored, and
+    the fork made all the same.
+    """
+    global _forking, _collects
     _fork.acquire()
-    _held[:] = list(_managers)
-    _collects.append(gc.isenabled())
+    _forking, _collects = True, gc.isenabled()
     gc.disable()    # a finalizer that frees a sequence would wait for this very thread
-    for manager in _held:
-        (<BlockManager>manager).lock.acquire()
+    for reference in list(_managers.values()):
+        manager = reference()
+        if manager is not None:
+            _held.append(manager)
+            (<BlockManager>manager).lock.acquire()
 
 
 def _after_fork():
+    global _forking
+    if not _forking:
+        return
     while _held:
         (<BlockManager>_held.pop()).lock.release()
-    if _collects.pop():
+    _forking = False
+    if _collects:
         gc.enable()
     _fork.release()
 
@@ -453,7 +463,10 @@ cdef class BlockManager:
             p.blocks == NULL or p.stack == NULL or p.queue == NULL or p.steps == NULL or c.seqs == NULL
             or t.nodes == NULL or t.tokens == NULL or t.lines == NULL or t.key == NULL
         ):
-            raise MemoryError(f"no memory to keep books of num_blocks={blocks} blocks of block_size={size} tokens")
+            beside = f" and host_blocks={slots} slots" if slots else ""
+            raise MemoryError(
+                f"no memory to keep books of num_blocks={blocks} blocks of block_size={size} tokens{beside}"
+            )
         if slots:
             open_host(c, slots, ahead)
         node_at(t, 0).hash = t.seal
@@ -463,7 +476,10 @@ cdef class BlockManager:
         cdef bytes key = os.urandom(t.key_made * sizeof(uint32_t))
         memcpy(t.key, PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
         t.key_seed[0], t.key_seed[1], t.key_seed[2], t.key_seed[3] = struct.unpack("QQQQ", os.urandom(32))
-        _managers.add(self)
+        uid = c.uid
+        reference = weakref.ref(self, lambda _: _managers.pop(uid, None))
+        with _fork:
+            _managers[uid] = reference
 
     @classmethod
     def for_config(cls, config, **options):
@@ -886,7 +902,7 @@ cdef class BlockManager:
                 with self.lock:
                     closed = core_abort(&self.core, step_id, &f)
                     if closed:
-                        keep_moves(&self.core, &step.arrays)
+                        take_back_step(&self.core, &step.arrays)
                 if not closed:
                     error.add_note(f"step {step_id} stays open, as another thread has prepared a later one: abort both")
                 raise
@@ -895,8 +911,7 @@ cdef class BlockManager:
         except MemoryError:
             with self.lock:
                 if core_abort(&self.core, step_id, &f):
-                    keep_moves(&self.core, &step.arrays)
-                    self.core.counters.copies -= step.arrays.num_copies
+                    take_back_step(&self.core, &step.arrays)
             raise
 
     def mark_moved(self, number):
@@ -1150,7 +1165,7 @@ cdef class BlockManager:
             array = np.empty((room, 4), np.int32)
             out = array
             with self.lock:
-                n = h.num_moves if last_move == self.core.pool.moves.handed else 0
+                n = h.num_moves if self.core.pool.moves.marked < last_move == self.core.pool.moves.handed else 0
                 for i in range(n if n <= room else 0):
                     out[i, 0], out[i, 1] = h.moves[i].kind, h.moves[i].group
                     out[i, 2], out[i, 3] = h.moves[i].source, h.moves[i].target
@@ -1413,11 +1428,13 @@ cdef void close_host(Core* c, int32_t max_seqs) noexcept:
     unmap(h.needs, max_seqs, sizeof(int64_t))
 
 
-cdef void keep_moves(Core* c, Arrays* a) noexcept:
-    """Let the next step hand out again what a step that never came to be has handed out, and its arrays ask for
-    nothing."""
+cdef void take_back_step(Core* c, Arrays* a) noexcept:
+    """After the abort of a step that never came to be: its arrays ask for nothing, it counts for nothing, and the next
+    step hands out the moves between device and host that came with it."""
     a.needs = a.last_move = 0
+    c.counters.copies -= a.num_copies
     if c.pool.host.num_slots:
+        count_moves(&c.pool.host, -1)
         c.pool.moves.handed = c.pool.moves.marked
 
 

@@ -201,6 +201,15 @@ cdef inline void hand_out_loads(Host* h) noexcept nogil:
         move.source, move.target, move.number = h.shadows[b].slot, b, h.shadows[b].load
         h.shadows[b].noted = 0
         n += 1
-    h.num_loaded += h.num_loads
     h.num_loads = 0
     h.num_moves = n
+
+
+cdef inline void count_moves(Host* h, int32_t sign) noexcept nogil:
+    """Count the moves of a step as handed out, or take that back."""
+    cdef int32_t i
+    for i in range(h.num_moves):
+        if h.moves[i].kind == LOAD:
+            h.num_loaded += sign
+        else:
+            h.num_offloaded += sign

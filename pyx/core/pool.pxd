@@ -11,7 +11,7 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from core.checks cimport check
 from core.tree cimport kvb_prefetch, kvb_prefetch_write, line_of, Node, node_at, Tree, tree_drop
 from core.host cimport (
-    OFFLOAD, Host, Moves, cancel_load, evict_slot, hand_out_loads, hang_slot, host_free, slot_at, use_slot,
+    OFFLOAD, Host, Moves, cancel_load, count_moves, evict_slot, hand_out_loads, hang_slot, host_free, slot_at, use_slot,
 )
 
 
@@ -290,7 +290,6 @@ cdef inline void offload_ahead(Pool* p) noexcept nogil:
             h.num_moves += 1
         h.cursor += 1
         h.examined += 1
-    h.num_offloaded += p.moves.noted - before
 
 
 cdef inline int64_t hand_out(Pool* p) noexcept nogil:
@@ -300,6 +299,7 @@ cdef inline int64_t hand_out(Pool* p) noexcept nogil:
         hand_out_loads(&p.host)
         if not kept:
             offload_ahead(p)
+        count_moves(&p.host, 1)
     if p.moves.noted == p.moves.handed:
         return 0
     p.moves.handed = p.moves.noted
