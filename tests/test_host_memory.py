@@ -75,7 +75,8 @@ def test_a_cache_for_model_generate_finds_what_the_host_has() -> None:
 @pytest.mark.parametrize(
     ("host_memory", "error", "message"),
     [
-        (1, ValueError, "host_memory=1 holds no slot; one is"),
+        (1, ValueError, "host_memory=1 holds 0 slots of [0-9]+ bytes; give 1 to"),
+        ("900TiB", ValueError, "host_memory='900TiB' holds [0-9]+ slots"),
         (-5, ValueError, "host_memory=-5"),
         ("much", ValueError, "host_memory='much'"),
         (1.5, TypeError, "host_memory"),
@@ -99,4 +100,4 @@ def test_the_command_says_what_came_from_the_host(capsys: pytest.CaptureFixture[
     assert report["cached_tokens_host"] == 0  # nothing had to leave
     assert report["cached_tokens_device"] == report["hit_tokens"]
     assert main([*command[:-3], "--host-memory", "1KiB"]) == 2
-    assert "--host-memory 1024 holds no slot; one is" in capsys.readouterr().err
+    assert "--host-memory 1024 holds 0 slots of" in capsys.readouterr().err

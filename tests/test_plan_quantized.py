@@ -203,3 +203,11 @@ def test_experts_that_a_type_stores_otherwise() -> None:
         with pytest.raises(UnknownModel, match=r"how it goes with expert_dtype=.*fp4'.* is not known here"):
             plan({**config, "expert_dtype": dtype}, weights="auto")
     assert plan(config, weights="auto", weights_dtype="int8").weights_bytes == 20_914_757_184
+
+
+def test_weights_where_no_dtype_is_named_do_not_depend_on_that_of_k_and_v() -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = {"model_type": "llama", "vocab_size": 1000, **sizes}
+    plans = [plan(config, weights="auto", dtype=dtype, memory="80GiB") for dtype in (None, "fp8")]
+    assert plans[0].weights_bytes == plans[1].weights_bytes > 0
+    assert any("weights are taken to be bfloat16" in note for note in plans[1].to_dict()["notes"])

@@ -389,13 +389,13 @@ def _weights(weights: int | str | None, dtype: Any, source: Source, shape: Model
         if stored is not None:
             ahead = 0 if source.config is None else prediction_layers(source.config)
             return stored.total, [_checkpoint_note(stored, ahead)]
-        if shape.dtype is None:
-            raise ValueError(f"weights='auto': the config of {shape.name} names no dtype; give weights_dtype")
     if source.config is None:
         raise ValueError(f"weights_dtype={dtype!r:.60}: a GGUF file's weights are as they are stored; leave it out")
     notes = []
     asked = quantization_of(source.config) if dtype is None else None
-    format = format_of(shape.dtype if dtype is None else dtype)
+    if dtype is None and shape.dtype is None:
+        notes.append("no dtype is named: weights are taken to be bfloat16; give weights_dtype where they are not")
+    format = format_of(dtype or shape.dtype or "bfloat16")
     if asked is None:
         counted = weight_bytes(source.config, format)
     else:

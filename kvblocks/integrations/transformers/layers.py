@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 
+_MOST_SLOTS = 2**31 - 2  # that a manager counts
 OLDEST = (5, 24)  # of transformers: the caches of earlier versions are asked in another way
 
 
@@ -373,8 +374,8 @@ def host_slots(config: CacheConfig, host_memory: int | str | None, dtype: torch.
         return 0
     each = slot_bytes(config.block_bytes(dtype))
     slots = checked_bytes("host_memory", host_memory) // each
-    if slots < 1:
-        raise ValueError(f"host_memory={host_memory!r} holds no slot; one is {each} bytes")
+    if not 1 <= slots <= _MOST_SLOTS:
+        raise ValueError(f"host_memory={host_memory!r} holds {slots} slots of {each} bytes; give 1 to {_MOST_SLOTS}")
     return slots
 
 
