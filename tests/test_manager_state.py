@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -467,3 +468,40 @@ def test_a_child_process_is_not_kept_waiting_by_a_thread_that_it_does_not_have()
         for worker in workers:
             worker.join()
     manager.audit()
+
+
+FORKS = """
+import os, signal, sys, threading
+from kvblocks.manager import BlockManager
+kept = [BlockManager(2, 1, max_seqs=4) for _ in range(300)]
+def fork():
+    if os.fork() == 0:
+        os._exit(0)
+    os.wait()
+def stop(*_):
+    raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, stop)
+for i in range(500):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-6 + i % 100 * 2e-6)
+        fork()
+    except (KeyboardInterrupt, ChildProcessError):
+        pass
+signal.setitimer(signal.ITIMER_REAL, 0)
+def make():
+    while True:
+        BlockManager(2, 1, max_seqs=4)
+sys.setswitchinterval(1e-5)
+threading.Thread(target=make, daemon=True).start()
+for _ in range(100):
+    fork()
+print("done", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_fork_leaves_no_lock_behind_whatever_comes_in_between() -> None:
+    """Managers that another thread makes, and a signal whose handler raises."""
+    made = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=60)
+    assert made.stdout == "done\n", made.stderr
