@@ -104,6 +104,45 @@ def test_moves_of_an_aborted_step_are_still_to_be_made() -> None:
     assert other.needs > 0  # its pass waits all the same
 
 
+def eight_blocks() -> tuple[BlockManager, StepArrays]:
+    """As `full_host`, with room for a second sequence of these tokens."""
+    manager, step = BlockManager(9, BLOCK, host_blocks=20), host_step(4, 64, 16)
+    visit(manager, range(12), step)
+    for first in (100, 200, 300):
+        visit(manager, range(first, first + 24), step)
+    assert manager.match(range(13), tiers=True) == (0, 12)
+    manager.landed(manager.moves_marked)
+    return manager, step
+
+
+def next_needs(manager: BlockManager, seq: int, step: StepArrays) -> int:
+    """What the next pass of a sequence waits for; it is committed."""
+    left = manager.lengths(seq)
+    step_id = manager.prepare(seq, int(left.num_tokens[0] - left.num_computed[0]), step)
+    manager.mark_moved(step.last_move)
+    manager.commit(step_id)
+    return step.needs
+
+
+def test_a_fork_waits_for_the_loads_of_its_parent() -> None:
+    manager, step = eight_blocks()
+    parent, _ = manager.admit(range(13))
+    [child] = manager.fork(parent)
+    loads = next_needs(manager, parent, step)
+    assert next_needs(manager, child, step) >= loads > 0
+
+
+def test_a_sequence_that_takes_the_block_of_an_equal_one_waits_for_its_load() -> None:
+    manager, step = eight_blocks()
+    late, cached = manager.admit(range(13), host=False)
+    assert cached == 0
+    manager.admit(range(13))  # brings back what the first one is about to compute
+    next_needs(manager, late, step)
+    assert manager.stats().merged == 3
+    manager.append(late, 7)
+    assert next_needs(manager, late, step) > 0
+
+
 class Torn(StepArrays):
     """Arrays whose way to the device is cut."""
 

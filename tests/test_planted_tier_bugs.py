@@ -46,22 +46,6 @@ class PassDoesNotWaitForItsLoads(ModelManager):
         return step_id
 
 
-class ChildDoesNotWait(ModelManager):
-    def _child(self, parent: Seq, handle: int) -> Seq:
-        child = super()._child(parent, handle)
-        child.needs = 0
-        return child
-
-
-class TwinDoesNotWait(ModelManager):
-    """A sequence that takes the block of an equal one does not wait for its load."""
-
-    def _hang(self, sequence: Seq, node: Node, g: int, own: int) -> None:
-        needs = sequence.needs
-        super()._hang(sequence, node, g, own)
-        sequence.needs = needs
-
-
 class SecondHitDoesNotWait(ModelManager):
     """Who finds a block that another one's hit has brought back takes it for there."""
 
@@ -166,8 +150,6 @@ class LandsBeforeItIsMarked(ModelManager):
 # Seen in what blocks and slots hold, without a right manager to compare with.
 MISREAD: list[type[ModelManager]] = [
     PassDoesNotWaitForItsLoads,
-    ChildDoesNotWait,
-    TwinDoesNotWait,
     SecondHitDoesNotWait,
     WriterDoesNotWait,
     ResetKeepsTheHost,
