@@ -104,12 +104,13 @@ def test_moves_of_an_aborted_step_are_still_to_be_made() -> None:
     assert other.needs > 0  # its pass waits all the same
 
 
-def eight_blocks() -> tuple[BlockManager, StepArrays]:
-    """As `full_host`, with room for a second sequence of these tokens."""
+def larger_pool() -> tuple[BlockManager, StepArrays]:
+    """As `full_host`, with room for a second sequence of these tokens, and nothing left to offload."""
     manager, step = BlockManager(9, BLOCK, host_blocks=20), host_step(4, 64, 16)
     visit(manager, range(12), step)
     for first in (100, 200, 300):
         visit(manager, range(first, first + 24), step)
+    visit(manager, [400], step)
     assert manager.match(range(13), tiers=True) == (0, 12)
     manager.landed(manager.moves_marked)
     return manager, step
@@ -125,7 +126,7 @@ def next_needs(manager: BlockManager, seq: int, step: StepArrays) -> int:
 
 
 def test_a_fork_waits_for_the_loads_of_its_parent() -> None:
-    manager, step = eight_blocks()
+    manager, step = larger_pool()
     parent, _ = manager.admit(range(13))
     [child] = manager.fork(parent)
     loads = next_needs(manager, parent, step)
@@ -133,7 +134,7 @@ def test_a_fork_waits_for_the_loads_of_its_parent() -> None:
 
 
 def test_a_sequence_that_takes_the_block_of_an_equal_one_waits_for_its_load() -> None:
-    manager, step = eight_blocks()
+    manager, step = larger_pool()
     late, cached = manager.admit(range(13), host=False)
     assert cached == 0
     manager.admit(range(13))  # brings back what the first one is about to compute
