@@ -133,6 +133,14 @@ def test_a_fork_waits_for_the_loads_of_its_parent() -> None:
     assert next_needs(manager, child, step) >= loads > 0
 
 
+def test_a_second_hit_waits_for_the_loads_of_the_first() -> None:
+    manager, step = larger_pool()
+    manager.admit(range(13))
+    second, cached = manager.admit(range(13))
+    assert cached == 12
+    assert next_needs(manager, second, step) > 0
+
+
 def test_a_sequence_that_takes_the_block_of_an_equal_one_waits_for_its_load() -> None:
     manager, step = larger_pool()
     late, cached = manager.admit(range(13), host=False)

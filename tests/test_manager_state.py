@@ -33,7 +33,7 @@ PATIENCE_S = 60
 
 class TestStateMachine(machine_for(COMPILED).TestCase):  # type: ignore[misc]
     settings = settings(
-        max_examples=3 * settings().max_examples,
+        max_examples=2 * settings().max_examples,
         stateful_step_count=50,
         deadline=None,
         suppress_health_check=list(HealthCheck),

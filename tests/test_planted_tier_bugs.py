@@ -46,16 +46,6 @@ class PassDoesNotWaitForItsLoads(ModelManager):
         return step_id
 
 
-class SecondHitDoesNotWait(ModelManager):
-    """Who finds a block that another one's hit has brought back takes it for there."""
-
-    def _hold_path(self, path: list[Node], sequence: Seq) -> list[list[int]]:
-        loads, self.load_of_block = self.load_of_block, [0] * self.num_blocks
-        table = super()._hold_path(path, sequence)
-        self.load_of_block = [max(pair) for pair in zip(loads, self.load_of_block, strict=True)]
-        return table
-
-
 class WriterDoesNotWait(ModelManager):
     """A block that was given out anew is written while its last move still reads it."""
 
@@ -142,15 +132,9 @@ class HostSlotsBlockPublishing(ModelManager):
         self.host_slots = slots
 
 
-class LandsBeforeItIsMarked(ModelManager):
-    def landed(self, number: int) -> None:
-        self.moves_landed = max(self.moves_landed, self.moves_handed if number else 0)
-
-
 # Seen in what blocks and slots hold, without a right manager to compare with.
 MISREAD: list[type[ModelManager]] = [
     PassDoesNotWaitForItsLoads,
-    SecondHitDoesNotWait,
     WriterDoesNotWait,
     ResetKeepsTheHost,
 ]
@@ -165,7 +149,6 @@ OTHERS: list[type[ModelManager]] = [
     OutOfWindowIsOffloaded,
     LoadsCountForNothing,
     HostSlotsBlockPublishing,
-    LandsBeforeItIsMarked,
 ]
 
 
