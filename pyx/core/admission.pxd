@@ -109,9 +109,10 @@ cdef inline int64_t most_between(
 cdef inline int64_t most_held(const Core* c, int64_t position, int64_t end, int64_t step) noexcept nogil:
     """The most blocks that a sequence alone holds while it computes its tokens [position, end), `step` at a time."""
     cdef Stride s
-    cdef int64_t last = position + (end - position - 1) // step * step     # of `step` tokens, or of those that are left
-    if position >= end:
+    cdef int64_t last
+    if position >= end:     # `step` may be 0 then
         return 0
+    last = position + (end - position - 1) // step * step   # of `step` tokens, or of those that are left
     open_stride(c, position, step, &s)
     return most_between(c, &s, 0, position, last - step, held_by(c, last, end))
 
