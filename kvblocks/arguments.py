@@ -1,4 +1,4 @@
-"""What compiled classes say of a call with wrong arguments: left to the compiler, it would name `__cinit__` only.
+"""The error of compiled classes that are called with wrong arguments. The compiler's own names `__cinit__` only.
 
 Imports nothing, so that compiled code can use it.
 """
@@ -17,13 +17,13 @@ def check_arguments(
     unknown: Mapping[str, object],
     positional: int = 0,
 ) -> None:
-    """Raise a TypeError that names the class where it was not called as it has to be.
+    """Raise a TypeError that names the class if arguments are missing, too many, or of unknown names.
 
     Args:
         name: of the class.
         needed: arguments without a default, and what was given for them or `MISSING`.
-        more: what came by position beyond the arguments that may.
-        unknown: what came under names that no argument has.
+        more: positional arguments beyond those that are allowed.
+        unknown: keyword arguments that do not exist, by name.
         positional: how many arguments may come by position.
     """
     missing = [argument for argument, given in needed.items() if given is MISSING]

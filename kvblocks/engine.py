@@ -258,8 +258,7 @@ class CacheEngine:
         """Where the bytes of a block lie that belong to the layers of one group, in the order that stores keep.
 
         These are the tensors of each layer (K, then V) in the order of `config.groups[group].layers`, whatever the
-        layout. A block of
-        the pool may have more memory, of layers that only other groups have there; that is not among them.
+        layout. A block of the pool may have more memory, which only other groups use; it is left out.
 
         Args:
             block: 0 to num_blocks - 1.

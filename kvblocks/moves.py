@@ -105,7 +105,8 @@ class HostMoves:
     def _needed(moves: Tensor, count: int) -> int:
         """How many moves have to run before the pass: those up to the `count`-th and, unless there are none, all loads.
 
-        As numbers may have gaps, the i-th move has the i-th number or a larger one.
+        Loads come before offloads, in any order of their numbers. As numbers may have gaps, the i-th offload has the
+        number of its index in `moves` or a larger one.
         """
         if count <= 0:
             return 0
