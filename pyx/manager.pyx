@@ -26,10 +26,11 @@ from core.sequences cimport (
     NOT_OLDEST, NOT_PREEMPTED, NOT_UNKNOWN, NOTHING_TO_PIN, OUT_OF_REACH, SIZE_ACCEPTED, SIZE_TOKENS, STALE,
     STEP_BLOCKS, STEP_GROUPS, STEP_LIMIT, STEP_SEQS, STEP_TOKENS, TOO_LONG, TWICE, UNMOVED, WATERMARK, blocks_for,
     Core, core_append, core_extend, core_forget_resume, core_fork, core_free, core_preempt, core_reorder,
-    core_reset, core_set_tokens, core_take_back, core_trim, core_unpin, Counters, Fault, find, has_room, Marks, Seq,
+    core_reset, core_set_tokens, core_take_back, core_trim, core_unpin, Counters, Fault, find, has_room, Marks,
+    num_loading, Seq,
 )
 from core.admission cimport (
-    Cached, core_admit, core_pin, core_resume, first_row, hit_limit, is_there, longest_hit, most_ever, plan_admission,
+    Cached, core_admit, core_pin, core_resume, hit_limit, late_rows, longest_hit, most_ever, plan_admission,
 )
 from core.arrays cimport PADDING, PATCH_WORDS, int32_array, int64_array, max_patches, Pack, pack_step
 from core.steps cimport core_abort, core_commit, core_prepare
@@ -627,9 +628,9 @@ cdef class BlockManager:
         """
         cdef int64_t longest = optional(max_hit, "max_hit")
         cdef Prompt prompt
-        cdef int32_t hit = 0, i, g, late = 0
+        cdef int32_t hit = 0, late = 0
         cdef int32_t* path = NULL
-        cdef bint apart = boolean(tiers, "tiers"), host = self.core.pool.host.num_slots > 0, there
+        cdef bint apart = boolean(tiers, "tiers"), host = self.core.pool.host.num_slots > 0
         try:
             self.open_prompt(tokens, salt, extra, &prompt, True)
             path = <int32_t*>grab(<size_t>blocks_for(prompt.text.num_tokens, self.core.block_size) * sizeof(int32_t))
@@ -638,12 +639,7 @@ cdef class BlockManager:
             with nogil, self.lock:
                 hit = tree_walk(&self.core.pool.tree, &prompt.text, hit_limit(&self.core, &prompt.text, longest), path)
                 hit = longest_hit(&self.core, path, hit, host)
-                for i in range(hit if apart and host else 0):
-                    there = True
-                    for g in range(self.core.num_groups):
-                        if i >= first_row(&self.core, g, hit * self.core.block_size):
-                            there = there and is_there(&self.core, path[i], g, False)
-                    late += not there
+                late = late_rows(&self.core, path, hit) if apart and host else 0
         finally:
             free(path)
             self.close_prompt(&prompt)
@@ -1436,22 +1432,6 @@ cdef void take_back_step(Core* c, Arrays* a) noexcept:
     if c.pool.host.num_slots:
         count_moves(&c.pool.host, -1)
         c.pool.moves.handed = c.pool.moves.marked
-
-
-cdef int64_t num_loading(const Core* c, const Seq* seq) noexcept:
-    """Tokens of a sequence's hit that were not there when their loads were last asked for."""
-    cdef const Host* h = &c.pool.host
-    cdef int32_t i, g, b, late = 0
-    cdef bint loads
-    if h.num_slots == 0 or h.needs[seq - c.seqs] <= c.pool.moves.landed:
-        return 0
-    for i in range(seq.num_cached // c.block_size):
-        loads = False
-        for g in range(c.num_groups):
-            b = seq.table[<int64_t>i * c.num_groups + g]
-            loads = loads or b >= 0 and h.shadows[b].load > c.pool.moves.landed
-        late += loads
-    return <int64_t>late * c.block_size
 
 
 cdef bint boolean(object value, str name) except? -1:

@@ -159,6 +159,18 @@ cdef inline int32_t longest_hit(const Core* c, const int32_t* nodes, int32_t n, 
     return best
 
 
+cdef inline int32_t late_rows(const Core* c, const int32_t* nodes, int32_t hit) noexcept nogil:
+    """Rows of a hit for which something has to be loaded."""
+    cdef int32_t g, i, late = 0
+    cdef bint there
+    for i in range(hit):
+        there = True
+        for g in range(c.num_groups):
+            there = there and (i < first_row(c, g, hit * c.block_size) or is_there(c, nodes[i], g, False))
+        late += not there
+    return late
+
+
 cdef inline int32_t hit_that_fits(
     const Core* c, const Text* x, int64_t reserve, const int32_t* nodes, int32_t hit, bint host
 ) noexcept nogil:

@@ -24,7 +24,7 @@ from core.text cimport (
     offset_in_page, own_placeholders, page_of, Paging, share_text, take_extras, Text, token_at,
 )
 from core.tree cimport node_at, Tree, tree_drop
-from core.host cimport drop_slot
+from core.host cimport Host, drop_slot
 from core.pool cimport Pool, pool_free, pool_step, release_table, take, unpublish
 
 
@@ -143,6 +143,23 @@ cdef inline void wait_for(Core* c, const Seq* seq, int64_t move) noexcept nogil:
     """Let the next pass of a sequence wait for a move too."""
     if move > c.pool.host.needs[seq - c.seqs]:
         c.pool.host.needs[seq - c.seqs] = move
+
+
+cdef inline int64_t num_loading(const Core* c, const Seq* seq) noexcept nogil:
+    """Cached tokens of a sequence whose loads have not landed."""
+    cdef const Host* h = &c.pool.host
+    cdef int32_t g, i, late = 0
+    cdef const int32_t* blocks
+    cdef bint loads
+    if needs_of(c, seq) <= c.pool.moves.landed:
+        return 0
+    for i in range(seq.num_cached // c.block_size):
+        blocks = row_at(c, seq, i)
+        loads = False
+        for g in range(c.num_groups):
+            loads = loads or blocks[g] >= 0 and h.shadows[blocks[g]].load > c.pool.moves.landed
+        late += loads
+    return <int64_t>late * c.block_size
 
 
 cdef inline int32_t take_for(Core* c, const Seq* seq) noexcept nogil:
