@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from operator import index
@@ -19,6 +19,7 @@ from typing import SupportsIndex
 
 from kvblocks.errors import StoreInUse
 from kvblocks.sizes import checked_bytes
+from kvblocks.tiers.calls import Calls
 from kvblocks.tiers.segments import Record, Segment, is_full, padded, segment_files
 from kvblocks.tiers.store import Buffer, Status, Store, StoreStats, checked_batch, checked_keys
 
@@ -132,14 +133,12 @@ class DiskStore(Store):
             raise ValueError(f"threads={self._threads} is outside 1..256")
         self._folder = Path(path)
         self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)
+        self._calls = Calls(f"the store in {self._folder}")
         self._entries: dict[str, _Entry] = {}
         self._areas: dict[int, list[_Area]] = {}  # by slot size
         self._recent: dict[int, OrderedDict[str, _Entry]] = {}  # by slot size, least recently used first
-        self._clock = self._bytes = self._evictions = self._lost = self._calls = self._number = 0
-        self._closed = False
+        self._clock = self._bytes = self._evictions = self._lost = self._number = 0
         self._full_until, self._full_for = 0.0, 0  # for how long not to ask the disk, and for how many bytes or more
-        self._pid = os.getpid()
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock_fd = _locked(self._folder)
         try:
@@ -152,26 +151,26 @@ class DiskStore(Store):
 
     def lookup(self, keys: Sequence[str]) -> list[bool]:
         found = checked_keys(keys)
-        with self._call():
+        with self._calls.one():
             return [key in self._entries for key in found]
 
     def load(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[Status]:
         found, views = checked_batch(keys, buffers, writable=True)
-        with self._call():
+        with self._calls.one():
             return self._each(len(found), lambda i: self._load(found[i], views[i]))
 
     def store(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[Status]:
         found, views = checked_batch(keys, buffers, writable=False)
-        with self._call():
+        with self._calls.one():
             return self._each(len(found), lambda i: self._store(found[i], views[i]))
 
     def delete(self, keys: Sequence[str]) -> list[Status]:
         found = checked_keys(keys)
-        with self._call():
+        with self._calls.one():
             return [self._delete(key) for key in found]
 
     def stats(self) -> DiskStats:
-        with self._call(), self._lock:
+        with self._calls.one(), self._lock:
             areas = [area for size in self._areas.values() for area in size]
             return DiskStats(
                 objects=len(self._entries),
@@ -186,7 +185,7 @@ class DiskStore(Store):
 
     def objects(self) -> list[StoredObject]:
         """All objects, least recently used first."""
-        with self._call(), self._lock:
+        with self._calls.one(), self._lock:
             entries = sorted(self._entries.values(), key=lambda entry: entry.used)
             return [StoredObject(entry.key, entry.length, entry.stored_ns / 1e9) for entry in entries]
 
@@ -196,38 +195,13 @@ class DiskStore(Store):
         Raises:
             OSError: the disk did not take everything. The store is closed all the same.
         """
-        if os.getpid() != self._pid:
-            return  # a fork has released it already
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            while self._calls:
-                self._idle.wait()
+        if not self._calls.close():
+            return  # also in a fork, which has released it already
         self._pool.shutdown()
         _open_stores.discard(self)
         self._close_files(sync=True)
 
     # --- calls
-
-    @contextlib.contextmanager
-    def _call(self) -> Iterator[None]:
-        """A call of the store, which `close` waits for."""
-        if os.getpid() != self._pid:
-            raise ValueError(
-                f"the store in {self._folder} belongs to process {self._pid}, of which this one is a fork; "
-                "after the first has closed it, open it here"
-            )
-        with self._lock:
-            if self._closed:
-                raise ValueError(f"the store in {self._folder} is closed")
-            self._calls += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._calls -= 1
-                self._idle.notify_all()
 
     def _each(self, count: int, work: Callable[[int], Status]) -> list[Status]:
         """What `work` answers to each index, several at a time; returns or raises only when all have ended."""

@@ -97,7 +97,7 @@ class Store(ABC):
 
     @abstractmethod
     def delete(self, keys: Sequence[str]) -> list[Status]:
-        """Forget objects: OK, MISSING where there is none, or ERROR where the medium failed and the object stays."""
+        """Forget objects: OK, MISSING where there is none, or TIMEOUT or ERROR where the object may still be there."""
 
     @abstractmethod
     def stats(self) -> StoreStats:
