@@ -12,7 +12,7 @@ from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
 from core.memory cimport MAX_GROUPS, MAX_INT32, SLOT_MASK, grab, grab_zeroed, map_zeroed, unmap
-from core.ints cimport as_int, at, bad_token, close_ints, copy_tokens, Ints, kvb_bits, open_ints
+from core.ints cimport as_int, at, bad_token, close_ints, copy_tokens, Ints, kvb_bits, open_ints, unopened
 from core.text cimport (
     Blob, blob_drop, blob_new, borrow_text, clear_text, Extra, grow_text, Mark, note_tail, Paging, paging_of, read_text,
     Text,
@@ -816,11 +816,9 @@ cdef class BlockManager:
         Raises:
             ValueError: a sequence has fewer placeholders.
         """
-        cdef Ints s, t, n
+        cdef Ints s = unopened(), t = unopened(), n = unopened()
         cdef Fault f
         cdef bint ok
-        s.owned = t.owned = n.owned = NULL
-        s.viewed = t.viewed = n.viewed = False
         try:
             open_ints(seqs, "seqs", &s)
             open_ints(tokens, "tokens", &t)
@@ -870,12 +868,10 @@ cdef class BlockManager:
             ValueError: a sequence has not as many tokens left, is preempted, or comes twice; the step is too small; or
                 `max_open_steps` are open.
         """
-        cdef Ints s, q
+        cdef Ints s = unopened(), q = unopened()
         cdef Fault f
         cdef int64_t step_id = 0
         cdef bint closed
-        s.owned = q.owned = NULL
-        s.viewed = q.viewed = False
         try:
             open_ints(seqs, "seqs", &s)
             open_ints(query_lens, "query_lens", &q)
@@ -957,22 +953,17 @@ cdef class BlockManager:
             ValueError: it is not the oldest open step; `accepted` is out of range; or it cuts a sequence that a later
                 open step has prepared too (abort that one first).
         """
-        cdef Ints a
+        cdef Ints a = unopened()
         cdef Fault f
         cdef int64_t step = as_int(step_id, "step_id")
         cdef bint ok
-        if accepted is None:
-            with self.lock:
-                ok = core_commit(&self.core, step, NULL, &f)
-        else:
-            a.owned = NULL
-            a.viewed = False
-            try:
+        try:
+            if accepted is not None:
                 open_ints(accepted, "accepted", &a)
-                with self.lock:
-                    ok = core_commit(&self.core, step, &a, &f)
-            finally:
-                close_ints(&a)
+            with self.lock:
+                ok = core_commit(&self.core, step, &a if accepted is not None else NULL, &f)
+        finally:
+            close_ints(&a)
         if not ok:
             raise self.error(&f)
 
@@ -1033,11 +1024,9 @@ cdef class BlockManager:
             ValueError: a sequence comes twice in `seqs`, or one of either is in an open step, preempted, or (a parent)
                 has computed placeholders.
         """
-        cdef Ints s, p
+        cdef Ints s = unopened(), p = unopened()
         cdef Fault f
         cdef bint ok
-        s.owned = p.owned = NULL
-        s.viewed = p.viewed = False
         try:
             open_ints(seqs, "seqs", &s)
             open_ints(parents, "parents", &p)
@@ -1053,11 +1042,9 @@ cdef class BlockManager:
 
     def free(self, seqs):
         """End sequences. One in an open step keeps its blocks until that step closes; its handle is stale at once."""
-        cdef Ints s
+        cdef Ints s = unopened()
         cdef Fault f
         cdef bint ok
-        s.owned = NULL
-        s.viewed = False
         try:
             open_ints(seqs, "seqs", &s)
             with self.lock:
@@ -1093,13 +1080,11 @@ cdef class BlockManager:
     def lengths(self, seqs):
         """`Lengths` of a batch: five int64 arrays [n]. Of the cached tokens `num_loading` are on their way from the
         host, as far as `landed` was told."""
-        cdef Ints s
+        cdef Ints s = unopened()
         cdef Fault f
         cdef Seq* seq = NULL
         cdef Py_ssize_t i
         cdef int64_t[:, ::1] out
-        s.owned = NULL
-        s.viewed = False
         try:
             open_ints(seqs, "seqs", &s)
             columns = np.empty((5, s.size), np.int64)
@@ -1168,13 +1153,11 @@ cdef class BlockManager:
         return array[:n]
 
     cdef int add_tokens(self, seqs, tokens, counts, extra) except -1:
-        cdef Ints s, t, n
+        cdef Ints s = unopened(), t = unopened(), n = unopened()
         cdef Marks m
         cdef Fault f
         cdef bint ok, given = tokens is not None, counted = counts is not None, marked = extra is not None
         cdef list pairs = None
-        s.owned = t.owned = n.owned = NULL
-        s.viewed = t.viewed = n.viewed = False
         memset(&m, 0, sizeof(Marks))
         if marked:      # first of all: iterators may run any code
             pairs = []
@@ -1233,8 +1216,7 @@ cdef class BlockManager:
 
     cdef int open_prompt(self, tokens, salt, extra, Prompt* out, bint borrow) except -1:
         """Take a prompt out of Python, as `open_text` does; closed with `close_prompt`, also after an error."""
-        out.tokens.owned = NULL
-        out.tokens.viewed = False
+        out.tokens = unopened()
         memset(&out.text, 0, sizeof(Text))
         open_ints(tokens, "tokens", &out.tokens)
         return self.open_text(&out.tokens, salt, extra, &out.text, borrow)

@@ -61,7 +61,7 @@ class Model:
         )
         self.engine = CacheEngine(config, "float64", "cpu", layout=layout)
         self.manager = BlockManager(num_blocks, block_size, groups=reaches)
-        self.step = StepBuffers.for_config(config, max_seqs=8, max_tokens=64, max_seq_len=32 * block_size)
+        self.step = StepBuffers.for_config(config, max_seqs=8, max_tokens=64, max_seq_len=128 * block_size)
         for layer in self.engine:
             layer.key_cache.fill_(math.nan)
             layer.value_cache.fill_(math.nan)

@@ -63,11 +63,16 @@ cdef inline object array_of(object tensor, str name):
     return array
 
 
+cdef inline Ints unopened() noexcept nogil:
+    """What `close_ints` can close whether `open_ints` has filled it or not."""
+    cdef Ints a
+    a.owned = NULL
+    a.viewed = a.scalar = False
+    return a
+
+
 cdef inline int open_ints(object obj, str name, Ints* out) except -1:
-    """Read `obj` into `out`; the caller closes it with `close_ints`, also after an error."""
-    out.owned = NULL
-    out.viewed = False
-    out.scalar = False
+    """Read `obj` into `out`, which is `unopened`; the caller closes it with `close_ints`, also after an error."""
     if isinstance(obj, (list, tuple, range)):
         return convert_items(obj, name, out)
     if not PyObject_CheckBuffer(obj):
