@@ -10,8 +10,9 @@ the ratios stands the share of the machine's read bandwidth, measured in the sam
 import argparse
 import functools
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from harness import Row, compare, machine, report
@@ -29,7 +30,10 @@ MOST_BYTES = 1 << 30  # of K and V: larger ones say nothing new and take minutes
 
 @dataclass
 class Step:
-    """One token for each of `num_seqs` sequences of equal length."""
+    """One token for each of `num_seqs` sequences of equal length.
+
+    As with `StepBuffers`, what its arrays say is listed by the first layer that reads them; this is one of the others.
+    """
 
     block_table: Tensor
     seq_lens: Tensor
@@ -38,6 +42,7 @@ class Step:
     num_tokens: int
     max_query_len: int
     max_seq_len: int
+    derived: dict[Hashable, Any] = field(default_factory=dict)
 
 
 def read_bandwidth() -> float:

@@ -1,5 +1,3 @@
-from collections.abc import Callable
-
 from kvblocks.movement import BlockLayout
 
 __all__ = ["attend", "best_isa"]
@@ -31,7 +29,6 @@ def attend(
     softcap: float,
     sinks: int,
     threads: int,
-    workspace: Callable[[int], int],
     isa: int = -1,
 ) -> int:
     """Causal attention of a ragged batch over the blocks of its rows.

@@ -6,8 +6,10 @@ alive; lengths and block tables, which they do not read, are checked here.
 """
 
 from libc.stdint cimport int32_t, int64_t
+from libc.stdlib cimport free
 from libc.string cimport memcpy
 
+from core.memory cimport grab
 from kvblocks.movement cimport BlockLayout
 
 __all__ = ["attend", "best_isa"]
@@ -65,7 +67,7 @@ def attend(BlockLayout key_layout, size_t key_cache, BlockLayout value_layout, s
            size_t query, int64_t query_token, int64_t query_head, int64_t heads, size_t out, int64_t num_tokens,
            size_t table, int64_t table_stride, int64_t columns, size_t seq_lens, size_t query_start_loc,
            int64_t num_seqs, double scale, int64_t window, int64_t chunk, double softcap, size_t sinks, int threads,
-           workspace, int isa=-1):
+           int isa=-1):
     """Causal attention of a ragged batch over the blocks of its rows.
 
     Args:
@@ -80,16 +82,18 @@ def attend(BlockLayout key_layout, size_t key_cache, BlockLayout value_layout, s
         scale, window, chunk, softcap: as in `kvblocks.paged_attention`; 0 for no window, chunk or cap.
         sinks: address of float32 [heads], or 0.
         threads: that may work at once.
-        workspace: called with a number of bytes, twice; gives an address of so many, for the length of this call.
         isa: the instruction set, by default the best; a lower one is for tests.
 
     Returns:
         -1; or the number of the first row whose lengths do not fit together or whose table names a block that does not
         exist, and nothing was computed.
+
+    Raises:
+        MemoryError: there is no memory for what threads work in; nothing was computed.
     """
     cdef kvb_job job
     cdef int64_t bad, nbytes = 0
-    cdef size_t space
+    cdef char* space = NULL
     cdef int32_t* lens
     job.dtype = _DTYPES[dtype]
     job.itemsize = 4 if job.dtype == 0 else 2
@@ -109,16 +113,20 @@ def attend(BlockLayout key_layout, size_t key_cache, BlockLayout value_layout, s
     job.threads = max(threads, 1)
     job.isa = kvb_best_isa() if isa < 0 else min(isa, kvb_best_isa())
     # Lengths are copied: they decide what is read, and lie in memory that others can write.
-    space = workspace((2 * num_seqs + 1) * sizeof(int32_t))
-    lens = <int32_t*> space
-    memcpy(lens, job.lens, num_seqs * sizeof(int32_t))
-    memcpy(lens + num_seqs, job.starts, (num_seqs + 1) * sizeof(int32_t))
-    job.lens, job.starts = lens, lens + num_seqs
+    lens = <int32_t*> grab((2 * num_seqs + 1) * sizeof(int32_t))
+    if lens == NULL:
+        raise MemoryError(f"the lengths of {num_seqs} rows have no memory")
     with nogil:
+        memcpy(lens, job.lens, num_seqs * sizeof(int32_t))
+        memcpy(lens + num_seqs, job.starts, (num_seqs + 1) * sizeof(int32_t))
+        job.lens, job.starts = lens, lens + num_seqs
         bad = kvb_plan(&job, num_tokens, &nbytes)
-    if bad >= 0:
-        return bad
-    space = workspace(nbytes)
-    with nogil:
-        kvb_run(&job, <char*> space)
-    return -1
+        if bad < 0:
+            space = <char*> grab(nbytes)
+            if space != NULL:
+                kvb_run(&job, space)
+        free(lens)
+        free(space)
+    if bad < 0 and space == NULL:
+        raise MemoryError(f"attention has no {nbytes} bytes to work in")
+    return bad
