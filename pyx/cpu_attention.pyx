@@ -22,7 +22,6 @@ cdef extern from "cpu_attention/kernel.h" nogil:
         const char* cache
         int64_t block_stride, token_stride, head_stride, run_stride
         int64_t dim, runs, run, padded
-        bint direct
         int ahead
 
     ctypedef struct kvb_job:
@@ -51,7 +50,7 @@ def best_isa():
     return kvb_best_isa()
 
 
-cdef void lay(kvb_side* side, BlockLayout layout, size_t cache, int itemsize, bint floats) noexcept:
+cdef void lay(kvb_side* side, BlockLayout layout, size_t cache, int itemsize) noexcept:
     side.cache = <const char*> cache
     side.block_stride, side.token_stride = layout.block_stride, layout.token_stride
     side.head_stride, side.run_stride = layout.head_stride, layout.run_stride
@@ -60,7 +59,6 @@ cdef void lay(kvb_side* side, BlockLayout layout, size_t cache, int itemsize, bi
     side.padded = (side.dim + KVB_PADDING - 1) // KVB_PADDING * KVB_PADDING
     # Some 16 KiB ahead, as far as tokens that are known go.
     side.ahead = <int> min(max(16384 // (layout.heads * side.dim * itemsize) & ~7, 8), 32)
-    side.direct = floats and side.runs == 1 and side.padded == side.dim
 
 
 def attend(BlockLayout key_layout, size_t key_cache, BlockLayout value_layout, size_t value_cache, str dtype,
@@ -97,8 +95,8 @@ def attend(BlockLayout key_layout, size_t key_cache, BlockLayout value_layout, s
     cdef int32_t* lens
     job.dtype = _DTYPES[dtype]
     job.itemsize = 4 if job.dtype == 0 else 2
-    lay(&job.keys, key_layout, key_cache, job.itemsize, job.dtype == 0)
-    lay(&job.values, value_layout, value_cache, job.itemsize, job.dtype == 0)
+    lay(&job.keys, key_layout, key_cache, job.itemsize)
+    lay(&job.values, value_layout, value_cache, job.itemsize)
     job.query, job.out, job.sinks = <const char*> query, <char*> out, <const char*> sinks
     job.table, job.lens = <const int32_t*> table, <const int32_t*> seq_lens
     job.starts = <const int32_t*> query_start_loc

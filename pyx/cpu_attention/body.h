@@ -85,53 +85,102 @@ static inline float KVB(largest)(VEC v) {
 }
 #undef FOLD
 
-/* Four query vectors against `tokens` keys: scores[m][t]. Dims are a multiple of the lanes. */
-static void KVB(scores)(const float *query, const float *const *keys, int tokens, int dim, float *scores) {
-    enum { T = KVB_LANES / 2 }; /* two queries by so many keys fill the accumulators of one reduction */
-    for (int t = 0; t < tokens; t += T) {
-        const float *k[T];
-        for (int j = 0; j < T; j++) k[j] = keys[t + j < tokens ? t + j : tokens - 1];
-        for (int m = 0; m < 4; m += 2) {
-            const float *q0 = query + m * dim, *q1 = q0 + dim;
-            VEC sum[KVB_LANES];
-            for (int j = 0; j < KVB_LANES; j++) sum[j] = (VEC){0};
-            for (int d = 0; d < dim; d += KVB_LANES) {
-                VEC a = LOAD(q0 + d), b = LOAD(q1 + d);
-                for (int j = 0; j < T; j++) {
-                    VEC key = LOAD(k[j] + d);
-                    sum[j] += a * key;
-                    sum[T + j] += b * key;
+/* Two vectors of floats from the next 2 * KVB_LANES elements of a row. Of bfloat16 the first has the elements at even
+   places and the second those at odd ones; see kvb_place. */
+static inline __attribute__((always_inline)) void KVB(two)(const char *from, int dtype, VEC *first, VEC *second) {
+    if (dtype == KVB_BFLOAT16) {
+        typedef int32_t halves __attribute__((vector_size(4 * KVB_LANES), aligned(2), may_alias));
+        IVEC pairs = *(const halves *)from;
+        *first = (VEC)(pairs << 16);
+        *second = (VEC)(pairs & -65536);
+        return;
+    }
+#ifdef KVB_F16C
+    if (dtype == KVB_FLOAT16) {
+        *first = (VEC)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+        *second = (VEC)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + 16)));
+        return;
+    }
+#endif
+    *first = LOAD((const float *)from);
+    *second = LOAD((const float *)from + KVB_LANES);
+}
+
+/* Four query vectors against `tokens` keys: scores[m][t]. Dims are a multiple of the lanes, of twice as many but for
+   float32. */
+static inline __attribute__((always_inline)) void KVB(scores_of)(const float *query, const char *const *keys,
+                                                                 int dtype, int tokens, int dim, float *scores) {
+    const int size = dtype == KVB_FLOAT32 ? 4 : 2;
+    for (int t = 0; t < tokens; t += 2) { /* two keys by four queries keep eight sums, as many as hide an addition */
+        const char *k0 = keys[t], *k1 = keys[t + 1 < tokens ? t + 1 : t];
+        VEC sum[8], a[2], b[2];
+        for (int i = 0; i < 8; i++) sum[i] = (VEC){0};
+        int d = 0;
+        for (; d + 2 * KVB_LANES <= dim; d += 2 * KVB_LANES) {
+            KVB(two)(k0 + d * size, dtype, &a[0], &a[1]);
+            KVB(two)(k1 + d * size, dtype, &b[0], &b[1]);
+            for (int half = 0; half < 2; half++)
+                for (int m = 0; m < 4; m++) {
+                    VEC q = LOAD(query + m * dim + d + half * KVB_LANES);
+                    sum[2 * m] += q * a[half];
+                    sum[2 * m + 1] += q * b[half];
                 }
-            }
-            VEC total = KVB(sums)(sum);
-            memcpy(scores + m * KVB_CHUNK + t, &total, sizeof(float) * T);
-            memcpy(scores + (m + 1) * KVB_CHUNK + t, (const char *)&total + sizeof(float) * T, sizeof(float) * T);
         }
+        if (dtype == KVB_FLOAT32 && d < dim)
+            for (int m = 0; m < 4; m++) {
+                VEC q = LOAD(query + m * dim + d);
+                sum[2 * m] += q * LOAD((const float *)k0 + d);
+                sum[2 * m + 1] += q * LOAD((const float *)k1 + d);
+            }
+        float total[8];
+        for (int i = 0; i < 8; i += KVB_LANES) STORE(total + i, KVB(sums)(sum + i));
+        for (int m = 0; m < 4; m++) memcpy(scores + m * KVB_CHUNK + t, total + 2 * m, 2 * sizeof(float));
     }
 }
 
 /* out[m] += sum over tokens of weights[m][t] * values[t], for four query vectors. */
-static void KVB(weigh)(const float *weights, const float *const *values, int tokens, int dim, float *out) {
+static inline __attribute__((always_inline)) void KVB(weigh_of)(const float *weights, const char *const *values,
+                                                                int dtype, int tokens, int dim, float *out) {
+    const int size = dtype == KVB_FLOAT32 ? 4 : 2;
     int d = 0;
     for (; d + 2 * KVB_LANES <= dim; d += 2 * KVB_LANES) {
-        VEC a[4], b[4];
+        VEC a[4], b[4], v, w;
         for (int m = 0; m < 4; m++) a[m] = LOAD(out + m * dim + d), b[m] = LOAD(out + m * dim + d + KVB_LANES);
         for (int t = 0; t < tokens; t++) {
-            VEC v = LOAD(values[t] + d), w = LOAD(values[t] + d + KVB_LANES);
+            KVB(two)(values[t] + d * size, dtype, &v, &w);
             for (int m = 0; m < 4; m++) a[m] += weights[m * KVB_CHUNK + t] * v, b[m] += weights[m * KVB_CHUNK + t] * w;
         }
         for (int m = 0; m < 4; m++) STORE(out + m * dim + d, a[m]), STORE(out + m * dim + d + KVB_LANES, b[m]);
     }
-    for (; d < dim; d += KVB_LANES) {
+    if (dtype == KVB_FLOAT32 && d < dim) {
         VEC a[4];
         for (int m = 0; m < 4; m++) a[m] = LOAD(out + m * dim + d);
         for (int t = 0; t < tokens; t++) {
-            VEC v = LOAD(values[t] + d);
+            VEC v = LOAD((const float *)values[t] + d);
             for (int m = 0; m < 4; m++) a[m] += weights[m * KVB_CHUNK + t] * v;
         }
         for (int m = 0; m < 4; m++) STORE(out + m * dim + d, a[m]);
     }
 }
+
+/* The two for each dtype of rows. */
+#define FOR_EACH(dtype, call)                                                                                \
+    switch (dtype) {                                                                                         \
+    case KVB_BFLOAT16: call(KVB_BFLOAT16); break;                                                            \
+    case KVB_FLOAT16: call(KVB_FLOAT16); break;                                                              \
+    default: call(KVB_FLOAT32);                                                                              \
+    }
+static void KVB(scores)(const float *query, const char *const *keys, int dtype, int tokens, int dim, float *scores) {
+#define CALL(known) KVB(scores_of)(query, keys, known, tokens, dim, scores)
+    FOR_EACH(dtype, CALL)
+#undef CALL
+}
+static void KVB(weigh)(const float *weights, const char *const *values, int dtype, int tokens, int dim, float *out) {
+#define CALL(known) KVB(weigh_of)(weights, values, known, tokens, dim, out)
+    FOR_EACH(dtype, CALL)
+#undef CALL
+}
+#undef FOR_EACH
 
 /* `count` elements that lie `step` bytes apart, as floats. */
 static inline void KVB(widen)(float *to, const char *from, int64_t count, int64_t step, int dtype) {
@@ -151,16 +200,16 @@ static inline void KVB(widen)(float *to, const char *from, int64_t count, int64_
     for (; i < count; i++) to[i] = kvb_widen(from + i * step, dtype);
 }
 
-/* Vectors of floats for `tokens` tokens of one head: in the cache itself, or converted to `scratch`, [tokens, padded].
+/* Rows of one head for `tokens` tokens: in the cache itself, or converted to float32 in `scratch`, [tokens, padded].
    `bases` are where the tokens' first heads lie. */
 static inline void KVB(rows)(const kvb_job *job, const kvb_side *side, const char *const *bases, int tokens, int64_t head,
-                             float *scratch, const float **rows) {
+                             float *scratch, const char **rows) {
     int64_t at = head * side->head_stride;
     if (side->direct) {
-        for (int t = 0; t < tokens; t++) rows[t] = (const float *)(bases[t] + at);
+        for (int t = 0; t < tokens; t++) rows[t] = bases[t] + at;
         return;
     }
-    for (int t = 0; t < tokens; t++) rows[t] = scratch + (int64_t)t * side->padded;
+    for (int t = 0; t < tokens; t++) rows[t] = (const char *)(scratch + (int64_t)t * side->padded);
     if (side->runs == 1) {
         for (int t = 0; t < tokens; t++)
             KVB(widen)(scratch + (int64_t)t * side->padded, bases[t] + at, side->dim, job->itemsize, job->dtype);
@@ -217,6 +266,8 @@ static void KVB(item)(const kvb_job *job, const kvb_item *item, char *scratch) {
     const int64_t group = job->heads / job->kv_heads, queries = item->last_query - item->first_query;
     const int64_t vectors = group * queries, padded = (vectors + 3) & ~(int64_t)3;
     const int64_t kd = job->keys.padded, vd = job->values.padded;
+    const int key_dtype = job->keys.direct ? job->dtype : KVB_FLOAT32;
+    const int value_dtype = job->values.direct ? job->dtype : KVB_FLOAT32;
     const int32_t *table = job->table + item->row * job->table_stride;
     const int64_t start = job->starts[item->row], before = job->lens[item->row] - (job->starts[item->row + 1] - start);
     float *q = (float *)scratch, *out = q + job->kv_heads * padded * kd, *largest = out + job->kv_heads * padded * vd;
@@ -235,13 +286,13 @@ static void KVB(item)(const kvb_job *job, const kvb_item *item, char *scratch) {
             const char *from = job->query + (start + item->first_query + m / group) * job->query_token +
                                (h * group + m % group) * job->query_head;
             float *to = q + (h * padded + m) * kd;
-            KVB(widen)(to, from, job->keys.dim, job->itemsize, job->dtype);
-            for (int64_t d = 0; d < job->keys.dim; d++) to[d] *= job->scale;
+            for (int64_t d = 0; d < job->keys.dim; d++)
+                to[kvb_place(&job->keys, d)] = kvb_widen(from + d * job->itemsize, job->dtype) * job->scale;
         }
     const char *key_bases[2 * KVB_CHUNK], *value_bases[2 * KVB_CHUNK];
     int ready = kvb_bases(job, table, item->low, item->high, 0, key_bases, value_bases);
     for (int64_t low = item->low; low < item->high; low += KVB_CHUNK) {
-        const float *rows[KVB_CHUNK];
+        const char *rows[KVB_CHUNK];
         int tokens = (int)(item->high - low < KVB_CHUNK ? item->high - low : KVB_CHUNK);
         for (int64_t h0 = 0; h0 < job->kv_heads; h0 += heads) {
             /* A few tokens of all heads at a time where these lie together, all tokens of one head where those do. */
@@ -251,7 +302,7 @@ static void KVB(item)(const kvb_job *job, const kvb_item *item, char *scratch) {
                     kvb_fetch(&job->keys, key_bases, t, some, ready, h, heads, job->itemsize);
                     KVB(rows)(job, &job->keys, key_bases + t, some, h, key_space, rows);
                     for (int64_t m = 0; m < padded; m += 4)
-                        KVB(scores)(q + (h * padded + m) * kd, rows, some, (int)kd,
+                        KVB(scores)(q + (h * padded + m) * kd, rows, key_dtype, some, (int)kd,
                                     scores + ((h - h0) * padded + m) * KVB_CHUNK + t);
                 }
             }
@@ -269,7 +320,7 @@ static void KVB(item)(const kvb_job *job, const kvb_item *item, char *scratch) {
                     kvb_fetch(&job->values, value_bases, t, some, ready, h, heads, job->itemsize);
                     KVB(rows)(job, &job->values, value_bases + t, some, h, value_space, rows);
                     for (int64_t m = 0; m < padded; m += 4)
-                        KVB(weigh)(scores + ((h - h0) * padded + m) * KVB_CHUNK + t, rows, some, (int)vd,
+                        KVB(weigh)(scores + ((h - h0) * padded + m) * KVB_CHUNK + t, rows, value_dtype, some, (int)vd,
                                    out + (h * padded + m) * vd);
                 }
             }

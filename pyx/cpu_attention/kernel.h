@@ -33,6 +33,7 @@ typedef struct {
     int64_t block_stride, token_stride, head_stride, run_stride; /* bytes */
     int64_t dim, runs, run, padded;                              /* of a head: elements, runs and elements of a run */
     int direct;                                                  /* vectors are read in the cache itself */
+    int split;                                                   /* lanes, where vectors are read as kvb_place says */
     int ahead;                                                   /* tokens by which reading ahead is ahead */
 } kvb_side;
 
@@ -164,6 +165,24 @@ static inline void kvb_fetch(const kvb_side *side, const char *const *bases, int
 #endif
 }
 
+/* Where element d of a head lies among floats: in its own place, or, in groups of twice the lanes, even elements first.
+   Two neighbours of bfloat16 are one integer, whose halves become floats without moving between lanes. */
+static inline int64_t kvb_place(const kvb_side *side, int64_t d) {
+    int64_t lanes = side->split, inner = d & (2 * lanes - 1);
+    return lanes ? d - inner + (inner & 1) * lanes + (inner >> 1) : d;
+}
+
+/* Whether the vectors of a side can be read where they lie, by code for an instruction set. */
+static void kvb_form(kvb_side *side, int dtype, int isa) {
+    side->direct = side->runs == 1 && side->padded == side->dim;
+    if (dtype != KVB_FLOAT32) side->direct = side->direct && side->dim % 16 == 0;
+    if (dtype == KVB_FLOAT16) side->direct = side->direct && isa > 0;
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+    if (dtype == KVB_BFLOAT16) side->direct = 0;
+#endif
+    side->split = side->direct && dtype == KVB_BFLOAT16 ? (isa > 0 ? 8 : 4) : 0;
+}
+
 /* Divide what a query vector gathered by its weights' sum, the sink among them, and store it. */
 static inline void kvb_finish(const kvb_job *job, int64_t token, int64_t head, float largest, float total,
                               const float *gathered) {
@@ -176,7 +195,8 @@ static inline void kvb_finish(const kvb_job *job, int64_t token, int64_t head, f
         float shrink = expf(largest - most);
         share = shrink / (total * shrink + expf(sink - most));
     }
-    for (int64_t d = 0; d < job->values.dim; d++) kvb_narrow(to + d * job->itemsize, gathered[d] * share, job->dtype);
+    for (int64_t d = 0; d < job->values.dim; d++)
+        kvb_narrow(to + d * job->itemsize, gathered[kvb_place(&job->values, d)] * share, job->dtype);
 }
 
 #define KVB(name) kvb_plain_##name
@@ -262,6 +282,8 @@ static int64_t kvb_cut(kvb_job *job, int64_t most) {
    is wrong or whose table names a block that does not exist, -1 where all are right. */
 static int64_t kvb_plan(kvb_job *job, int64_t num_tokens, int64_t *bytes) {
     if (job->starts[0] != 0 || job->starts[job->rows] != num_tokens) return 0;
+    kvb_form(&job->keys, job->dtype, job->isa);
+    kvb_form(&job->values, job->dtype, job->isa);
     for (int64_t row = 0; row < job->rows; row++) {
         int64_t length = job->lens[row], queries = (int64_t)job->starts[row + 1] - job->starts[row];
         if (queries < 1 || queries > length || length > job->columns * job->block_size || job->starts[row] < 0 ||
