@@ -45,10 +45,12 @@ def attend(
         scale, window, chunk, softcap: as in `kvblocks.paged_attention`; 0 for no window, chunk or cap.
         sinks: address of float32 [heads], or 0.
         threads: that may work at once.
-        workspace: called with a number of bytes, twice; gives an address of so many, for the length of this call.
         isa: the instruction set, by default the best; a lower one is for tests.
 
     Returns:
         -1; or the number of the first row whose lengths do not fit together or whose table names a block that does not
         exist, and nothing was computed.
+
+    Raises:
+        MemoryError: there is no memory for what threads work in; nothing was computed.
     """
