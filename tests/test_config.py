@@ -164,7 +164,7 @@ NO_DTYPES: list[Any] = [
     ["int8"],
     torch.ones(1),
 ]
-NO_DTYPES += [type("dtype", (), {"__str__": lambda self: "int8"})()]
+NO_DTYPES += [type("dtype", (), {"__str__": lambda self: "int8", "__repr__": lambda self: "dtype()"})()]
 NO_DTYPES += ["", "fp8", "half", "torch.", "torch.torch.int8", "INT8", " int8"]
 
 
