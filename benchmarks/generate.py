@@ -80,8 +80,8 @@ class Contenders:
             self.model, given, max_new_tokens=self.new, stop_tokens=[], block_size=BLOCK, max_seqs=self.max_seqs
         ) as run:
             answers = run.run()
-            used = run.generator.manager.stats().peak_used_blocks
-            self.peaks[OURS] = used * run.generator.engine.memory_bytes / run.generator.engine.num_blocks
+            used = run.scheduler.manager.stats().peak_used_blocks
+            self.peaks[OURS] = used * run.scheduler.engine.memory_bytes / run.scheduler.engine.num_blocks
         return answers
 
     def one_by_one(self, given: Answers) -> Answers:

@@ -18,7 +18,7 @@ import numpy as np
 from contenders import OURS, Contender, available, versions
 from harness import Row, clock_cost, machine, report
 
-from kvblocks.replay import Request, read_trace, small_trace
+from kvblocks.replay import TraceRequest, read_trace, small_trace
 
 PARTS = ("admit", "decode", "free")
 
@@ -38,7 +38,7 @@ class Run:
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.prompt_tokens = self.cached_tokens = self.decoded_tokens = self.steps = self.requests = 0
 
-    def replay(self, requests: Sequence[Request], limit: float) -> None:
+    def replay(self, requests: Sequence[TraceRequest], limit: float) -> None:
         """Raises OutOfTime once `limit` seconds were spent in calls."""
         live: list[list[Any]] = []  # key, tokens still to decode
         for request in requests:
@@ -125,7 +125,7 @@ def main() -> None:
 
 def compare(
     contenders: dict[str, type[Contender]],
-    requests: Sequence[Request],
+    requests: Sequence[TraceRequest],
     num_blocks: int,
     longest: int,
     options: argparse.Namespace,

@@ -14,12 +14,12 @@ from kvblocks.config import CacheConfig, Group
 from kvblocks.errors import OutOfMemory
 from kvblocks.manager import BlockManager
 from kvblocks.movement import first_outside
-from kvblocks.moves import HostMoves, lane
+from kvblocks.moves import HostMoves, move_stream
 from kvblocks.sizes import budget, checked_integer
 from kvblocks.step import StepBuffers
+from kvblocks.storage.block_memory import free_memory
 from kvblocks.storage.cache import PagedKVCache, checked_pairs, zero_blocks
 from kvblocks.storage.host import HostArena
-from kvblocks.storage.pool import free_memory
 
 __all__ = ["CacheEngine"]
 
@@ -85,7 +85,7 @@ class CacheEngine:
         self._config = config
         self._reaches = tuple(group.reach for group in config.groups)
         slots = checked_integer("host_blocks", host_blocks, 0, 2**31 - 1)
-        caches, self._mover, self._pool = PagedKVCache.for_config(
+        caches, self._mover, self._memory = PagedKVCache.for_config(
             config, dtype, device, layout=layout, prefault=prefault
         )
         self._caches, self._dtype = tuple(caches), checked_dtype(dtype)
@@ -287,7 +287,7 @@ class CacheEngine:
         Raises:
             ValueError, TypeError: as for `memory_of`.
         """
-        return self._pool.sizes[checked_integer("group", group, 0, len(self._config.groups) - 1)]
+        return self._memory.sizes[checked_integer("group", group, 0, len(self._config.groups) - 1)]
 
     def copy_to_host(self, arena: HostArena, pairs: Indices, group: SupportsIndex = 0) -> None:
         """Copy blocks of a group into slots of host memory, behind the slots' headers, and wait until that is done.
@@ -314,7 +314,7 @@ class CacheEngine:
         if not isinstance(arena, HostArena):
             raise TypeError(f"arena is a {type(arena).__name__}; give a HostArena")
         index = checked_integer("group", group, 0, len(self._config.groups) - 1)
-        nbytes = self._pool.sizes[index]
+        nbytes = self._memory.sizes[index]
         if nbytes > arena.payload_bytes:
             raise ValueError(f"a block of group {index} has {nbytes} bytes and a slot room for {arena.payload_bytes}")
         given = checked_indices("pairs", pairs)
@@ -335,9 +335,9 @@ class CacheEngine:
             host.run(torch.stack([kind, torch.full_like(block, index), *ends], 1))
 
     def _moves_to(self, arena: HostArena) -> HostMoves:
-        pieces = [(storage.data_ptr(), width, width) for storage, width in self._pool.storages]
-        found = lane(pieces, self._pool.sizes, self.num_blocks, arena, self.device)
-        return HostMoves(found, arena, self._pool)
+        pieces = [(storage.data_ptr(), width, width) for storage, width in self._memory.storages]
+        found = move_stream(pieces, self._memory.sizes, self.num_blocks, arena, self.device)
+        return HostMoves(found, arena, self._memory)
 
     def move(self, step: StepBuffers) -> None:
         """Do all that a step needs moved before its pass, and mark it as done. Call it right after `prepare`, always.

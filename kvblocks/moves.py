@@ -1,9 +1,9 @@
 """HostMoves: copies of blocks between a device and slots of host memory, in the order that the manager gives.
 
 On CUDA they run on a stream of their own, beside that of the passes, and the host waits for neither. Streams and events
-are used through `Lane` alone: on the CPU moves are done when a call returns, on CUDA when the stream has reached them.
-Knows blocks and slots by their numbers, not what is in them. Imports torch, the compiled mover, the arena and the
-kernels.
+are used through `MoveStream` alone: on the CPU moves are done when a call returns, on CUDA when the stream has reached
+them. Knows blocks and slots by their numbers, not what is in them. Imports torch, the compiled mover, the arena and
+the kernels.
 """
 
 import weakref
@@ -19,13 +19,13 @@ from kvblocks.movement import move_blocks
 from kvblocks.sizes import HEADER_BYTES
 from kvblocks.storage.host import HostArena
 
-__all__ = ["HostMoves", "Lane", "lane"]
+__all__ = ["HostMoves", "MoveStream", "move_stream"]
 
 
-class Lane(Protocol):
+class MoveStream(Protocol):
     """The stream on which moves run; passes run on the current stream.
 
-    A mark is a point of the lane, as an event is on CUDA.
+    A mark is a point of the stream, as an event is on CUDA.
     """
 
     def follow(self) -> None:
@@ -51,20 +51,20 @@ class HostMoves:
     """Moves between the blocks of an engine and the slots of an arena.
 
     Args:
-        lane: on which they run.
+        stream: where they run.
         arena: the slots, kept alive until the last move is done.
         memory: what else is kept alive so long.
 
-    A step enqueues the same few operations however many moves it has: the lane follows the current stream, does the
+    A step enqueues the same few operations however many moves it has: the stream follows the current one, does the
     moves that the pass waits for, then the others, and the current stream waits for those that it needs.
     """
 
-    def __init__(self, lane: Lane, arena: HostArena, memory: object = None) -> None:
+    def __init__(self, stream: MoveStream, arena: HostArena, memory: object = None) -> None:
         self.arena = arena
-        self._lane = lane
+        self._stream = stream
         self._marks: deque[tuple[int, Any]] = deque()  # of moves up to a number, oldest first
         self._landed = 0
-        weakref.finalize(self, _finish, lane, arena, memory)
+        weakref.finalize(self, _finish, stream, arena, memory)
 
     def enqueue(self, moves: Tensor, first: int, last: int, needs: int) -> None:
         """Do moves, those that the next pass needs before the others.
@@ -76,28 +76,28 @@ class HostMoves:
         """
         self.landed()  # so that marks do not pile up where nobody calls it
         if len(moves):
-            self._lane.follow()
+            self._stream.follow()
             needed = self._needed(moves, needs - first + 1)
             for some, number in ((moves[:needed], needs if needed < len(moves) else last), (moves[needed:], last)):
                 if len(some):
-                    self._lane.run(some)
-                    self._marks.append((number, self._lane.mark()))
+                    self._stream.run(some)
+                    self._marks.append((number, self._stream.mark()))
 
     def hold(self, needs: int) -> None:
         """Let the pass that is launched next wait for the enqueued moves up to number `needs`."""
         mark = next((mark for number, mark in self._marks if number >= needs), None)
         if needs > self._landed and mark is not None:
-            self._lane.hold(mark)
+            self._stream.hold(mark)
 
     def run(self, moves: Tensor) -> None:
         """Do moves that no manager has numbered, and wait until they are done."""
-        self._lane.follow()
-        self._lane.run(moves)
-        self._lane.finish()
+        self._stream.follow()
+        self._stream.run(moves)
+        self._stream.finish()
 
     def landed(self) -> int:
         """The number of the newest move that is done together with all before it, 0 for none."""
-        while self._marks and self._lane.passed(self._marks[0][1]):
+        while self._marks and self._stream.passed(self._marks[0][1]):
             self._landed = self._marks.popleft()[0]
         return self._landed
 
@@ -114,14 +114,14 @@ class HostMoves:
         return max(min(count, len(moves)), int(loads[-1]) + 1 if len(loads) else 0)
 
 
-def lane(
+def move_stream(
     pieces: Sequence[tuple[int, int, int]],
     sizes: Sequence[int],
     num_blocks: int,
     arena: HostArena,
     device: torch.device,
-) -> Lane:
-    """The lane of a device.
+) -> MoveStream:
+    """The stream for moves between the blocks of a device and the slots of an arena.
 
     Args:
         pieces: of each part of a block, in order: its address in block 0, and in bytes the stride between blocks and
@@ -136,15 +136,15 @@ def lane(
         ValueError: a CUDA device, and an arena that is not pinned.
     """
     if device.type == "cpu":
-        return CpuLane(pieces, sizes, num_blocks, arena)
+        return CpuStream(pieces, sizes, num_blocks, arena)
     if device.type != "cuda":
         raise NotImplementedError(f"blocks are not moved between {device} and host memory; use CPU or CUDA")
     if not arena.pinned:
         raise ValueError(f"{arena} is not pinned, so {device} cannot reach it; leave pinned out, or set it")
-    return CudaLane(pieces, sizes, arena, device)
+    return CudaStream(pieces, sizes, arena, device)
 
 
-class CpuLane:
+class CpuStream:
     """Compiled copies, which are done when a call returns."""
 
     def __init__(
@@ -180,7 +180,7 @@ class CpuLane:
     def finish(self) -> None: ...
 
 
-class CudaLane:
+class CudaStream:
     """A stream of its own; one copy and one launch for each `run`."""
 
     def __init__(
@@ -224,5 +224,5 @@ class CudaLane:
         self._stream.synchronize()
 
 
-def _finish(lane: Lane, arena: HostArena, memory: object) -> None:
-    lane.finish()
+def _finish(stream: MoveStream, arena: HostArena, memory: object) -> None:
+    stream.finish()

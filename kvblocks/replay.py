@@ -20,7 +20,7 @@ import numpy.typing as npt
 from kvblocks.errors import NoFreeBlocks
 from kvblocks.manager import BlockManager, StepArrays
 
-__all__ = ["Replay", "Request", "Sample", "Tally", "host_step", "read_trace", "small_trace"]
+__all__ = ["Replay", "Sample", "Tally", "TraceRequest", "host_step", "read_trace", "small_trace"]
 
 TOKENS_PER_ID = 512
 VOCABULARY = 151_000
@@ -29,7 +29,7 @@ MAX_HASH_ID = 2**54 - 1  # id * TOKENS_PER_ID stays below 2**63
 SAMPLE_STEPS = 16  # decode steps between two samples of the pool's use
 
 
-class Request(NamedTuple):
+class TraceRequest(NamedTuple):
     """One line of a trace: lengths in tokens."""
 
     input_length: int
@@ -51,7 +51,7 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
     return ((x ^ (x >> np.uint64(31))) % np.uint64(VOCABULARY)).astype(np.int32)
 
 
-def read_trace(path: Path, limit: int | None = None) -> list[Request]:
+def read_trace(path: Path, limit: int | None = None) -> list[TraceRequest]:
     """Read the first `limit` requests of a trace file, by default all.
 
     Raises:
@@ -62,7 +62,7 @@ def read_trace(path: Path, limit: int | None = None) -> list[Request]:
         return list(itertools.islice(_parse(lines, path.name), limit))
 
 
-def _parse(lines: Iterable[bytes], name: str) -> Iterator[Request]:
+def _parse(lines: Iterable[bytes], name: str) -> Iterator[TraceRequest]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -71,7 +71,7 @@ def _parse(lines: Iterable[bytes], name: str) -> Iterator[Request]:
                 raise ValueError(f"{name}:{number}: {error}") from None
 
 
-def _request(line: bytes) -> Request:
+def _request(line: bytes) -> TraceRequest:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -89,7 +89,7 @@ def _request(line: bytes) -> Request:
     # Ids past the prompt's end would make no tokens; too few of them could not make all.
     longest = min(TOKENS_PER_ID * len(hash_ids), MAX_LENGTH)
     input_length = _whole(entry["input_length"], "input_length", 1, longest, f" ({len(hash_ids)} hash_ids)")
-    return Request(input_length, output_length, hash_ids)
+    return TraceRequest(input_length, output_length, hash_ids)
 
 
 def _whole(value: object, name: str, low: int, high: int, why: str = "") -> int:
@@ -105,7 +105,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def small_trace(num_requests: int = 200, seed: int = 0) -> list[Request]:
+def small_trace(num_requests: int = 200, seed: int = 0) -> list[TraceRequest]:
     """A generated trace: chats of several turns, each prompt the one before and more, over a few system prompts."""
     rng = np.random.default_rng(seed)
     fresh = iter(range(8, 1 << 40))
@@ -117,7 +117,7 @@ def small_trace(num_requests: int = 200, seed: int = 0) -> list[Request]:
         ids = before + tuple(next(fresh) for _ in range(int(rng.integers(1, 8))))
         chats.append(ids)
         length = TOKENS_PER_ID * len(ids) - int(rng.integers(TOKENS_PER_ID))
-        requests.append(Request(length, int(rng.integers(1, 300)), ids))
+        requests.append(TraceRequest(length, int(rng.integers(1, 300)), ids))
     return requests
 
 
@@ -205,7 +205,7 @@ class Replay:
         self._noise = 0
         self._host_hit_tokens = manager.stats().host_hit_tokens
 
-    def check(self, request: Request) -> None:
+    def check(self, request: TraceRequest) -> None:
         """Raises ValueError when a request could not run even alone."""
         size = self.manager.block_size
         tokens = request.input_length + request.output_length
@@ -217,7 +217,7 @@ class Replay:
                     f"{needed} blocks of {size}, and {what} {most}"
                 )
 
-    def run(self, requests: Iterable[Request], on_request: Callable[[], Any] | None = None) -> Tally:
+    def run(self, requests: Iterable[TraceRequest], on_request: Callable[[], Any] | None = None) -> Tally:
         """Replay all requests to their end; `on_request` is called after each admission.
 
         Raises:

@@ -1433,10 +1433,10 @@ cdef list rising_extra(object extra):
     cdef list pairs = []
     for pair in extra:
         try:
-            place, value = pair
+            where, value = pair
         except (TypeError, ValueError):
             raise TypeError(f"extra must be (position, bytes) pairs, not {pair!r}") from None
-        position = as_int(place, "extra position")
+        position = as_int(where, "extra position")
         if not isinstance(value, bytes):
             raise TypeError(f"extra at position {position} must be bytes, not {type(value).__name__}")
         if position <= previous:

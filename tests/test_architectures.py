@@ -127,8 +127,8 @@ def through_generate(model: PreTrainedModel) -> str:
     try:
         with kvblocks.generate(model, requests, block_size=4, max_batch_tokens=9) as run:
             tokens = run.run()
-            run.generator.manager.audit()
-            assert run.generator.manager.num_free_blocks == run.generator.manager.num_blocks
+            run.scheduler.manager.audit()
+            assert run.scheduler.manager.num_free_blocks == run.scheduler.manager.num_blocks
     except UnsupportedModel as error:
         return str(error)
     for prompt, got, scores in zip(prompts, tokens, seen, strict=True):

@@ -56,10 +56,10 @@ def test_preempted_and_of_many_lengths(name: str) -> None:
     prompts = [prompt(7 + 3 * (number % 5), number) for number in range(8)]
     with kvblocks.generate(model_of(name), prompts, num_blocks=16, block_size=4, max_batch_tokens=32, **QUIET) as run:
         assert run.run() == [answer(name, tuple(ids)) for ids in prompts]
-        stats = run.generator.manager.stats()
+        stats = run.scheduler.manager.stats()
         assert stats.preemptions > 0
-        run.generator.manager.audit()
-        assert run.generator.manager.num_free_blocks == 16
+        run.scheduler.manager.audit()
+        assert run.scheduler.manager.num_free_blocks == 16
     assert all(verify(model_of(name), stream.request, stream.tokens).identical for stream in run)
 
 
@@ -159,7 +159,7 @@ def test_a_pass_that_fails_may_be_repeated() -> None:
                 with pytest.raises(RuntimeError, match="in the middle"):
                     run.step()
                 failing[0] = False
-                run.generator.manager.audit()
+                run.scheduler.manager.audit()
                 run.step()
                 assert len(run[0].tokens) == number + 1
             assert run.run() == [answer("bloom", tuple(prompt(9, 1))), answer("bloom", tuple(prompt(14, 2)))]

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvblocks import BlockManager, CacheConfig, CacheEngine, StepBuffers
 from kvblocks.kernels import kernels
 from kvblocks.kernels.launch import INTERPRETED
-from kvblocks.moves import CpuLane, HostMoves
+from kvblocks.moves import CpuStream, HostMoves
 from kvblocks.sizes import HEADER_BYTES
 
 OFFLOAD, LOAD = 0, 1
@@ -207,7 +207,7 @@ def test_steps_of_a_manager_without_a_host_pool_move_as_before() -> None:
 class LateStreams:
     """The current stream and that of moves, which do nothing until somebody lets one of them go on."""
 
-    def __init__(self, inner: CpuLane) -> None:
+    def __init__(self, inner: CpuStream) -> None:
         self.inner = inner
         self.queues: dict[str, list[Callable[[], bool]]] = {"passes": [], "moves": []}
         self.launches = 0
@@ -268,7 +268,7 @@ def test_however_late_streams_run_everybody_reads_what_is_meant(seed: int) -> No
     engine, manager = CacheEngine(config, "float64", "cpu", host_blocks=4), Manager(config, 4)
     assert engine.arena is not None
     assert engine._host is not None
-    streams = LateStreams(engine._host._lane)  # type: ignore[arg-type]
+    streams = LateStreams(engine._host._stream)  # type: ignore[arg-type]
     engine._host = HostMoves(streams, engine.arena)
     memory = engine[0].key_cache
     meant = {("block", i): 0.0 for i in range(5)} | {("slot", i): 0.0 for i in range(4)}
@@ -332,7 +332,7 @@ def test_a_pass_waits_for_what_it_needs_and_for_no_more(with_gaps: bool) -> None
     engine, manager = CacheEngine(config, "float64", "cpu", host_blocks=6), Manager(config, 6)
     assert engine.arena is not None
     assert engine._host is not None
-    streams = LateStreams(engine._host._lane)  # type: ignore[arg-type]
+    streams = LateStreams(engine._host._stream)  # type: ignore[arg-type]
     engine._host = HostMoves(streams, engine.arena)
     engine[0].key_cache[1] = 8.0
     ran: list[int] = []
@@ -395,8 +395,8 @@ def test_the_kernel_makes_the_moves_that_compiled_code_makes(
     ours, _ = with_host(config, 3)
     theirs, _ = with_host(config, 3)
     table = torch.tensor(some_moves(config, 14), dtype=torch.int32)
-    pieces = [(storage.data_ptr(), width, width) for storage, width in ours._pool.storages]
-    chunks = module.Chunks.of(pieces, ours._pool.sizes, torch.device("cpu"))
+    pieces = [(storage.data_ptr(), width, width) for storage, width in ours._memory.storages]
+    chunks = module.Chunks.of(pieces, ours._memory.sizes, torch.device("cpu"))
     assert len(chunks.table) > len(pieces)
     assert ours.arena is not None
     assert theirs._host is not None

@@ -126,7 +126,7 @@ def test_plan_generation_and_cache_group_alike(name: str) -> None:
     assert cache_config(config, "64GiB", torch.bfloat16).groups == groups
     model = AutoModelForCausalLM.from_config(small).eval()  # type: ignore[no-untyped-call]
     with kvblocks.generate(model, [[5, 6, 7]], max_new_tokens=1, num_blocks=16) as run:
-        assert run.generator.engine.config.groups == groups
+        assert run.scheduler.engine.config.groups == groups
     for given in (config, small):
         assert PagedCache(given, num_blocks=1).engine.config.groups == as_windows(groups)
     assert kvblocks.Pool(model, num_blocks=1).config.groups == as_windows(groups)
@@ -154,7 +154,7 @@ def test_layers_of_unlike_shapes_have_the_same_groups_and_bytes_everywhere(name:
     planned = plan(config, dtype="float32", memory="64MiB").cache_config()
     assert len(set(planned.layers)) > 1
     with kvblocks.generate(model, [[5, 6, 7]], max_new_tokens=1, num_blocks=16) as run:
-        made = [run.generator.engine.config]
+        made = [run.scheduler.engine.config]
     made += [cache_config(config, "64MiB", torch.float32), PagedCache(config, num_blocks=1).engine.config]
     made += [kvblocks.Pool(given, num_blocks=1).config for given in (config, model)]
     for each in made:

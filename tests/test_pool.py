@@ -135,7 +135,7 @@ def test_the_pool_of_a_paged_cache(first: str) -> None:
             else:
                 run = kvblocks.generate(model, [prompt(20)], pool=held.pool, **QUIET)
                 assert run.run() == answers(prompt(20))
-                found = run.generator.num_hit
+                found = run.scheduler.num_hit
             assert held.engine is held.pool.engine
             assert found >= 16 or which == first
         assert held.fork().pool is held.pool
@@ -157,7 +157,7 @@ def test_where_attention_gets_other_k_and_v_than_the_cache_neither_finds_the_oth
         assert out[:, 20:].tolist() == expected
     again = kvblocks.generate(model, [prompt(20)], pool=pool, **QUIET)
     assert again.run() == expected
-    assert again.generator.num_hit == 16
+    assert again.scheduler.num_hit == 16
 
 
 def test_adapters_are_told_apart_in_a_paged_cache() -> None:
@@ -242,7 +242,7 @@ def test_a_generation_makes_a_pool_that_the_next_call_takes_up() -> None:
         expected = first.run()
     with kvblocks.generate(model, [prompt(20)], max_new_tokens=4, pool=first.pool) as second:
         assert second.run() == expected
-        assert second.generator.num_hit == 16
+        assert second.scheduler.num_hit == 16
         assert second.pool is first.pool
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import kvblocks
-from kvblocks.generation.generator import Request
+from kvblocks.generation.scheduler import Request
 from kvblocks.integrations.transformers import PagedCache, UnsupportedModel
 
 # These tensors are tiny, and threads would only wait for each other.
@@ -49,7 +49,7 @@ def test_adapters_share_no_block() -> None:
     shared = prompt(96)
     with kvblocks.generate(tiny_llama(), [shared], max_new_tokens=2, stop_tokens=[], salt=b"one", num_blocks=64) as run:
         run.run()
-        stats = run.generator.manager.stats
+        stats = run.scheduler.manager.stats
         assert run.add(shared, salt=b"two").read() == answers(shared, new=2)[0]
         assert stats().hit_tokens == 0
         run.add(shared).read()
@@ -178,7 +178,7 @@ def test_new_weights_find_nothing_of_the_old() -> None:
         # The one that was under way goes on as the new weights do from what it had got.
         rest = Request((*request.prompt, *first), 8)
         assert half.read() == [*first, *expected(model, rest)]
-        run.generator.manager.audit()
+        run.scheduler.manager.audit()
 
 
 def test_new_weights_under_a_paged_cache() -> None:

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from kvblocks.cli.main import main
 from kvblocks.manager import BlockManager
-from kvblocks.replay import Replay, Request, Tally, host_step, read_trace, small_trace
+from kvblocks.replay import Replay, Tally, TraceRequest, host_step, read_trace, small_trace
 
 GOOD = {"timestamp": 0, "input_length": 600, "output_length": 3, "hash_ids": [1, 2]}
 
 
 def replay(
-    requests: list[Request], blocks: int, block_size: int = 16, concurrency: int = 8
+    requests: list[TraceRequest], blocks: int, block_size: int = 16, concurrency: int = 8
 ) -> tuple[BlockManager, Tally]:
     longest = max(request.input_length + request.output_length for request in requests)
     manager = BlockManager(blocks, block_size)
@@ -28,23 +28,25 @@ def replay(
     return manager, tally
 
 
-def fewest_blocks(requests: list[Request], block_size: int) -> int:
+def fewest_blocks(requests: list[TraceRequest], block_size: int) -> int:
     return max(-(-(request.input_length + request.output_length) // block_size) for request in requests)
 
 
 @st.composite
-def traces(draw: st.DrawFn) -> list[Request]:
+def traces(draw: st.DrawFn) -> list[TraceRequest]:
     ids = st.lists(st.integers(0, 4), min_size=1, max_size=3)
     requests = []
     for hash_ids in draw(st.lists(ids, min_size=1, max_size=12)):
         length = draw(st.integers(1, 512 * len(hash_ids)))
-        requests.append(Request(length, draw(st.integers(0, 40)), tuple(hash_ids)))
+        requests.append(TraceRequest(length, draw(st.integers(0, 40)), tuple(hash_ids)))
     return requests
 
 
 @settings(max_examples=40)
 @given(traces(), st.integers(0, 60), st.sampled_from([7, 16, 64]), st.integers(1, 8))
-def test_every_request_runs_to_its_end(requests: list[Request], spare: int, block_size: int, concurrency: int) -> None:
+def test_every_request_runs_to_its_end(
+    requests: list[TraceRequest], spare: int, block_size: int, concurrency: int
+) -> None:
     manager, tally = replay(requests, fewest_blocks(requests, block_size) + spare, block_size, concurrency)
     stats = manager.stats()
     assert tally.requests == tally.admits == stats.admitted == tally.frees == len(requests)
@@ -60,9 +62,9 @@ def test_every_request_runs_to_its_end(requests: list[Request], spare: int, bloc
 
 
 def test_hits_without_pressure_are_the_shared_prefixes() -> None:
-    first = Request(1024, 1, (1, 2))
+    first = TraceRequest(1024, 1, (1, 2))
     manager, tally = replay(
-        [first, Request(1536, 1, (1, 2, 3)), first, Request(512, 1, (9,))], blocks=1000, concurrency=1
+        [first, TraceRequest(1536, 1, (1, 2, 3)), first, TraceRequest(512, 1, (9,))], blocks=1000, concurrency=1
     )
     assert tally.cached_tokens == 1024 + 1008  # of an equal prompt the last block is left to compute
     assert manager.stats().hit_tokens == tally.cached_tokens
@@ -70,7 +72,7 @@ def test_hits_without_pressure_are_the_shared_prefixes() -> None:
 
 
 def test_a_small_pool_preempts() -> None:
-    requests = [Request(100, 100, (number,)) for number in range(8)]
+    requests = [TraceRequest(100, 100, (number,)) for number in range(8)]
     manager, tally = replay(requests, blocks=fewest_blocks(requests, 16) + 8)
     assert tally.preemptions > 0
     assert tally.decoded_tokens == 800
@@ -81,7 +83,7 @@ def test_a_sequence_preempted_at_its_last_token_ends() -> None:
     """Sweeps the moment of preemption over every position of the second sequence, its last token included."""
     preempted = 0
     for output in range(1, 40):
-        _, tally = replay([Request(16, 64, (1,)), Request(16, output, (2,))], blocks=5, concurrency=2)
+        _, tally = replay([TraceRequest(16, 64, (1,)), TraceRequest(16, output, (2,))], blocks=5, concurrency=2)
         assert tally.decoded_tokens == 64 + output
         preempted += tally.preemptions
     assert preempted > 0
@@ -89,7 +91,7 @@ def test_a_sequence_preempted_at_its_last_token_ends() -> None:
 
 def test_a_request_too_long_for_the_pool() -> None:
     with pytest.raises(ValueError, match=r"700 tokens \(600 in, 100 out\) needs 44 blocks of 16, and the pool has 43"):
-        replay([Request(600, 100, (1, 2))], blocks=43)
+        replay([TraceRequest(600, 100, (1, 2))], blocks=43)
 
 
 def test_the_small_trace_is_the_same_every_time() -> None:
@@ -104,7 +106,7 @@ def test_the_small_trace_is_the_same_every_time() -> None:
 
 
 def test_equal_ids_give_equal_tokens_and_others_do_not() -> None:
-    one, two = Request(1024, 0, (7, 8)).prompt(), Request(1000, 0, (7, 9)).prompt()
+    one, two = TraceRequest(1024, 0, (7, 8)).prompt(), TraceRequest(1000, 0, (7, 9)).prompt()
     assert one.dtype == np.int32
     assert len(two) == 1000
     assert (one[:512] == two[:512]).all()
@@ -116,7 +118,7 @@ def test_equal_ids_give_equal_tokens_and_others_do_not() -> None:
 def test_other_ids_never_give_the_same_run_of_tokens(first: int, distance: int, shift: int) -> None:
     """18,875 * 512 is a multiple of the vocabulary's 151,000: a plain modulus would repeat there."""
     other = (first + distance) % 2**54
-    one, two = Request(512, 0, (first,)).prompt(), Request(512, 0, (other,)).prompt()
+    one, two = TraceRequest(512, 0, (first,)).prompt(), TraceRequest(512, 0, (other,)).prompt()
     assert (one[shift:] == two[: 512 - shift]).sum() <= 4
 
 
@@ -149,7 +151,7 @@ def test_a_bad_line_names_the_line_and_the_field(tmp_path: Path, line: Any, mess
     trace.write_bytes(json.dumps(GOOD).encode() + b"\n" + line.encode("latin-1") + b"\n")
     with pytest.raises(ValueError, match=message):
         read_trace(trace)
-    assert read_trace(trace, 1) == [Request(600, 3, (1, 2))]
+    assert read_trace(trace, 1) == [TraceRequest(600, 3, (1, 2))]
 
 
 def test_empty_lines_are_skipped(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedModel, Pr
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 import kvblocks
-from kvblocks.generation.generator import Generator, Request
+from kvblocks.generation.scheduler import Request, Scheduler
 
 # These tensors are tiny, and threads would only wait for each other.
 torch.set_num_threads(1)
@@ -63,7 +63,7 @@ def test_seeded_tokens_are_those_of_transformers(settings: dict[str, Any]) -> No
     # Preemption and small passes change nothing.
     with kvblocks.generate(model, requests, num_blocks=15, block_size=4, max_batch_tokens=9) as run:
         assert run.run() == right
-        assert run.generator.manager.stats().preemptions > 0
+        assert run.scheduler.manager.stats().preemptions > 0
     assert right != answers(*[r.prompt for r in requests], new=10)
 
 
@@ -204,15 +204,15 @@ def test_answers_to_one_prompt_share_its_blocks() -> None:
         run[0].cancel()  # who computes the prompt for all of them
         run.step()
         run.step()
-        manager = run.generator.manager
+        manager = run.scheduler.manager
         # Six full blocks and a last one in common, and a last one of their own for two.
         assert manager.num_blocks - manager.num_free_blocks <= 6 + 3
         assert manager.stats().admitted == 1
         assert [stream.read() for stream in run][1:] == right[1:]
-        check_all_given_back(run.generator)
+        check_all_given_back(run.scheduler)
     tight = kvblocks.generate(model, [request, prompt(90)], num_blocks=9, max_new_tokens=8, max_seqs=4)
     assert tight.run() == [*right, *answers(prompt(90))]
-    assert tight.generator.manager.stats().preemptions > 0
+    assert tight.scheduler.manager.stats().preemptions > 0
 
 
 def test_answers_may_be_cancelled_at_any_time() -> None:
@@ -231,8 +231,8 @@ def test_answers_may_be_cancelled_at_any_time() -> None:
                 if number not in cancelled
             ]
             assert rest == right
-            check_all_given_back(run.generator)
-            assert run.generator.num_unfinished == 0
+            check_all_given_back(run.scheduler)
+            assert run.scheduler.num_unfinished == 0
 
 
 def test_priorities_decide_who_runs() -> None:
@@ -309,11 +309,11 @@ def test_a_logits_processor_that_returns_no_scores_is_named(made: Any, what: str
     with kvblocks.generate(tiny_llama(), [prompt(5)], logits_processors=lambda ids, scores: made) as run:
         with pytest.raises(TypeError, match=f"logits_processors returned scores {what}; they must be "):
             run.step()
-        assert run.generator.manager.num_free_blocks < run.generator.manager.num_blocks  # it still runs
-    check_all_given_back(run.generator)
+        assert run.scheduler.manager.num_free_blocks < run.scheduler.manager.num_blocks  # it still runs
+    check_all_given_back(run.scheduler)
 
 
-def test_a_generator_counts_what_it_holds() -> None:
+def test_a_scheduler_counts_what_it_holds() -> None:
     """After any mixture of answers, cancellations and preemption nothing is counted as held."""
     model = llama()
     with kvblocks.generate(model, [], num_blocks=12, block_size=4, max_seqs=5, max_new_tokens=12) as run:
@@ -325,10 +325,10 @@ def test_a_generator_counts_what_it_holds() -> None:
                 streams[-1 - number].cancel()
         while run.num_unfinished:
             run.step()
-        generator: Generator = run.generator
-        assert generator.manager.stats().preemptions > 0
-        assert (generator.num_held, generator.num_unfinished) == (0, 0)
-        check_all_given_back(generator)
+        scheduler: Scheduler = run.scheduler
+        assert scheduler.manager.stats().preemptions > 0
+        assert (scheduler.num_held, scheduler.num_unfinished) == (0, 0)
+        check_all_given_back(scheduler)
 
 
 def test_stop_strings_look_at_the_last_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:

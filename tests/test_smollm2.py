@@ -42,7 +42,7 @@ def test_it_answers_in_words_with_preemption_and_as_transformers_does(loaded: tu
     prompts = chats(tokenizer, smollm2.PROMPTS[:3])
     with kvblocks.generate(model, prompts, max_new_tokens=NEW, num_blocks=20, block_size=4) as run:
         answers = run.run()
-        assert run.generator.manager.stats().preemptions > 0
+        assert run.scheduler.manager.stats().preemptions > 0
     assert "Paris" in tokenizer.decode(answers[0])
     assert all(verify(model, stream.request, stream.tokens).identical for stream in run)
     assert run[0].finish == "stop"

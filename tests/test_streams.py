@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 import kvblocks
 from kvblocks.errors import OutOfMemory
-from kvblocks.generation.generator import Request
+from kvblocks.generation.scheduler import Request
 
 
 def answers(*prompts: tuple[int, ...], new: int = 8) -> list[list[int]]:
@@ -72,7 +72,7 @@ def test_cancellation_gives_blocks_back_and_leaves_the_others() -> None:
     with kvblocks.generate(
         tiny_llama(), [prompt(20), prompt(9, 1), prompt(5)], max_new_tokens=8, stop_tokens=[], max_seqs=2
     ) as run:
-        manager = run.generator.manager
+        manager = run.scheduler.manager
         next(run[0])
         run[0].cancel()  # it runs
         run[2].cancel()  # it waits
@@ -95,7 +95,7 @@ def test_leaving_ends_what_is_left() -> None:
         next(run[0])
     assert {stream.finish for stream in run} == {"cancelled"}
     assert model.config._attn_implementation == before
-    with pytest.raises(RuntimeError, match="the generator is closed"):
+    with pytest.raises(RuntimeError, match="the scheduler is closed"):
         run.add(prompt(3))
     abandoned = kvblocks.generate(model, [prompt(20)], max_new_tokens=8)
     next(abandoned[0])
@@ -170,25 +170,25 @@ def test_a_prompt_waits_for_what_another_is_about_to_compute() -> None:
     prompts = [(*shared, number) for number in range(6)]
     with kvblocks.generate(tiny_llama(), prompts, max_new_tokens=4, stop_tokens=[], max_batch_tokens=64) as run:
         assert run.run() == answers(*prompts, new=4)
-        stats = run.generator.manager.stats()
+        stats = run.scheduler.manager.stats()
     # The last 32 that they share were not worth another pass.
     assert stats.hit_tokens == 5 * 64
     # Short ones are not worth a pass.
     prompts = [(*shared[:40], number) for number in range(6)]
     with kvblocks.generate(tiny_llama(), prompts, max_new_tokens=4, stop_tokens=[]) as run:
         run.step()
-        assert run.generator.manager.num_sequences == 6
+        assert run.scheduler.manager.num_sequences == 6
 
 
 def test_the_cache_is_as_large_as_the_prompts_need() -> None:
     prompts = [prompt(30), prompt(10), prompt(3)]
     run = kvblocks.generate(tiny_llama(), prompts, max_new_tokens=8, stop_tokens=[], block_size=4)
-    assert run.generator.manager.num_blocks == -(-37 // 4) + -(-17 // 4) + -(-10 // 4) + 1
+    assert run.scheduler.manager.num_blocks == -(-37 // 4) + -(-17 // 4) + -(-10 // 4) + 1
     run.run()
-    assert run.generator.manager.stats().preemptions == 0
+    assert run.scheduler.manager.stats().preemptions == 0
     run.close()
     with kvblocks.generate(tiny_llama(), [], memory="64KiB") as empty:
-        assert empty.generator.engine.memory_bytes <= 64 << 10
+        assert empty.scheduler.engine.memory_bytes <= 64 << 10
         assert empty.run() == []
         assert empty.add(prompt(5), max_new_tokens=8, stop_tokens=[]).read() == answers(prompt(5))[0]
 
@@ -250,7 +250,7 @@ def test_hybrid_families_under_preemption_and_with_hits(kind: str) -> None:
         model, prompts, max_new_tokens=24, stop_tokens=[], num_blocks=40, block_size=4, max_batch_tokens=24
     )
     assert [stream.read() for stream in run] == right
-    manager = run.generator.manager
+    manager = run.scheduler.manager
     assert len(manager.groups) > 1
     assert manager.stats().preemptions > 0
     assert manager.stats().hit_tokens > 0

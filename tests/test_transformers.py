@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvblocks.config import CacheConfig, Group, Window
-from kvblocks.generation.generator import Generator, Request
+from kvblocks.generation.scheduler import Request, Scheduler
 from kvblocks.generation.verify import verify
 from kvblocks.integrations.transformers import (
     CachedModel,
@@ -130,12 +130,12 @@ def generate(model: PreTrainedModel, requests: list[Request], num_blocks: int = 
         v_head_dim=shape.v_head_dim,
     )
     tokens: list[list[int]] = [[] for _ in requests]
-    with Generator(model, config, max_batch_tokens=24, max_seqs=4) as generator:
+    with Scheduler(model, config, max_batch_tokens=24, max_seqs=4) as scheduler:
         for request in requests:
-            generator.add(request)
-        for new in generator.stream():
+            scheduler.add(request)
+        for new in scheduler.stream():
             tokens[new.request_id].append(new.token)
-        return tokens, generator.manager.stats().preemptions
+        return tokens, scheduler.manager.stats().preemptions
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -301,9 +301,9 @@ def test_a_layer_must_not_reach_past_what_its_group_keeps() -> None:
     model = build("gemma2", head_dim=16, sliding_window=9, layer_types=BY_TURNS)
     groups = (Group(Window(8), (0, 2)), Group(None, (1, 3)))
     config = CacheConfig(num_layers=4, num_kv_heads=2, head_dim=16, num_gpu_blocks=24, block_size=4, groups=groups)
-    with Generator(model, config) as generator:
-        generator.add(Request((3, 4, 5), 2))
+    with Scheduler(model, config) as scheduler:
+        scheduler.add(Request((3, 4, 5), 2))
         with pytest.raises(
             UnsupportedModel, match=r"attends to Window\(size=9\), and its group keeps Window\(size=8\)"
         ):
-            generator.step()
+            scheduler.step()

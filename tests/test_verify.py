@@ -11,7 +11,7 @@ import kvblocks
 from kvblocks import demo
 from kvblocks.attention import paged_attention
 from kvblocks.generation import verify as verify_module
-from kvblocks.generation.generator import Request
+from kvblocks.generation.scheduler import Request
 from kvblocks.generation.verify import Verdict, verify
 from kvblocks.integrations.transformers import backend
 

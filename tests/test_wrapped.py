@@ -56,7 +56,7 @@ def test_autocast() -> None:
         run = kvblocks.generate(model, [prompt(20)], choose=choose, **QUIET)
         run.step()
         torch.testing.assert_close(logits[0].float(), plain[:, -1].float(), rtol=0.03, atol=0.03)
-        assert run.generator.engine.dtype == torch.float32
+        assert run.scheduler.engine.dtype == torch.float32
         for dtype in (None, torch.bfloat16):
             with PagedCache(model.config, num_blocks=8, dtype=dtype) as held:
                 over_blocks = model(input_ids=ids, past_key_values=held).logits

@@ -240,7 +240,9 @@ def _on_torch(
     return output
 
 
-def _decode(query: Tensor, row: "_Row", cache: PagedKVCache, table: Tensor, scale: float, reach: "_Reach") -> Tensor:
+def _decode(
+    query: Tensor, row: "_Sequence", cache: PagedKVCache, table: Tensor, scale: float, reach: "_Reach"
+) -> Tensor:
     """Attention of one token, [heads, dim], over exactly the tokens that it reaches.
 
     The query heads of a K/V head are that head's queries: K and V are read once, and nothing has to be hidden.
@@ -310,7 +312,7 @@ def _whole(kept: Window | Chunk | None) -> _Reach:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class _Sequence:
     """One sequence of the batch; its queries reach columns `first` to `last` of its block table, both included."""
 
     index: int
@@ -384,13 +386,13 @@ def _check(query: Tensor, cache: PagedKVCache, step: StepLike, sinks: Tensor | N
         raise ValueError(f"sinks has shape {list(sinks.shape)}; give one for each of the {query.shape[1]} query heads")
 
 
-def _rows(step: StepLike, table: Tensor, block_size: int, reach: _Reach) -> list[_Row]:
+def _rows(step: StepLike, table: Tensor, block_size: int, reach: _Reach) -> list[_Sequence]:
     """The rows of a pass, checked: listed once for all layers of equal reach, as on a device that waits for it."""
     columns = table.shape[1]
     return once(step, ("rows", columns, block_size, reach), lambda: _listed(step, columns, block_size, reach))
 
 
-def _listed(step: StepLike, columns: int, block_size: int, reach: _Reach) -> list[_Row]:
+def _listed(step: StepLike, columns: int, block_size: int, reach: _Reach) -> list[_Sequence]:
     starts = step.query_start_loc[: step.num_seqs + 1].tolist()
     lens = step.seq_lens[: step.num_seqs].tolist()
     if starts[0] != 0 or starts[-1] != step.num_tokens:
@@ -408,18 +410,18 @@ def _listed(step: StepLike, columns: int, block_size: int, reach: _Reach) -> lis
                 f"queries, and {columns} blocks of {block_size} hold {capacity} tokens"
             )
         first = reach.start(seq_len - query_len) // block_size
-        rows.append(_Row(index, start, query_len, seq_len, first, (seq_len - 1) // block_size))
+        rows.append(_Sequence(index, start, query_len, seq_len, first, (seq_len - 1) // block_size))
     return rows
 
 
-def _size(row: _Row, cache: PagedKVCache) -> int:
+def _size(row: _Sequence, cache: PagedKVCache) -> int:
     """Elements of K and V in the blocks that a row reaches."""
     return row.num_blocks * cache.block_size * cache.num_heads * (cache.head_dim + cache.v_head_dim)
 
 
-def _batches(rows: list[_Row], cache: PagedKVCache) -> Iterator[list[_Row]]:
+def _batches(rows: list[_Sequence], cache: PagedKVCache) -> Iterator[list[_Sequence]]:
     """Rows with equally many queries, together as long as their padded K and V stay small."""
-    batch: list[_Row] = []
+    batch: list[_Sequence] = []
     for row in sorted(rows, key=lambda row: (row.query_len, row.num_blocks)):
         if batch and (row.query_len != batch[0].query_len or (len(batch) + 1) * _size(row, cache) > _GATHERED):
             yield batch
@@ -439,7 +441,7 @@ def _key_value(cache: PagedKVCache, blocks: Tensor, num_tokens: int) -> tuple[Te
     return gathered["key"], gathered["value"]
 
 
-def _gather(batch: list[_Row], cache: PagedKVCache, table: Tensor) -> tuple[Tensor, Tensor]:
+def _gather(batch: list[_Sequence], cache: PagedKVCache, table: Tensor) -> tuple[Tensor, Tensor]:
     """K and V of the blocks that the rows reach: [rows, kv heads, length, dim], from the start of their block `first`.
 
     Of one row exactly its tokens are read. Several rows are padded with their own last block, and their values at and

@@ -24,9 +24,9 @@ from rich.table import Table
 from kvblocks import demo, smollm2
 from kvblocks.config import CacheConfig
 from kvblocks.errors import UsageError
-from kvblocks.generation.generator import Request, blocks_needed
 from kvblocks.generation.request import Settings, check_request
 from kvblocks.generation.sampling import Choosers
+from kvblocks.generation.scheduler import Request, blocks_needed
 from kvblocks.generation.streams import block_of, generate
 from kvblocks.generation.verify import Verdict, verify
 from kvblocks.integrations.transformers import UnsupportedModel, longest_sequence
@@ -343,7 +343,7 @@ def _generate(
     for answer, stream in zip(answers, running, strict=True):
         answer.tokens, answer.finish = stream.tokens, stream.finish or ""
         answer.completion = loaded.decode(answer.tokens)
-    stats, engine = running.generator.manager.stats(), running.generator.engine
+    stats, engine = running.scheduler.manager.stats(), running.scheduler.engine
     new_tokens = sum(len(answer.tokens) for answer in answers)
     return {
         "model": loaded.name,
@@ -356,11 +356,11 @@ def _generate(
         "peak_used_blocks": stats.peak_used_blocks,
         "preemptions": stats.preemptions,
         "prompt_tokens": sum(len(request.prompt) for request in requests),
-        "hit_tokens": running.generator.num_hit,
+        "hit_tokens": running.scheduler.num_hit,
         "cached_tokens_device": stats.hit_tokens - stats.host_hit_tokens,
         "cached_tokens_host": stats.host_hit_tokens,
         "host_bytes": 0 if engine.arena is None else engine.arena.memory_bytes,
-        "readmitted_hit_tokens": running.generator.num_hit_again,
+        "readmitted_hit_tokens": running.scheduler.num_hit_again,
         "new_tokens": new_tokens,
         "forward_passes": num_passes,
         "seconds": seconds,

@@ -1,4 +1,4 @@
-"""Generation with transformers' models: `generator` is the engine, `streams` what users call, `verify` the proof."""
+"""Generation with transformers' models: `scheduler` is the engine, `streams` what users call, `verify` the proof."""
 
 from kvblocks.generation.streams import generate
 

@@ -1,4 +1,4 @@
-"""What a request asks for, and what it gets token by token. Below the generator. Imports torch."""
+"""What a request asks for, and what it gets token by token. Below the scheduler. Imports torch."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

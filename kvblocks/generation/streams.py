@@ -1,6 +1,6 @@
 """`kvblocks.generate`: many prompts at once through a transformers model, each answer an iterator of its tokens.
 
-What runs when is decided in `kvblocks.generation.generator`. Imports torch and transformers.
+What runs when is decided in `kvblocks.generation.scheduler`. Imports torch and transformers.
 """
 
 import operator
@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvblocks.config import CacheConfig
-from kvblocks.generation.generator import Generator, Request, blocks_needed
 from kvblocks.generation.request import Settings
+from kvblocks.generation.scheduler import Request, Scheduler, blocks_needed
 from kvblocks.integrations.transformers import CachedModel, PagedModel, Pool, cache_groups, served
 from kvblocks.integrations.transformers.layers import one_block
 from kvblocks.integrations.transformers.pool import check_pool
@@ -60,7 +60,7 @@ def generate(
         host_memory: for blocks that have left the pool and may come back, as of `Pool`; by default none.
         num_blocks: blocks in the pool, instead of `memory`.
         block_size, layout: of the cache.
-        max_batch_tokens, max_seqs, choose: as for `Generator`.
+        max_batch_tokens, max_seqs, choose: as for `Scheduler`.
         pool: the model's `Pool`, whose blocks outlive this call, instead of `memory`, `host_memory`, `num_blocks`,
             `block_size` and `layout`. Without one a pool is made for this call, `Generation.pool`, which a later call
             may take up.
@@ -117,7 +117,7 @@ def generate(
             layout=layout,
             chunks=True,
         )
-    generator = Generator(
+    scheduler = Scheduler(
         runs,
         pool.config,
         max_batch_tokens=max_batch_tokens,
@@ -126,7 +126,7 @@ def generate(
         tokenizer=tokenizer,
         pool=pool,
     )
-    return Generation(generator, requests, default, longest, pool)
+    return Generation(scheduler, requests, default, longest, pool)
 
 
 def block_of(model: PreTrainedModel | PagedModel | CachedModel, block_size: int) -> CacheConfig:
@@ -143,7 +143,7 @@ class Stream:
     is given once; `tokens` has them all.
 
     Attributes:
-        request_id: as `Generator` numbers them.
+        request_id: as `Scheduler` numbers them.
         request: what was asked.
         tokens: the new ones so far.
         finish: why it ended: "stop", "length", "cancelled"; None until then.
@@ -196,14 +196,14 @@ class Stream:
 class _Streams:
     """What the streams of a generation have in common. It holds none of them: those that nobody holds are cancelled."""
 
-    def __init__(self, generator: Generator) -> None:
-        self.generator = generator
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
         self.owner: weakref.ref[Generation] | None = None
         self._streams: WeakValueDictionary[int, Stream] = WeakValueDictionary()
         self._dropped: deque[int] = deque()
 
     def start(self, request: Request) -> tuple[Stream, ...]:
-        first = self.generator.add(request)
+        first = self.scheduler.add(request)
         answers = tuple(Stream(self, first + number, request) for number in range(request.n))
         for stream in answers:
             if request.n > 1:  # one alone must not refer to itself, so that it goes when nobody holds it
@@ -215,9 +215,9 @@ class _Streams:
 
     def step(self) -> list[Stream]:
         while self._dropped:
-            self.generator.cancel(self._dropped.popleft())
+            self.scheduler.cancel(self._dropped.popleft())
         new = []
-        for token in self.generator.step():
+        for token in self.scheduler.step():
             stream = self._streams.get(token.request_id)
             if stream is None:
                 continue  # dropped while the pass ran
@@ -232,13 +232,13 @@ class _Streams:
 
     def cancel(self, stream: Stream) -> None:
         if stream.finish is None:
-            self.generator.cancel(stream.request_id)
+            self.scheduler.cancel(stream.request_id)
             self._end(stream, "cancelled")
 
     def close(self) -> None:
         for stream in list(self._streams.values()):
             self.cancel(stream)
-        self.generator.close()
+        self.scheduler.close()
 
     def _end(self, stream: Stream, finish: str) -> None:
         stream.finish = finish
@@ -257,24 +257,24 @@ class Generation:
     called it, and are let go when they have ended.
 
     Attributes:
-        generator: with its manager and cache, for statistics.
-        pool: whose blocks it runs on; None where `generator` was made without one.
+        scheduler: with its manager and cache, for statistics.
+        pool: whose blocks it runs on; None where `scheduler` was made without one.
     """
 
     def __init__(
         self,
-        generator: Generator,
+        scheduler: Scheduler,
         requests: Iterable[Request],
         default: Request,
         longest: int | None = None,
         pool: Pool | None = None,
     ) -> None:
-        self.generator = generator
+        self.scheduler = scheduler
         self.pool = pool
         self._default = default
         self._longest = longest
         self._unfinished: dict[int, Stream] = {}
-        self._shared = _Streams(generator)
+        self._shared = _Streams(scheduler)
         self._shared.owner = weakref.ref(self)
         self._streams = [stream for request in requests for stream in self._start(request)]
 
@@ -290,7 +290,7 @@ class Generation:
         """Add a request while others run; what is not given is as for `generate`. Its stream, of n answers the first.
 
         Raises:
-            ValueError, TypeError: as for `Generator.add`.
+            ValueError, TypeError: as for `Scheduler.add`.
             RuntimeError: the generation is closed.
         """
         request = _request(prompt, self._default, None if max_new_tokens is not None else self._longest)
@@ -305,7 +305,7 @@ class Generation:
 
     def reset_prefix_cache(self) -> None:
         """For new weights: compute everything anew from here on, of the streams that have not ended too."""
-        self.generator.reset_prefix_cache()
+        self.scheduler.reset_prefix_cache()
 
     @property
     def num_unfinished(self) -> int:

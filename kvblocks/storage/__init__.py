@@ -1,4 +1,4 @@
-"""Memory for blocks: `pool` has that of all layers, `cache` the tensors of one, `host` slots of host memory.
+"""Memory for blocks: `block_memory` has that of all layers, `cache` the tensors of one, `host` slots of host memory.
 
 `movers` and `on_torch` move what lies in them.
 """

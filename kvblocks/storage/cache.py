@@ -1,6 +1,6 @@
 """PagedKVCache: the blocks of one layer as tensors, K and V mostly, and moving tokens and blocks in and out of them.
 
-Knows integers in arrays, not who hands them out: the manager is not imported here. Imports torch, the sizes, the pool
+Knows integers in arrays, not who hands them out: the manager is not imported here. Imports torch, the sizes, the memory
 and the movers.
 """
 
@@ -18,8 +18,8 @@ from kvblocks.config import CacheConfig, Chunk, LayerTensor, Window, itemsize
 from kvblocks.errors import MovesPending
 from kvblocks.movement import BlockLayout, first_outside
 from kvblocks.sizes import LAYOUTS, checked_integer, checked_size
+from kvblocks.storage.block_memory import BlockMemory
 from kvblocks.storage.movers import Mover, Side, mover
-from kvblocks.storage.pool import Pool
 
 __all__ = ["PagedKVCache", "StepSlots"]
 
@@ -157,8 +157,8 @@ class PagedKVCache:
             v_head_dim=v_head_dim,
         )
         kind = _checked_kind(dtype, device, layout)
-        pool = _pool(config, *kind, prefault)
-        self._lay_out(config, config.layers[0], pool.of_group(0), kind)
+        memory = _block_memory(config, *kind, prefault)
+        self._lay_out(config, config.layers[0], memory.of_group(0), kind)
 
     @classmethod
     def for_config(
@@ -169,11 +169,11 @@ class PagedKVCache:
         *,
         layout: str = "HDN",
         prefault: bool = False,
-    ) -> tuple[list[Self], Mover, Pool]:
+    ) -> tuple[list[Self], Mover, BlockMemory]:
         """The caches of all layers of `config`, the mover of whole blocks of all of them, and their memory.
 
-        A block belongs to one group at a time, so that groups share memory: see `kvblocks.storage.pool`. Within a
-        group, layers lie one after the other in the group's order.
+        A block belongs to one group at a time, so that groups share memory: see `kvblocks.storage.block_memory`. Within
+        a group, layers lie one after the other in the group's order.
 
         Args:
             config: sizes and groups; what it says is not checked again.
@@ -194,10 +194,10 @@ class PagedKVCache:
                     f"layer {index} keeps {state!r} for each sequence, and an engine holds only what is kept for each "
                     "token; leave it out of the config and allocate config.state_bytes(dtype) for each sequence"
                 )
-        pool = _pool(config, *kind, prefault)
+        memory = _block_memory(config, *kind, prefault)
         caches = [cls.__new__(cls) for _ in range(config.num_layers)]
         for index, group in enumerate(config.groups):
-            storages = pool.of_group(index)
+            storages = memory.of_group(index)
             for number in group.layers:
                 layer, cache = layers[number], caches[number]
                 cache._lay_out(config, layer, storages[: len(layer)], kind)
@@ -207,9 +207,9 @@ class PagedKVCache:
         alone = {(side.start, side.nbytes): side for cache in caches for side in cache._sides}
         sides = [
             alone.get((storage.data_ptr(), storage.nbytes)) or _whole_blocks(storage, width)
-            for storage, width in pool.storages
+            for storage, width in memory.storages
         ]
-        return caches, mover(sides), pool
+        return caches, mover(sides), memory
 
     @torch.inference_mode(False)  # views made in inference mode could not be written outside of it
     def _lay_out(
@@ -219,7 +219,7 @@ class PagedKVCache:
         storages: Sequence[Tensor],
         kind: tuple[torch.dtype, torch.device, str],
     ) -> None:
-        """Take the bytes of each tensor of `layer`, as a pool gives them."""
+        """Take the bytes of each tensor of `layer`, as `BlockMemory.of_group` gives them."""
         self.num_blocks, self.block_size = config.num_gpu_blocks, config.block_size
         dtype, self.device, self.layout = kind
         self._sides = []
@@ -485,7 +485,9 @@ def _checked_kind(
     return checked_dtype(dtype), checked_device(device), layout
 
 
-def _pool(config: CacheConfig, dtype: torch.dtype, device: torch.device, layout: str, prefault: bool) -> Pool:
+def _block_memory(
+    config: CacheConfig, dtype: torch.dtype, device: torch.device, layout: str, prefault: bool
+) -> BlockMemory:
     """The memory for all blocks of `config`; OutOfMemory leaves none of it behind."""
     config.memory_bytes(dtype)  # past 64 bits an OverflowError
     layers, groups = config.layers, []
@@ -501,7 +503,7 @@ def _pool(config: CacheConfig, dtype: torch.dtype, device: torch.device, layout:
                 )
             pieces.append((config.block_size * heads * dim * size, size))
         groups.append(pieces)
-    return Pool(config.num_gpu_blocks, groups, device, prefault=prefault)
+    return BlockMemory(config.num_gpu_blocks, groups, device, prefault=prefault)
 
 
 def _whole_blocks(storage: Tensor, width: int) -> Side:

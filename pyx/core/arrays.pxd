@@ -6,7 +6,7 @@ from libc.string cimport memcpy, memset
 
 from core.checks cimport check
 from core.text cimport late_token, Paging, run_at, token_at
-from core.pool cimport Row, Step
+from core.pool cimport Step, StepRow
 from core.sequences cimport block_of, blocks_for, Core, first_row, row_at, Seq
 from kvblocks.step_arrays cimport Arrays, TableRow
 
@@ -207,7 +207,7 @@ cdef inline void fill_many_slots(Arrays* a, const Core* c, const Step* step) noe
     room for few lines whose addresses differ by a power of two."""
     cdef Py_ssize_t i
     cdef int32_t low = 0, at_token
-    cdef const Row* row
+    cdef const StepRow* row
     while low < c.num_groups:
         at_token = 0
         for i in range(step.num_rows):

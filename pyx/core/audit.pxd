@@ -8,7 +8,7 @@ from core.memory cimport grab_zeroed
 from core.text cimport PAGE_REFS, PAGE_ROOM, block_at, Extra, extra_of, page_of, pages_for, Text, token_at
 from core.tree cimport hash_extra, line_of, Node, node_at, same_extra, tag_of, tokens_at, Tree, tree_find, tree_hash
 from core.host cimport Host, Moves, host_free, slot_at
-from core.pool cimport Pool, pool_free, pool_step, Row, Step
+from core.pool cimport Pool, pool_free, pool_step, Step, StepRow
 from core.sequences cimport LIVE, PIN, PREEMPTED, UNUSED, blocks_for, Core, first_row, row_at, Seq
 from core.steps cimport may_write
 
@@ -285,7 +285,7 @@ cdef inline bint audit_steps(Core* c, int32_t* written, Finding* out) noexcept n
     cdef Pool* p = &c.pool
     cdef int32_t i, j, k, g, b, first, last
     cdef Step* step
-    cdef Row* row
+    cdef StepRow* row
     cdef Seq* seq
     for i in range(p.num_steps):
         step = pool_step(p, i)
@@ -307,8 +307,8 @@ cdef inline bint audit_steps(Core* c, int32_t* written, Finding* out) noexcept n
     return True
 
 
-cdef inline bint audit_host(Core* c, int32_t* places, Finding* out) noexcept nogil:
-    """Invariant 10. `places` is zeroed scratch, one number for each host slot."""
+cdef inline bint audit_host(Core* c, int32_t* seen, Finding* out) noexcept nogil:
+    """Invariant 10. `seen` is zeroed scratch, one number for each host slot."""
     cdef Host* h = &c.pool.host
     cdef Tree* t = &c.pool.tree
     cdef const Moves* m = &c.pool.moves
@@ -320,14 +320,14 @@ cdef inline bint audit_host(Core* c, int32_t* places, Finding* out) noexcept nog
         return True
     for i in range(h.stack_size):
         s = h.stack[i]
-        if s < 0 or s >= h.fresh or places[s] or h.slots[s].node:
+        if s < 0 or s >= h.fresh or seen[s] or h.slots[s].node:
             return broken(out, 10, b"the stack of free host slots names one that is in use or free already:", s)
-        places[s] = 1
+        seen[s] = 1
     s = h.newest
     while s >= 0 and hanging <= h.num_slots:
-        if s >= h.fresh or places[s] or h.slots[s].newer != newer or h.slots[s].node <= 0:
+        if s >= h.fresh or seen[s] or h.slots[s].newer != newer or h.slots[s].node <= 0:
             return broken(out, 10, b"the list of host slots is torn; slot:", s)
-        places[s] = 1
+        seen[s] = 1
         hanging += 1
         newer = s
         s = h.slots[s].older
@@ -368,16 +368,16 @@ cdef inline bint audit_core(Core* c, Finding* out) noexcept nogil:
     cdef int32_t* order = <int32_t*>grab_zeroed(n, sizeof(int32_t))
     cdef int32_t* written = <int32_t*>grab_zeroed(n, sizeof(int32_t))
     cdef int32_t* uses = <int32_t*>grab_zeroed(c.pool.tree.fresh, sizeof(int32_t))
-    cdef int32_t* places = <int32_t*>grab_zeroed(max(c.pool.host.num_slots, 1), sizeof(int32_t))
+    cdef int32_t* seen = <int32_t*>grab_zeroed(max(c.pool.host.num_slots, 1), sizeof(int32_t))
     cdef char* state = <char*>grab_zeroed(n, 1)
     cdef bint ok
-    if counts == NULL or order == NULL or written == NULL or uses == NULL or places == NULL or state == NULL:
+    if counts == NULL or order == NULL or written == NULL or uses == NULL or seen == NULL or state == NULL:
         ok = broken(out, 0, b"no memory to audit blocks:", n)
     else:
         ok = (
             audit_pool(c, counts, order, state, out)
             and audit_tree(c, counts, order, uses, out)
-            and audit_host(c, places, out)
+            and audit_host(c, seen, out)
             and audit_pages(c, out)
             and audit_sequences(c, out)
             and audit_steps(c, written, out)
@@ -386,6 +386,6 @@ cdef inline bint audit_core(Core* c, Finding* out) noexcept nogil:
     free(order)
     free(written)
     free(uses)
-    free(places)
+    free(seen)
     free(state)
     return ok

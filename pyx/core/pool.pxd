@@ -26,7 +26,7 @@ cdef struct Block:      # 12 bytes
     int32_t link        # in the queue; or the next that waits for a step; scratch of `plan_in_place` while it is held
 
 
-cdef struct Row:        # one sequence in one open step
+cdef struct StepRow:    # one sequence in one open step
     int32_t slot
     int32_t start       # its tokens [start, start + count)
     int32_t count
@@ -41,7 +41,7 @@ cdef struct Row:        # one sequence in one open step
 cdef struct Step:
     int64_t id
     int64_t last_move   # the newest move that was handed out with it, 0: none
-    Row* rows
+    StepRow* rows
     int32_t* sources    # [rows, groups]: b to copy from, -1: none; LENT - b: a row of the step writes b in place
     Py_ssize_t num_rows
     Py_ssize_t capacity

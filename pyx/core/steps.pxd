@@ -12,7 +12,7 @@ from core.tree cimport (
 )
 from core.host cimport evict_slot
 from core.pool cimport (
-    LENT, acquire, Block, close_waiting, hand_out, Pool, pool_free, pool_step, release, release_table, Row, Step,
+    LENT, acquire, Block, close_waiting, hand_out, Pool, pool_free, pool_step, release, release_table, Step, StepRow,
 )
 from core.sequences cimport (
     BAD_ACCEPTED, BAD_QUERY, IS_PREEMPTED, LATER_STEP, LEAVING, NO_BLOCKS, NO_MEMORY, NO_STEP, NOT_ENOUGH_TOKENS,
@@ -77,7 +77,7 @@ cdef inline int32_t plan_in_place(Core* c, Step* step) noexcept nogil:
 
 
 cdef inline bint grow_step(Step* step, Py_ssize_t capacity, int32_t num_groups) noexcept nogil:
-    cdef Row* rows = <Row*>regrow(step.rows, capacity * sizeof(Row))
+    cdef StepRow* rows = <StepRow*>regrow(step.rows, capacity * sizeof(StepRow))
     cdef int32_t* sources
     if rows == NULL:
         return False
@@ -98,7 +98,7 @@ cdef inline bint plan_step(
     cdef int64_t q, end, needed = 0, num_tokens = 0, num_copies = 0, available = pool_free(&c.pool)
     cdef int32_t num_rows
     cdef Seq* seq
-    cdef Row* row
+    cdef StepRow* row
     if n > a.max_seqs:
         return fail(f, STEP_SEQS, 0, n, a.max_seqs)
     if a.num_groups != c.num_groups:
@@ -165,7 +165,7 @@ cdef inline int32_t put_copies(Core* c, Seq* seq, int32_t index, int32_t* source
     return n
 
 
-cdef inline void check_written(const Core* c, const Row* row) noexcept nogil:
+cdef inline void check_written(const Core* c, const StepRow* row) noexcept nogil:
     """Assert that a row of a step writes into blocks that its sequence alone holds, and that nobody finds."""
     cdef int32_t g, j
     for j in range(block_of(c, row.start), block_of(c, row.start + row.count - 1) + 1):
@@ -180,7 +180,7 @@ cdef inline int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_le
     cdef int32_t end, num_tokens = 0, longest_query = 0, longest_seq = 0
     cdef Step* step
     cdef Seq* seq
-    cdef Row* row
+    cdef StepRow* row
     if c.pool.num_steps == c.pool.max_steps:
         fail(f, STEP_LIMIT, 0, c.pool.num_steps, c.pool.max_steps)
         return 0
@@ -363,7 +363,7 @@ cdef inline bint core_commit(Core* c, int64_t step_id, const Ints* accepted, Fau
     cdef Pool* p = &c.pool
     cdef Step* step
     cdef Seq* seq
-    cdef Row* row
+    cdef StepRow* row
     cdef Py_ssize_t i
     cdef int64_t n
     if p.num_steps == 0:
@@ -418,7 +418,7 @@ cdef inline bint core_abort(Core* c, int64_t step_id, Fault* f) noexcept nogil:
     cdef Pool* p = &c.pool
     cdef Step* step
     cdef Seq* seq
-    cdef Row* row
+    cdef StepRow* row
     cdef Py_ssize_t i
     cdef int32_t g
     cdef int32_t* blocks

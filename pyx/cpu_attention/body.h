@@ -263,8 +263,8 @@ static void KVB(soften)(const kvb_job *job, float *scores, int tokens, int64_t l
 
 /* One item: some queries of a row, all heads, a range of keys. Leaves largest, total and out for each query vector. */
 static void KVB(item)(const kvb_job *job, const kvb_item *item, char *scratch) {
-    const int64_t group = job->heads / job->kv_heads, queries = item->last_query - item->first_query;
-    const int64_t vectors = group * queries, padded = (vectors + 3) & ~(int64_t)3;
+    const int64_t per_kv = job->heads / job->kv_heads, queries = item->last_query - item->first_query;
+    const int64_t vectors = per_kv * queries, padded = (vectors + 3) & ~(int64_t)3;
     const int64_t kd = job->keys.padded, vd = job->values.padded;
     const int key_dtype = job->keys.direct ? job->dtype : KVB_FLOAT32;
     const int value_dtype = job->values.direct ? job->dtype : KVB_FLOAT32;
@@ -283,8 +283,8 @@ static void KVB(item)(const kvb_job *job, const kvb_item *item, char *scratch) {
     for (int64_t i = 0; i < job->kv_heads * padded; i++) largest[i] = -INFINITY, total[i] = 0.0f;
     for (int64_t h = 0; h < job->kv_heads; h++)
         for (int64_t m = 0; m < vectors; m++) {
-            const char *from = job->query + (start + item->first_query + m / group) * job->query_token +
-                               (h * group + m % group) * job->query_head;
+            const char *from = job->query + (start + item->first_query + m / per_kv) * job->query_token +
+                               (h * per_kv + m % per_kv) * job->query_head;
             float *to = q + (h * padded + m) * kd;
             for (int64_t d = 0; d < job->keys.dim; d++)
                 to[kvb_place(&job->keys, d)] = kvb_widen(from + d * job->itemsize, job->dtype) * job->scale;
@@ -309,7 +309,7 @@ static void KVB(item)(const kvb_job *job, const kvb_item *item, char *scratch) {
             for (int64_t h = h0; h < h0 + heads; h++)
                 for (int64_t m = 0; m < padded; m++) {
                     int64_t vector = m < vectors ? m : vectors - 1;
-                    int64_t position = before + item->first_query + vector / group;
+                    int64_t position = before + item->first_query + vector / per_kv;
                     KVB(soften)(job, scores + ((h - h0) * padded + m) * KVB_CHUNK, tokens, low,
                                 kvb_first(job, position), position, largest + h * padded + m, total + h * padded + m,
                                 out + (h * padded + m) * vd, vd);
@@ -339,7 +339,7 @@ static void KVB(item)(const kvb_job *job, const kvb_item *item, char *scratch) {
     }
     for (int64_t h = 0; h < job->kv_heads; h++)
         for (int64_t m = 0; m < vectors; m++)
-            kvb_finish(job, start + item->first_query + m / group, h * group + m % group, largest[h * padded + m],
+            kvb_finish(job, start + item->first_query + m / per_kv, h * per_kv + m % per_kv, largest[h * padded + m],
                        total[h * padded + m], out + (h * padded + m) * vd);
 }
 

@@ -240,8 +240,8 @@ static int kvb_best_isa(void) {
 
 /* Queries of a row that are one item's. */
 static inline int64_t kvb_tile(const kvb_job *job) {
-    int64_t group = job->heads / job->kv_heads;
-    return group >= KVB_VECTORS ? 1 : KVB_VECTORS / group;
+    int64_t per_kv = job->heads / job->kv_heads;
+    return per_kv >= KVB_VECTORS ? 1 : KVB_VECTORS / per_kv;
 }
 
 /* The keys that an item of these queries reaches. */
@@ -294,7 +294,7 @@ static int64_t kvb_plan(kvb_job *job, int64_t num_tokens, int64_t *bytes) {
             if (block < 0 || block >= job->num_blocks) return row;
         }
     }
-    int64_t group = job->heads / job->kv_heads, vectors = group * kvb_tile(job), padded = (vectors + 3) & ~(int64_t)3;
+    int64_t per_kv = job->heads / job->kv_heads, vectors = per_kv * kvb_tile(job), padded = (vectors + 3) & ~(int64_t)3;
     int64_t kd = job->keys.padded, vd = job->values.padded;
     job->items = NULL;
     job->most = 0;
@@ -357,7 +357,7 @@ static void kvb_spread(kvb_job *job) {
 
 /* The parts of each query's keys become one. */
 static void kvb_join(kvb_job *job) {
-    int64_t group = job->heads / job->kv_heads, vd = job->values.padded, step = vd + 2;
+    int64_t per_kv = job->heads / job->kv_heads, vd = job->values.padded, step = vd + 2;
     for (int64_t i = 0; i < job->num_items;) {
         const kvb_item *item = &job->items[i];
         int64_t pieces = 1;
@@ -366,7 +366,7 @@ static void kvb_join(kvb_job *job) {
             pieces++;
         i += pieces;
         if (item->part < 0) continue;
-        int64_t vectors = group * (item->last_query - item->first_query);
+        int64_t vectors = per_kv * (item->last_query - item->first_query);
         for (int64_t v = 0; v < job->kv_heads * vectors; v++) {
             float *to = job->parts + item->part * job->part_floats + v * step;
             for (int64_t p = 1; p < pieces; p++) {
@@ -377,8 +377,8 @@ static void kvb_join(kvb_job *job) {
                 for (int64_t d = 0; d < vd; d++) to[2 + d] = to[2 + d] * keep + from[2 + d] * add;
                 to[0] = most, to[1] = to[1] * keep + from[1] * add;
             }
-            kvb_finish(job, job->starts[item->row] + item->first_query + v % vectors / group,
-                       v / vectors * group + v % vectors % group, to[0], to[1], to + 2);
+            kvb_finish(job, job->starts[item->row] + item->first_query + v % vectors / per_kv,
+                       v / vectors * per_kv + v % vectors % per_kv, to[0], to[1], to + 2);
         }
     }
 }

@@ -1,4 +1,4 @@
-"""Pool: the memory of all blocks, all of it or none, and how it is divided among the tensors of layers.
+"""BlockMemory: the memory of all blocks, all of it or none, and how it is divided among the tensors of layers.
 
 Knows bytes, not what they mean. Imports torch, the errors and `memory`.
 
@@ -18,10 +18,10 @@ from torch import Tensor
 from kvblocks import memory
 from kvblocks.errors import OutOfMemory
 
-__all__ = ["Pool", "free_memory"]
+__all__ = ["BlockMemory", "free_memory"]
 
 
-class Pool:
+class BlockMemory:
     """Zeroed memory for `num_blocks` blocks.
 
     Args:
@@ -48,9 +48,9 @@ class Pool:
         starts = [0, *cuts[:-1]]
         widths = [end - start for start, end in zip(starts, cuts, strict=True)]
         # Of each tensor of each group: the index of its storage, and where it begins and ends in a block of that.
-        self._places: list[list[tuple[int, int, int]]] = []
+        self._ranges: list[list[tuple[int, int, int]]] = []
         for group, own in zip(groups, ends, strict=True):
-            places: list[tuple[int, int, int]] = []
+            ranges: list[tuple[int, int, int]] = []
             at = 0
             for (nbytes, size), end in zip(group, own, strict=True):
                 while cuts[at] < end:
@@ -61,15 +61,15 @@ class Pool:
                         f"layer groups of several dtypes share blocks of {widths[at]} bytes, in which a tensor with "
                         f"elements of {size} bytes begins at byte {low}; use a block_size that is a multiple of 8"
                     )
-                places.append((at, low, high))
-            self._places.append(places)
+                ranges.append((at, low, high))
+            self._ranges.append(ranges)
         memories = _zeroed([num_blocks * width for width in widths], num_blocks, cuts[-1], device, prefault)
         self.storages = list(zip(memories, widths, strict=True))
 
     @torch.inference_mode(False)  # views made in inference mode could not be written outside of it
     def of_group(self, group: int) -> list[Tensor]:
         """The bytes of each tensor of a group, uint8: all of a storage, or [num_blocks, bytes of a block] of it."""
-        return [self._view(*place) for place in self._places[group]]
+        return [self._view(*place) for place in self._ranges[group]]
 
     def _view(self, at: int, low: int, high: int) -> Tensor:
         storage, width = self.storages[at]

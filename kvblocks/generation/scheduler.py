@@ -35,7 +35,7 @@ from kvblocks.integrations.transformers.backend import adapters
 from kvblocks.manager import BlockManager
 from kvblocks.step.buffers import StepBuffers
 
-__all__ = ["Generator", "Request", "Token", "blocks_needed", "most_tokens"]
+__all__ = ["Request", "Scheduler", "Token", "blocks_needed", "most_tokens"]
 
 LONGEST = 2**31 - 1  # tokens of a sequence, as far as the arrays of a step can say
 _MOST_HELD = 65536  # sequences that have begun and not ended, preempted ones included
@@ -67,7 +67,7 @@ class _Scheduled:
     samples: bool
 
 
-class Generator:
+class Scheduler:
     """Continue many prompts at once with one model and one paged cache.
 
     The life of a request::
@@ -98,9 +98,9 @@ class Generator:
         OutOfMemory: the cache does not fit.
 
     The model's layers attend through kvblocks for the length of a pass. Between passes the model may be used for
-    anything, by other generators too.
+    anything, by other schedulers too.
 
-    Thread-safety: one thread drives a generator.
+    Thread-safety: one thread drives a scheduler.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Generator:
         Raises:
             ValueError: the prompt is empty or has a token that the model does not know, `max_new_tokens` is below 1, or
                 even alone the sequence would not fit.
-            RuntimeError: the generator is closed.
+            RuntimeError: the scheduler is closed.
         """
         self._check_open()
         check_request(request)
@@ -205,7 +205,7 @@ class Generator:
         """Drop a request that waits or runs, and give its blocks back; False where it does neither.
 
         Raises:
-            RuntimeError: the generator is closed.
+            RuntimeError: the scheduler is closed.
         """
         self._check_open()
         sequence = self._unfinished.pop(request_id, None)
@@ -245,7 +245,7 @@ class Generator:
         If the pass fails, the step is aborted: no sequence has moved, and the call may be repeated.
 
         Raises:
-            RuntimeError: the generator is closed.
+            RuntimeError: the scheduler is closed.
         """
         self._check_open()
         self._admit()
@@ -303,7 +303,7 @@ class Generator:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise RuntimeError("the generator is closed; make a new one")
+            raise RuntimeError("the scheduler is closed; make a new one")
 
     def __enter__(self) -> Self:
         return self
@@ -548,7 +548,7 @@ def most_tokens(config: CacheConfig) -> int:
 
 
 def _give_back(manager: BlockManager, unfinished: dict[int, _Sequence]) -> None:
-    """Free what sequences hold, when their generator is closed or gone."""
+    """Free what sequences hold, when their scheduler is closed or gone."""
     handles = [sequence.handle for sequence in unfinished.values() if sequence.handle]
     unfinished.clear()
     if handles:
