@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +28,7 @@ LLAMA = {
     "num_key_value_heads": 2,
     "torch_dtype": "bfloat16",
 }
+_SMALL = {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 8, "torch_dtype": "float16"}
 PER_TOKEN = 4 * 2 * (16 + 16) * 2
 
 
@@ -311,16 +313,61 @@ except ValueError as error:
     assert plan(tmp_path / "config.json").bytes_per_token == 4 * 2 * (256 + 256) * 2  # gemma's own default
 
 
-@pytest.mark.parametrize("config", [{"model_type": "llama"}, {"model_type": "qwen3_next", "torch_dtype": "bfloat16"}])
-def test_a_config_that_gives_no_size_is_refused(config: dict[str, Any]) -> None:
-    with pytest.raises(UnknownModel, match="gives no size, like num_hidden_layers"):
-        plan(config)
+@pytest.mark.parametrize(
+    ("config", "missing"),
+    [
+        ({"model_type": "llama"}, "num_hidden_layers;"),
+        ({"model_type": "llama", "intermediate_size": 64, "hidden_size": 64}, "num_hidden_layers;"),
+        ({"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4}, "hidden_size;"),
+        ({"model_type": "gpt2", "n_layer": 2, "n_head": 4}, "n_embd;"),
+        ({"model_type": "qwen3_next", "torch_dtype": "bfloat16"}, "num_hidden_layers;"),
+        ({"model_type": "nemotron_h", "num_hidden_layers": 52, "hidden_size": 64}, "layers_block_type;"),
+        ({"model_type": "qwen3_5_moe", "hidden_size": 64}, "num_hidden_layers, nor a text_config that would;"),
+        ({"model_type": "qwen3_5_moe", "num_hidden_layers": 2, "text_config": None}, "num_hidden_layers, nor a text"),
+        ({"model_type": "qwen3_5_moe", "num_hidden_layers": 2, "dtype": "bfloat16"}, "num_hidden_layers, nor a text"),
+        ({"model_type": "llava", "hidden_size": 4096}, "num_hidden_layers, nor a text_config that would;"),
+        ({"model_type": "kosmos-2", "vocab_size": 99}, "layers, nor a text_config that would;"),
+        ({"model_type": "llava", "text_config": {"model_type": "llama"}}, "num_hidden_layers, nor"),
+    ],
+)
+def test_the_number_of_layers_and_the_width_are_never_a_types_defaults(config: dict[str, Any], missing: str) -> None:
+    for version in ("4.57.0", "5.2.0"):
+        with pytest.raises(UnknownModel, match=f"of model_type='{config['model_type']}' gives no {missing}"):
+            plan(config | {"transformers_version": version})
 
 
-def test_a_text_half_may_leave_its_sizes_to_transformers() -> None:
-    pytest.importorskip("transformers")
-    config = {"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32064}, "dtype": "float16"}
-    assert plan(config).bytes_per_token == 2 * 32 * 4096 * 2  # those of Llama 7B, as LLaVA 1.5 has them
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (
+            {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4},
+            "llama': num_key_value_heads=4",
+        ),
+        ({"model_type": "mistral", **_SMALL}, "mistral': .*num_key_value_heads=8, sliding_window=4096"),
+        (
+            {"model_type": "gemma2", "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 9, **_SMALL},
+            "gemma2': layer_types$",
+        ),
+        (
+            {"model_type": "granitemoehybrid", "num_key_value_heads": 2, **_SMALL},
+            "granitemoehybrid': layer_types, mamba_d_conv=4",
+        ),
+        (
+            {"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32064}},
+            "llama': .*num_hidden_layers=32, num_key_value_heads=32",
+        ),
+    ],
+)
+def test_whatever_else_is_a_types_default_is_named(config: dict[str, Any], named: str) -> None:
+    """LLaVA 1.5 is published so: transformers writes a text half without what equals the defaults."""
+    [note] = [note for note in plan(config, dtype="float16").model.notes if "filled in" in note]
+    assert re.search(named, note)
+
+
+def test_a_config_that_gives_everything_has_no_note_of_defaults() -> None:
+    assert plan(LLAMA).model.notes == ()
+    kinds: Any = transformers.LlamaConfig
+    assert plan(kinds(dtype="float16")).model.notes == ()
 
 
 def test_what_is_nested_without_end_is_refused(tmp_path: Path) -> None:
@@ -369,7 +416,6 @@ def test_gemma_4_as_transformers_wrote_it_at_first() -> None:
     assert plan(config).bytes_per_token == 5 * 2 * 8 * 256 * 2 + 2 * 2 * 512 * 2
 
 
-_SMALL = {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 8, "torch_dtype": "float16"}
 _LATENT = {"kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
 
 

@@ -27,7 +27,7 @@ _ARGUMENTS = (
 _ARGUMENTS += "group_size scale_dtype zero_point block_size tp mla stored engine swa_full step_tokens"
 _NAMES = tuple(_ARGUMENTS.split())
 _EITHER = "|".join([*_NAMES, "pp"])
-_ARGUMENT = re.compile(rf"\b({_EITHER})=('[^']*'|\[[^\]]*\]|[^\s,;:)]+)")
+_ARGUMENT = re.compile(rf"(?<![\w.])({_EITHER})=('[^']*'|\[[^\]]*\]|[^\s,;:)]+)")
 _NUMBER = re.compile(r"\b(?:num_)?(layers|kv_heads|head_dim)\b(=?)")
 _GIVE = re.compile(rf"\b(give|or|set) ({_EITHER})\b")
 

@@ -3,28 +3,18 @@
 The readers are `kvblocks.models.families`'s. A model type or a deciding field that is not here is an error.
 """
 
-import re
-from typing import Any
-
 from kvblocks.errors import UnknownModel
 from kvblocks.models import families as read
 from kvblocks.models.families import Reader
-from kvblocks.models.fields import Fields
+from kvblocks.models.fields import DECIDING, Fields, defaults_note, model_dtype
 from kvblocks.models.shapes import ModelCache, State
 
 __all__ = ["MODEL_TYPES", "TRANSLATED", "read_fields"]
 
 _READERS: dict[str, Reader] = {}
-# Fields of a config that decide how large a cache is, where a reader knows them. One that it does not know is an error.
-_DECIDING = re.compile(
-    r"^(sliding_window(_size)?|attention_window_size|window_size|local_attention|attention_chunk_size|layer_types|"
-    r"layers_block_type|kv_lora_rank|num_kv_shared_layers|kv_sharing_modes|cross_attention_layers|per_layer_config|"
-    r"(index|indexer)_(head_dim|types)|(mamba|ssm|linear|conv|cca|lru)_\w*|\w*conv\w*kernel\w*|state_size|"
-    r"compress_rates|swa_\w+|global_head_dim|num_global_key_value_heads|num_kv_heads|kv_channels|"
-    r"num_key_value_groups|num_key_value_heads_per_layer|use_cla)$"
-)
 _FULL = ("full_attention", "attention")
 _QUERY_HEADS = ("num_attention_heads", "n_head", "n_heads", "attention_heads", "decoder_attention_heads")
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _KNOWN: dict[str, frozenset[str]] = {}
 
 
@@ -51,28 +41,23 @@ def read_fields(fields: Fields, name: str | None = None) -> ModelCache:
     layers = reader(fields)
     if not layers:
         raise UnknownModel(f"the config of model_type={fields.model_type!r} names no layers")
-    heads = [fields.values.get(key) for key in _QUERY_HEADS]
-    lengths = [fields.values.get(key) for key in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    dtype = fields.values.get("dtype") or fields.values.get("torch_dtype")
+    heads, longest = fields.first(_QUERY_HEADS), fields.first(_LENGTHS)
     return ModelCache(
         name or fields.model_type,
         tuple(layers),
-        num_query_heads=_first(heads),
-        max_seq_len=_first(lengths),
-        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        num_query_heads=heads,
+        max_seq_len=longest,
+        dtype=model_dtype(fields.values),
+        notes=tuple(defaults_note(fields.model_type, fields.taken)),
         uncached=_UNCACHED.get(fields.model_type),
         model_type=fields.model_type,
     )
 
 
-def _first(values: list[Any]) -> int | None:
-    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)
-
-
 def _refuse_unknown(fields: Fields) -> None:
     known = _KNOWN[fields.model_type]
     for name, value in fields.values.items():
-        if _DECIDING.match(name) and name not in known and value not in (None, False, [], {}):
+        if DECIDING.match(name) and name not in known and value not in (None, False, [], {}):
             if name == "layer_types" and isinstance(value, list | tuple) and all(kind in _FULL for kind in value):
                 continue
             if name == "sliding_window_size" and value == fields.values.get("sliding_window"):

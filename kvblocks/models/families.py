@@ -63,9 +63,12 @@ def kv_heads_of(f: Fields) -> int:
     """K and V heads; where a config says None, as many as there are queries."""
     if f.has("num_key_value_heads"):
         return f.count("num_key_value_heads")
-    if f.model_type in _OWN_KV_HEADS and "num_key_value_heads" not in f.values:
-        raise MissingField(f.model_type, "num_key_value_heads")
-    return f.count("num_attention_heads")
+    heads = f.count("num_attention_heads")
+    if "num_key_value_heads" not in f.values:
+        if f.model_type in _OWN_KV_HEADS:
+            raise MissingField(f.model_type, "num_key_value_heads")
+        f.taken["num_key_value_heads"] = heads
+    return heads
 
 
 def grouped_heads(
@@ -126,6 +129,8 @@ def layer_kinds(f: Fields) -> list[str]:
         return f.kinds("layer_types", number)
     rule = _RULES.get(f.model_type)
     if rule is not None:
+        if rule is not qwen and not f.has("sliding_window_pattern"):
+            f.taken["layer_types"] = None
         return [rule(f, i) for i in range(number)]
     raise MissingField(f.model_type, "layer_types")
 
@@ -183,7 +188,7 @@ def renamed(reader: Reader, **names: str) -> Reader:
 
     def read(f: Fields) -> list[Layer]:
         values = {ours: f.values[theirs] for ours, theirs in names.items() if theirs in f.values}
-        return reader(Fields(f.model_type, {**f.values, **values}, f.mla))
+        return reader(f.with_values({**f.values, **values}))
 
     return read
 

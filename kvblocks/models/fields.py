@@ -1,13 +1,27 @@
 """The fields of a config, each checked where it is asked for; what is missing or wrong is an error that names it."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from kvblocks.config import itemsize
 from kvblocks.errors import MissingField, UnknownModel
+from kvblocks.formats import dtype_name
 
-__all__ = ["MOST_LAYERS", "Fields"]
+__all__ = ["DECIDING", "LAYERS", "MOST_LAYERS", "WIDTHS", "Fields", "defaults_note", "model_dtype"]
 
 MOST_LAYERS = 4096
+LAYERS: tuple[str, ...] = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks", "layers")
+LAYERS += ("decoder_layers", "layers_block_type")
+WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embed_dim", "embedding_dim")
+# Fields of a config that decide how large a cache is, where a reader knows them. One that it does not know is an error.
+DECIDING = re.compile(
+    r"^(sliding_window(_size)?|attention_window_size|window_size|local_attention|attention_chunk_size|layer_types|"
+    r"layers_block_type|kv_lora_rank|num_kv_shared_layers|kv_sharing_modes|cross_attention_layers|per_layer_config|"
+    r"(index|indexer)_(head_dim|types)|(mamba|ssm|linear|conv|cca|lru)_\w*|\w*conv\w*kernel\w*|state_size|"
+    r"compress_rates|swa_\w+|global_head_dim|num_global_key_value_heads|num_kv_heads|kv_channels|"
+    r"num_key_value_groups|num_key_value_heads_per_layer|use_cla)$"
+)
 
 
 class Fields:
@@ -17,12 +31,24 @@ class Fields:
         model_type: of the config.
         values: its fields.
         mla: what latent attention keeps: "latent", or "expanded" heads of K and V.
+        defaults: those of the fields that the file leaves out, and that are their type's defaults.
+
+    Attributes:
+        taken: the defaults that were asked for.
     """
 
-    def __init__(self, model_type: str, values: Mapping[str, Any], mla: str = "latent") -> None:
+    def __init__(
+        self,
+        model_type: str,
+        values: Mapping[str, Any],
+        mla: str = "latent",
+        defaults: frozenset[str] = frozenset(),
+    ) -> None:
         self.model_type = model_type
         self.values = values
         self.mla = mla
+        self.defaults = defaults
+        self.taken: dict[str, Any] = {}
         overrides = values.get("per_layer_config") or {}
         try:
             self._overrides = {int(index): dict(fields) for index, fields in overrides.items()}
@@ -35,8 +61,13 @@ class Fields:
         """The fields as layer `index` has them."""
         if not self._overrides.get(index):
             return self
-        own = {**self.values, "per_layer_config": None, **self._overrides[index]}
-        return Fields(self.model_type, own, self.mla)
+        return self.with_values({**self.values, "per_layer_config": None, **self._overrides[index]})
+
+    def with_values(self, values: Mapping[str, Any]) -> "Fields":
+        """Other values of the same config; what is taken from the type is known to both."""
+        fields = Fields(self.model_type, values, self.mla, self.defaults)
+        fields.taken = self.taken
+        return fields
 
     def has(self, name: str) -> bool:
         """Whether the config has the field, with a value other than None."""
@@ -46,7 +77,14 @@ class Fields:
         """The value, which may be None; MissingField where the config has no such field."""
         if name not in self.values:
             raise MissingField(self.model_type, name)
+        if name in self.defaults:
+            self.taken[name] = self.values[name]
         return self.values[name]
+
+    def first(self, names: Iterable[str]) -> int | None:
+        """The first of these fields that holds an integer; None where none does."""
+        found = (name for name in names if type(self.values.get(name)) is int)
+        return next((self.get(name) for name in found), None)
 
     def count(self, name: str, low: int = 1) -> int:
         """A field that holds an integer of at least `low`."""
@@ -113,6 +151,36 @@ class Fields:
         if whole % parts:
             raise UnknownModel(f"{self.model_type}.{name}={whole} does not divide by {by}={parts}")
         return whole // parts
+
+
+def model_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype that a config names; None where it names none.
+
+    Raises:
+        UnknownModel: it names one that is none.
+    """
+    for field in ("dtype", "torch_dtype"):
+        given = config.get(field)
+        if given is None:
+            continue
+        try:
+            name = dtype_name(given)
+            itemsize(name)
+        except TypeError:
+            raise UnknownModel(
+                f"{config.get('model_type')}.{field}={given!r:.60} is not the name of a dtype, like 'bfloat16'; "
+                f"correct it in the config, or remove it"
+            ) from None
+        return name
+    return None
+
+
+def defaults_note(model_type: str, taken: Mapping[str, Any]) -> list[str]:
+    """A sentence that names what is taken from a type; none where nothing is."""
+    if not taken:
+        return []
+    named = ", ".join(f"{name}={value}" if type(value) is int else name for name, value in sorted(taken.items()))
+    return [f"not in the config, and filled in as transformers does for model_type={model_type!r}: {named}"]
 
 
 # Older names, as transformers maps them.

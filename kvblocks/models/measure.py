@@ -11,6 +11,7 @@ from typing import Any
 from kvblocks.config import Window
 from kvblocks.errors import UnknownModel
 from kvblocks.formats import format_of, itemsize_of
+from kvblocks.models.fields import DECIDING, Fields, defaults_note, model_dtype
 from kvblocks.models.shapes import Kept, Layer, ModelCache, State
 
 __all__ = ["NOTE", "measure", "tensors_held"]
@@ -32,13 +33,14 @@ _PLAIN_LAYERS = frozenset(
     ]
 )
 
+_HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "n_heads", "decoder_attention_heads")
 _USUAL = ("num_hidden_layers", "num_attention_heads", "hidden_size")
 _APART = re.compile("mamba|ssm|linear|conv_|recurrent|layer_types|type_list|pattern|lora_rank|window|chunk")
 _OTHER = "give the numbers instead: num_layers, num_kv_heads, head_dim"
 
 
-def measure(config: Mapping[str, Any], name: str | None) -> ModelCache:
-    """What transformers' model of a config keeps.
+def measure(config: Mapping[str, Any], name: str | None, fields: Fields) -> ModelCache:
+    """What transformers' model of a config keeps; `fields` are those of its text half.
 
     Raises:
         UnknownModel: the installed transformers has no such model, cannot build or run it without memory, or keeps
@@ -72,6 +74,8 @@ def measure(config: Mapping[str, Any], name: str | None) -> ModelCache:
             raise UnknownModel("it hands no cache back")
         return found
 
+    decides = (field for field in fields.defaults if DECIDING.match(field) or field in _HEADS)
+    taken = {field: fields.values[field] for field in decides if fields.values[field] not in (None, False, [], {})}
     try:
         layers = _layers(held(_SHORT), held(_LONG))
         lengths = {_CHECKED}
@@ -89,14 +93,13 @@ def measure(config: Mapping[str, Any], name: str | None) -> ModelCache:
             f"without memory: {_one_line(error)}; {other}"
         ) from error
     text = made.get_text_config(decoder=True).to_dict()
-    dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype")
     return ModelCache(
         name or model_type,
         layers,
         num_query_heads=_whole(text.get("num_attention_heads")),
         max_seq_len=_whole(text.get("max_position_embeddings")),
-        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-        notes=(NOTE,),
+        dtype=model_dtype(fields.values),
+        notes=(NOTE, *defaults_note(model_type, taken)),
         model_type=model_type,
     )
 

@@ -7,14 +7,15 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvblocks.config import Chunk, Window
 from kvblocks.errors import MissingField, UnknownModel
 from kvblocks.models.architectures import MODEL_TYPES, TRANSLATED, read_fields
-from kvblocks.models.fields import MOST_LAYERS, Fields
+from kvblocks.models.fields import LAYERS, MOST_LAYERS, WIDTHS, Fields
 from kvblocks.models.hub import HubModel, hub_model
 from kvblocks.models.shapes import Layer, ModelCache, Reach, attention
 from kvblocks.sizes import checked_integer
@@ -22,14 +23,10 @@ from kvblocks.sizes import checked_integer
 if TYPE_CHECKING:
     from kvblocks.models.gguf_file import GgufFile
 
-__all__ = ["Source", "cache_dtype", "read", "uniform"]
+__all__ = ["Source", "cache_dtype", "quantization_config", "read", "uniform"]
 
 _NUMBERS = ("num_layers", "num_kv_heads", "head_dim", "v_head_dim", "num_attention_heads", "reaches", "dtype")
 _DEEPEST = 8  # text_configs inside each other
-# Fields of which every config of a model has some, whatever it leaves to transformers.
-_SIZES = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks", "encoder_layers", "decoder_layers"}
-_SIZES |= {"hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embedding_dim", "intermediate_size"}
-_SIZES |= {"num_attention_heads", "n_head", "n_heads", "num_heads"}
 _PARAMS = {"dim", "n_layers", "n_heads"}  # in every params.json of Meta's and Mistral's
 _CLASSES = {name.replace("_", "").replace("-", "").lower(): name for name in MODEL_TYPES}  # as classes are named
 _CONFIG_FILES = ("config.json", "params.json")
@@ -201,46 +198,87 @@ def _config(config: dict[str, Any], name: str | None, *, whole: bool = False) ->
     strange = next((key for key in config if not isinstance(key, str)), None)
     if strange is not None:
         raise UnknownModel(f"{name or 'the config'} has the key {strange!r:.60}; fields have names")
-    config = {**config, "model_type": _model_type(config, name)}
-    settled = whole or _written_by(config) >= 5
-    try:
-        text = _text_half(config)
-        if not settled and text["model_type"] not in MODEL_TYPES:
-            raise MissingField(text["model_type"], "text_config")
-        if not settled and text["model_type"] in TRANSLATED:
-            raise MissingField(text["model_type"], "transformers_version of 5 or more")
-        source = Source(config, partial(_read_text, text, name))
-        source.read("latent")
-        return source
-    except UnknownModel as problem:
-        if not isinstance(problem, MissingField) and _is_unknown(config):
-            return _measured(config, name)
-        # transformers fills in what is missing, and translates fields of older configs.
-        if whole or not (isinstance(problem, MissingField) or TRANSLATED.intersection(_model_types(config))):
-            raise
-        config = _completed(config, problem, name)
-        text = _text_half(config)
+    config = given = {**config, "model_type": _model_type(config, name)}
+    text = _text_half(config)
+    if not whole:
+        try:
+            if text["model_type"] not in MODEL_TYPES:
+                raise MissingField(text["model_type"], "text_config")
+            if text["model_type"] in TRANSLATED and _written_by(config) < 5:
+                raise MissingField(text["model_type"], "transformers_version of 5 or more")
+            return _read(config, name, text)
+        except UnknownModel as problem:
+            # transformers fills in what is missing, and translates fields of older configs.
+            if not (isinstance(problem, MissingField) or TRANSLATED.intersection(_model_types(config))):
+                raise
+            config = _completed(config, problem, name)
+            text = _text_half(config)
+    if config is given:  # there is nothing that was filled in
+        return _read(config, name, text)
+    half = _innermost(given)
+    defaults = _defaults(half, text)
+    if half is given or half.keys() <= {"model_type"}:
+        _refuse_sizeless(text, defaults, name or "the config", given["model_type"])
+    return _read(config, name, text, defaults)
+
+
+def _read(
+    config: dict[str, Any],
+    name: str | None,
+    text: dict[str, Any],
+    defaults: frozenset[str] = frozenset(),
+) -> Source:
+    """The model of a config whose text half is `text`, by the reader of its type, or measured where there is none."""
+
+    def read_text(mla: str) -> ModelCache:
+        return read_fields(Fields(text["model_type"], text, mla, defaults), name)
+
     if text["model_type"] not in MODEL_TYPES:
-        return _measured(config, name)
-    return Source(config, partial(_read_text, text, name))
+        from kvblocks.models.measure import measure
+
+        shape = measure(config, name, Fields(config["model_type"], text, defaults=defaults))
+        return Source(config, lambda _: shape)  # both ways to keep latent attention are what transformers keeps
+    source = Source(config, read_text)
+    source.read("latent")
+    return source
 
 
-def _is_unknown(config: Mapping[str, Any]) -> bool:
-    return _text_half(config)["model_type"] not in MODEL_TYPES
+def _refuse_sizeless(text: Mapping[str, Any], defaults: frozenset[str], name: str, model_type: str) -> None:
+    """Raises UnknownModel where a completed text half has its number of layers, or its width, from its type.
+
+    What else comes from there is named in a note of the plan. A text half inside another config may leave out these two
+    as well, and has them in the note: transformers writes it without what equals the defaults.
+    """
+    for sizes in (LAYERS, WIDTHS):
+        there = [size for size in sizes if size in text]
+        if there and defaults.issuperset(there):
+            half = "" if text["model_type"] == model_type else ", nor a text_config that would"
+            raise UnknownModel(
+                f"{name} of model_type={model_type!r} gives no {there[0]}{half}; a number of layers and a width are "
+                f"never taken from the defaults of a type: give the whole config of the model"
+            )
 
 
-def _measured(config: dict[str, Any], name: str | None) -> Source:
-    """A model that no reader knows; both ways to keep latent attention are what transformers keeps."""
-    from kvblocks.models.measure import measure
+def _defaults(given: Mapping[str, Any], text: Mapping[str, Any]) -> frozenset[str]:
+    """The fields of a completed text half that are its type's defaults.
 
-    inside = [half for half in config.values() if isinstance(half, Mapping)]
-    if _SIZES.isdisjoint({field for half in (config, *inside) for field in half}):
-        raise UnknownModel(
-            f"model_type={config['model_type']!r} is not an architecture that the planner knows, and its config gives "
-            f"no size, like num_hidden_layers or hidden_size, by which it could be measured; give the whole config"
-        )
-    shape = measure(config, name)
-    return Source(config, lambda _: shape)
+    They are not as the file gives them, and as they are in a config that gives nothing, or the number of layers alone.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kinds: Any = CONFIG_MAPPING
+    kind = kinds[text["model_type"]]
+    told = {*given, *(ours for ours, theirs in kind.attribute_map.items() if theirs in given)}
+    told |= {theirs for ours, theirs in kind.attribute_map.items() if ours in given}
+    empty = alike = kind().to_dict()
+    with suppress(Exception):  # its validators raise whatever they like
+        alike = kind(**{name: given[name] for name in LAYERS if name in given and name in empty}).to_dict()
+    return frozenset(
+        name
+        for name, value in text.items()
+        if (name not in told and (name == "num_key_value_heads" or value == alike.get(name)))
+        or given.get(name, value) != value == empty.get(name)
+    )
 
 
 def _model_type(config: Mapping[str, Any], name: str | None) -> str:
@@ -274,8 +312,32 @@ def _model_type(config: Mapping[str, Any], name: str | None) -> str:
 
 def _inner(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The config that a model that sees or hears holds for its text half."""
-    halves = (config.get(name) for name in ("text_config", "llm_config", "language_config", "thinker_config"))
-    return next((half for half in halves if isinstance(half, Mapping)), None)
+    halves = (_object(config, name) for name in ("text_config", "llm_config", "language_config", "thinker_config"))
+    return next((half for half in halves if half is not None), None)
+
+
+def _innermost(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The text half of a text half, and so on; the config itself where it has none."""
+    while (inner := _inner(config)) is not None:
+        config = inner
+    return config
+
+
+def _object(config: Mapping[str, Any], field: str) -> Mapping[str, Any] | None:
+    """A field that holds an object; None where there is no such field, or null."""
+    value = config.get(field)
+    if value is None or isinstance(value, Mapping):
+        return value
+    raise UnknownModel(f"{field}={value!r:.60} of the config is of type {type(value).__name__}; it must be an object")
+
+
+def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a config, or its text half, says of how its weights are quantized; None where it says nothing.
+
+    Raises:
+        UnknownModel: what it says is no object.
+    """
+    return _object(config, "quantization_config") or _object(config, "compression_config")
 
 
 def cache_dtype(config: Mapping[str, Any]) -> str | None:
@@ -284,10 +346,10 @@ def cache_dtype(config: Mapping[str, Any]) -> str | None:
     compressed-tensors and ModelOpt write `kv_cache_scheme`, ModelOpt also `kv_cache_quant_algo`.
     """
     for _ in range(_DEEPEST):
-        given = config.get("quantization_config") or config.get("compression_config")
-        if isinstance(given, Mapping):
-            scheme = given.get("kv_cache_scheme")
-            if isinstance(scheme, Mapping) and scheme.get("num_bits") == 8:
+        given = quantization_config(config)
+        if given:
+            scheme = _object(given, "kv_cache_scheme")
+            if scheme and scheme.get("num_bits") == 8:
                 return {"float": "float8_e4m3fn", "int": "int8"}.get(str(scheme.get("type")))
             return "float8_e4m3fn" if given.get("kv_cache_quant_algo") == "FP8" else None
         inner = _inner(config)
@@ -295,10 +357,6 @@ def cache_dtype(config: Mapping[str, Any]) -> str | None:
             return None
         config = inner
     return None
-
-
-def _read_text(text: Mapping[str, Any], name: str | None, mla: str) -> ModelCache:
-    return read_fields(Fields(text["model_type"], text, mla), name)
 
 
 def _written_by(config: Mapping[str, Any]) -> int:
@@ -314,38 +372,23 @@ def _model_types(config: Mapping[str, Any]) -> set[Any]:
 
 def _text_half(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the text half, which several kinds of models hold inside theirs."""
-    dtype = None
+    dtype: dict[str, Any] = {}
     for _ in range(_DEEPEST):
         model_type = config["model_type"]
-        dtype = config.get("dtype") or config.get("torch_dtype") or dtype
+        own = {name: config[name] for name in ("dtype", "torch_dtype") if config.get(name) is not None}
+        dtype = own or dtype
         inner = _inner(config)
         if model_type in MODEL_TYPES or inner is None:
-            text = dict(config)
-            if dtype is not None and (text.get("dtype") or text.get("torch_dtype")) is None:
-                text["dtype"] = dtype
-            return text
+            return {**config, **dtype}
         if not isinstance(inner.get("model_type"), str):
             raise MissingField(model_type, "text_config.model_type")
         config = {**inner, "model_type": _model_type(inner, None)}
     raise UnknownModel(f"the config holds more than {_DEEPEST} text_configs, each inside another; no model does")
 
 
-def _refuse_sizeless(config: Mapping[str, Any], name: str | None) -> None:
-    """A config that says nothing of a model's size is no model's: transformers would fill in those of another one."""
-    told, fields, inner = _SIZES, set(config), _inner(config)
-    while inner is not None:
-        # Some models that see leave the sizes of their text half to transformers, and give its vocabulary alone.
-        told, fields, inner = _SIZES | {"vocab_size"}, fields | set(inner), _inner(inner)
-    if told.isdisjoint(fields):
-        raise UnknownModel(
-            f"{name or 'the config'} of model_type={config['model_type']!r} gives no size, like num_hidden_layers or "
-            f"hidden_size; give the whole config of the model"
-        )
-
-
 def _completed(config: dict[str, Any], missing: UnknownModel, name: str | None) -> dict[str, Any]:
     """The config with what transformers fills in; as it is where transformers does not know the model_type either."""
-    known = config["model_type"] in MODEL_TYPES or _inner(config) is not None
+    known = _text_half(config)["model_type"] in MODEL_TYPES
     try:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ModuleNotFoundError:
@@ -360,7 +403,6 @@ def _completed(config: dict[str, Any], missing: UnknownModel, name: str | None) 
         if not known:
             return config
         raise UnknownModel(f"{missing}, and the installed transformers has no such model_type")
-    _refuse_sizeless(config, name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is asked to read older names, so it need not warn of them
