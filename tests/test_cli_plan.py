@@ -113,6 +113,31 @@ def test_markdown(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+@pytest.mark.parametrize("lengths", ["64k", "8k,64k"])
+def test_what_the_table_remarks_is_said_in_markdown_and_json_too(
+    lengths: str, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_for = {**json.loads(Path(config).read_text()), "max_position_embeddings": 8192, "torch_dtype": None}
+    del made_for["num_key_value_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(made_for))
+    asked = ["plan", str(tmp_path), "--seq-len", lengths, "--memory", "64GiB", "--dtype", "fp8", "--tp", "2"]
+    said = []
+    for how in ([], ["--markdown"]):
+        assert main([*asked, "--weights", "1GB", *how]) == 0
+        shown = capsys.readouterr().out.splitlines()
+        said.append([line.removeprefix("- ") for line in shown if "note: " in line])
+    assert said[0] == said[1]
+    assert main([*asked, "--weights", "1GB", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for one in found if isinstance(found, list) else [found]:
+        assert {f"note: {note}" for note in one["notes"]} <= {*said[0]}
+    assert f"note: {tmp_path.name}: 65,536 tokens (the model was made for 8,192 tokens)" in said[0]
+    assert any("num_key_value_heads=32" in note for note in said[0])
+    assert main([*asked, "--weights", "1TB", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found[-1] if isinstance(found, list) else found)["verdict"][0].startswith("does not fit: 1 sequence")
+
+
 def test_json_says_it_all(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--memory", "1GiB", "--tp", "4", "--pp", "20,12", "--dtype", "int4", "--group-size", "32", "--json"]
     assert main(["plan", config, *arguments, "--zero-point", "--scale-dtype", "float32", "--sequences", "3"]) == 0

@@ -69,6 +69,28 @@ def test_every_size_side_by_side_and_the_best_is_planned() -> None:
     assert (marked, planned.to_dict()["gpus"]) == ([8], 8)
 
 
+@pytest.mark.parametrize("seq_len", [None, "32k"])
+@pytest.mark.parametrize("cards", ["h100:8", "h100"])
+def test_where_no_size_holds_a_sequence_none_is_the_best(cards: str, seq_len: str | None) -> None:
+    planned = plan(LLAMA_70B, gpu=cards, weights=64 * WEIGHTS, seq_len=seq_len)
+    found, shown = planned.to_dict(), planned.explain()
+    assert len(found["splits"]) == 4
+    assert not any(split["best"] or split["sequences"] for split in found["splits"])
+    assert "the best" not in shown
+    assert "copies" not in shown
+    length = "32,768" if seq_len else "131,072"
+    assert f"no size of tensor parallelism holds a sequence of {length} tokens" in found["notes"]
+    assert found["tp"] == (8 if cards == "h100:8" else 1)  # the one that lacks the least
+
+
+def test_room_for_less_than_a_sequence_is_not_the_best() -> None:
+    """What fits where no length is asked for may hold some tokens, and no sequence of the model's own length."""
+    planned = plan(LLAMA_70B, gpu="h100:1", weights=75 * 2**30)
+    assert planned.fits
+    assert planned.num_blocks
+    assert "the best" not in planned.explain()
+
+
 def test_copies_share_the_sequences() -> None:
     """A latent is kept whole on every device, so that copies hold more than one model over all cards."""
     latent = {"model_type": "deepseek_v3", "num_hidden_layers": 61, "num_attention_heads": 128, "kv_lora_rank": 512}

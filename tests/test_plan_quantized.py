@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from kvblocks import Plan, plan
+from kvblocks.cli.main import main
 from kvblocks.errors import UnknownModel
+from kvblocks.planner.quantized import OTHERWISE
 
 CONFIGS = Path(__file__).resolve().parent / "data" / "configs"
 
@@ -171,6 +173,9 @@ def test_what_is_not_quantized(names: list[str], matrices: int) -> None:
         ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, "stored in several ways"),
         ({"quant_method": "awq", "bits": -1}, "bits=-1: no number of bits"),
         ({**COMPRESSED, "config_groups": [3]}, r"config_groups=\[3\]: no object"),
+        ({**COMPRESSED, "config_groups": []}, r"config_groups=\[\]: no object that names groups"),
+        ({**COMPRESSED, "config_groups": {}}, r"config_groups=\{\}: no object that names groups"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "config_groups=None: no object that names groups"),
         ({**COMPRESSED, "config_groups": group(num_bits=8, strategy="block", block_structure="x")}, "no two numbers"),
         ({**COMPRESSED, "config_groups": group(num_bits=4, group_size=0)}, "group_size=0: no number"),
         ({**COMPRESSED, "config_groups": {"group_0": 3}}, "config_groups.group_0=3: no object"),
@@ -181,7 +186,24 @@ def test_what_is_left_open_is_refused_by_name(asked: dict[str, Any], message: st
     asked = asked or {"bits": 4}
     with pytest.raises(UnknownModel, match=message) as raised:
         counted(**asked)
-    assert str(raised.value).endswith("give the bytes")
+    assert str(raised.value).endswith(OTHERWISE)
+
+
+@pytest.mark.parametrize("wrong", [[], ["fp8"], "fp8", "", 5, 0, 1.5, True, False])
+@pytest.mark.parametrize("field", ["quantization_config", "compression_config", "text_config", "llm_config"])
+def test_what_must_be_an_object_and_is_none(
+    field: str, wrong: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**quantized(), field: wrong}))
+    assert main(["plan", str(tmp_path), "--weights", "70GB"]) == 2
+    said = f"kvblocks: error: {field}={wrong!r} of the config is of type {type(wrong).__name__}; it must be an object"
+    assert capsys.readouterr().err.strip() == said
+
+
+def test_a_scheme_for_k_and_v_that_is_no_object() -> None:
+    with pytest.raises(UnknownModel, match="kv_cache_scheme='fp8' of the config is of type str; it must be an object"):
+        plan({**quantized(), "quantization_config": {"quant_method": "fp8", "kv_cache_scheme": "fp8"}})
+    assert plan({**quantized(), "quantization_config": None, "text_config": None}).dtype == "bfloat16"
 
 
 def test_linear_layers_with_the_inputs_first() -> None:
@@ -197,7 +219,7 @@ def test_linear_layers_with_the_inputs_first() -> None:
 def test_experts_that_a_type_stores_otherwise() -> None:
     config = json.loads((CONFIGS / "gpt-oss-20b.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    with pytest.raises(UnknownModel, match=r"whether it quantized the experts of gpt_oss .* give the bytes"):
+    with pytest.raises(UnknownModel, match=r"whether it quantized the experts of gpt_oss .* or the bytes"):
         plan(config, weights="auto")
     for dtype in ("fp4", ["fp4"]):
         with pytest.raises(UnknownModel, match=r"how it goes with expert_dtype=.*fp4'.* is not known here"):

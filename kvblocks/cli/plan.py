@@ -48,12 +48,16 @@ def add_plan_parser(
     numbers.add_argument("--v-head-dim", type=count, metavar="N", help="where V's differs from K's")
     asked = parser.add_argument_group("what is asked")
     add = asked.add_argument
-    add("--memory", metavar="SIZE", help="of one device, like 80GiB or 80G; or cuda, cuda:1, cpu: what is free there")
+    add(
+        "--memory",
+        metavar="SIZE",
+        help="of one device: 80G and 80GiB are 80 * 2**30, 80GB 80 * 10**9; or what is free on cuda, cuda:1, cpu",
+    )
     add("--gpu", metavar="CARD[:N]", help="instead of --memory: h100:8, or h100 for as many as are needed")
     add("--utilization", type=_share, default=1.0, metavar="SHARE", help="of the memory: 0.9 or 90%% (default: all)")
     add("--seq-len", metavar="N", help="tokens of a sequence: 32768 or 32k; several as 8k,32k")
     add("--concurrency", type=count, metavar="N", help="sequences at once")
-    add("--weights", metavar="SIZE", help="of all weights; auto counts them from the config")
+    add("--weights", metavar="SIZE", help="of all weights; auto reads safetensors headers, or the config")
     add("--weights-dtype", metavar="DTYPE", help="for --weights auto (default: the config's)")
     add("--activations", metavar="SIZE", help="set aside on each device")
     add("--sequences", type=count, metavar="N", help="set their fixed state aside before blocks are counted")

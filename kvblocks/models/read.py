@@ -199,21 +199,21 @@ def _config(config: dict[str, Any], name: str | None, *, whole: bool = False) ->
     if strange is not None:
         raise UnknownModel(f"{name or 'the config'} has the key {strange!r:.60}; fields have names")
     config = given = {**config, "model_type": _model_type(config, name)}
-    text = _text_half(config)
-    if not whole:
-        try:
-            if text["model_type"] not in MODEL_TYPES:
-                raise MissingField(text["model_type"], "text_config")
-            if text["model_type"] in TRANSLATED and _written_by(config) < 5:
-                raise MissingField(text["model_type"], "transformers_version of 5 or more")
+    problem: UnknownModel
+    try:
+        text = _text_half(config)
+        known = text["model_type"] in MODEL_TYPES
+        if whole or (known and (text["model_type"] not in TRANSLATED or _written_by(config) >= 5)):
             return _read(config, name, text)
-        except UnknownModel as problem:
-            # transformers fills in what is missing, and translates fields of older configs.
-            if not (isinstance(problem, MissingField) or TRANSLATED.intersection(_model_types(config))):
-                raise
-            config = _completed(config, problem, name)
-            text = _text_half(config)
-    if config is given:  # there is nothing that was filled in
+        problem = MissingField(text["model_type"], "transformers_version of 5 or more" if known else "text_config")
+    except UnknownModel as error:
+        # transformers fills in what is missing, and translates fields of older configs.
+        if whole or not (isinstance(error, MissingField) or TRANSLATED.intersection(_model_types(config))):
+            raise
+        problem, known = error, True
+    config = _completed(config, problem, name, known=known)
+    text = _text_half(config)
+    if config is given:  # transformers does not know it either
         return _read(config, name, text)
     half = _innermost(given)
     defaults = _defaults(half, text)
@@ -267,16 +267,17 @@ def _defaults(given: Mapping[str, Any], text: Mapping[str, Any]) -> frozenset[st
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kinds: Any = CONFIG_MAPPING
-    kind = kinds[text["model_type"]]
-    told = {*given, *(ours for ours, theirs in kind.attribute_map.items() if theirs in given)}
-    told |= {theirs for ours, theirs in kind.attribute_map.items() if ours in given}
-    empty = alike = kind().to_dict()
-    with suppress(Exception):  # its validators raise whatever they like
+    told, empty, alike = {*given}, {}, {}
+    with suppress(Exception):  # a type without defaults, or whatever its validators raise
+        kind = kinds[text["model_type"]]
+        told |= {ours for ours, theirs in kind.attribute_map.items() if theirs in given}
+        told |= {theirs for ours, theirs in kind.attribute_map.items() if ours in given}
+        empty = alike = kind().to_dict()
         alike = kind(**{name: given[name] for name in LAYERS if name in given and name in empty}).to_dict()
     return frozenset(
         name
         for name, value in text.items()
-        if (name not in told and (name == "num_key_value_heads" or value == alike.get(name)))
+        if (name not in told and (name == "num_key_value_heads" or value == alike.get(name, value)))
         or given.get(name, value) != value == empty.get(name)
     )
 
@@ -386,9 +387,8 @@ def _text_half(config: Mapping[str, Any]) -> dict[str, Any]:
     raise UnknownModel(f"the config holds more than {_DEEPEST} text_configs, each inside another; no model does")
 
 
-def _completed(config: dict[str, Any], missing: UnknownModel, name: str | None) -> dict[str, Any]:
-    """The config with what transformers fills in; as it is where transformers does not know the model_type either."""
-    known = _text_half(config)["model_type"] in MODEL_TYPES
+def _completed(config: dict[str, Any], missing: UnknownModel, name: str | None, *, known: bool) -> dict[str, Any]:
+    """The config with what transformers fills in; as it is where nobody knows the model_type."""
     try:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ModuleNotFoundError:

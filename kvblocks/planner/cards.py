@@ -12,9 +12,10 @@ __all__ = ["CARDS", "card_memory", "parse_gpu"]
 # github.com/modal-labs/modal-client/pull/2797 (T4, L4, A10, L40S, A100 of both sizes, H100),
 # NVIDIA/TensorRT-LLM/issues/10278 (B200), noonghunna/club-3090/issues/1129 (RTX 3090), RLinf/RLinf/issues/255 (RTX
 # 4090), and logs of H200 (143771MiB), B300 (275040MiB), H100 NVL (95830MiB), GH200 and H20 (97871MiB), A40 and L40
-# (46068MiB), RTX A6000 (49140MiB), RTX 5090 (32607MiB), RTX PRO 6000 (97887MiB), MI250X (68702699520 bytes a die),
-# MI300X (206141652992) and MI355X (309220868096). ROCm's are 16 MiB less than whole GiB. Not seen printed, and taken
-# from what is like them or from the data sheet: V100, A30, RTX 6000 Ada and MI325X.
+# (46068MiB), RTX A6000 and RTX 6000 Ada (49140MiB), RTX 5090 (32607MiB), RTX PRO 6000 (97887MiB), A30 (24576MiB), V100
+# (16384MiB and 32768MiB by drivers since 510, which count what the driver keeps as well; 16160MiB and 32510MiB before),
+# MI250X (68702699520 bytes a die), MI300X (206141652992) and MI355X (309220868096). ROCm's are 16 MiB less than whole
+# GiB, by which MI325X is named, which was not seen printed.
 CARDS: dict[str, int] = {
     "t4": 15360,
     "v100-16g": 16384,

@@ -107,12 +107,12 @@ def _split_lines(plan: Figures) -> list[Line]:
     made = []
     for split in found:
         cards = count(split.tp * len(settings.stages), "card")
-        copies = f"{count(split.copies, 'copy', 'copies')} on " if settings.gpus else ""
+        copies = f"{count(split.copies, 'copy', 'copies')} on " if settings.gpus and split.sequences else ""
         blocks = split.plan.num_blocks
         room = f"{blocks:,} blocks" if blocks else "room for no block" if split.plan.block_bytes else "state alone"
         room = f"room for {split.plan.max_tokens:,} tokens" if blocks is None else room
         held = f"{split.sequences:,} sequences of {settings.reference_len:,} at once"
-        marked = f"{held}, the best" if split is best and split.plan.fits else held
+        marked = f"{held}, the best" if split is best and split.holds else held
         what = (
             f"{copies}{cards}{' each' if copies else ''}, with {amount(split.plan.weights_bytes)} of weights and {room}"
         )
@@ -289,6 +289,8 @@ def notes(plan: Figures) -> list[str]:
     """What a reader should know besides."""
     settings, stage = plan.settings, plan.stage
     found = [f"note: {note}" for note in settings.model.notes]
+    if settings.seq_len is not None and (remark := _past(plan, settings.seq_len)):
+        found.append(f"note: {settings.model.name}: {settings.seq_len:,} tokens{remark}")
     copies: dict[str, set[str]] = {}
     for layer in stage.layers:
         for kept in (*layer.kept, *layer.cross):
@@ -333,7 +335,9 @@ def _card_notes(plan: Figures) -> list[str]:
     if settings.gpu is None:
         return []
     devices = settings.tp * len(settings.stages)
-    if settings.copies > 1:
+    if not any(split.sequences for split in splits(plan)):
+        found = [f"note: no size of tensor parallelism holds a sequence of {settings.reference_len:,} tokens"]
+    elif settings.copies > 1:
         split = f"{settings.copies} copies of the model on {count(devices, 'card')} each; figures are of one copy"
         if settings.concurrency is not None:
             split += f", which holds {settings.each:,} of the {settings.concurrency:,} sequences"
@@ -425,7 +429,7 @@ def to_dict(plan: Figures) -> dict[str, Any]:
                 "num_blocks": split.plan.num_blocks,
                 "sequences": split.sequences,
                 "fits": split.plan.fits,
-                "best": split is best,
+                "best": split is best and split.holds,
             }
             for split in found
         ],
@@ -441,4 +445,5 @@ def to_dict(plan: Figures) -> dict[str, Any]:
         ],
         "lines": [{"name": line.name, "arithmetic": line.arithmetic, "value": line.value} for line in lines(plan)],
         "notes": [note.removeprefix("note: ") for note in notes(plan)],
+        "verdict": verdict(plan),
     }

@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvblocks.errors import UnknownModel
+from kvblocks.models.read import quantization_config
 
-__all__ = ["Quantization", "Scheme", "quantization_of", "read_quantization"]
+__all__ = ["OTHERWISE", "Quantization", "Scheme", "quantization_of", "read_quantization"]
+
+# What answers for weights that no config does.
+OTHERWISE = "no safetensors lie beside the config, which would say it; give their folder or hub id, or the bytes"
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,9 @@ def quantization_of(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]
     """
     halves = [config, *(value for value in config.values() if isinstance(value, Mapping))]
     for half in halves:
-        for name in ("quantization_config", "compression_config"):
-            found = half.get(name)
-            if isinstance(found, Mapping) and found:
-                return found, half is not config
+        found = quantization_config(half)
+        if found:
+            return found, half is not config
     return None
 
 
@@ -104,7 +107,7 @@ def read_quantization(config: Mapping[str, Any], expert_dtype: Any = None) -> Qu
     method = str(config.get("quant_method") or config.get("quant_algo") or "")
     if config.get("quant_algo") == "MIXED_PRECISION" or config.get("quantized_layers"):
         raise _unknown("quant_algo", config.get("quant_algo"), "matrices are stored in several ways")
-    if config.get("config_groups") and method in ("compressed-tensors", "modelopt"):
+    if method in _GROUPED:
         return _by_groups(config, method)
     reader = _READERS.get(method)
     if reader is None:
@@ -118,10 +121,7 @@ def read_quantization(config: Mapping[str, Any], expert_dtype: Any = None) -> Qu
 
 
 def _unknown(field: str, value: Any, why: str) -> UnknownModel:
-    return UnknownModel(
-        f"weights='auto': quantization_config.{field}={value!r:.60}: {why}; and no safetensors lie beside the config; "
-        f"give the bytes"
-    )
+    return UnknownModel(f"weights='auto': quantization_config.{field}={value!r:.60}: {why}; {OTHERWISE}")
 
 
 def _names(config: Mapping[str, Any], *fields: str) -> tuple[str, ...]:
@@ -223,9 +223,10 @@ def _by_groups(config: Mapping[str, Any], method: str) -> Quantization:
     named = _names(config, "ignore")
     own: list[tuple[_Names, Scheme | None]] = []
     others: list[tuple[_Names, Scheme | None]] = []
-    if not isinstance(config["config_groups"], Mapping):
-        raise _unknown("config_groups", config["config_groups"], "no object")
-    for name, group in config["config_groups"].items():
+    groups = config.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        raise _unknown("config_groups", groups, "no object that names groups of matrices")
+    for name, group in groups.items():
         if not isinstance(group, Mapping):
             raise _unknown(f"config_groups.{name}", group, "no object")
         weights, targets = group.get("weights"), _names(group, "targets")

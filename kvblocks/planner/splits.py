@@ -30,6 +30,11 @@ class Split:
     sequences: int
     plan: Figures
 
+    @property
+    def holds(self) -> bool:
+        """Whether it holds what is asked for, and a sequence of the reference length."""
+        return self.plan.fits and self.sequences > 0
+
 
 def splits(plan: Figures) -> tuple[Split, ...]:
     """Every size of tensor parallelism over the devices there are, the smallest first; none without a memory.
@@ -52,10 +57,13 @@ def splits(plan: Figures) -> tuple[Split, ...]:
 def best_split(found: tuple[Split, ...]) -> Split:
     """The split that fits and holds the most sequences, of two that hold equally many the smaller.
 
-    Where the plan names no number of devices it is the smallest that fits.
+    Where the plan names no number of devices it is the smallest that fits; where none holds a sequence, the largest,
+    which lacks the least.
     """
     counted = found[0].plan.settings.gpus is not None
-    return max(found, key=lambda split: (split.plan.fits, split.sequences if counted else 0, -split.tp))
+    if not any(split.sequences for split in found):
+        return found[-1]
+    return max(found, key=lambda split: (split.holds, split.sequences if counted else 0, -split.tp))
 
 
 def fewest_devices(plan: Figures) -> Figures | None:

@@ -7,7 +7,7 @@ from typing import Any
 from kvblocks.errors import UnknownModel
 from kvblocks.formats import Format
 from kvblocks.planner.checkpoint import SEES, predicts_ahead
-from kvblocks.planner.quantized import read_quantization
+from kvblocks.planner.quantized import OTHERWISE, read_quantization
 
 __all__ = ["prediction_layers", "quantized_weight_bytes", "weight_bytes"]
 
@@ -75,7 +75,7 @@ def quantized_weight_bytes(
         elif quantization.method == "bitsandbytes":
             raise UnknownModel(
                 f"weights='auto': quantization_config.quant_method='bitsandbytes': whether it quantized the experts of "
-                f"{config['model_type']} depends on the version that did; give the bytes"
+                f"{config['model_type']} depends on the version that did; {OTHERWISE}"
             )
         else:
             matrices, outputs, inputs = parameter.shape
@@ -86,7 +86,7 @@ def quantized_weight_bytes(
     if strange and len(strange) == len(quantization.named):
         raise UnknownModel(
             f"weights='auto': quantization_config names what is not quantized, {strange[0]!r:.60}, by names that are "
-            f"none of transformers' {type(model).__name__}; give the bytes"
+            f"none of transformers' {type(model).__name__}; {OTHERWISE}"
         )
     note = f"weights are estimated from quantization_config ({quantization.method})"
     if strange:
@@ -127,9 +127,7 @@ def _built(config: Mapping[str, Any]) -> Any:
         named = config.get("architectures")
         found = [classes[str(one)] for one in named if str(one) in classes] if isinstance(named, list) else []
         if not found:
-            raise UnknownModel(
-                f"the installed transformers has no model_type={model_type!r}; give the bytes of its weights"
-            )
+            raise UnknownModel(f"the installed transformers has no model_type={model_type!r}; {OTHERWISE}")
         model_type = found[0]
     try:
         made = kinds[model_type].from_dict({**config, "model_type": model_type})
@@ -144,6 +142,6 @@ def _built(config: Mapping[str, Any]) -> Any:
     except Exception as error:  # whatever a model's constructor raises
         reason = " ".join(str(error).split())
         raise UnknownModel(
-            f"transformers cannot build {model_type} from its config: {reason:.300}; give the bytes of its weights"
+            f"transformers cannot build {model_type} from its config: {reason:.300}; {OTHERWISE}"
         ) from error
     return model
