@@ -103,8 +103,20 @@ def test_types_that_nobody_knows() -> None:
         plan(usual | {"num_key_value_heads": 4, "head_dim": 16})
     with pytest.raises(UnknownModel, match=r"num_layers, num_kv_heads, head_dim$"):
         plan(usual | {"attn_type_list": [0, 1]})
-    with pytest.raises(UnknownModel, match="not an architecture that the planner knows, and its config gives no size"):
+    with pytest.raises(UnknownModel, match="not an architecture that the planner knows, nor the installed"):
         plan({"model_type": "no_such"})
+
+
+def test_a_measured_type_names_what_it_takes_from_its_defaults() -> None:
+    config = unknown()
+    for missing in ("decoder_layers", "d_model"):
+        with pytest.raises(UnknownModel, match=f"of model_type='m2m_100' gives no {missing}; a number of layers"):
+            plan({name: value for name, value in config.items() if name != missing})
+    del config["decoder_attention_heads"]
+    assert (
+        "filled in as transformers does for model_type='m2m_100': decoder_attention_heads=16" in plan(config).explain()
+    )
+    assert "filled in" not in plan(unknown()).explain()
 
 
 # What of each type's own default config is refused, and why. Everything else is planned.

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from kvblocks import plan
+from kvblocks.cli.main import main
 from kvblocks.models.architectures import TRANSLATED, read_fields
 from kvblocks.models.fields import Fields
 from kvblocks.models.read import read
@@ -362,6 +363,29 @@ def test_whatever_else_is_a_types_default_is_named(config: dict[str, Any], named
     """LLaVA 1.5 is published so: transformers writes a text half without what equals the defaults."""
     [note] = [note for note in plan(config, dtype="float16").model.notes if "filled in" in note]
     assert re.search(named, note)
+
+
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("wrong", ["foo", "", ["bfloat16"], 16, True, {"a": 1}, float("nan")])
+def test_a_dtype_that_is_none_is_named_as_the_configs(
+    field: str, wrong: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = {name: value for name, value in LLAMA.items() if name != "torch_dtype"}
+    halves = ({**base, field: wrong}, {"model_type": "llava", "text_config": base, field: wrong})
+    for config in (*halves, {**base, "model_type": "glm_moe_dsa", field: wrong}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        for asked in ([], ["--dtype", "fp8"], ["--weights", "auto"]):
+            assert main(["plan", str(tmp_path), *asked]) == 2
+            said = capsys.readouterr().err
+            assert re.search(rf"error: \w+\.{field}=.* is not the name of a dtype, like 'bfloat16'; correct it", said)
+
+
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters", "linear_attn_config"])
+def test_what_transformers_stumbles_over_is_named(field: str) -> None:
+    """In a config of before, which transformers is asked to complete."""
+    config = {"model_type": "kimi_linear", "num_hidden_layers": 4, "hidden_size": 64, field: 7}
+    with pytest.raises(UnknownModel, match=rf"{field}=7 of the config is of type int; it must be an object"):
+        plan(config)
 
 
 def test_a_config_that_gives_everything_has_no_note_of_defaults() -> None:

@@ -2,13 +2,24 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from kvblocks.config import itemsize
 from kvblocks.errors import MissingField, UnknownModel
 from kvblocks.formats import dtype_name
 
-__all__ = ["DECIDING", "LAYERS", "MOST_LAYERS", "WIDTHS", "Fields", "defaults_note", "model_dtype"]
+__all__ = [
+    "DECIDING",
+    "LAYERS",
+    "MOST_LAYERS",
+    "WIDTHS",
+    "Fields",
+    "defaults_note",
+    "model_dtype",
+    "object_in",
+    "refuse_no_objects",
+]
 
 MOST_LAYERS = 4096
 LAYERS: tuple[str, ...] = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks", "layers")
@@ -42,7 +53,7 @@ class Fields:
         model_type: str,
         values: Mapping[str, Any],
         mla: str = "latent",
-        defaults: frozenset[str] = frozenset(),
+        defaults: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.model_type = model_type
         self.values = values
@@ -173,6 +184,22 @@ def model_dtype(config: Mapping[str, Any]) -> str | None:
             ) from None
         return name
     return None
+
+
+def object_in(config: Mapping[str, Any], field: str) -> Mapping[str, Any] | None:
+    """A field that holds an object; None where there is no such field, or null. UnknownModel where it holds another."""
+    value = config.get(field)
+    if value is None or isinstance(value, Mapping):
+        return value
+    raise UnknownModel(f"{field}={value!r:.60} of the config is of type {type(value).__name__}; it must be an object")
+
+
+def refuse_no_objects(config: Mapping[str, Any]) -> None:
+    """Raises UnknownModel for a field that must hold an object and does not, which transformers does not name."""
+    for half in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        for field in half:
+            if str(field).endswith("_config") or field in ("rope_scaling", "rope_parameters"):
+                object_in(half, field)
 
 
 def defaults_note(model_type: str, taken: Mapping[str, Any]) -> list[str]:

@@ -6,12 +6,13 @@ was not read off from, to the byte; what it cannot explain is an error. Imports 
 
 import re
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from kvblocks.config import Window
 from kvblocks.errors import UnknownModel
 from kvblocks.formats import format_of, itemsize_of
-from kvblocks.models.fields import DECIDING, Fields, defaults_note, model_dtype
+from kvblocks.models.fields import DECIDING, LAYERS, WIDTHS, defaults_note, model_dtype, refuse_no_objects
 from kvblocks.models.shapes import Kept, Layer, ModelCache, State
 
 __all__ = ["NOTE", "measure", "tensors_held"]
@@ -34,13 +35,14 @@ _PLAIN_LAYERS = frozenset(
 )
 
 _HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "n_heads", "decoder_attention_heads")
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _USUAL = ("num_hidden_layers", "num_attention_heads", "hidden_size")
 _APART = re.compile("mamba|ssm|linear|conv_|recurrent|layer_types|type_list|pattern|lora_rank|window|chunk")
 _OTHER = "give the numbers instead: num_layers, num_kv_heads, head_dim"
 
 
-def measure(config: Mapping[str, Any], name: str | None, fields: Fields) -> ModelCache:
-    """What transformers' model of a config keeps; `fields` are those of its text half.
+def measure(config: Mapping[str, Any], name: str | None, defaults: Mapping[str, Any] = _NOTHING) -> ModelCache:
+    """What transformers' model of a config keeps; `defaults` are the fields that it has from its type.
 
     Raises:
         UnknownModel: the installed transformers has no such model, cannot build or run it without memory, or keeps
@@ -60,6 +62,7 @@ def measure(config: Mapping[str, Any], name: str | None, fields: Fields) -> Mode
     except UnknownModel:
         raise
     except Exception as error:  # whatever a model's constructor raises
+        refuse_no_objects(config)
         raise UnknownModel(f"transformers cannot build {model_type}: {_one_line(error)}; {other}") from error
 
     def held(tokens: int) -> Any:
@@ -74,8 +77,6 @@ def measure(config: Mapping[str, Any], name: str | None, fields: Fields) -> Mode
             raise UnknownModel("it hands no cache back")
         return found
 
-    decides = (field for field in fields.defaults if DECIDING.match(field) or field in _HEADS)
-    taken = {field: fields.values[field] for field in decides if fields.values[field] not in (None, False, [], {})}
     try:
         layers = _layers(held(_SHORT), held(_LONG))
         lengths = {_CHECKED}
@@ -93,12 +94,14 @@ def measure(config: Mapping[str, Any], name: str | None, fields: Fields) -> Mode
             f"without memory: {_one_line(error)}; {other}"
         ) from error
     text = made.get_text_config(decoder=True).to_dict()
+    decides = (field for field in defaults if DECIDING.match(field) or field in (*LAYERS, *WIDTHS, *_HEADS))
+    taken = {field: defaults[field] for field in decides if defaults[field] not in (None, False, [], {})}
     return ModelCache(
         name or model_type,
         layers,
         num_query_heads=_whole(text.get("num_attention_heads")),
         max_seq_len=_whole(text.get("max_position_embeddings")),
-        dtype=model_dtype(fields.values),
+        dtype=model_dtype(config) or model_dtype(text),
         notes=(NOTE, *defaults_note(model_type, taken)),
         model_type=model_type,
     )

@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from kvblocks.config import Chunk, Window
 from kvblocks.errors import MissingField, UnknownModel
 from kvblocks.models.architectures import MODEL_TYPES, TRANSLATED, read_fields
-from kvblocks.models.fields import LAYERS, MOST_LAYERS, WIDTHS, Fields
+from kvblocks.models.fields import LAYERS, MOST_LAYERS, WIDTHS, Fields, model_dtype, object_in, refuse_no_objects
 from kvblocks.models.hub import HubModel, hub_model
 from kvblocks.models.shapes import Layer, ModelCache, Reach, attention
 from kvblocks.sizes import checked_integer
@@ -199,6 +200,9 @@ def _config(config: dict[str, Any], name: str | None, *, whole: bool = False) ->
     if strange is not None:
         raise UnknownModel(f"{name or 'the config'} has the key {strange!r:.60}; fields have names")
     config = given = {**config, "model_type": _model_type(config, name)}
+    for named in (cache_dtype, model_dtype):
+        named(config)  # what is wrong in it is named before transformers stumbles over it
+    model_dtype(_innermost(config))
     problem: UnknownModel
     try:
         text = _text_half(config)
@@ -226,7 +230,7 @@ def _read(
     config: dict[str, Any],
     name: str | None,
     text: dict[str, Any],
-    defaults: frozenset[str] = frozenset(),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> Source:
     """The model of a config whose text half is `text`, by the reader of its type, or measured where there is none."""
 
@@ -236,14 +240,14 @@ def _read(
     if text["model_type"] not in MODEL_TYPES:
         from kvblocks.models.measure import measure
 
-        shape = measure(config, name, Fields(config["model_type"], text, defaults=defaults))
+        shape = measure(config, name, defaults)
         return Source(config, lambda _: shape)  # both ways to keep latent attention are what transformers keeps
     source = Source(config, read_text)
     source.read("latent")
     return source
 
 
-def _refuse_sizeless(text: Mapping[str, Any], defaults: frozenset[str], name: str, model_type: str) -> None:
+def _refuse_sizeless(text: Mapping[str, Any], defaults: Mapping[str, Any], name: str, model_type: str) -> None:
     """Raises UnknownModel where a completed text half has its number of layers, or its width, from its type.
 
     What else comes from there is named in a note of the plan. A text half inside another config may leave out these two
@@ -251,7 +255,7 @@ def _refuse_sizeless(text: Mapping[str, Any], defaults: frozenset[str], name: st
     """
     for sizes in (LAYERS, WIDTHS):
         there = [size for size in sizes if size in text]
-        if there and defaults.issuperset(there):
+        if there and defaults.keys() >= {*there}:
             half = "" if text["model_type"] == model_type else ", nor a text_config that would"
             raise UnknownModel(
                 f"{name} of model_type={model_type!r} gives no {there[0]}{half}; a number of layers and a width are "
@@ -259,7 +263,7 @@ def _refuse_sizeless(text: Mapping[str, Any], defaults: frozenset[str], name: st
             )
 
 
-def _defaults(given: Mapping[str, Any], text: Mapping[str, Any]) -> frozenset[str]:
+def _defaults(given: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a completed text half that are its type's defaults.
 
     They are not as the file gives them, and as they are in a config that gives nothing, or the number of layers alone.
@@ -274,12 +278,12 @@ def _defaults(given: Mapping[str, Any], text: Mapping[str, Any]) -> frozenset[st
         told |= {theirs for ours, theirs in kind.attribute_map.items() if ours in given}
         empty = alike = kind().to_dict()
         alike = kind(**{name: given[name] for name in LAYERS if name in given and name in empty}).to_dict()
-    return frozenset(
-        name
+    return {
+        name: value
         for name, value in text.items()
         if (name not in told and (name == "num_key_value_heads" or value == alike.get(name, value)))
         or given.get(name, value) != value == empty.get(name)
-    )
+    }
 
 
 def _model_type(config: Mapping[str, Any], name: str | None) -> str:
@@ -313,7 +317,7 @@ def _model_type(config: Mapping[str, Any], name: str | None) -> str:
 
 def _inner(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The config that a model that sees or hears holds for its text half."""
-    halves = (_object(config, name) for name in ("text_config", "llm_config", "language_config", "thinker_config"))
+    halves = (object_in(config, name) for name in ("text_config", "llm_config", "language_config", "thinker_config"))
     return next((half for half in halves if half is not None), None)
 
 
@@ -324,21 +328,13 @@ def _innermost(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
-def _object(config: Mapping[str, Any], field: str) -> Mapping[str, Any] | None:
-    """A field that holds an object; None where there is no such field, or null."""
-    value = config.get(field)
-    if value is None or isinstance(value, Mapping):
-        return value
-    raise UnknownModel(f"{field}={value!r:.60} of the config is of type {type(value).__name__}; it must be an object")
-
-
 def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What a config, or its text half, says of how its weights are quantized; None where it says nothing.
 
     Raises:
         UnknownModel: what it says is no object.
     """
-    return _object(config, "quantization_config") or _object(config, "compression_config")
+    return object_in(config, "quantization_config") or object_in(config, "compression_config")
 
 
 def cache_dtype(config: Mapping[str, Any]) -> str | None:
@@ -349,7 +345,7 @@ def cache_dtype(config: Mapping[str, Any]) -> str | None:
     for _ in range(_DEEPEST):
         given = quantization_config(config)
         if given:
-            scheme = _object(given, "kv_cache_scheme")
+            scheme = object_in(given, "kv_cache_scheme")
             if scheme and scheme.get("num_bits") == 8:
                 return {"float": "float8_e4m3fn", "int": "int8"}.get(str(scheme.get("type")))
             return "float8_e4m3fn" if given.get("kv_cache_quant_algo") == "FP8" else None
@@ -408,6 +404,7 @@ def _completed(config: dict[str, Any], missing: UnknownModel, name: str | None, 
             warnings.simplefilter("ignore")  # it is asked to read older names, so it need not warn of them
             completed: dict[str, Any] = kinds[config["model_type"]].from_dict(dict(config)).to_dict()
     except Exception as error:  # its validators raise whatever they like
+        refuse_no_objects(config)
         reason = " ".join(str(error).split())
         raise UnknownModel(f"{missing}, and transformers refuses the config: {reason}") from error
     return completed

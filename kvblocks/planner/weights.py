@@ -6,6 +6,7 @@ from typing import Any
 
 from kvblocks.errors import UnknownModel
 from kvblocks.formats import Format
+from kvblocks.models.fields import refuse_no_objects
 from kvblocks.planner.checkpoint import SEES, predicts_ahead
 from kvblocks.planner.quantized import OTHERWISE, read_quantization
 
@@ -140,6 +141,7 @@ def _built(config: Mapping[str, Any]) -> Any:
             model = maker.from_config(made)
         model.tie_weights()
     except Exception as error:  # whatever a model's constructor raises
+        refuse_no_objects(config)
         reason = " ".join(str(error).split())
         raise UnknownModel(
             f"transformers cannot build {model_type} from its config: {reason:.300}; {OTHERWISE}"
