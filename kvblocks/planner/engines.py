@@ -47,8 +47,8 @@ def check_engine(engine: Engine, model: ModelCache) -> None:
     for layer in model.layers:
         if any(kept.every > 1 for kept in layer.kept) or len({kept.reach for kept in layer.kept}) > 1:
             raise ValueError(
-                f"engine={engine!r}: how it keeps the compressed entries of {model.name} is not known here; the "
-                f"engine's log says what fits, and engine='kvblocks' what the model itself keeps, the least that any engine does"
+                f"engine={engine!r}: how it keeps the compressed entries of {model.name} is not known here; see what "
+                f"the engine's own log says at its start, or give engine='kvblocks' for what the model itself keeps"
             )
 
 
