@@ -207,7 +207,7 @@ def defaults_note(model_type: str, taken: Mapping[str, Any]) -> list[str]:
     if not taken:
         return []
     named = ", ".join(f"{name}={value}" if type(value) is int else name for name, value in sorted(taken.items()))
-    return [f"not in the config, and filled in as transformers does for model_type={model_type!r}: {named}"]
+    return [f"no fields of the config, and filled in as transformers does for model_type={model_type!r}: {named}"]
 
 
 # Older names, as transformers maps them.
