@@ -138,6 +138,16 @@ def test_what_the_table_remarks_is_said_in_markdown_and_json_too(
     assert (found[-1] if isinstance(found, list) else found)["verdict"][0].startswith("does not fit: 1 sequence")
 
 
+def test_the_help_says_what_a_g_is(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--help"])
+    assert ended.value.code == 0
+    assert "80G and 80GiB are 80 * 2**30, 80GB 80 * 10**9" in " ".join(capsys.readouterr().out.split())
+    for size, found in (("80G", 80 * 2**30), ("80GiB", 80 * 2**30), ("80GB", 80 * 10**9)):
+        assert main(["plan", config, "--memory", size, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["memory"] == found
+
+
 def test_json_says_it_all(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--memory", "1GiB", "--tp", "4", "--pp", "20,12", "--dtype", "int4", "--group-size", "32", "--json"]
     assert main(["plan", config, *arguments, "--zero-point", "--scale-dtype", "float32", "--sequences", "3"]) == 0

@@ -206,6 +206,22 @@ def test_a_scheme_for_k_and_v_that_is_no_object() -> None:
     assert plan({**quantized(), "quantization_config": None, "text_config": None}).dtype == "bfloat16"
 
 
+@pytest.mark.parametrize("model_type", ["qwen", "chatglm"])
+def test_where_no_config_answers_the_folder_or_the_hub_does(model_type: str) -> None:
+    config = {
+        **quantized(),
+        "model_type": model_type,
+        "kv_channels": DIM,
+        "num_layers": 3,
+        "multi_query_attention": False,
+    }
+    del config["quantization_config"]
+    with pytest.raises(
+        UnknownModel, match=f"no model_type='{model_type}'; .* give their folder or hub id, or the bytes$"
+    ):
+        plan(config, weights="auto")
+
+
 def test_linear_layers_with_the_inputs_first() -> None:
     """GPT-2's, of 96 outputs for 32 inputs and the like: GPTQ keeps an index for each input."""
     small = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 50, "n_positions": 16}
