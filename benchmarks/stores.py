@@ -1,9 +1,10 @@
 """MB/s of stores that lie behind a network, beside the bare socket, in the same run and over the same interface.
 
-Run `python benchmarks/stores.py`. It starts a redis-server (Debian: redis-server) on loopback and stores and loads
-batches of objects of 64 KiB, 1 MiB and 4 MiB. `socket` is as many bytes through one TCP connection to a process that
-keeps nothing: what is to be had there, as Redis too is one connection and one thread. All take turns, redis' own
-client beside them.
+Run `python benchmarks/stores.py`. It starts a redis-server (Debian: redis-server), and a Mooncake master with a process
+that lends memory, in a network namespace of their own where that can be had (else without Mooncake, and it says why),
+and stores and loads batches of objects of 64 KiB, 1 MiB and 4 MiB. `socket` is as many bytes through one TCP
+connection to a process that keeps nothing: what is to be had there, as Redis too is one connection and one thread. All
+take turns, redis' own client beside them. Mooncake does not store a key again, so each of its puts has new keys.
 """
 
 import argparse
@@ -22,7 +23,10 @@ from pathlib import Path
 
 from harness import Row, machine, report
 
-from kvblocks.tiers import RedisStore, Status, Store
+from kvblocks.tiers import MooncakeStore, RedisStore, Status, Store
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+import mooncake_cluster
 
 SIZES = {"64 KiB": 64 << 10, "1 MiB": 1 << 20, "4 MiB": 4 << 20}
 SOCKET = "socket"
@@ -112,6 +116,39 @@ def redis_store(folder: Path, nbytes: int) -> Iterator[tuple[Store, int]]:
         process.wait()
 
 
+@contextlib.contextmanager
+def mooncake_store(folder: Path, nbytes: int, buffers: list[memoryview]) -> Iterator["Mooncake"]:
+    with (
+        mooncake_cluster.master(folder) as master,
+        mooncake_cluster.lender(master, nbytes),
+        MooncakeStore(master.address, segment=0) as store,
+    ):
+        yield Mooncake(store, buffers)
+
+
+class Mooncake:
+    """Puts under new keys, and gets of the keys of the last put."""
+
+    def __init__(self, store: Store, buffers: list[memoryview]) -> None:
+        self.store, self.buffers, self.keys, self.round = store, buffers, [""], 0
+
+    def put(self) -> None:
+        self.round += 1
+        self.keys = [f"object {self.round} {i}" for i in range(len(self.buffers))]
+        ok(self.store.store(self.keys, self.buffers))
+
+    def get(self) -> None:
+        ok(self.store.load(self.keys, self.buffers))
+
+    def touch(self, rounds: int) -> None:
+        """Write to all memory once: its first pages are slow, and not the store's doing."""
+        keys: list[str] = []
+        for _ in range(rounds):
+            self.put()
+            keys += self.keys
+        ok(self.store.delete(keys))
+
+
 def ok(statuses: list[Status]) -> None:
     if any(status is not Status.OK for status in statuses):
         raise ValueError(f"the store answered {set(statuses)}")
@@ -139,7 +176,7 @@ def own_client(port: int, keys: list[str], buffers: list[memoryview]) -> dict[st
     return {"put": put, "get": get}
 
 
-def measure(label: str, size: int, nbytes: int, repeats: int) -> list[Row]:
+def measure(label: str, size: int, nbytes: int, repeats: int, mooncake: bool) -> list[Row]:
     count = nbytes // size
     memory = memoryview(mmap(-1, nbytes))
     memory[:] = os.urandom(nbytes)
@@ -147,7 +184,9 @@ def measure(label: str, size: int, nbytes: int, repeats: int) -> list[Row]:
     keys = [f"object {i}" for i in range(count)]
     bare = Bare(size, buffers)
     rows = []
-    with tempfile.TemporaryDirectory() as name, redis_store(Path(name), 4 * nbytes) as (store, port):
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        store, port = stack.enter_context(redis_store(folder, 4 * nbytes))
         plain = own_client(port, keys, buffers)
         calls: dict[str, dict[str, Callable[[], object]]] = {
             "put": {
@@ -161,6 +200,12 @@ def measure(label: str, size: int, nbytes: int, repeats: int) -> list[Row]:
                 "redis' pipeline": plain["get"],
             },
         }
+        if mooncake:
+            lent = stack.enter_context(mooncake_store(folder, 2 * (repeats + 3) * nbytes, buffers))
+            lent.store.register(memory)
+            lent.touch(repeats + 2)
+            calls["put"]["MooncakeStore"] = lent.put
+            calls["get"]["MooncakeStore"] = lent.get
         for what, contenders in calls.items():
             took = times(contenders, repeats)
             seconds = {name: statistics.median(each) for name, each in took.items()}
@@ -174,9 +219,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mebibytes", type=int, default=128, help="in a batch")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--inside", action="store_true", help="this is a network namespace for it already")
     options = parser.parse_args()
-    rows = [row for each in SIZES.items() for row in measure(*each, options.mebibytes << 20, options.repeats)]
-    about = machine(("kvblocks", "redis"))
+    missing = "" if options.inside else mooncake_cluster.why_not()
+    if not options.inside and not missing:
+        os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
+        command = mooncake_cluster.inside([sys.executable, *sys.argv, "--inside"])
+        os.execvp(command[0], command)
+    print(f"without Mooncake, which {missing}" if missing else "with Mooncake, over TCP")
+    nbytes = options.mebibytes << 20
+    rows = [row for each in SIZES.items() for row in measure(*each, nbytes, options.repeats, not missing)]
+    about = machine(("kvblocks", "redis", "mooncake-transfer-engine-non-cuda"))
     workload = f"batches of {options.mebibytes} MiB over loopback, {options.repeats} repeats, one thread; medians"
     report("Stores behind a network", rows, ours=SOCKET, workload=workload, about=about, name="stores")
     for row in rows:

@@ -1,6 +1,7 @@
 """A redis-server of a test's own, on a port of the loopback interface; and a server that answers what a test says."""
 
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -10,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 import pytest
+from stopping import stop_process
 
 START_SECONDS = 20
 
@@ -65,9 +67,14 @@ class RedisServer:
         except OSError:
             return False
 
-    def signal(self, number: int) -> None:
+    def stop(self) -> None:
+        """Until `go_on` it says nothing; the kernel still takes connections and bytes for it."""
         assert self.process is not None
-        self.process.send_signal(number)
+        stop_process(self.process)
+
+    def go_on(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """End it at once, also where it is stopped."""

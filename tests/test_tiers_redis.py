@@ -4,7 +4,6 @@ import logging
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -135,11 +134,11 @@ def test_connections_that_the_server_has_closed_are_made_anew(server: RedisServe
 
 
 def test_a_server_that_is_stopped(own: RedisServer) -> None:
-    """SIGSTOP: the kernel still takes connections and bytes for it. Late replies are nobody's."""
+    """By SIGSTOP. Late replies are nobody's."""
     keys = [f"k{i}" for i in range(3)]
     with RedisStore(own.url, timeout=TIMEOUT_SECONDS, connect_timeout=TIMEOUT_SECONDS) as store:
         assert put(store, *keys) == [OK] * 3
-        own.signal(signal.SIGSTOP)
+        own.stop()
         calls: list[tuple[Callable[[], object], object]] = [
             (lambda: get(store, *keys), [TIMEOUT] * 3),
             (lambda: get(store, *keys), [TIMEOUT] * 3),  # on a connection that is new
@@ -152,7 +151,7 @@ def test_a_server_that_is_stopped(own: RedisServer) -> None:
             before = time.monotonic()
             assert call() == wanted
             assert time.monotonic() - before < TIMEOUT_SECONDS + SLACK
-        own.signal(signal.SIGCONT)
+        own.go_on()
         assert set(get(store, *keys)) <= {OK, MISSING}  # the delete may have been done
         assert put(store, *keys) == [OK] * 3
         for _ in range(3):
@@ -165,13 +164,13 @@ def test_a_server_that_stops_in_the_middle_of_a_batch(own: RedisServer) -> None:
         assert [put(store, key, nbytes=LARGE) for key in keys] == [[OK]] * 6
         answers = []
         for _ in range(3):
-            timer = threading.Timer(0.005, own.signal, [signal.SIGSTOP])
+            timer = threading.Timer(0.005, own.stop)
             timer.start()
             before = time.monotonic()
             answers += get(store, *keys, nbytes=LARGE)
             assert time.monotonic() - before < TIMEOUT_SECONDS + SLACK
             timer.join()
-            own.signal(signal.SIGCONT)
+            own.go_on()
         assert TIMEOUT in answers
         assert set(answers) <= {OK, TIMEOUT}
         assert get(store, *keys, nbytes=LARGE) == [OK] * 6
@@ -424,7 +423,7 @@ def test_a_fork_has_no_part_in_it(server: RedisServer) -> None:
 def test_close_waits_for_calls_that_run(own: RedisServer) -> None:
     store = RedisStore(own.url, timeout=20)
     assert put(store, "a") == [OK]
-    own.signal(signal.SIGSTOP)
+    own.stop()
     answers: list[Status] = []
     loading = threading.Thread(target=lambda: answers.extend(get(store, "a")))
     loading.start()
@@ -433,7 +432,7 @@ def test_close_waits_for_calls_that_run(own: RedisServer) -> None:
     closing.start()
     closing.join(0.1)
     assert closing.is_alive()
-    own.signal(signal.SIGCONT)
+    own.go_on()
     closing.join(20)
     loading.join(20)
     assert answers == [OK]

@@ -2,6 +2,7 @@
 
 from kvblocks.tiers.disk import DiskStore
 from kvblocks.tiers.memory_store import MemoryStore
+from kvblocks.tiers.mooncake import MooncakeStore
 from kvblocks.tiers.objects import Block, ObjectFormat
 from kvblocks.tiers.redis import RedisStore
 from kvblocks.tiers.store import Buffer, Status, Store, StoreStats
@@ -12,6 +13,7 @@ __all__ = [
     "Buffer",
     "DiskStore",
     "MemoryStore",
+    "MooncakeStore",
     "ObjectFormat",
     "RedisStore",
     "Status",

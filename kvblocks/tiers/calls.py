@@ -1,18 +1,21 @@
-"""Which calls of a store run, so that `close` can wait for them. Imports only the standard library."""
+"""Which calls of a store run, so that `close` can wait for them, and what fails. Imports only the standard library."""
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Iterator
 
 __all__ = ["Calls"]
 
+_log = logging.getLogger("kvblocks")
+
 
 class Calls:
     """The calls of one store, which belongs to the process that opened it.
 
     Args:
-        name: of the store, for errors.
+        name: of the store, for errors and the log.
 
     Thread-safety: any number of threads.
     """
@@ -20,6 +23,7 @@ class Calls:
     def __init__(self, name: str) -> None:
         self.name = name
         self._running = 0
+        self._complaint = ""
         self._closed = False
         self._pid = os.getpid()
         self._changed = threading.Condition()
@@ -56,3 +60,10 @@ class Calls:
             while self._running:
                 self._changed.wait()
         return closes
+
+    def complain(self, error: object) -> None:
+        """Log what fails, once until something else does, or nothing: then `error` is ""."""
+        if str(error) != self._complaint:
+            self._complaint = str(error)
+            if self._complaint:
+                _log.warning("%s fails: %s", self.name, error)

@@ -3,11 +3,10 @@
 How replies are read is in `kvblocks.tiers.resp`. Imports redis, an extra, only when a store is made.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import parse_qsl, urlsplit
 
 from kvblocks.tiers.calls import Calls
@@ -22,8 +21,6 @@ LOOKUP = (
     b"local found = {} for i, key in ipairs(KEYS) do found[i] = redis.call('EXISTS', key) end "
     b"return table.concat(found)"
 )
-
-_log = logging.getLogger("kvblocks")
 
 
 class RedisStore(Store):
@@ -67,6 +64,8 @@ class RedisStore(Store):
     Thread-safety: any number of threads; each call uses a connection of its own.
     """
 
+    writes_late: ClassVar[bool] = False
+
     def __init__(self, url: str, *, timeout: float = 5.0, connect_timeout: float = 1.0) -> None:
         try:
             import redis.connection
@@ -80,7 +79,6 @@ class RedisStore(Store):
         self._errors = redis.exceptions
         name = _checked_url(url)
         self._calls = Calls(f"the store in {name}")
-        self._complaint = ""
         options: dict[str, Any] = {
             "parser_class": Replies,
             "protocol": 2,
@@ -208,12 +206,12 @@ class RedisStore(Store):
                             statuses.append(read(i, reply))
                             ahead -= requests[i][2] + REQUEST_BYTES
                 if Status.ERROR not in statuses:
-                    self._complaint = ""
+                    self._calls.complain("")
             except (self._errors.TimeoutError, TimeoutError) as error:
                 rest = Status.TIMEOUT
-                self._complain(error)
+                self._calls.complain(error)
             except (self._errors.RedisError, OSError) as error:
-                self._complain(error)
+                self._calls.complain(error)
         return statuses + [rest] * (count - len(statuses))
 
     @contextmanager
@@ -235,14 +233,8 @@ class RedisStore(Store):
             return Status.FULL
         if text.startswith("WRONGTYPE "):  # something else than an object is under the key
             return Status.CORRUPT
-        self._complain(text)
+        self._calls.complain(text)
         return Status.ERROR
-
-    def _complain(self, error: object) -> None:
-        """Log what is wrong, once until it is something else."""
-        if str(error) != self._complaint:
-            self._complaint = str(error)
-            _log.warning("%s fails: %s", self._calls.name, error)
 
 
 def _pieces(requests: Sequence[tuple[bytes, memoryview | None, int]]) -> list[bytes | memoryview]:

@@ -7,7 +7,7 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 __all__ = ["MAX_KEY_BYTES", "Buffer", "Status", "Store", "StoreStats", "checked_batch", "checked_keys"]
 
@@ -73,9 +73,15 @@ class Store(ABC):
     later `load` agree; that the medium gives back the bytes it was given. The caller of `load` verifies them
     (`kvblocks.tiers.objects`).
 
+    Attributes:
+        writes_late: whether a load that answered TIMEOUT may still write its buffer. Such memory is never used again,
+            so a store that lets go of its buffers in time, or never answers TIMEOUT, sets it to False.
+
     Thread-safety: any number of threads may call at once. Buffers of calls that run at once must not overlap, unless
     the calls only read them. A store belongs to the process that opened it, not to a fork of it.
     """
+
+    writes_late: ClassVar[bool] = True
 
     def register(self, buffer: Buffer) -> None:  # noqa: B027 -- most stores have nothing to do here
         """Announce memory in which buffers of later calls lie. The memory must outlive the store.

@@ -1,10 +1,11 @@
 """A store from one line of text, as a command or a settings file gives it. Imports the stores."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from kvblocks.tiers.disk import DiskStore
+from kvblocks.tiers.mooncake import MooncakeStore
 from kvblocks.tiers.redis import RedisStore
 from kvblocks.tiers.store import Store
 
@@ -21,6 +22,8 @@ def open_store(url: str) -> Store:
     | `file:///PATH?size=10GiB` | `DiskStore` | `size` (needed), `threads` |
     | `redis://HOST:PORT/DB`, `rediss://HOST:PORT/DB`, `unix:///PATH?db=DB` | `RedisStore` | `timeout`, \
 `connect_timeout`, those of redis that begin with `ssl_` |
+    | `mooncake://HOST:PORT?segment=8GiB` | `MooncakeStore` | `segment` (needed; 0 lends none), `host`, `protocol`, \
+`devices`, `metadata`, `lease` |
 
     Raises:
         ValueError: `url` names no store, lacks an option, or has one that its store does not know.
@@ -60,6 +63,28 @@ def _redis(url: str, options: dict[str, str]) -> Store:
     return RedisStore(f"{server}?{rest}" if rest else server, **seconds)
 
 
+def _mooncake(url: str, options: dict[str, str]) -> Store:
+    parts = urlsplit(url)
+    if parts.path.strip("/") or "@" in parts.netloc:
+        raise ValueError("a URL of Mooncake has a host and a port alone; give mooncake://HOST:PORT?segment=8GiB")
+    if "segment" not in options:
+        raise ValueError(
+            f"{url!r:.200} lacks the memory that this process lends; add ?segment=8GiB, or ?segment=0 for none"
+        )
+    segment = options.pop("segment")
+    settings: dict[str, Any] = {
+        name: options.pop(name) for name in ("host", "protocol", "devices", "metadata") if name in options
+    }
+    if "lease" in options:
+        settings["lease"] = _number("lease", options.pop("lease"), float)
+    if options:
+        raise ValueError(
+            f"{url!r:.200} has an option {next(iter(options))!r}; "
+            "segment, host, protocol, devices, metadata and lease are known"
+        )
+    return MooncakeStore(parts.netloc, segment=segment, **settings)
+
+
 def _number(name: str, text: str, kind: type[Number]) -> Number:
     try:
         return kind(text)
@@ -76,4 +101,5 @@ _OPENERS: dict[str, Callable[[str, dict[str, str]], Store]] = {
     "redis": _redis,
     "rediss": _redis,
     "unix": _redis,
+    "mooncake": _mooncake,
 }
