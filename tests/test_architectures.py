@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 import kvblocks
 from kvblocks.generation.request import LogitsProcessor, Request
 from kvblocks.integrations.transformers import PagedCache, UnsupportedModel
+from kvblocks.integrations.transformers.layers import model_layers
 
 # These tensors are tiny, and threads would only wait for each other.
 torch.set_num_threads(1)
@@ -89,20 +90,23 @@ def through_cache(model: PreTrainedModel, expected: tuple[Tensor, Tensor]) -> st
 def through_prompts(model: PreTrainedModel, expected: tuple[Tensor, Tensor]) -> str:
     """With hits: the first prompt was computed before, without padding; the second after it, with more of it."""
     ids, mask = batch()
+    extended = torch.cat([torch.zeros(1, 3, dtype=ids.dtype), ids[1:]], 1)
     held = PagedCache(model.config, num_blocks=128, block_size=4)
     try:
-        held.begin(ids[:1, :17])
+        for prompt in (ids[:1, :17], extended):
+            given = (prompt > 0).long()
+            held.begin(prompt, given)
+            generate(model, prompt, given, held, 1)
     except UnsupportedModel as error:
         return str(error)
-    generate(model, ids[:1, :17], mask[:1, :17], held, 1)
-    extended = torch.cat([torch.zeros(1, 3, dtype=ids.dtype), ids[1:]], 1)
-    extended_mask = (extended > 0).long()
-    held.begin(extended, extended_mask)
-    generate(model, extended, extended_mask, held, 1)
-    held.begin(ids, mask)
+    found = held.begin(ids, mask)
+    if any(layer.states for layer in model_layers(model.config)):
+        assert found == 0
+        assert held.manager.stats().hit_tokens == 0
+    else:
+        assert held.manager.stats().hit_tokens > 0
     outcome = check(generate(model, ids, mask, held), expected)
     held.manager.audit()
-    assert held.manager.stats().hit_tokens > 0
     held.close()
     assert held.manager.num_free_blocks == held.manager.num_blocks
     return outcome

@@ -126,7 +126,7 @@ def test_why_layers_do_not_read_blocks_is_logged_once(caplog: pytest.LogCaptureF
         ("moshi", "attends past its window within a pass, so it matters how a prompt is split"),
         ("cpmant", "puts tokens of its own before each prompt"),
         ("xlnet", "takes no cache, so the model keeps its K and V elsewhere, or none"),
-        ("mamba", "has layers of type linear_attention; served are those that keep K and V and nothing else"),
+        ("mamba", "has no layer with K and V, so there is nothing to keep in blocks"),
     ],
 )
 def test_what_neither_way_serves_is_refused_by_name(name: str, message: str) -> None:

@@ -158,7 +158,7 @@ def test_families(family: str) -> None:
 LINEAR = ["linear_attention", "full_attention"] * 2
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "linear attention": ("qwen3_next", {"layer_types": LINEAR}, "layers of type linear_attention; served are"),
+    "linear attention": ("qwen3_next", {"layer_types": LINEAR}, "keeps a state of each sequence, which nothing"),
     "recurrent": ("rwkv", {"attention_hidden_size": 64}, "keeps a recurrent state"),
     "fewer layers than it says": (
         "bart",
@@ -167,8 +167,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "runs layers twice": (
         "dory",
-        {"head_dim": 16, "n_input_layers": 1, "n_output_layers": 1},
-        "runs some layers several times in a pass",
+        {"head_dim": 16, "n_input_layers": 1, "n_output_layers": 1, "recurrent_kv_cache_mode": "last_loop"},
+        "runs some layers several times in a pass, and reads K and V of the last time past",
     ),
     "bidirectional": ("bert", {}, "BertLMHeadModel attends to later tokens too"),
     "window in the cache only": ("moshi", {"sliding_window": 9}, "attends past its window within a pass"),

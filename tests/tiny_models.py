@@ -65,7 +65,7 @@ SMALL: dict[str, Any] = {
     # indexers
     "index_topk": 8,
     "index_head_dim": 16,
-    "index_n_heads": 2,
+    "index_n_heads": 8,  # with few all keys may score 0 for a query, and which are taken then is chance
     # linear attention and Mamba
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 8,
@@ -285,6 +285,7 @@ OWN: dict[str, dict[str, Any]] = {name: fields for names, fields in ALIKE for na
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
     "minimax_m3_vl_text": {
         "layer_types": [FULL, "minimax_m3_sparse"] * 2,
+        "index_n_heads": 2,
         "index_block_size": 8,
         "index_topk_blocks": 2,
     },

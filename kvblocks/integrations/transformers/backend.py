@@ -71,14 +71,11 @@ def adapters(model: PreTrainedModel) -> bytes:
 
 
 def check_state(model: PreTrainedModel) -> tuple[ModelLayer, ...]:
-    """The model's layers; raises `UnsupportedModel` where it keeps anything but K and V of its tokens."""
+    """The model's layers; raises `UnsupportedModel` where it keeps what no cache here holds."""
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise UnsupportedModel(f"{name} is an encoder-decoder; only decoder-only models are served")
-    layers = model_layers(model.config)
-    if getattr(model, "_is_stateful", False):
-        raise UnsupportedModel(f"{name} keeps a recurrent state between tokens, which a K/V cache does not hold")
-    return layers
+    return model_layers(model.config)
 
 
 def check_model(model: PreTrainedModel) -> tuple[ModelLayer, ...]:
@@ -88,6 +85,8 @@ def check_model(model: PreTrainedModel) -> tuple[ModelLayer, ...]:
     """
     name = type(model).__name__
     layers = check_state(model)
+    if any(layer.states or layer.index_dim for layer in layers):
+        raise UnsupportedModel(f"{name} keeps more than the K and V that attention reads: index keys, or states")
     if not all(part._can_set_attn_implementation() for part in model.modules() if isinstance(part, PreTrainedModel)):
         raise UnsupportedModel(
             f"{name} does not use transformers' attention registry, so its attention cannot be exchanged"
@@ -274,6 +273,12 @@ class _Handed:
     def update(self, layer: ModelLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         self.states[layer.index] = keys, values
         return keys, values
+
+    def index(self, layer: ModelLayer, keys: Tensor) -> Tensor:
+        return keys
+
+    def enter(self, layer: ModelLayer, call: str) -> None:
+        """No such model gets here: see `check_model`."""
 
 
 def _same(attended: tuple[Tensor, Tensor] | None, cached: tuple[Tensor, Tensor] | None) -> bool:

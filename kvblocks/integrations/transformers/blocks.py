@@ -65,13 +65,13 @@ class Sizes:
         shape: layers, heads and dims as the model's config has them; raises where it does not say.
         dtype, device: those that were asked for.
         groups: the layers by how far they attend.
-        unequal: whether layers differ in shape; where they do not, the first K and V show that of all.
+        index_dims: of each layer the dim of its index keys, 0 for none.
         likely_dtype: of K and V where none was asked for.
     """
 
     shape: Callable[[], KVShape]
-    unequal: bool
     num_layers: int
+    index_dims: tuple[int, ...]
     memory: int | None
     num_blocks: int | None
     block_size: int
@@ -192,13 +192,13 @@ class Blocks:
         except ValueError:
             if seen is None:
                 raise
-            return KVShape(sizes.num_layers, *seen)
-        if seen is None or (said.layers is not None and seen in said.layers):
+            return KVShape(sizes.num_layers, *seen, index_dims=sizes.index_dims)
+        if seen is None or seen in (said.layers or ()):
             return said
-        if not sizes.unequal:
-            return KVShape(sizes.num_layers, *seen)
+        if said.layers is None:  # all are as the first shows
+            return KVShape(sizes.num_layers, *seen, index_dims=sizes.index_dims)
         heads, k_dim, v_dim = (max(sides) for sides in zip(said[1:4], seen, strict=True))
-        return KVShape(sizes.num_layers, heads, k_dim, v_dim)
+        return KVShape(sizes.num_layers, heads, k_dim, v_dim, index_dims=sizes.index_dims)
 
     def _size(self, shape: KVShape, dtype: torch.dtype) -> None:
         sizes = self._sizes

@@ -18,10 +18,9 @@ from transformers.cache_utils import DynamicCache
 from kvblocks.checks import checked_device
 from kvblocks.config import Group, Window, itemsize
 from kvblocks.engine import CacheEngine
-from kvblocks.errors import UnsupportedModel
 from kvblocks.integrations.transformers.blocks import Blocks, Sizes
 from kvblocks.integrations.transformers.images import images_of, positions_of, runs_of, without_images
-from kvblocks.integrations.transformers.layer import CacheState, PagedLayer
+from kvblocks.integrations.transformers.layer import CacheState, PagedIndexedLayer, PagedLayer, StateLayer, paged_layer
 from kvblocks.integrations.transformers.layers import (
     ModelLayer,
     cache_groups,
@@ -37,6 +36,7 @@ from kvblocks.integrations.transformers.layers import (
 from kvblocks.integrations.transformers.passes import Prompt
 from kvblocks.integrations.transformers.pool import Pool, check_pool
 from kvblocks.integrations.transformers.rows import Rows
+from kvblocks.integrations.transformers.states import States
 from kvblocks.manager import BlockManager
 from kvblocks.sizes import checked_bytes, checked_size
 
@@ -51,9 +51,13 @@ class PagedCache(Cache):
     It takes the place of `DynamicCache`: left padding, sampling, beams, several return sequences, assisted generation.
     Beams share the blocks of what they have in common, and `begin` finds what earlier prompts have computed already.
 
+    Index keys of sparse attention lie in the blocks beside K and V. States of convolutions, linear attention and Mamba
+    are kept beside the blocks, one of each for a row, in memory that `memory` does not count. They belong to all that
+    is in a row: `begin` finds nothing for a model with states, and recurrent ones cannot be cropped.
+
     Args:
         config: the model's.
-        memory: for K and V, in bytes or like "64MiB", "1.5GB" (the default: "64MiB").
+        memory: for K and V and index keys, in bytes or like "64MiB", "1.5GB" (the default: "64MiB").
         num_blocks: blocks in the pool, instead of `memory`.
         block_size: tokens in a block.
         dtype, device: of K and V; by default those of the first K and V that come.
@@ -65,12 +69,13 @@ class PagedCache(Cache):
             `kvblocks.generate`.
 
     Raises:
-        UnsupportedModel: the model keeps more than K and V, or is an encoder-decoder.
+        UnsupportedModel: the model keeps what no cache here holds, has no K and V, or is an encoder-decoder.
         TypeError, ValueError: an argument that cannot be.
 
     A pass that the pool has no blocks for raises `NoFreeBlocks` from inside the model, and leaves the cache as it was.
-    One that fails elsewhere in the model leaves it half written; `abort` takes that back. K and V are allocated when
-    the first come, or when `engine` is asked for. No gradient flows through them.
+    One that fails elsewhere in the model leaves it half written; `abort` takes that back. Of a model with states
+    always call it then: they are written in place, and nothing shows that the last layer failed halfway. K and V are
+    allocated when the first come, or when `engine` is asked for. No gradient flows through them.
 
     Blocks go back to the pool with `close`, at the end of a `with` block, or when the cache is collected. A deep copy
     is a `fork`.
@@ -112,7 +117,7 @@ class PagedCache(Cache):
             pool = Pool.over(config, Blocks.of(manager, engine))
         else:
             groups = cache_groups(config, chunks=False)
-            sizes = _sizes(config, writing, groups, memory, num_blocks, block_size, dtype, device)
+            sizes = _sizes(config, described, groups, memory, num_blocks, block_size, dtype, device)
             pool = Pool.over(config, Blocks(sizes))
         if pool.blocks.is_allocated:
             if len(pool.engine) != writing:
@@ -122,13 +127,24 @@ class PagedCache(Cache):
 
     def _fill(self, config: PreTrainedConfig, described: Sequence[ModelLayer], rows: Rows, pool: Pool) -> None:
         self.pool = pool
-        state = CacheState(config, rows, sum(layer.writes for layer in described))
+        state = CacheState(config, rows, described)
         self._state = state
         self._finalizer = weakref.finalize(self, rows.clear)
         others = DynamicCache(config=text_config(config)).layers
-        super().__init__(
-            layers=[PagedLayer(state, layer) if layer.writes else others[layer.index] for layer in described]
+        layers = [
+            paged_layer(state, layer) if layer.writes or layer.states else others[layer.index] for layer in described
+        ]
+        rows.states = States(
+            [layer for layer in layers if isinstance(layer, StateLayer)],
+            [layer for layer in layers if isinstance(layer, PagedIndexedLayer)],
         )
+        rows.parts = frozenset(
+            (layer.index, part)
+            for layer in described
+            for part, kept in (("update", layer.writes), ("index", layer.index_dim), ("state", layer.states))
+            if kept
+        )
+        super().__init__(layers=layers)
 
     # What is there
 
@@ -290,7 +306,7 @@ class PagedCache(Cache):
                 raise ValueError(f"row {number} of attention_mask has a 0 to the right of a 1; pad on the left")
         _check_ids("input_ids", ids[held])
         pads = [int(line.argmax()) for line in held]
-        check_prompts(self._state.config, positions_given=positions_given)
+        check_prompts(self._state.config, padded=any(pads), positions_given=positions_given)
         if self._crosses(ids.shape[1]):
             salt += np.random.default_rng().bytes(16)
         shifts = counts_padding(self._state.config)
@@ -326,7 +342,7 @@ class PagedCache(Cache):
     def activate_past_recording(self) -> None:
         """From here on a pass may be cut by the next `crop`, also where windows have moved on."""
         for layer in self.layers:
-            if isinstance(layer, PagedLayer):
+            if isinstance(layer, PagedLayer | StateLayer):
                 layer.record_past = True
 
     def reset_prefix_cache(self) -> None:
@@ -339,14 +355,18 @@ class PagedCache(Cache):
         self._state.rows.clear()
 
     def abort(self) -> None:
-        """Take back a pass that failed inside the model: as if it had never begun."""
+        """Take back a pass that failed inside the model: as if it had never begun.
+
+        Where nothing failed there is nothing to take back. Only of a model with states a pass is open until the next
+        one begins, or something else is done with the cache; until then it is taken back.
+        """
         self._state.rows.abort()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` columns.
 
         Raises:
-            ValueError: the number is positive, or there are not as many columns.
+            ValueError: the number is positive, there are not as many columns, or windows or states have moved on.
         """
         rows = self._state.settled("crop")
         columns = rows.columns + tokens_to_remove
@@ -354,6 +374,7 @@ class PagedCache(Cache):
             raise ValueError(
                 f"tokens_to_remove={tokens_to_remove} must be 0 to {-rows.columns}: minus the number of columns to drop"
             )
+        rows.states.crop(rows.columns, -tokens_to_remove)
         rows.crop(columns) if tokens_to_remove else rows.settle()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -369,21 +390,48 @@ class PagedCache(Cache):
         chosen = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
         self._state.select("batch_select_indices", chosen.tolist())
 
-    def update_conv_state(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise UnsupportedModel("the model keeps the state of a convolution, which a cache of K and V does not hold")
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """The state of a convolution [rows, ...], for the pass that asks to write; None where there is none yet."""
+        self._enter(layer_idx, f"state get_conv_state {state_idx}")
+        state: Tensor | None = super().get_conv_state(layer_idx, state_idx)
+        return state
 
-    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise UnsupportedModel("the model keeps a recurrent state, which a cache of K and V does not hold")
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """A recurrent state [rows, ...], for the pass that asks to write; None where there is none yet."""
+        self._enter(layer_idx, f"state get_recurrent_state {state_idx}")
+        state: Tensor | None = super().get_recurrent_state(layer_idx, state_idx)
+        return state
 
-    def update_indexer(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise UnsupportedModel("the model keeps keys of an indexer, which a cache of K and V does not hold")
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """Go on with a convolution; returns its state before, and these new columns."""
+        self._enter(layer_idx, f"state update_conv_state {state_idx}")
+        states: Tensor = super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+        return states
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        """Put a recurrent state in place of the one before."""
+        self._enter(layer_idx, f"state update_recurrent_state {state_idx}")
+        states: Tensor = super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
+        return states
+
+    def _enter(self, layer_idx: int, call: str) -> None:
+        if isinstance(layer := self.layers[layer_idx], StateLayer):
+            layer.enter(call)
 
     # Copies and leaving
 
     def fork(self) -> "PagedCache":
         """Another cache that holds the same and shares every block; the two go on apart."""
         made = PagedCache.__new__(PagedCache)
-        made._fill(self._state.config, model_layers(self._state.config), self._state.settled("fork").fork(), self.pool)
+        rows = self._state.settled("fork")
+        made._fill(self._state.config, model_layers(self._state.config), rows.fork(), self.pool)
+        made._state.rows.states.hold(*rows.states.held())
         return made
 
     def __copy__(self) -> "PagedCache":
@@ -422,7 +470,7 @@ def _check_groups(described: Sequence[ModelLayer], engine: CacheEngine) -> None:
 
 def _sizes(
     config: PreTrainedConfig,
-    num_layers: int,
+    described: Sequence[ModelLayer],
     groups: tuple[Group, ...],
     memory: int | str | None,
     num_blocks: int | None,
@@ -442,8 +490,8 @@ def _sizes(
         dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype.removeprefix("torch."))
     return Sizes(
         lambda: kv_shape(config),
-        bool(getattr(text, "is_heterogeneous", False)) or text.model_type == "mimo_v2_flash",
-        num_layers,
+        sum(layer.writes for layer in described),
+        tuple(layer.index_dim for layer in described if layer.writes),
         num_bytes,
         None if num_blocks is None else checked_size("num_blocks", num_blocks),
         checked_size("block_size", block_size),

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 from kvblocks.engine import CacheEngine
 from kvblocks.errors import UnsupportedModel
 from kvblocks.integrations.transformers.backend import PagedModel, check_state, unwrapped
-from kvblocks.integrations.transformers.layer import PagedLayer, check_states, exchange
+from kvblocks.integrations.transformers.layer import check_index, check_states, exchange, index, paged_layer
 from kvblocks.integrations.transformers.layers import (
     KVShape,
     ModelLayer,
@@ -55,6 +55,11 @@ class CachedModel:
         self.model = unwrapped(model)
         self.layers = check_state(self.model)
         check_splits(self.model.config)
+        if any(layer.states for layer in self.layers):
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} keeps a state of each sequence, which nothing carries from pass to pass "
+                "here; use model.generate with PagedCache"
+            )
         if self.model.training:
             raise UnsupportedModel(f"{type(self.model).__name__} is in training mode; call model.eval()")
         self._call = model
@@ -75,8 +80,8 @@ class CachedModel:
         first, second = self._run(state, ids, 0, [0])[:, 0].float()
         if not torch.allclose(first, second, rtol=0, atol=0.01 * float(first.abs().max()), equal_nan=True):
             raise UnsupportedModel(f"{type(self.model).__name__} attends to later tokens too, which come after a pass")
-        shapes = [state.shapes[layer.index] for layer in self.layers if layer.writes]
-        shape = KVShape.of(shapes)
+        writing = [layer for layer in self.layers if layer.writes]
+        shape = KVShape.of([state.shapes[layer.index] for layer in writing], [layer.index_dim for layer in writing])
         _measured[self.model] = shape
         return shape
 
@@ -141,7 +146,10 @@ class CachedModel:
     def _cache(self, state: "_Stepping | _Measured") -> Cache:
         others = DynamicCache(config=text_config(self.model.config)).layers
         return Cache(
-            layers=[PagedLayer(state, layer) if layer.writes else others[layer.index] for layer in self.layers]
+            layers=[
+                paged_layer(state, layer) if layer.writes or layer.states else others[layer.index]
+                for layer in self.layers
+            ]
         )
 
 
@@ -168,6 +176,19 @@ class _Stepping:
         self.written.add(layer.index)
         return read
 
+    def index(self, layer: ModelLayer, keys: Tensor) -> Tensor:
+        check_index(layer, keys)
+        if keys.shape[:2] != (self._run.batch, self._run.count) or layer.index in self._run.indexed:
+            raise UnsupportedModel(
+                f"layer {layer.index} adds index keys of {keys.shape[1]} columns to {keys.shape[0]} rows, or adds them "
+                f"twice; the pass has {self._run.count} for each of {self._run.batch}"
+            )
+        self._run.indexed.add(layer.index)
+        return index(self._engine, self._run, layer, keys)
+
+    def enter(self, layer: ModelLayer, call: str) -> None:
+        """A pass is all that there is."""
+
 
 class _Measured:
     """What the layers make of two tokens: heads, dim of K, dim of V."""
@@ -191,6 +212,13 @@ class _Measured:
         self.shapes[layer.index] = (keys.shape[1], keys.shape[3], values.shape[3])
         self.written.add(layer.index)
         return keys, values
+
+    def index(self, layer: ModelLayer, keys: Tensor) -> Tensor:
+        check_index(layer, keys)
+        return keys
+
+    def enter(self, layer: ModelLayer, call: str) -> None:
+        """A pass is all that there is."""
 
 
 _measured: "WeakKeyDictionary[PreTrainedModel, KVShape]" = WeakKeyDictionary()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from kvblocks.engine import CacheEngine
 from kvblocks.errors import UnsupportedModel
@@ -19,7 +19,18 @@ from kvblocks.integrations.transformers.passes import Pass
 from kvblocks.integrations.transformers.rows import Rows
 from kvblocks.storage.cache import PagedKVCache
 
-__all__ = ["CacheState", "LayerState", "PagedLayer", "check_states", "exchange"]
+__all__ = [
+    "CacheState",
+    "LayerState",
+    "PagedIndexedLayer",
+    "PagedLayer",
+    "StateLayer",
+    "check_index",
+    "check_states",
+    "exchange",
+    "index",
+    "paged_layer",
+]
 
 _TAKES_VIEWS = {"gpt_neox_japanese"}  # model types that call `view` on K, which must be without gaps then
 
@@ -35,18 +46,25 @@ class LayerState(Protocol):
     def update(self, layer: ModelLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write K and V of new columns; returns those of all columns that the layer reaches."""
 
+    def index(self, layer: ModelLayer, keys: Tensor) -> Tensor:
+        """Take index keys [rows, new columns, dim], whose K and V come next; returns those of all columns."""
+
+    def enter(self, layer: ModelLayer, call: str) -> None:
+        """The layer reads or writes what it keeps beside K and V; one that does so again is in another pass."""
+
 
 class CacheState:
     """What the cache and its layers have in common. It does not refer to the cache, which is free to go."""
 
-    def __init__(self, config: PreTrainedConfig, rows: Rows, num_layers: int) -> None:
+    def __init__(self, config: PreTrainedConfig, rows: Rows, layers: Sequence[ModelLayer]) -> None:
         self.config = config
         self.rows = rows
-        self.num_layers = num_layers
+        self.num_layers = sum(layer.writes for layer in layers)
+        self.num_indexed = sum(layer.index_dim > 0 for layer in layers)
 
     def settled(self, what: str) -> Rows:
         """The rows, unless a pass is half done."""
-        if self.rows.running is not None:
+        if not self.rows.settled():
             raise RuntimeError(f"{what} was called inside a pass, {self._how_far(self.rows.running)}")
         return self.rows
 
@@ -55,7 +73,9 @@ class CacheState:
         held = len(rows.rows) * rows.factor
         if not indices or not all(0 <= index < held for index in indices):
             raise ValueError(f"{what} names rows {list(indices)}; the cache holds rows 0 to {held - 1}")
+        states = rows.states.selected(indices)  # they are those of the batch, where rows may stand for several
         rows.select([index // rows.factor for index in indices])
+        rows.states.hold(*states)
 
     def length(self, layer: ModelLayer) -> int:
         """Columns that the layer has, those of a running pass included once it has written them."""
@@ -64,20 +84,13 @@ class CacheState:
 
     def update(self, layer: ModelLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write K and V of the new columns; returns those of all columns that the layer reaches."""
+        self.enter(layer, "update")
         rows, run = self.rows, self.rows.running
         if run is not None and (run.dropped or layer.index in run.written):
-            raise RuntimeError(
-                f"layer {layer.index} begins a pass, but the one before has not ended: {self._how_far(run)}"
-            )
+            raise self._not_ended(layer)
         try:
             check_states(layer, keys, values)
-            if run is None:
-                run = rows.open(keys.shape[0], keys.shape[2], keys.device)
-            elif (run.batch, run.count) != (keys.shape[0], keys.shape[2]):
-                raise UnsupportedModel(
-                    f"layer {layer.index} adds {keys.shape[2]} columns to {keys.shape[0]} rows, the layers before it "
-                    f"{run.count} to {run.batch}; all layers must add the same"
-                )
+            run = self._opened(layer, keys.shape[0], keys.shape[2], keys.device)
             if run.factor > 1 and not run.written:
                 _check_copies(keys, run.factor, len(rows.rows))
             kept = keys.dtype
@@ -90,9 +103,50 @@ class CacheState:
             rows.abort()
             raise
         run.written.add(layer.index)
-        if len(run.written) == self.num_layers:
-            rows.finish()
+        self._finish(run)
         return read
+
+    def index(self, layer: ModelLayer, keys: Tensor) -> Tensor:
+        """Take index keys of the new columns; returns those of all columns."""
+        self.enter(layer, "index")
+        rows, run = self.rows, self.rows.running
+        if run is not None and (run.dropped or layer.index in run.indexed):
+            raise self._not_ended(layer)
+        try:
+            check_index(layer, keys)
+            run = self._opened(layer, keys.shape[0], keys.shape[1], keys.device)
+            read = index(rows.blocks.allocated() if run.before or run.written else None, run, layer, keys)
+        except BaseException:
+            rows.abort()
+            raise
+        run.indexed.add(layer.index)
+        self._finish(run)
+        return read
+
+    def _finish(self, run: Pass) -> None:
+        if (len(run.written), len(run.indexed)) == (self.num_layers, self.num_indexed) and not self.rows.states:
+            self.rows.finish()
+
+    def enter(self, layer: ModelLayer, call: str) -> None:
+        if not self.rows.enter(layer.index, call):
+            raise self._not_ended(layer)
+
+    def _opened(self, layer: ModelLayer, batch: int, count: int, device: torch.device) -> Pass:
+        """The pass under way, which adds so many columns to so many rows; one that begins now, where there is none."""
+        run = self.rows.running
+        if run is None:
+            return self.rows.open(batch, count, device)
+        if (run.batch, run.count) != (batch, count):
+            raise UnsupportedModel(
+                f"layer {layer.index} adds {count} columns to {batch} rows, the layers before it {run.count} to "
+                f"{run.batch}; all layers must add the same"
+            )
+        return run
+
+    def _not_ended(self, layer: ModelLayer) -> RuntimeError:
+        return RuntimeError(
+            f"layer {layer.index} begins a pass, but the one before has not ended: {self._how_far(self.rows.running)}"
+        )
 
     @property
     def recording(self) -> bool:
@@ -103,12 +157,12 @@ class CacheState:
     def recording(self, value: bool) -> None:
         self.rows.recording = value
 
-    def _how_far(self, run: Pass) -> str:
-        if run.dropped:
+    def _how_far(self, run: Pass | None) -> str:
+        if run is not None and run.dropped:
             return "another cache on the same blocks began one meanwhile. Call abort() to go on from the pass before it"
         return (
-            f"{len(run.written)} of {self.num_layers} layers have written. If it failed, call abort(); if these are "
-            "all that ever write, the model cannot be served"
+            f"{len(run.written) if run else 0} of {self.num_layers} layers have written. If it failed, call abort(); "
+            "if these are all that ever write, the model cannot be served"
         )
 
 
@@ -166,6 +220,85 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return -1 if self._layer.window is None else self._layer.window
 
 
+class PagedIndexedLayer(PagedLayer):  # type: ignore[no-untyped-call]
+    """One layer with index keys beside K and V, all in blocks."""
+
+    def __init__(self, state: LayerState, layer: ModelLayer) -> None:
+        super().__init__(state, layer)
+        self.positions: Tensor | None = None
+
+    @property
+    def indexer_position_ids(self) -> Tensor | None:
+        """Positions of all columns, [kinds of position, rows, columns], where the model puts them here."""
+        return self.positions
+
+    @indexer_position_ids.setter
+    def indexer_position_ids(self, value: Tensor | None) -> None:
+        self._state.enter(self._layer, "positions")
+        self.positions = value
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        return self._state.index(self._layer, indexer_key_states)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def update_index(self, idx_k: Tensor) -> Tensor:
+        """As MiniMax M3 asks for it, [rows, 1, columns, dim]."""
+        return self._state.index(self._layer, idx_k.squeeze(1)).unsqueeze(1)
+
+
+class StateLayer(LinearAttentionLayer):
+    """One layer that keeps states and no K and V, as transformers asks for it."""
+
+    is_compileable = False
+
+    def __init__(self, state: LayerState, layer: ModelLayer) -> None:
+        self._state, self._layer = state, layer
+        recording = state.recording  # which transformers' constructor sets
+        LinearAttentionLayer.__init__(self, number_of_states=layer.states)
+        self.record_past = recording
+
+    @property
+    def record_past(self) -> bool:
+        return self._state.recording
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self._state.recording = value
+
+    def enter(self, call: str) -> None:
+        """A pass is about to read or write a state."""
+        self._state.enter(self._layer, call)
+
+    def update_conv_state(self, conv_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        _check_gradient(conv_states)
+        states: Tensor = super().update_conv_state(conv_states, *args, **kwargs)
+        return states
+
+    def update_recurrent_state(self, recurrent_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        _check_gradient(recurrent_states)
+        states: Tensor = super().update_recurrent_state(recurrent_states, *args, **kwargs)
+        return states
+
+    def __repr__(self) -> str:
+        return "a layer of states"
+
+
+class PagedStateLayer(StateLayer, PagedLayer):  # type: ignore[no-untyped-call, override]
+    """One layer with states, and with K and V in blocks."""
+
+    def __init__(self, state: LayerState, layer: ModelLayer) -> None:
+        PagedLayer.__init__(self, state, layer)
+        StateLayer.__init__(self, state, layer)
+
+
+def paged_layer(state: LayerState, layer: ModelLayer) -> PagedLayer | StateLayer:
+    """A layer of a cache, by what it keeps; it writes K and V, or has states."""
+    if layer.states:
+        return PagedStateLayer(state, layer) if layer.writes else StateLayer(state, layer)
+    return PagedIndexedLayer(state, layer) if layer.index_dim else PagedLayer(state, layer)
+
+
 def exchange(
     config: PreTrainedConfig, engine: CacheEngine, run: Pass, layer: ModelLayer, keys: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -181,7 +314,13 @@ def exchange(
     if mixed:
         keys, values = keys.to(engine.dtype), values.to(engine.dtype)
     _check_fit(layer, keys, shape, cache)
-    _write(cache, run, group, keys, values)
+    sides = [(keys, cache.num_heads, cache.head_dim), (values, cache.num_heads, cache.v_head_dim)]
+    if layer.index_dim:
+        index_keys = run.index_keys.pop(layer.index, None)
+        if index_keys is None:  # they come later
+            index_keys = keys.new_zeros(keys.shape[0], keys.shape[2], layer.index_dim)
+        sides.append((index_keys[:, None].to(engine.dtype), 1, layer.index_dim))
+    _write(cache, run, group, sides)
     read = _read(cache, run, group, layer.window, shape)
     if mixed:
         read = read[0].to(dtypes[0]), read[1].to(dtypes[1])
@@ -190,14 +329,66 @@ def exchange(
     return read
 
 
+def index(engine: CacheEngine | None, run: Pass, layer: ModelLayer, keys: Tensor) -> Tensor:
+    """Take index keys [rows, new columns, dim] to lie beside their K and V; returns those of all columns.
+
+    Args:
+        engine: None where nothing was written yet.
+    """
+    if layer.index not in run.written:
+        run.index_keys[layer.index] = keys
+    if engine is None:
+        return keys
+    storage = layer.storage or 0
+    cache, group = engine[storage], engine.group_of(storage)
+    held = _index_tensor(cache)
+    if layer.index in run.written:
+        rows = keys[:: run.factor].flatten(0, 1)
+        slots = run.slots[group]
+        held[slots // cache.block_size, slots % cache.block_size] = (
+            rows if run.chosen is None else rows[run.chosen]
+        ).to(held.dtype)
+    before = held[run.tables[group].long()].flatten(1, 2)  # [rows, slots, dim]
+    if run.gathered_at is None or run.padding is None:
+        before = before[:, : run.before]
+    else:
+        before = before.flatten(0, 1)[run.gathered_at[:, : run.before]]
+        before.masked_fill_(run.padding[:, : run.before, None], 0)
+    if run.factor > 1:
+        before = before.repeat_interleave(run.factor, 0)
+    return torch.cat([before.to(keys.dtype), keys], 1)
+
+
+def _index_tensor(cache: PagedKVCache) -> Tensor:
+    """The index keys of all blocks, [blocks, block_size, dim]."""
+    keys = cache.tensors["index"]
+    if cache.layout == "NHD":
+        return keys[:, :, 0]
+    return keys[:, 0] if cache.layout == "HND" else keys[:, 0].transpose(1, 2)
+
+
+def check_index(layer: ModelLayer, keys: Tensor) -> None:
+    if keys.ndim != 3 or keys.shape[2] != layer.index_dim or not keys.shape[0]:
+        raise UnsupportedModel(
+            f"layer {layer.index} makes index keys {list(keys.shape)}; by its config they are [rows, tokens, "
+            f"{layer.index_dim}]"
+        )
+    _check_gradient(keys)
+
+
 def check_states(layer: ModelLayer, keys: Tensor, values: Tensor) -> None:
     if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3] or not keys.shape[0]:
         raise UnsupportedModel(
             f"layer {layer.index} makes K {list(keys.shape)} and V {list(values.shape)}; served are [rows, heads, "
             "tokens, dim], alike but for dim"
         )
-    if keys.requires_grad or values.requires_grad:
-        raise RuntimeError("K and V in blocks take part in no gradient; run the model under torch.inference_mode()")
+    _check_gradient(keys)
+    _check_gradient(values)
+
+
+def _check_gradient(states: Tensor) -> None:
+    if states.requires_grad:
+        raise RuntimeError("what lies in blocks takes part in no gradient; run the model under torch.inference_mode()")
 
 
 def _check_copies(keys: Tensor, factor: int, rows: int) -> None:
@@ -225,16 +416,17 @@ def _check_fit(layer: ModelLayer, keys: Tensor, shape: tuple[int, int, int], cac
         )
 
 
-def _write(cache: PagedKVCache, run: Pass, group: int, keys: Tensor, values: Tensor) -> None:
-    sides = []
-    for states, dim in ((keys, cache.head_dim), (values, cache.v_head_dim)):
+def _write(cache: PagedKVCache, run: Pass, group: int, sides: Sequence[tuple[Tensor, int, int]]) -> None:
+    """Write the tensors [rows, heads, new columns, dim], each into so many heads of so many dims."""
+    made = []
+    for states, heads, dim in sides:
         rows = states[:: run.factor].transpose(1, 2).flatten(0, 1)
         if run.chosen is not None:
             rows = rows[run.chosen]
-        if rows.shape[1:] != (cache.num_heads, dim):
-            rows = pad(rows, (0, dim - rows.shape[2], 0, cache.num_heads - rows.shape[1]))
-        sides.append(rows)
-    cache.write(sides[0], sides[1], run.slots[group])
+        if rows.shape[1:] != (heads, dim):
+            rows = pad(rows, (0, dim - rows.shape[2], 0, heads - rows.shape[1]))
+        made.append(rows)
+    cache.write(*made, run.slots[group])
 
 
 def _read(
@@ -248,7 +440,7 @@ def _read(
     length = tables.shape[1] * cache.block_size
     start, stop = first - skipped * cache.block_size, after - skipped * cache.block_size
     unpadded = len(tables) == 1 and run.gathered_at is None
-    sides = cache.gather(tables.flatten(), stop if unpadded else len(tables) * length)
+    sides = cache.gather(tables.flatten(), stop if unpadded else len(tables) * length)[:2]
     result = []
     for side, dim in zip(sides, shape[1:], strict=True):
         if run.gathered_at is None or run.padding is None:

@@ -12,7 +12,13 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -66,6 +72,7 @@ class KVShape(NamedTuple):
 
     Attributes:
         layers: (num_kv_heads, head_dim, v_head_dim) of each layer that has a cache; None where all are alike.
+        index_dims: dim of the index keys of each layer that has a cache, 0 for none; empty where no layer has any.
     """
 
     num_layers: int
@@ -73,6 +80,7 @@ class KVShape(NamedTuple):
     head_dim: int
     v_head_dim: int
     layers: tuple[tuple[int, int, int], ...] | None = None
+    index_dims: tuple[int, ...] = ()
 
     @property
     def of_layers(self) -> tuple[tuple[int, int, int], ...]:
@@ -80,14 +88,18 @@ class KVShape(NamedTuple):
         return self.layers or (self[1:4],) * self.num_layers
 
     @classmethod
-    def of(cls, layers: Sequence[tuple[int, int, int]]) -> "KVShape":
+    def of(cls, layers: Sequence[tuple[int, int, int]], index_dims: Sequence[int] = ()) -> "KVShape":
         heads, head_dim, v_head_dim = (max(sizes) for sizes in zip(*layers, strict=True))
-        return cls(len(layers), heads, head_dim, v_head_dim, tuple(layers) if len(set(layers)) > 1 else None)
+        unequal = tuple(layers) if len(set(layers)) > 1 else None
+        return cls(len(layers), heads, head_dim, v_head_dim, unequal, tuple(index_dims) if any(index_dims) else ())
 
     @property
     def tensors(self) -> tuple[tuple[LayerTensor, ...], ...]:
         """What each layer keeps, as `CacheConfig(layers=...)` takes it."""
-        return tuple(key_value(*sizes) for sizes in self.layers or (self[1:4],) * self.num_layers)
+        return tuple(
+            (*key_value(*sizes), *([LayerTensor("index", (1, dim))] if dim else []))
+            for sizes, dim in zip(self.of_layers, self.index_dims or (0,) * self.num_layers, strict=True)
+        )
 
 
 # Model types whose K and V of a token depend on more than the tokens before it, and what that is. Those of the first
@@ -99,6 +111,18 @@ _NO_SPLITS = {
     "xlm": "puts a mask token behind the tokens of each pass",
 }
 _NO_PROMPTS = {**_NO_SPLITS, "git": "attends to padding and counts it as positions"}
+
+
+# Model types whose modules hold states themselves, though transformers' cache has layers for them.
+_OWN_STATES = {"recurrent_gemma"}
+
+_SERVED = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +137,8 @@ class ModelLayer:
         window: it attends to the last `window` tokens, itself counted; None for all. What keeps to a chunk keeps to a
             window of that size too.
         chunk: it attends within its own chunk of so many tokens.
+        states: how many states of each kind it keeps for a row, of convolutions and of recurrences; 0 for none.
+        index_dim: of the index keys that it keeps beside K and V, one for a token; 0 for none.
     """
 
     index: int
@@ -120,6 +146,8 @@ class ModelLayer:
     writes: bool
     window: int | None
     chunk: int | None = None
+    states: int = 0
+    index_dim: int = 0
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -134,7 +162,7 @@ def model_layers(config: PreTrainedConfig) -> tuple[ModelLayer, ...]:
     """The layers of a model, as transformers' own cache sees them.
 
     Raises:
-        UnsupportedModel: a kind of layer whose state is not, or not only, K and V; an encoder-decoder.
+        UnsupportedModel: a kind of layer that keeps what is not of a token or a row; an encoder-decoder.
     """
     text = text_config(config)
     name = type(text).__name__
@@ -142,43 +170,69 @@ def model_layers(config: PreTrainedConfig) -> tuple[ModelLayer, ...]:
         raise UnsupportedModel(f"{name} is of an encoder-decoder; only decoder-only models are served")
     if getattr(text, "cross_attention_layers", None):
         raise UnsupportedModel(f"{name} has layers of cross-attention, whose K and V belong to no token")
-    if getattr(text, "n_recurrent_loops", 1) > 1:
-        raise UnsupportedModel(f"{name} runs some layers several times in a pass, each time with K and V of its own")
+    kind_of_model = _model_class(config)  # its module also names the kinds of layers that only it has
     try:
         kinds: Sequence[Any] = DynamicCache(config=text).layers
     except Exception as error:  # whatever a config lacks that transformers' own cache asks for
         raise UnsupportedModel(f"transformers has no cache for {name}: {error}") from None
     types = list(getattr(text, "layer_types", None) or ["full_attention"] * len(kinds))
+    again = _repeated(text)
+    kinds = [*kinds, *(kinds[index] for index in again)]
+    types += [types[index] for index in again]
     others = sorted({layer_type for layer_type, kind in zip(types, kinds, strict=False) if not _is_served(kind)})
     if others:
         raise UnsupportedModel(
-            f"{name} has layers of type {', '.join(others)}; served are those that keep K and V and nothing else: "
-            "full_attention, sliding_attention, chunked_attention"
+            f"{name} has layers of type {', '.join(others)}, which keep what belongs neither to one token nor to the "
+            "sequence as a whole; served are K, V and index keys of tokens, and states of sequences"
         )
-    kind_of_model = _model_class(config)
-    if getattr(kind_of_model, "_is_stateful", False):
+    if text.model_type in _OWN_STATES or (
+        getattr(kind_of_model, "_is_stateful", False)
+        and not any(isinstance(kind, LinearAttentionLayer) for kind in kinds)
+    ):
         raise UnsupportedModel(
-            f"{name} is of a model that keeps a recurrent state, which a cache of K and V does not hold"
+            f"{name} is of a model that keeps a recurrent state outside of the cache, where no row takes it along"
         )
     if kind_of_model is not None:
         cache_argument(kind_of_model.forward)
     layers: list[ModelLayer] = []
     last: dict[str, ModelLayer] = {}  # who wrote last, by layer type: whose K and V a sharing layer reads
-    shares = list(getattr(text, "kv_sharing_modes", None) or [None] * len(kinds))
+    shares = dict(enumerate(getattr(text, "kv_sharing_modes", None) or ()))
     for index, (kind, layer_type) in enumerate(zip(kinds, types, strict=True)):
         if type(kind).__name__ == "DummyLayer":
-            source = last.get(layer_type) if shares[index] == "reuse" else None
+            source = last.get(layer_type) if shares.get(index) == "reuse" else None
             read, window, chunk = (None,) * 3 if source is None else (source.storage, source.window, source.chunk)
             layers.append(ModelLayer(index, read, False, window, chunk))
+            continue
+        states = kind.number_of_states if isinstance(kind, LinearAttentionLayer) else 0
+        if not isinstance(kind, DynamicLayer):
+            layers.append(ModelLayer(index, None, False, None, states=states))
             continue
         storage = sum(layer.writes for layer in layers)
         window = getattr(kind, "sliding_window", None)
         chunk = window if layer_type == "chunked_attention" else None
-        layers.append(ModelLayer(index, storage, True, window, chunk))
+        layers.append(ModelLayer(index, storage, True, window, chunk, states, _index_dim(text, index, kind)))
         last[layer_type] = layers[-1]
     if not last:
-        raise UnsupportedModel(f"{name} has no layer with K and V to cache")
+        raise UnsupportedModel(f"{name} has no layer with K and V, so there is nothing to keep in blocks")
     return tuple(layers)
+
+
+def _repeated(text: Any) -> list[int]:
+    """The layers that a pass runs again, in that order: transformers' cache has a layer more for each time.
+
+    Raises:
+        UnsupportedModel: such a model that reads K and V of other times past `update`.
+    """
+    if (loops := getattr(text, "n_recurrent_loops", 1)) > 1:
+        if text.recurrent_kv_cache_mode == "last_loop":
+            raise UnsupportedModel(
+                f"{type(text).__name__} runs some layers several times in a pass, and reads K and V of the last time "
+                "past `update`; served is recurrent_kv_cache_mode='per_loop'"
+            )
+        return [text.n_input_layers + layer for layer in range(text.n_recurrent_layers)] * (loops - 1)
+    if (loops := getattr(text, "loop_num_passes", 1)) > 1:
+        return [*range(text.loop_layer_index_start, text.loop_layer_index_end)] * (loops - 1)
+    return []
 
 
 def cache_groups(config: PreTrainedConfig, *, chunks: bool = True) -> tuple[Group, ...]:
@@ -200,7 +254,12 @@ def cache_groups(config: PreTrainedConfig, *, chunks: bool = True) -> tuple[Grou
         shapes = kv_shape(config).layers
     except UnsupportedModel:
         shapes = None
-    sizes = [1] * len(writing) if shapes is None else [heads * (k_dim + v_dim) for heads, k_dim, v_dim in shapes]
+    sizes = [1] * len(writing)
+    if shapes is not None:
+        sizes = [
+            heads * (k_dim + v_dim) + layer.index_dim
+            for layer, (heads, k_dim, v_dim) in zip(writing, shapes, strict=True)
+        ]
     layers = [
         PagedLayer(number, _reach(layer, chunks), size)
         for number, (layer, size) in enumerate(zip(writing, sizes, strict=True))
@@ -216,10 +275,12 @@ def _reach(layer: ModelLayer, chunks: bool) -> Reach:
     return None if layer.window is None else Window(layer.window)
 
 
-def check_prompts(config: PreTrainedConfig, *, positions_given: bool = False) -> None:
+def check_prompts(config: PreTrainedConfig, *, padded: bool = False, positions_given: bool = False) -> None:
     """Raise `UnsupportedModel` where no prompt can go on from what another one computed, though it begin alike."""
     text = text_config(config)
     reason = _NO_PROMPTS.get(text.model_type)
+    if padded and hasattr(text, "index_block_size"):
+        reason = "takes padding for tokens where it puts index keys in blocks, and these prompts are not of one length"
     if _looks_ahead(text):
         reason = "attends to later tokens too"
     if not positions_given and keeps_offsets(config):
@@ -295,7 +356,27 @@ def counts_padding(config: PreTrainedConfig) -> bool:
 
 
 def _is_served(kind: Any) -> bool:
-    return type(kind) in (DynamicLayer, DynamicSlidingWindowLayer) or type(kind).__name__ == "DummyLayer"
+    if type(kind).__name__ == "DummyLayer":
+        return True
+    return type(kind) in _SERVED or (_indexes(kind) and DynamicLayer in type(kind).__bases__)
+
+
+def _indexes(kind: Any) -> bool:
+    """Whether a layer of transformers' own cache takes index keys: by `update_indexer`, or as MiniMax M3 does it."""
+    return hasattr(kind, "update_indexer") or hasattr(kind, "update_index")
+
+
+def _index_dim(text: Any, index: int, kind: Any) -> int:
+    """Dim of the index keys that a layer keeps; 0 for none."""
+    if not _indexes(kind):
+        return 0
+    types = getattr(text, "indexer_types", None)
+    if types is not None and types[index] == "shared":
+        return 0  # it goes by what the indexer of a layer before it has found
+    for name in ("index_head_dim", "indexer_head_dim"):
+        if isinstance(dim := getattr(text, name, None), int):
+            return dim
+    raise UnsupportedModel(f"{type(text).__name__} has an indexer, and no index_head_dim to size a cache for its keys")
 
 
 def kv_shape(config: PreTrainedConfig) -> KVShape:
@@ -305,16 +386,20 @@ def kv_shape(config: PreTrainedConfig) -> KVShape:
         UnsupportedModel: the config lacks a number; or as for `model_layers`.
     """
     text = text_config(config)
-    writing = [layer.index for layer in model_layers(config) if layer.writes]
+    layers = [layer for layer in model_layers(config) if layer.writes]
+    writing, index_dims = [layer.index for layer in layers], [layer.index_dim for layer in layers]
     each = getattr(text, "per_layer_config", None)
     if each is not None and getattr(text, "is_heterogeneous", False):
-        return KVShape.of([_layer_shape(each[index]) for index in writing])
+        return KVShape.of([_layer_shape(each[index]) for index in writing], index_dims)
     heads, head_dim, v_head_dim = _layer_shape(text)
     shapes = [(heads, head_dim, v_head_dim)] * len(writing)
+    if (near_heads := getattr(text, "swa_num_key_value_heads", None)) and getattr(text, "swa_head_dim", None):
+        near = (near_heads, text.swa_head_dim, text.swa_head_dim)
+        shapes = [near if layer.window is not None else shape for layer, shape in zip(layers, shapes, strict=True)]
     if text.model_type == "mimo_v2_flash":  # its sliding layers have twice as many heads as the config says
         kinds = text.layer_types
         shapes = [(heads * (1 + (kinds[i] == "sliding_attention")), head_dim, v_head_dim) for i in writing]
-    return KVShape.of(shapes)
+    return KVShape.of(shapes, index_dims)
 
 
 def _layer_shape(config: Any) -> tuple[int, int, int]:

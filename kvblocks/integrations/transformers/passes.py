@@ -48,6 +48,8 @@ class Pass:
             where row i has column c at `i * blocks * block_size + c`.
         padding: bool [rows, before + count], where `gathered_at` means nothing.
         written: layers that have written.
+        indexed: layers that have given their index keys.
+        index_keys: by layer those that came before their K and V, [rows of the batch, count, dim].
         saved: the rows as they were, None where the pass made them.
     """
 
@@ -63,6 +65,8 @@ class Pass:
     step_id: int | None = None
     saved: list[Row] | None = None
     written: set[int] = field(default_factory=set)
+    indexed: set[int] = field(default_factory=set)
+    index_keys: dict[int, Tensor] = field(default_factory=dict)
     dropped: bool = False
 
 

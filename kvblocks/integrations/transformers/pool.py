@@ -151,11 +151,14 @@ class Pool:
                 f"the model is {paged.model.dtype} on {paged.model.device}, and the pool {self.engine.dtype} on "
                 f"{self.engine.device}; make the pool when the model is where it stays"
             )
-        for layer, (made, (key, value)) in enumerate(zip(shape.of_layers, self.config.layers, strict=True)):
-            held = (*key.shape, value.shape[1])
-            if any(size > most for size, most in zip(made, held, strict=True)):
+        for layer, (tensors, kept) in enumerate(zip(shape.tensors, self.config.layers, strict=True)):
+            made, held = (
+                (*key.shape, value.shape[1], *(tensor.shape[1] for tensor in more))
+                for key, value, *more in (tensors, kept)
+            )
+            if made[3:] != held[3:] or any(size > most for size, most in zip(made[:3], held[:3], strict=True)):
                 raise ValueError(
-                    f"layer {layer} of the model attends to (heads, dim of K, dim of V) {made}, and the pool holds "
+                    f"layer {layer} of the model keeps (heads, dim of K, V and index keys) {made}, and the pool holds "
                     f"{held}; make the pool of the model, not of its config or in a PagedCache"
                 )
         if owner is not model:

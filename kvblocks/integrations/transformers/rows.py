@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvblocks.integrations.transformers.blocks import Blocks
 from kvblocks.integrations.transformers.passes import Ids, Pass, Prompt, Row
+from kvblocks.integrations.transformers.states import States
 
 _MOST_RECORDED = 6  # passes between two crops, where layers have windows: a manager has 8 steps open by default
 
@@ -33,6 +34,9 @@ class Rows:
         self.columns = 0
         self.factor = 1  # rows of the batch that each row stands for, as long as they hold the same
         self.running: Pass | None = None
+        self.states = States()
+        self.parts: frozenset[tuple[int, str]] = frozenset()  # layers, and what they keep: "update", "index", "state"
+        self._calls: dict[tuple[int, str], None] = {}  # of this pass, where there are states
         self.recording = False  # whether passes may be cut by `crop`, however far their windows moved on
         self._recorded: list[Pass] = []
         self._prompts: list[Prompt] = []
@@ -40,6 +44,34 @@ class Rows:
         self._resets = 0  # of the manager's prefix cache, when these rows were begun
 
     # Passes
+
+    def enter(self, layer: int, call: str) -> bool:
+        """A layer reads or writes what it keeps; False where it has done so in a pass that has not come to its end.
+
+        Kernels write states in place, and nobody says when the last one has. So where there are states a pass ends when
+        the next one begins, or something is done between passes.
+        """
+        if not self.states:
+            return True
+        if (layer, call) in self._calls and not self.settled():
+            return False
+        if not self._calls:
+            self.states.begin()
+        self._calls[layer, call] = None
+        return True
+
+    def settled(self) -> bool:
+        """Whether no pass is half done; one that has come to its end counts from here on."""
+        if self._complete():
+            self._calls = {}
+            self.finish()
+        return self.running is None and not self._calls
+
+    def _complete(self) -> bool:
+        """Whether the running pass has been in all layers, and nobody was told of its end."""
+        if self.running is None or self.running.dropped or not self._calls:
+            return False
+        return self.parts <= {(layer, call.partition(" ")[0]) for layer, call in self._calls}
 
     def open(self, batch: int, count: int, device: torch.device) -> Pass:
         """Begin a pass over `count` new columns: a slot for each of its tokens.
@@ -113,11 +145,18 @@ class Rows:
 
     def abort(self) -> None:
         """Take the running pass back, if there is one: as if it had never begun."""
-        self.drop()
-        self.running = None
+        self._take_back()
+        self.running, self._calls = None, {}
+        self.states.restore()
 
     def drop(self) -> None:
-        """`abort`, but the pass stays to be seen as one that was dropped."""
+        """`abort`, but the pass stays to be seen as one that was dropped, unless it has come to its end."""
+        if self._complete():
+            self.settled()
+        else:
+            self._take_back()
+
+    def _take_back(self) -> None:
         run = self.running
         if self.blocks.running is self:
             self.blocks.running = None
@@ -235,16 +274,19 @@ class Rows:
         # What was computed before a reset belongs to other weights, in these rows too.
         stale = self._resets != manager.num_resets
         self._resets = manager.num_resets
-        kept = [None if stale else self._continued(number, prompt) for number, prompt in enumerate(prompts)]
+        new = stale or bool(self.states)  # a state is of all that a row holds
+        kept = [None if new else self._continued(number, prompt) for number, prompt in enumerate(prompts)]
         gone = [row.handle for row, keep in zip(self.rows, kept, strict=False) if keep is None]
         gone += [row.handle for row in self.rows[len(prompts) :]]
         self.rows = [row for row in kept if row is not None]
         self._prompts, self.columns, self.factor, self._skipped = [], 0, 1, 0
         manager.free(gone)
+        self.states.clear()
+        most = 0 if self.states else None  # K and V of a prefix are of no use without its state
         try:
             for number, (row, prompt) in enumerate(zip(kept, prompts, strict=True)):
                 if row is None:
-                    handle, cached = manager.admit(prompt.ids, salt=prompt.salt, extra=prompt.extra)
+                    handle, cached = manager.admit(prompt.ids, salt=prompt.salt, extra=prompt.extra, max_hit=most)
                     row = Row(handle, prompt.pad, cached)
                     self.rows.insert(number, row)
                 else:
@@ -424,6 +466,7 @@ class Rows:
         """Hold nothing."""
         self.abort()
         self.settle()
+        self.states.clear()
         rows, self.rows, self._prompts, self.columns, self.factor = self.rows, [], [], 0, 1
         if rows:
             self.blocks.manager.free([row.handle for row in rows])

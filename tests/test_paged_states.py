@@ -1,0 +1,268 @@
+"""PagedCache of models that keep more than K and V: states of rows, index keys. What transformers' own cache gives."""
+
+import copy
+from functools import cache
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from kvblocks import NoFreeBlocks
+from kvblocks.integrations.transformers import PagedCache
+
+# These tensors are tiny, and threads would only wait for each other.
+torch.set_num_threads(1)
+
+# Gated delta rule; Mamba beside attention in each layer; convolutions only; index keys; index keys with positions.
+NAMES = ["qwen3_next", "falcon_h1", "lfm2", "deepseek_v32", "qwen4_exp_text"]
+WITH_STATES = ["qwen3_next", "falcon_h1", "lfm2"]
+
+
+@cache
+def model_of(name: str) -> PreTrainedModel:
+    model = tiny_models.sharp(name)
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def paged(name: str, **options: Any) -> PagedCache:
+    return PagedCache(model_of(name).config, **{"num_blocks": 96, "block_size": 4, **options})
+
+
+def own(name: str) -> DynamicCache:
+    return DynamicCache(config=model_of(name).config)
+
+
+def tokens(rows: int, columns: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, tiny_models.VOCABULARY, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
+    columns = max(lengths)
+    mask = (torch.arange(columns) >= columns - torch.tensor(lengths)[:, None]).long()
+    return tokens(len(lengths), columns, seed) * mask, mask
+
+
+@torch.inference_mode()
+def forward(name: str, held: Any, ids: Tensor) -> Tensor:
+    made: Any = model_of(name)
+    logits: Tensor = made(ids, cache=held, use_cache=True).logits[:, -1]
+    return logits
+
+
+def same(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def empty(held: PagedCache) -> None:
+    held.manager.audit()
+    held.close()
+    assert held.manager.num_free_blocks == held.manager.num_blocks
+
+
+def generate(name: str, held: Any, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
+    made: Any = model_of(name)
+    out: Tensor = made.generate(ids, attention_mask=mask, cache=held, pad_token_id=0, **options)
+    return out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_beams_and_several_answers_of_padded_prompts(name: str) -> None:
+    ids, mask = padded([13, 9])
+    beams: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False, "max_new_tokens": 7}
+    held = paged(name)
+    assert torch.equal(generate(name, held, ids, mask, **beams), generate(name, own(name), ids, mask, **beams))
+    drawn: dict[str, Any] = {"num_return_sequences": 3, "do_sample": True, "max_new_tokens": 7}
+    made = []
+    for past in (held, own(name)):
+        if isinstance(past, PagedCache) and name != "qwen4_exp_text":  # which keeps offsets of positions
+            assert past.begin(ids, mask) == 0
+        else:
+            past.reset()
+        torch.manual_seed(5)
+        made.append(generate(name, past, ids, mask, **drawn))
+    assert torch.equal(*made)
+    empty(held)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_are_selected_repeated_and_forked(name: str) -> None:
+    ours, theirs = paged(name), own(name)
+    same(forward(name, ours, tokens(2, 11)), forward(name, theirs, tokens(2, 11)))
+    beams: Any = torch.tensor([1, 1])
+    for held in (ours, theirs):
+        held.reorder_cache(beams)
+    same(forward(name, ours, tokens(2, 1, 1)), forward(name, theirs, tokens(2, 1, 1)))
+    other, twin = ours.fork(), copy.deepcopy(theirs)
+    same(forward(name, ours, tokens(2, 3, 2)), forward(name, theirs, tokens(2, 3, 2)))
+    same(forward(name, other, tokens(2, 1, 3)), forward(name, twin, tokens(2, 1, 3)))
+    same(forward(name, other, tokens(2, 1, 4)), forward(name, twin, tokens(2, 1, 4)))
+    same(forward(name, ours, tokens(2, 1, 5)), forward(name, theirs, tokens(2, 1, 5)))
+    # Transformers' own layers of states cannot do these.
+    fresh, prompt = own(name), torch.cat([tokens(2, 11)[1:], tokens(2, 1, 1)[1:], tokens(2, 3, 2)[1:]], 1)
+    prompt = torch.cat([prompt, tokens(2, 1, 5)[1:]], 1)
+    ours.batch_select_indices(torch.tensor([False, True]))
+    ours.batch_repeat_interleave(3)
+    same(
+        forward(name, ours, tokens(3, 1, 6)),
+        forward(name, fresh, torch.cat([prompt.expand(3, -1), tokens(3, 1, 6)], 1)),
+    )
+    other.close()
+    empty(ours)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pass_that_fails_is_taken_back(name: str) -> None:
+    made: Any = model_of(name)
+    parts = made.model.layers
+    ours = paged(name)
+    theirs = own(name)
+    for number, columns in enumerate((9, 1, 4)):
+        ids = tokens(2, columns, number)
+        for part in parts:
+            before = ours.get_seq_length()
+
+            def fail(*_: Any) -> None:
+                raise KeyError("in the middle of a pass")
+
+            hook = part.mlp.register_forward_pre_hook(fail) if hasattr(part, "mlp") else None
+            hook = hook or part.feed_forward.register_forward_pre_hook(fail)
+            try:
+                with pytest.raises(KeyError, match="in the middle"):
+                    forward(name, ours, ids)
+            finally:
+                hook.remove()
+            if part is not parts[-1]:
+                with pytest.raises(
+                    RuntimeError, match=r"has not ended: . of . layers have written\. If it failed, call"
+                ):
+                    forward(name, ours, ids)
+                with pytest.raises(RuntimeError, match="fork was called inside a pass"):
+                    ours.fork()
+            if part is parts[-1] and name == "deepseek_v32":  # all was written when it failed
+                ours.crop(-columns)
+            ours.abort()
+            assert ours.get_seq_length() == before
+            ours.manager.audit()
+        same(forward(name, ours, ids), forward(name, theirs, ids))
+    empty(ours)
+
+
+@pytest.mark.parametrize("name", WITH_STATES)
+def test_a_pass_without_blocks_leaves_everything_as_it_was(name: str) -> None:
+    ours, theirs = paged(name, num_blocks=4), own(name)
+    same(forward(name, ours, tokens(1, 9)), forward(name, theirs, tokens(1, 9)))
+    with pytest.raises(NoFreeBlocks):
+        forward(name, ours, tokens(1, 9, 1))
+    same(forward(name, ours, tokens(1, 2, 2)), forward(name, theirs, tokens(1, 2, 2)))
+    with pytest.raises(NoFreeBlocks):
+        forward(name, ours, tokens(1, 9, 1))
+    same(forward(name, ours, tokens(1, 1, 3)), forward(name, theirs, tokens(1, 1, 3)))
+    empty(ours)
+
+
+def test_convolutions_are_cropped_as_far_as_they_were_recorded() -> None:
+    ours = paged("lfm2")
+    prompt = tokens(1, 9)
+    forward("lfm2", ours, prompt)
+    with pytest.raises(ValueError, match=r"1 columns cannot be dropped: convolutions hold the last . of 9 columns"):
+        ours.crop(-1)
+    ours.activate_past_recording()
+    forward("lfm2", ours, tokens(1, 5, 1))
+    forward("lfm2", ours, tokens(1, 2, 2))
+    ours.crop(-6)
+    prompt = torch.cat([prompt, tokens(1, 5, 1)[:, :1], tokens(1, 1, 3)], 1)
+    same(forward("lfm2", ours, tokens(1, 1, 3)), forward("lfm2", own("lfm2"), prompt))
+    ours.crop(0)
+    with pytest.raises(ValueError, match="columns cannot be dropped"):
+        ours.crop(-1)
+    assert ours.get_seq_length() == 11
+    ours.crop(-11)
+    same(forward("lfm2", ours, prompt), forward("lfm2", own("lfm2"), prompt))
+    empty(ours)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1"])
+def test_a_recurrent_state_does_not_go_back(name: str) -> None:
+    ours, theirs = paged(name), own(name)
+    ours.activate_past_recording()
+    assert not ours.is_croppable
+    for number in range(2):
+        same(forward(name, ours, tokens(1, 4, number)), forward(name, theirs, tokens(1, 4, number)))
+    with pytest.raises(ValueError, match="the model keeps a recurrent state, which does not go back"):
+        ours.crop(-1)
+    assert not ours.is_croppable
+    same(forward(name, ours, tokens(1, 1, 2)), forward(name, theirs, tokens(1, 1, 2)))
+    empty(ours)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "deepseek_v32"])
+def test_assisted_generation(name: str) -> None:
+    ids = tokens(1, 6).repeat(1, 3)
+    mask = torch.ones_like(ids)
+    plain: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
+    expected = generate(name, own(name), ids, mask, **plain)
+    held = paged(name)
+    assert torch.equal(generate(name, held, ids, mask, prompt_lookup_num_tokens=3, **plain), expected)
+    held.reset()
+    helper = copy.deepcopy(model_of(name))
+    with torch.no_grad():
+        for weight in helper.parameters():
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
+    assert torch.equal(generate(name, held, ids, mask, assistant_model=helper, **plain), expected)
+    empty(held)
+
+
+@pytest.mark.parametrize("name", WITH_STATES)
+def test_what_others_computed_is_not_found_without_its_state(name: str) -> None:
+    ids = tokens(1, 13)
+    first = paged(name)
+    second = PagedCache(model_of(name).config, pool=first.pool)
+    assert first.begin(ids) == 0
+    made = forward(name, first, ids)
+    first.tell(torch.cat([ids, made.argmax(-1, keepdim=True)], 1))
+    longer = torch.cat([ids, tokens(1, 4, 1)], 1)
+    assert second.begin(longer) == first.begin(longer) == 0
+    theirs = own(name)
+    expected = forward(name, theirs, longer)
+    same(forward(name, second, longer), expected)
+    same(forward(name, first, longer), expected)  # the pass of the other has come to its end
+    expected = forward(name, theirs, tokens(1, 1, 2))
+    same(forward(name, second, tokens(1, 1, 2)), expected)
+    same(forward(name, first, tokens(1, 1, 2)), expected)
+    assert first.manager.stats().hit_tokens == 0
+    second.close()
+    empty(first)
+
+
+def test_index_keys_lie_in_blocks_and_count_in_memory() -> None:
+    config: Any = model_of("deepseek_v32").config
+    held = paged("deepseek_v32", memory="256KiB", num_blocks=None)
+    forward("deepseek_v32", held, tokens(1, 9))
+    [layer, *_] = held.engine.config.layers
+    assert [tensor.name for tensor in layer] == ["key", "value", "index"]
+    assert layer[2].shape == (1, config.index_head_dim)
+    assert held.engine.memory_bytes <= 256 * 1024
+    ids = tokens(2, 12, 1)
+    held.begin(ids)
+    forward("deepseek_v32", held, ids)
+    assert held.begin(torch.cat([ids, tokens(2, 3, 2)], 1)) == 12
+    expected = forward("deepseek_v32", own("deepseek_v32"), torch.cat([ids, tokens(2, 3, 2)], 1))
+    same(forward("deepseek_v32", held, tokens(2, 3, 2)), expected)
+    empty(held)
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND", "HDN", "X"])
+def test_index_keys_in_every_layout(layout: str) -> None:
+    from kvblocks import Pool
+
+    pool = Pool(model_of("deepseek_v32"), num_blocks=32, block_size=4, layout=layout)
+    held, theirs = PagedCache(model_of("deepseek_v32").config, pool=pool), own("deepseek_v32")
+    for number, columns in enumerate((9, 3, 1)):
+        ids = tokens(2, columns, number)
+        same(forward("deepseek_v32", held, ids), forward("deepseek_v32", theirs, ids))
+    empty(held)
