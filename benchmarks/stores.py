@@ -119,7 +119,7 @@ def redis_store(folder: Path, nbytes: int) -> Iterator[tuple[Store, int]]:
 @contextlib.contextmanager
 def mooncake_store(folder: Path, nbytes: int, buffers: list[memoryview]) -> Iterator["Mooncake"]:
     with (
-        mooncake_cluster.master(folder) as master,
+        mooncake_cluster.master(folder, client_ttl=10, lease_ms=10_000) as master,
         mooncake_cluster.lender(master, nbytes),
         MooncakeStore(master.address, segment=0) as store,
     ):

@@ -107,10 +107,10 @@ def test_it_conforms(
     check(Subject(open=lambda: MooncakeStore(cluster.address, segment=0), capacity=32 * MIB))
 
 
-def test_objects_that_are_evicted_while_they_are_read(cluster: Master) -> None:
-    """Twice as much as there is room for, by two writers, beside a reader."""
+def test_objects_that_are_evicted_while_they_are_read(tmp_path: Path) -> None:
+    """Twice as much as there is room for, by two writers, beside a reader; leases end while it reads."""
     seen: list[Status] = []
-    with MooncakeStore(cluster.address, segment=24 * MIB) as store:
+    with master(tmp_path, lease_ms=20) as own, MooncakeStore(own.address, segment=24 * MIB) as store:
         stop = threading.Event()
 
         def crowd(number: int) -> None:

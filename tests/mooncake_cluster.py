@@ -44,7 +44,7 @@ def why_not() -> str:
 class Master:
     """A master that forgets quickly, so that tests need not wait."""
 
-    def __init__(self, folder: Path, lease_ms: int = 200, client_ttl: int = 3, discard: int = 1) -> None:
+    def __init__(self, folder: Path, lease_ms: int = 1000, client_ttl: int = 5, discard: int = 1) -> None:
         import mooncake
 
         with socket.create_server((HOST, 0)) as probe:

@@ -51,8 +51,8 @@ class MooncakeStore(Store):
       left half written by a process that died can be stored anew after `put_start_discard_timeout_sec` (30) of the
       master.
     - Looking up and loading lease an object for `default_kv_lease_ttl` (10 s) of the master. Until then it is neither
-      evicted nor deleted, so `delete` waits, and answers ERROR where `lease` was not long enough. An object that is
-      evicted while it is read is MISSING.
+      evicted nor deleted, so `delete` waits, and answers ERROR where `lease` was not long enough. What a batch has not
+      read when its lease ends is MISSING, as it may be evicted while it is read.
     - While the process that lent the memory is dead or stopped, its objects are an ERROR, after 1 s to 30 s each call,
       until the master drops them (`client_ttl`, 10 s). A dead master is an ERROR after 4 s, a stopped one after 30 s;
       a master that was started again knows no objects. The calls of this class take as long; they hold no lock and not
