@@ -7,7 +7,7 @@ from typing import Any
 from kvblocks.config import itemsize
 from kvblocks.sizes import checked_integer
 
-__all__ = ["Format", "dtype_name", "format_of", "itemsize_of", "narrower"]
+__all__ = ["LLAMA_CPP", "Format", "dtype_name", "format_of", "itemsize_of", "narrower"]
 
 # Shorter names for what people call them, and the packed formats that are no dtype.
 _ALIASES = {"fp8": "float8_e4m3fn", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
@@ -19,9 +19,12 @@ _PACKED_BITS = {"int4": 4, "int2": 2}
 _BLOCKED = {"q8_0": (8, False), "q5_1": (5, True), "q5_0": (5, False), "q4_1": (4, True), "q4_0": (4, False)}
 _BLOCKED |= {"iq4_nl": (4, False)}
 _BLOCK = 32
+# What llama.cpp keeps K and V in (common/arg.cpp, kv_cache_types).
+LLAMA_CPP = ("float32", "float16", "bfloat16", *_BLOCKED)
 _SCALES = ("float16", "bfloat16", "float32", "float8_e4m3fn")
 # What a search for a smaller dtype goes through, from wide to narrow: the first is the widest that still fits.
 _NARROWER = ("float32", "bfloat16", "float8_e4m3fn", "int4")
+_NARROWER_LLAMA_CPP = ("float32", "float16", "q8_0", "q4_0")
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,13 @@ def format_of(
     return Format(name, bits, group_size, scale, zero_point)
 
 
-def narrower(than: Format) -> list[Format]:
-    """Formats with fewer bits, the widest first. int4 brings a float16 scale for each 32 numbers, as is customary."""
-    found = [format_of(name, 32) if name == "int4" else format_of(name) for name in _NARROWER]
+def narrower(than: Format, engine: str = "kvblocks") -> list[Format]:
+    """Formats with fewer bits that an engine has, the widest first.
+
+    int4 brings a float16 scale for each 32 numbers, as is customary.
+    """
+    names = _NARROWER_LLAMA_CPP if engine == "llama.cpp" else _NARROWER
+    found = [format_of(name, 32) if name == "int4" else format_of(name) for name in names]
     return [candidate for candidate in found if candidate.bits < than.bits]
 
 

@@ -241,6 +241,7 @@ def _words(text: str) -> list[str]:
         (["CONFIG", "--engine", "vllm", "--stored", "transformers"], "counts transformers' caches, and --engine vllm"),
         (["CONFIG", "--dtype", "q8_0,q4_0,f16"], "names 3 dtypes; give one, or one for K and one for V"),
         (["CONFIG", "--encoder-tokens", "-1"], "--encoder-tokens -1 is outside"),
+        (["CONFIG", "--json", "--markdown"], "--json and --markdown are two forms of one answer; give one of them"),
         (["CONFIG", "--weights-dtype", "fp8"], "--weights-dtype fp8 is for --weights auto"),
     ],
 )

@@ -184,8 +184,8 @@ def test_llama_cpp_keeps_state_in_float32() -> None:
     ],
 )
 def test_keys_and_values_of_unlike_dtypes(dtype: str, head: int) -> None:
-    both: list[Engine] = ["kvblocks", "llama.cpp"]
-    for engine in both:
+    engines: list[Engine] = ["kvblocks"] if "fp8" in dtype else ["kvblocks", "llama.cpp"]
+    for engine in engines:
         planned = plan(PLAIN, dtype=dtype, engine=engine, memory="1GiB", seq_len=256)
         assert planned.bytes_per_token == 12 * 2 * head
         assert planned.cache_bytes(256) == 256 * 12 * 2 * head
@@ -213,12 +213,26 @@ def test_the_title_names_both_dtypes() -> None:
         ({"swa_full": True}, ValueError, "engine='kvblocks': only llama.cpp has --swa-full"),
         ({"swa_full": 1, "engine": "llama.cpp"}, TypeError, "swa_full=1 is of type int; give a bool"),
         ({"engine": "vllm", "stored": "transformers"}, ValueError, "counts transformers' caches, and engine='vllm'"),
+        (
+            {"engine": "llama.cpp", "dtype": "fp8"},
+            ValueError,
+            "dtype='float8_e4m3fn': llama.cpp has K and V in float32,",
+        ),
+        ({"engine": "llama.cpp", "dtype": "q8_0,int4"}, ValueError, "dtype='int4': llama.cpp has K and V in"),
+        ({"engine": "vllm", "dtype": "bf16,q8_0"}, ValueError, "is llama.cpp's, and engine='vllm' has none such"),
         ({"engine": "vllm", "step_tokens": 0}, ValueError, "step_tokens=0 is outside 1"),
     ],
 )
 def test_wrong_calls(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        plan(PLAIN, dtype="float16", **arguments)
+        plan(PLAIN, **({"dtype": "float16"} | arguments))
+
+
+def test_llama_cpp_is_advised_what_it_has() -> None:
+    planned = plan(PLAIN, engine="llama.cpp", seq_len=4096)
+    short = plan(PLAIN, engine="llama.cpp", seq_len=4096, memory=planned.sequence_bytes(4096) * 3 // 5)
+    assert "K and V in q8_0 instead of float16" in short.explain()
+    assert short.dtype_for(1, 4096) == "q8_0"
 
 
 def test_an_engine_that_packs_in_unknown_ways_is_refused_and_makes_no_cache() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
-from kvblocks import Window, plan
+from kvblocks import Chunk, Window, plan
 from kvblocks.cli.main import main
 from kvblocks.errors import UnknownModel
 
@@ -22,7 +22,9 @@ LATENT |= {"attention.key_length_mla": 24, "attention.value_length_mla": 16}
 def write(path: Path, values: dict[str, Any], architecture: str = "llama", tensors: int = 1) -> Path:
     writer = GGUFWriter(path, architecture)
     for name, value in values.items():
-        if isinstance(value, list):
+        if isinstance(value, bool):
+            writer.add_bool(f"{architecture}.{name}", value)
+        elif isinstance(value, list):
             writer.add_array(f"{architecture}.{name}", value)
         else:
             writer.add_uint32(f"{architecture}.{name}", value)
@@ -87,3 +89,28 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert main(["plan", str(tmp_path / "e.gguf"), "--json"]) == 2
     assert 'run: pip install "kvblocks[gguf]"' in capsys.readouterr().err
+
+
+def test_layers_that_predict_ahead_keep_nothing(tmp_path: Path) -> None:
+    ahead = {**LLAMA, "block_count": 5, "nextn_predict_layers": 1, "attention.head_count_kv": [2, 2, 2, 2, 4]}
+    planned = plan(write(tmp_path / "ahead.gguf", ahead, "glm4moe"))
+    assert planned.bytes_per_token == 4 * 2 * 2 * 16 * 2
+    windowed = ahead | {"attention.sliding_window": 32, "attention.sliding_window_pattern": [True, False] * 2 + [True]}
+    reaches = [layer.kept[0].reach for layer in plan(write(tmp_path / "b.gguf", windowed, "exaone-moe")).model.layers]
+    assert reaches == [Window(32), None] * 2
+
+
+def test_llama_4_has_chunks_that_a_file_does_not_name(tmp_path: Path) -> None:
+    reaches = [
+        layer.kept[0].reach for layer in plan(write(tmp_path / "a.gguf", LLAMA, "llama4"), seq_len=32).model.layers
+    ]
+    assert reaches == [*[Chunk(8192)] * 3, None]
+    whole = plan(write(tmp_path / "b.gguf", LLAMA | {"attention.sliding_window": 0}, "llama4"))
+    assert [layer.kept[0].reach for layer in whole.model.layers] == [None] * 4
+
+
+def test_encoders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownModel, match=r"bert\.attention.causal is false: a model that attends both ways keeps no"):
+        plan(write(tmp_path / "a.gguf", LLAMA | {"attention.causal": False}, "bert"))
+    with pytest.raises(UnknownModel, match=r"t5\.decoder_block_count=4 means in a GGUF file; give the model's config"):
+        plan(write(tmp_path / "b.gguf", LLAMA | {"decoder_block_count": 4}, "t5"))

@@ -319,6 +319,7 @@ except ValueError as error:
     [
         ({"model_type": "llama"}, "num_hidden_layers;"),
         ({"model_type": "llama", "intermediate_size": 64, "hidden_size": 64}, "num_hidden_layers;"),
+        ({"model_type": "mamba", "dim": 64, "n_layers": 4, "vocab_size": 99}, "num_hidden_layers;"),
         ({"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4}, "hidden_size;"),
         ({"model_type": "gpt2", "n_layer": 2, "n_head": 4}, "n_embd;"),
         ({"model_type": "qwen3_next", "torch_dtype": "bfloat16"}, "num_hidden_layers;"),
@@ -386,6 +387,23 @@ def test_what_transformers_stumbles_over_is_named(field: str) -> None:
     config = {"model_type": "kimi_linear", "num_hidden_layers": 4, "hidden_size": 64, field: 7}
     with pytest.raises(UnknownModel, match=rf"{field}=7 of the config is of type int; it must be an object"):
         plan(config)
+
+
+def test_what_transformers_refuses_says_what_to_do() -> None:
+    config = {"model_type": "zamba2", "num_hidden_layers": 3, "hidden_size": 64}
+    with pytest.raises(UnknownModel, match=r"^transformers refuses the config of .*; correct it, or give the numbers"):
+        plan(config)
+
+
+def test_older_fields_are_no_defaults(capfd: pytest.CaptureFixture[str]) -> None:
+    """A field that the config gives under an older name is not said to be missing."""
+    kimi = _SMALL | {"model_type": "kimi_linear", "kv_lora_rank": 32, "qk_rope_head_dim": 8, "num_key_value_heads": 8}
+    kimi |= {"qk_nope_head_dim": 8, "v_head_dim": 8, "max_position_embeddings": 64}
+    given = {"kda_layers": [1, 2], "full_attn_layers": [3], "short_conv_kernel_size": 4, "head_dim": 128}
+    assert plan(kimi | {"linear_attn_config": given | {"num_heads": 32}}).model.notes == ()
+    gemma = _SMALL | {"model_type": "gemma4_text", "num_key_value_heads": 8, "head_dim": 8, "global_head_dim": 16}
+    plan(gemma | {"layer_types": ["sliding_attention"] * 3, "sliding_window": 8, "num_kv_shared_layers": 0})
+    assert "transformers" not in capfd.readouterr().err  # whose warnings are for those who run a model
 
 
 def test_a_config_that_gives_everything_has_no_note_of_defaults() -> None:

@@ -63,6 +63,22 @@ def test_the_same_weights_under_two_names_are_counted_once(folder: Path) -> None
     assert plan(folder, weights="auto").weights_bytes == 100
 
 
+def test_an_adapter_beside_the_weights_is_not_counted(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(safetensors({"a": 100}))
+    (folder / "adapter_model.safetensors").write_bytes(safetensors({"b": 7}))
+    assert plan(folder, weights="auto").weights_bytes == 100
+
+
+def test_a_dtype_with_scales_counts_them() -> None:
+    whole = plan(LLAMA, weights="auto", weights_dtype="int8").weights_bytes
+    assert plan(LLAMA, weights="auto", weights_dtype="q8_0").weights_bytes == whole + -(-whole // 32) * 2
+    assert plan(LLAMA, weights="auto", weights_dtype="q4_1").weights_bytes == -(-whole // 2) + -(-whole // 32) * 4
+    with pytest.raises(ValueError, match="weights_dtype='q8_0,q4_0' names two dtypes; give one"):
+        plan(LLAMA, weights="auto", weights_dtype="q8_0,q4_0")
+    with pytest.raises(TypeError, match="weights_dtype='nvfp4' is not one to count weights in; give a torch"):
+        plan(LLAMA, weights="auto", weights_dtype="nvfp4")
+
+
 def test_without_a_checkpoint_a_quantized_config_is_estimated(folder: Path) -> None:
     estimated = plan(folder, weights="auto")
     assert "note: weights are estimated from quantization_config (fp8)\n" in estimated.explain()
@@ -77,6 +93,7 @@ def test_without_a_checkpoint_a_quantized_config_is_estimated(folder: Path) -> N
     ("content", "message"),
     [
         (b"", "is no safetensors file: a header of 0 bytes"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is the pointer of Git LFS to the file; run git lfs pull"),
         (b"\xff" * 8 + b"{}", "is no safetensors file: a header of 18446744073709551615 bytes"),
         ((2).to_bytes(8, "little") + b"[]", "holds a list where an object must be"),
         ((2).to_bytes(8, "little") + b"{,", "does not hold JSON where it must"),

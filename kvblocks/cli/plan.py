@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["add_plan_parser", "run"]
 
 _PLOT_DTYPES = ("bfloat16", "fp8", "int4")
+_PLOT_DTYPES_LLAMA_CPP = ("float16", "q8_0", "q4_0")
 _PLOT_POINTS = 200
 _ARGUMENTS = (
     "memory gpu utilization seq_len concurrency weights weights_dtype activations sequences encoder_tokens dtype "
@@ -109,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
         if len(models) * len(lengths) > 1:
             raise UsageError("--plot draws one model at one --seq-len")
         check_plot("plan", args.plot)
+    if args.json and args.markdown:
+        raise UsageError("--json and --markdown are two forms of one answer; give one of them")
     arguments = _arguments(args)
     try:
         plans = [plan(model, seq_len=length, **arguments) for model in models for length in lengths]
@@ -191,7 +194,8 @@ def _curves(made: "Plan") -> dict[str, list[tuple[int, int]]]:
     longest = max(made.settings.seq_len or 0, made.model.max_seq_len or 0, 1024)
     lengths = sorted({max(1, round(longest ** (i / _PLOT_POINTS))) for i in range(_PLOT_POINTS // 3, _PLOT_POINTS + 1)})
     curves = {}
-    for plan in [made, *(made.with_dtype(dtype) for dtype in _PLOT_DTYPES)]:
+    usual = _PLOT_DTYPES_LLAMA_CPP if made.settings.engine == "llama.cpp" else _PLOT_DTYPES
+    for plan in [made, *(made.with_dtype(dtype) for dtype in usual)]:
         if plan.dtype not in curves:
             counts = [(length, plan.max_concurrency(length)) for length in lengths]
             curves[plan.dtype] = [(length, count) for length, count in counts if count]

@@ -1,7 +1,9 @@
 """The fields of a config, each checked where it is asked for; what is missing or wrong is an error that names it."""
 
+import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +20,7 @@ __all__ = [
     "defaults_note",
     "model_dtype",
     "object_in",
+    "quiet_transformers",
     "refuse_no_objects",
 ]
 
@@ -200,6 +203,18 @@ def refuse_no_objects(config: Mapping[str, Any]) -> None:
         for field in half:
             if str(field).endswith("_config") or field in ("rope_scaling", "rope_parameters"):
                 object_in(half, field)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without the warnings of transformers, of what matters to those who run a model. Call it once it is imported."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def defaults_note(model_type: str, taken: Mapping[str, Any]) -> list[str]:

@@ -8,19 +8,20 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kvblocks.config import Window
+from kvblocks.config import Chunk, Window
 from kvblocks.errors import UnknownModel
 from kvblocks.models.families import grouped_heads, latent_kept
 from kvblocks.models.fields import Fields
-from kvblocks.models.shapes import Kept, Layer, ModelCache
+from kvblocks.models.shapes import Kept, Layer, ModelCache, Reach
 
 __all__ = ["GgufFile"]
 
 # One full layer in so many, the last of each, where a file gives a window and no pattern.
-_PERIODS = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2, "cohere2": 4}
+_PERIODS = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2, "cohere2": 4, "llama4": 4}
+_CHUNK = Chunk(8192)  # Llama 4's, which files do not name; those without chunks name a window of 0
 # What a file may say that decides how large the cache is, and that is not read here.
 _OTHER = re.compile(
-    r"^(ssm|wkv|shortconv|kda)\.|shared_kv_layers|indexer|temporal_pattern|full_attention_interval|_swa$"
+    r"^(ssm|wkv|shortconv|kda)\.|^decoder_block_count$|shared_kv_layers|indexer|temporal_pattern|full_attention_interval|_swa$"
 )
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -87,9 +88,16 @@ class GgufFile:
                     f"give the model's config.json instead"
                 )
         f = Fields(f"{self.architecture} (GGUF)", own, mla)
+        if own.get("attention.causal") is False:
+            raise UnknownModel(
+                f"{self.path}: {prefix}attention.causal is false: a model that attends both ways keeps no K and V"
+            )
         number = f.layers("block_count")
-        windows = self._windows(f, number)
-        layers = tuple(self._layer(f, i, Window(f.count(_WINDOW)) if windows[i] else None) for i in range(number))
+        if f.has("nextn_predict_layers"):  # counted among the blocks, and without K and V until they are used
+            number -= f.count("nextn_predict_layers", 0)
+        reach: Reach = _CHUNK if self._chunked(f) else Window(f.count(_WINDOW)) if f.values.get(_WINDOW) else None
+        near = self._windows(f, number)
+        layers = tuple(self._layer(f, i, reach if near[i] else None) for i in range(number))
         return ModelCache(
             str(self.values.get("general.name") or self.path.stem),
             layers,
@@ -98,12 +106,12 @@ class GgufFile:
         )
 
     def _windows(self, f: Fields, number: int) -> list[bool]:
-        """Which layers attend to a window."""
-        if not f.values.get(_WINDOW):
+        """Which layers do not attend to everything."""
+        if not (f.values.get(_WINDOW) or self._chunked(f)):
             return [False] * number
         pattern = f.values.get(f"{_WINDOW}_pattern", _PERIODS.get(str(self.architecture)))
-        if isinstance(pattern, list) and len(pattern) == number:
-            return [bool(windowed) for windowed in pattern]
+        if isinstance(pattern, list) and len(pattern) in (number, f.count("block_count")):
+            return [bool(windowed) for windowed in pattern[:number]]
         if isinstance(pattern, int) and not isinstance(pattern, bool) and pattern > 0:
             return [(i + 1) % pattern != 0 for i in range(number)]
         raise UnknownModel(
@@ -111,7 +119,10 @@ class GgufFile:
             f"(sliding_window_pattern={pattern!r:.60}); give the model's config.json instead"
         )
 
-    def _layer(self, f: Fields, index: int, window: Window | None) -> Layer:
+    def _chunked(self, f: Fields) -> bool:
+        return self.architecture == "llama4" and f.values.get(_WINDOW) != 0
+
+    def _layer(self, f: Fields, index: int, window: Reach) -> Layer:
         kind = "sliding_attention" if window else "full_attention"
         if f.has("attention.kv_lora_rank"):
             names = {"kv_lora_rank": "attention.kv_lora_rank", "qk_rope_head_dim": "rope.dimension_count"}

@@ -12,7 +12,15 @@ from typing import Any
 from kvblocks.config import Window
 from kvblocks.errors import UnknownModel
 from kvblocks.formats import format_of, itemsize_of
-from kvblocks.models.fields import DECIDING, LAYERS, WIDTHS, defaults_note, model_dtype, refuse_no_objects
+from kvblocks.models.fields import (
+    DECIDING,
+    LAYERS,
+    WIDTHS,
+    defaults_note,
+    model_dtype,
+    quiet_transformers,
+    refuse_no_objects,
+)
 from kvblocks.models.shapes import Kept, Layer, ModelCache, State
 
 __all__ = ["NOTE", "measure", "tensors_held"]
@@ -37,7 +45,10 @@ _PLAIN_LAYERS = frozenset(
 _HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "n_heads", "decoder_attention_heads")
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _USUAL = ("num_hidden_layers", "num_attention_heads", "hidden_size")
-_APART = re.compile("mamba|ssm|linear|conv_|recurrent|layer_types|type_list|pattern|lora_rank|window|chunk")
+_APART = re.compile(
+    "mamba|ssm|linear|conv_|recurrent|layer_types|type_list|pattern|lora_rank|window|chunk|mixer|layer_group|_cla$|"
+    "^cla_|attention_head_dim"
+)
 _OTHER = "give the numbers instead: num_layers, num_kv_heads, head_dim"
 
 
@@ -70,7 +81,7 @@ def measure(config: Mapping[str, Any], name: str | None, defaults: Mapping[str, 
         if made.is_encoder_decoder:
             ids["decoder_input_ids"] = ids["input_ids"]
             ids["input_ids"] = torch.zeros((1, _ENCODED), dtype=torch.long, device="meta")
-        with torch.no_grad():
+        with quiet_transformers(), torch.no_grad():
             output = model(**ids, use_cache=True)
         found = next((output[name] for name in _CACHES if output.get(name) is not None), None)
         if found is None:
@@ -120,7 +131,8 @@ def _built(config: Mapping[str, Any]) -> tuple[Any, Any]:
             f"transformers; {_OTHER}{_usual(config)}"
         )
     plain = {field: value for field, value in config.items() if field != "quantization_config"}
-    made = kinds[config["model_type"]].from_dict(plain)
+    with quiet_transformers():
+        made = kinds[config["model_type"]].from_dict(plain)
     # Of types that are registered as both, the causal one keeps the same and needs nothing of an image's.
     makers: list[Any] = [AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM]
     if made.is_encoder_decoder:
@@ -131,7 +143,7 @@ def _built(config: Mapping[str, Any]) -> tuple[Any, Any]:
             f"model_type={config['model_type']!r} makes no text, so that it keeps no K and V; plan the model whose "
             f"text half reads what it sees or hears"
         )
-    with torch.device("meta"):
+    with quiet_transformers(), torch.device("meta"):
         model = maker.from_config(made, dtype=torch.bfloat16, attn_implementation="eager")
     model.train(False)
     return made, model

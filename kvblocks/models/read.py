@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 from kvblocks.config import Chunk, Window
 from kvblocks.errors import MissingField, UnknownModel
 from kvblocks.models.architectures import MODEL_TYPES, TRANSLATED, read_fields
-from kvblocks.models.fields import LAYERS, MOST_LAYERS, WIDTHS, Fields, model_dtype, object_in, refuse_no_objects
+from kvblocks.models.fields import (
+    LAYERS,
+    MOST_LAYERS,
+    WIDTHS,
+    Fields,
+    model_dtype,
+    object_in,
+    quiet_transformers,
+    refuse_no_objects,
+)
 from kvblocks.models.hub import HubModel, hub_model
 from kvblocks.models.shapes import Layer, ModelCache, Reach, attention
 from kvblocks.sizes import checked_integer
@@ -31,6 +40,14 @@ _DEEPEST = 8  # text_configs inside each other
 _PARAMS = {"dim", "n_layers", "n_heads"}  # in every params.json of Meta's and Mistral's
 _CLASSES = {name.replace("_", "").replace("-", "").lower(): name for name in MODEL_TYPES}  # as classes are named
 _CONFIG_FILES = ("config.json", "params.json")
+_SINCE_5 = "transformers_version of 5 or more"
+# Fields of older configs by which transformers fills in others.
+_OLDER = {
+    "linear_attn_config": ("linear_conv_kernel_dim", "linear_head_dim", "linear_num_heads", "layer_types"),
+    "compress_ratios": ("compress_rates", "layer_types"),
+    "full_attention_interval": ("layer_types",),
+    "sliding_window_size": ("sliding_window",),
+}
 
 
 class Source:
@@ -209,7 +226,7 @@ def _config(config: dict[str, Any], name: str | None, *, whole: bool = False) ->
         known = text["model_type"] in MODEL_TYPES
         if whole or (known and (text["model_type"] not in TRANSLATED or _written_by(config) >= 5)):
             return _read(config, name, text)
-        problem = MissingField(text["model_type"], "transformers_version of 5 or more" if known else "text_config")
+        problem = MissingField(text["model_type"], _SINCE_5 if known else "text_config")
     except UnknownModel as error:
         # transformers fills in what is missing, and translates fields of older configs.
         if whole or not (isinstance(error, MissingField) or TRANSLATED.intersection(_model_types(config))):
@@ -253,8 +270,14 @@ def _refuse_sizeless(text: Mapping[str, Any], defaults: Mapping[str, Any], name:
     What else comes from there is named in a note of the plan. A text half inside another config may leave out these two
     as well, and has them in the note: transformers writes it without what equals the defaults.
     """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kinds: Any = CONFIG_MAPPING
+    own: Mapping[str, Any] = {}
+    with quiet_transformers(), suppress(Exception):  # a type without defaults
+        own = kinds[text["model_type"]]().to_dict()  # what other files call these things is carried along unread
     for sizes in (LAYERS, WIDTHS):
-        there = [size for size in sizes if size in text]
+        there = [size for size in sizes if size in text and size in (own or text)]
         if there and defaults.keys() >= {*there}:
             half = "" if text["model_type"] == model_type else ", nor a text_config that would"
             raise UnknownModel(
@@ -271,8 +294,9 @@ def _defaults(given: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, An
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kinds: Any = CONFIG_MAPPING
-    told, empty, alike = {*given}, {}, {}
-    with suppress(Exception):  # a type without defaults, or whatever its validators raise
+    older = {name for field, names in _OLDER.items() if given.get(field) is not None for name in names}
+    told, empty, alike = {*given} | older, {}, {}
+    with quiet_transformers(), suppress(Exception):  # a type without defaults, or whatever its validators raise
         kind = kinds[text["model_type"]]
         told |= {ours for ours, theirs in kind.attribute_map.items() if theirs in given}
         told |= {theirs for ours, theirs in kind.attribute_map.items() if ours in given}
@@ -282,7 +306,7 @@ def _defaults(given: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, An
         name: value
         for name, value in text.items()
         if (name not in told and (name == "num_key_value_heads" or value == alike.get(name, value)))
-        or given.get(name, value) != value == empty.get(name)
+        or (name not in older and given.get(name, value) != value == empty.get(name))
     }
 
 
@@ -400,11 +424,16 @@ def _completed(config: dict[str, Any], missing: UnknownModel, name: str | None, 
             return config
         raise UnknownModel(f"{missing}, and the installed transformers has no such model_type")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), quiet_transformers():
             warnings.simplefilter("ignore")  # it is asked to read older names, so it need not warn of them
             completed: dict[str, Any] = kinds[config["model_type"]].from_dict(dict(config)).to_dict()
     except Exception as error:  # its validators raise whatever they like
         refuse_no_objects(config)
         reason = " ".join(str(error).split())
-        raise UnknownModel(f"{missing}, and transformers refuses the config: {reason}") from error
+        if not (isinstance(missing, MissingField) and missing.name == _SINCE_5):
+            raise UnknownModel(f"{missing}, and transformers refuses the config: {reason}") from error
+        raise UnknownModel(
+            f"transformers refuses the config of model_type={config['model_type']!r}: {reason}; correct it, or give "
+            f"the numbers instead: num_layers, num_kv_heads, head_dim"
+        ) from error
     return completed

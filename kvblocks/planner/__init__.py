@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from kvblocks.errors import MissingField, UnknownModel
-from kvblocks.formats import dtype_name, format_of
+from kvblocks.formats import Format, dtype_name, format_of
 from kvblocks.models.architectures import MODEL_TYPES
 from kvblocks.models.grouping import MOST_GROUPS
 from kvblocks.models.read import Source, cache_dtype, read, uniform
@@ -22,6 +22,7 @@ from kvblocks.planner.engines import (
     ENGINES,
     Engine,
     check_engine,
+    check_format,
     engine_block_size,
     engine_notes,
     engine_step_tokens,
@@ -160,6 +161,7 @@ def plan(
     shape = replace(shape, dtype=shape_dtype)
     weights_bytes, weights_notes = _weights(weights, weights_dtype, source, shape)
     kept_in = format_of(shape_dtype if dtype is None else dtype, group_size, scale_dtype, zero_point)
+    check_format(engine, kept_in)
     steps = numbers["step_tokens"] or engine_step_tokens(engine)
     notes += weights_notes
     notes += engine_notes(engine, shape, kept_in, swa_full=swa_full, step_tokens=steps)
@@ -395,7 +397,7 @@ def _weights(weights: int | str | None, dtype: Any, source: Source, shape: Model
     asked = quantization_of(source.config) if dtype is None else None
     if dtype is None and shape.dtype is None:
         notes.append("no dtype is named: weights are taken to be bfloat16; give weights_dtype where they are not")
-    format = format_of(dtype or shape.dtype or "bfloat16")
+    format = _weights_format(dtype) if dtype is not None else format_of(shape.dtype or "bfloat16")
     if asked is None:
         counted = weight_bytes(source.config, format)
     else:
@@ -405,6 +407,18 @@ def _weights(weights: int | str | None, dtype: Any, source: Source, shape: Model
     if ahead:
         notes.append(f"weights are counted without {count(ahead, 'layer')} for multi-token prediction")
     return counted, notes
+
+
+def _weights_format(dtype: Any) -> Format:
+    """The format that weights are asked for in, which is one."""
+    try:
+        format = format_of(dtype)
+    except TypeError as error:
+        known = str(error).partition("; ")[2]
+        raise TypeError(f"weights_dtype={dtype!r:.60} is not one to count weights in; {known}") from None
+    if format.values is not None:
+        raise ValueError(f"weights_dtype={dtype!r:.60} names two dtypes; give one")
+    return format
 
 
 def _checkpoint_note(stored: Checkpoint, ahead: int) -> str:

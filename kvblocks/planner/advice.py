@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kvblocks.formats import narrower
+from kvblocks.formats import LLAMA_CPP, narrower
 from kvblocks.planner.figures import Figures
 from kvblocks.planner.text import amount, count
 
@@ -57,11 +57,11 @@ def _changes(plan: Figures) -> Iterator[Change]:
         shorter = plan.max_seq_len(sequences)
         if shorter:
             yield Change(f"sequences of {shorter:,} tokens instead of {length:,}", "seq_len", shorter, length / shorter)
-    for candidate in narrower(settings.format):
+    for candidate in narrower(settings.format, settings.engine):
         if plan.with_format(candidate).fits:
             name = (
                 candidate.name
-                if candidate.group_size is None
+                if candidate.group_size is None or candidate.name in LLAMA_CPP
                 else f"{candidate.name} in groups of {candidate.group_size}"
             )
             factor = settings.format.vector_bytes(1024) / candidate.vector_bytes(1024)

@@ -20,6 +20,7 @@ __all__ = ["SEES", "Checkpoint", "checkpoint_of", "predicts_ahead"]
 
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
+_POINTER = b"version https://git-lfs"
 _LONGEST_HEADER = 100_000_000  # the format's own bound
 _AHEAD = re.compile(r"(^|\.)(mtp|nextn)\w*\.")
 SEES = ("vision", "visual", "audio", "encoder")  # in names of what is not the text half
@@ -82,6 +83,8 @@ def _in_folder(folder: Path, layers: int) -> Checkpoint | None:
         if total is None:
             raise ValueError(f"{index_file} gives no metadata.total_size, and {missing[0]} is not beside it")
         return Checkpoint(total, None, _INDEX)
+    if (folder / _WHOLE).is_file():  # what else lies there, as an adapter, is not of the model's own
+        return _summed([_tensor_bytes(folder / _WHOLE)], layers, "safetensors headers")
     files = sorted(folder.glob("*.safetensors"))
     # Mistral puts the same weights beside each other under both names.
     files = [file for file in files if not file.name.startswith("consolidated")] or files
@@ -108,7 +111,11 @@ def predicts_ahead(name: str, layers: int) -> bool:
 def _tensor_bytes(file: Path) -> dict[str, int]:
     """Bytes of every tensor in a file, of which only the header is read."""
     with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
+        start = opened.read(len(_POINTER))
+        if start == _POINTER:
+            raise ValueError(f"{file} is the pointer of Git LFS to the file; run git lfs pull, or give the bytes")
+        length = int.from_bytes(start[:8], "little")
+        opened.seek(8)
         if not 2 <= length <= min(_LONGEST_HEADER, file.stat().st_size - 8):
             raise ValueError(f"{file} is no safetensors file: a header of {length} bytes")
         header = _parsed(opened.read(length), file)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from kvblocks.config import Chunk, Window
-from kvblocks.formats import Format
+from kvblocks.formats import LLAMA_CPP, Format
 from kvblocks.models.grouping import BlockGroup, Layout, PagedLayer
 from kvblocks.models.shapes import Kept, Layer, ModelCache, Reach
 
@@ -17,6 +17,7 @@ __all__ = [
     "ENGINES",
     "Engine",
     "check_engine",
+    "check_format",
     "engine_block_size",
     "engine_layers",
     "engine_layout",
@@ -50,6 +51,18 @@ def check_engine(engine: Engine, model: ModelCache) -> None:
                 f"engine={engine!r}: how it keeps the compressed entries of {model.name} is not known here; see what "
                 f"the engine's own log says at its start, or give engine='kvblocks' for what the model itself keeps"
             )
+
+
+def check_format(engine: Engine, format: Format) -> None:
+    """Raises ValueError for K and V in a format that an engine does not have."""
+    for one in (format, format.values or format):
+        if engine == "llama.cpp" and one.name not in LLAMA_CPP:
+            raise ValueError(
+                f"dtype={one.name!r}: llama.cpp has K and V in {', '.join(LLAMA_CPP)} (--cache-type-k, "
+                f"--cache-type-v); give one of them"
+            )
+        if engine in ("vllm", "sglang") and one.name in LLAMA_CPP and not one.is_float:
+            raise ValueError(f"dtype={one.name!r} is llama.cpp's, and engine={engine!r} has none such; give fp8")
 
 
 def engine_block_size(engine: Engine, model: ModelCache) -> int | None:

@@ -316,9 +316,7 @@ def notes(plan: Figures) -> list[str]:
         found.append("note: weights are counted as if they split evenly over all devices")
     format = settings.format
     if format.bits < 16 and format.group_size is None:
-        found.append(
-            f"note: {format.name} without group_size: no scales are counted, as where one serves a whole tensor"
-        )
+        found.append(f"note: no scales of {format.name} are counted, as where one serves a whole tensor")
     if len(settings.stages) > 1:
         index = plan.stages.index(stage)
         found.append(

@@ -446,7 +446,7 @@ class Figures:
         """
         count, length = _tokens("concurrency", concurrency, 1), _tokens("seq_len", seq_len, 1)
         self._need_memory()
-        for candidate in [self.settings.format, *narrower(self.settings.format)]:
+        for candidate in [self.settings.format, *narrower(self.settings.format, self.settings.engine)]:
             plan = self.with_format(candidate)
             if all(stage.fits(count, length) for stage in plan.stages):
                 return candidate.name

@@ -6,7 +6,7 @@ from typing import Any
 
 from kvblocks.errors import UnknownModel
 from kvblocks.formats import Format
-from kvblocks.models.fields import refuse_no_objects
+from kvblocks.models.fields import quiet_transformers, refuse_no_objects
 from kvblocks.planner.checkpoint import SEES, predicts_ahead
 from kvblocks.planner.quantized import OTHERWISE, read_quantization
 
@@ -27,13 +27,15 @@ def prediction_layers(config: Mapping[str, Any]) -> int:
 def weight_bytes(config: Mapping[str, Any], format: Format) -> int:
     """Bytes of all parameters with `format`, tied ones counted once, and of the buffers that a checkpoint holds.
 
+    Scales of a format that has some are counted as if every parameter were packed.
+
     Raises:
         UnknownModel: transformers has no model for the config, or cannot build it.
         ModuleNotFoundError: transformers or torch is not installed.
     """
     model = _built(config)
     numbers: int = sum(parameter.numel() for parameter in model.parameters())
-    return -(-numbers * format.bits // 8) + _buffer_bytes(model)
+    return format.vector_bytes(numbers) + _buffer_bytes(model)
 
 
 def quantized_weight_bytes(
@@ -131,15 +133,16 @@ def _built(config: Mapping[str, Any]) -> Any:
             raise UnknownModel(f"the installed transformers has no model_type={model_type!r}; {OTHERWISE}")
         model_type = found[0]
     try:
-        made = kinds[model_type].from_dict({**config, "model_type": model_type})
+        with quiet_transformers():
+            made = kinds[model_type].from_dict({**config, "model_type": model_type})
         if made.is_encoder_decoder:
             makers.reverse()
         maker = next((maker for maker in [*makers, *speaks] if type(made) in maker._model_mapping), None)
         if maker is None:
             raise UnknownModel(f"it registers no class that makes text for {type(made).__name__}")
-        with torch.device("meta"):
+        with quiet_transformers(), torch.device("meta"):
             model = maker.from_config(made)
-        model.tie_weights()
+            model.tie_weights()
     except Exception as error:  # whatever a model's constructor raises
         refuse_no_objects(config)
         reason = " ".join(str(error).split())
