@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvblocks.attention import paged_attention
-    from kvblocks.config import CacheConfig, Chunk, Group, LayerTensor, Window, key_value
+    from kvblocks.config import CacheConfig, Chunk, Group, LayerTensor, State, Window, key_value
     from kvblocks.engine import CacheEngine
     from kvblocks.errors import (
         InvariantViolation,
         KVBlocksError,
         MovesPending,
         NoFreeBlocks,
+        NoFreeStates,
         OutOfMemory,
         StaleSequence,
         TooManySequences,
@@ -42,11 +43,13 @@ _HOMES = {
     "LayerTensor": "config",
     "MovesPending": "errors",
     "NoFreeBlocks": "errors",
+    "NoFreeStates": "errors",
     "OutOfMemory": "errors",
     "PagedKVCache": "storage",
     "Plan": "planner",
     "Pool": "integrations.transformers",
     "StaleSequence": "errors",
+    "State": "config",
     "StepBuffers": "step",
     "TooManySequences": "errors",
     "Window": "config",
@@ -68,11 +71,13 @@ __all__ = [
     "LayerTensor",
     "MovesPending",
     "NoFreeBlocks",
+    "NoFreeStates",
     "OutOfMemory",
     "PagedKVCache",
     "Plan",
     "Pool",
     "StaleSequence",
+    "State",
     "StepBuffers",
     "TooManySequences",
     "Window",

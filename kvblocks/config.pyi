@@ -5,7 +5,7 @@ from typing import Any, Literal, Self, SupportsIndex, TypeAlias
 import torch
 from typing_extensions import disjoint_base
 
-__all__ = ["CacheConfig", "Chunk", "Group", "LayerTensor", "Window", "itemsize", "key_value"]
+__all__ = ["CacheConfig", "Chunk", "Group", "LayerTensor", "State", "Window", "itemsize", "key_value"]
 
 _DType: TypeAlias = torch.dtype | str
 
@@ -39,6 +39,21 @@ class Chunk:
     """
 
     size: int
+    def __post_init__(self) -> None: ...
+
+@dataclass(frozen=True)
+class State:
+    """A state of fixed size for each sequence, which every pass overwrites: linear attention, Mamba, convolutions.
+
+    One of the `groups` of a `BlockManager`. A state that stands at a multiple of `every` tokens is kept as a
+    checkpoint, from which a prefix hit can go on.
+
+    Raises:
+        TypeError: `every` is not an integer.
+        ValueError: `every` is outside 1..2**31-1.
+    """
+
+    every: int = 256
     def __post_init__(self) -> None: ...
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from kvblocks.step import StepBuffers
 from kvblocks.storage.block_memory import free_memory
 from kvblocks.storage.cache import PagedKVCache, checked_pairs, zero_blocks
 from kvblocks.storage.host import HostArena
+from kvblocks.storage.state import StateCache, StateSlots
 
 __all__ = ["CacheEngine"]
 
@@ -41,9 +42,11 @@ class CacheEngine:
             flash-attn, torch's `varlen_attn` and FlashInfer read it.
         host_blocks: slots of host memory for blocks that leave the device and come back, as many as the manager has; 0
             for none. On a CUDA device the memory is pinned at once, and moves need Triton.
+        num_states: slots for what layers keep once for a sequence, as many as the manager has; 0 where none keeps any.
 
     Attributes:
         arena: the slots of host memory, a `HostArena`; None without `host_blocks`.
+        states: of each layer its `StateCache`, None where it keeps nothing for a sequence.
 
     With several layer groups the layers of all groups share memory, as a block of the pool belongs to one group at a
     time. Each layer has its own `PagedKVCache` all the same, which knows its group and how far that attends: given a
@@ -54,9 +57,8 @@ class CacheEngine:
     Raises:
         OutOfMemory: the layers do not all fit; none stays allocated.
         MemoryError: there is no memory for the host slots, or CUDA does not pin it.
-        NotImplementedError: a layer keeps a tensor for each sequence; the engine holds only what is kept for tokens.
-        ValueError: groups of tensors of several dtypes, and a `block_size` with which these do not lie aligned; or as
-            for `PagedKVCache`.
+        ValueError: layers keep tensors for a sequence and `num_states` is 0, or none does and it is not; groups of
+            tensors of several dtypes, and a `block_size` with which these do not lie aligned; or as for `PagedKVCache`.
         OverflowError, TypeError: as for `PagedKVCache`.
 
     Example:
@@ -79,16 +81,27 @@ class CacheEngine:
         layout: str = "HDN",
         prefault: bool = False,
         host_blocks: SupportsIndex = 0,
+        num_states: SupportsIndex = 0,
     ) -> None:
         if not isinstance(config, CacheConfig):
             raise TypeError(f"config is a {type(config).__name__}; give a CacheConfig")
         self._config = config
         self._reaches = tuple(group.reach for group in config.groups)
         slots = checked_integer("host_blocks", host_blocks, 0, 2**31 - 1)
+        self.num_states = _checked_states(config, dtype, num_states)
         caches, self._mover, self._memory = PagedKVCache.for_config(
             config, dtype, device, layout=layout, prefault=prefault
         )
-        self._caches, self._dtype = tuple(caches), checked_dtype(dtype)
+        self._layers, self._dtype = tuple(caches), checked_dtype(dtype)
+        self._caches = tuple(cache for cache in caches if cache is not None)
+        self._states = (
+            StateSlots(config, self.num_states, self._dtype, self.device, prefault=prefault)
+            if self.num_states
+            else None
+        )
+        self.states: tuple[StateCache | None, ...] = (
+            (None,) * config.num_layers if self._states is None else tuple(self._states.caches)
+        )
         self.arena = HostArena(slots, config.block_bytes(dtype)) if slots else None
         self._host = None if self.arena is None else self._moves_to(self.arena)
         self._closed: str | None = None
@@ -193,8 +206,8 @@ class CacheEngine:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of all tensors together; the same as `config.memory_bytes(dtype)`."""
-        return self._config.memory_bytes(self.dtype)
+        """Bytes of all tensors: `config.memory_bytes(dtype)`, and `config.state_bytes(dtype)` for each state."""
+        return self._config.memory_bytes(self.dtype) + self.num_states * self._config.state_bytes(self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -209,7 +222,7 @@ class CacheEngine:
         return self._caches[0].layout
 
     def get_cache(self, layer: SupportsIndex) -> PagedKVCache | None:
-        """The cache of `layer`, or None past the last.
+        """The cache of `layer`, or None past the last, and where it keeps nothing for a token.
 
         Raises:
             ValueError: `layer` is negative.
@@ -218,35 +231,44 @@ class CacheEngine:
         index = checked_integer("layer", layer)
         if index < 0:
             raise ValueError(f"layer={index} is negative; layers are 0..{len(self) - 1}")
-        return self._caches[index] if index < len(self) else None
+        return self._layers[index] if index < len(self) else None
 
     def group_of(self, layer: SupportsIndex) -> int:
         """The layer group, an index into `config.groups`, whose block table and slots the layer uses.
 
         Raises:
             IndexError: no such layer.
+            ValueError: the layer keeps nothing for a token.
             TypeError: `layer` is not an integer.
         """
         index = checked_integer("layer", layer)
         if not 0 <= index < len(self):
             raise IndexError(f"layer {index} is outside 0..{len(self) - 1}")
-        group = self._caches[index].group
+        group = self[index].group
         assert group is not None
         return group
 
     def get_all_caches(self) -> list[PagedKVCache]:
-        """The caches of all layers, in order, in a list of the caller's own."""
+        """The caches of all layers that keep something for a token, in order, in a list of the caller's own."""
         return list(self._caches)
 
     def __getitem__(self, layer: SupportsIndex) -> PagedKVCache:
-        """The cache of `layer`, negative ones from the end; IndexError outside."""
+        """The cache of `layer`, negative ones from the end.
+
+        Raises:
+            IndexError: no such layer.
+            ValueError: it keeps nothing for a token; `states` has what it keeps for a sequence.
+        """
         index = checked_integer("layer", layer)
         if not -len(self) <= index < len(self):
             raise IndexError(f"layer {index} is outside {-len(self)}..{len(self) - 1}")
-        return self._caches[index]
+        cache = self._layers[index]
+        if cache is None:
+            raise ValueError(f"layer {index} keeps nothing for a token; engine.states[{index}] is its StateCache")
+        return cache
 
     def __len__(self) -> int:
-        return len(self._caches)
+        return len(self._layers)
 
     def __iter__(self) -> Iterator[PagedKVCache]:
         return iter(self._caches)
@@ -275,7 +297,7 @@ class CacheEngine:
         at = checked_integer("group", group, 0, len(self._config.groups) - 1)
         pieces = []
         for layer in self._config.groups[at].layers:
-            cache = self._caches[layer]
+            cache = self[layer]
             for name, tensor in cache.tensors.items():
                 lies = cache.layouts[name]
                 pieces.append((tensor.data_ptr() + index * lies.block_stride, lies.block_bytes))
@@ -343,8 +365,9 @@ class CacheEngine:
         """Do all that a step needs moved before its pass, and mark it as done. Call it right after `prepare`, always.
 
         What is moved is `step.moves`, between device blocks and host slots, and then `step.copies`: a block that others
-        hold too, or that is published, is copied before the step writes to it. A second call moves nothing; moves of a
-        step that was aborted are made all the same.
+        hold too, or that is published, is copied before the step writes to it. Slots for states are set to zero and
+        copied after these, behind the passes launched so far: launch each pass before the next call. A second call
+        moves nothing; moves of a step that was aborted are made all the same.
 
         On a CUDA device nothing is waited for: moves run on a stream of their own, behind the passes launched so far,
         and the current stream goes on once the moves up to `step.needs` are done. Make the call on the stream on which
@@ -371,12 +394,15 @@ class CacheEngine:
         self._check_open()
         first, last, moves = self._checked_moves(step, manager)
         pairs = checked_pairs(self._caches[0], step.copies)
+        states = self._checked_states(step)
         try:
             if self._host is not None:
                 self._host.enqueue(moves, first, last, step.needs)
                 self._host.hold(step.needs)
             if pairs.numel():
                 self._mover.copy_blocks(pairs)
+            if self._states is not None and states is not None:
+                self._states.move(*states)
         except BaseException as error:
             self._closed = f"moves {first} to {last} failed halfway: {type(error).__name__}: {error}"
             raise
@@ -406,6 +432,13 @@ class CacheEngine:
                 )
             self._check_bounds(moves)
         return first, last, moves
+
+    def _checked_states(self, step: StepBuffers) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Slots that begin at zero, and copies of slots."""
+        if self._states is None or step.state_zero is None or step.state_copies is None:
+            return None
+        zeroed = self._states.checked("step.state_zero", step.state_zero[: step.num_state_zero])
+        return zeroed, self._states.checked("step.state_copies", step.state_copies)
 
     def _check_bounds(self, moves: torch.Tensor) -> None:
         if self.arena is None:
@@ -439,6 +472,11 @@ class CacheEngine:
             raise ValueError(
                 f"the manager has host_blocks={manager.host_blocks} and the engine {slots}; make both with one number"
             )
+        if manager.num_states > self.num_states or (manager.num_states == 0) != (self.num_states == 0):
+            raise ValueError(
+                f"the manager has num_states={manager.num_states} and the engine {self.num_states}; make both with one "
+                "number"
+            )
 
     def copy_blocks(self, pairs: Indices) -> None:
         """`PagedKVCache.copy_blocks` in every layer; the pairs are checked once, before anything is copied."""
@@ -451,3 +489,19 @@ class CacheEngine:
         """`PagedKVCache.zero_blocks` in every layer; the ids are checked once, before anything is changed."""
         self._check_open()
         zero_blocks(self._caches[0], self._mover, ids)
+
+
+def _checked_states(config: CacheConfig, dtype: torch.dtype | str, num_states: SupportsIndex) -> int:
+    slots = checked_integer("num_states", num_states, 0, 2**31 - 2)
+    state_bytes = config.state_bytes(dtype)
+    if state_bytes and not slots:
+        layer = next(i for i, kept in enumerate(config.layers) if any(tensor.per == "sequence" for tensor in kept))
+        raise ValueError(
+            f"layer {layer} keeps a state for each sequence, and num_states=0: give as many slots of {state_bytes} "
+            "bytes as the manager has"
+        )
+    if slots and not state_bytes:
+        raise ValueError(f"num_states={slots}, but no layer of the config keeps anything for a sequence")
+    if slots * state_bytes > 2**63 - 1:
+        raise OverflowError(f"num_states={slots} slots of {state_bytes} bytes do not fit in 64 bits")
+    return slots

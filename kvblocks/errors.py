@@ -6,6 +6,7 @@ __all__ = [
     "MissingField",
     "MovesPending",
     "NoFreeBlocks",
+    "NoFreeStates",
     "NotConforming",
     "OutOfMemory",
     "StaleSequence",
@@ -50,6 +51,23 @@ class NoFreeBlocks(KVBlocksError, RuntimeError):
     Attributes:
         needed: blocks the whole call needed.
         free: blocks it could have had, always fewer than `needed`: what a watermark keeps free is left out.
+    """
+
+    def __init__(self, message: str, needed: int, free: int) -> None:
+        super().__init__(message, needed, free)
+        self.needed = needed
+        self.free = free
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class NoFreeStates(KVBlocksError, RuntimeError):
+    """A step needs more slots for states than can be had; nothing changed. Free or preempt sequences, then call again.
+
+    Attributes:
+        needed: slots that the whole step needed.
+        free: slots that it could have had, always fewer than `needed`.
     """
 
     def __init__(self, message: str, needed: int, free: int) -> None:
@@ -129,7 +147,7 @@ class InvariantViolation(KVBlocksError, RuntimeError):
     """`audit()` found the manager's state broken: a bug in kvblocks, never the caller's.
 
     Attributes:
-        invariant: number of the first broken invariant, 1 to 10, of those in ARCHITECTURE.md.
+        invariant: number of the first broken invariant, 1 to 11, of those in ARCHITECTURE.md.
     """
 
     def __init__(self, message: str, invariant: int) -> None:

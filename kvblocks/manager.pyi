@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer, disjoint_base
 
-from kvblocks.config import CacheConfig, Chunk, Window
+from kvblocks.config import CacheConfig, Chunk, State, Window
 
 class _HasNumpy(Protocol):
     """A tensor: what lends its memory as a numpy array."""
@@ -48,7 +48,8 @@ class Found(NamedTuple):
 class Stats(NamedTuple):
     """Totals over the successful calls of a manager: tokens for `prompt_tokens`, for `hit_tokens` and for those of them
     that came from the host, `host_hit_tokens`; blocks for `evictions`, `published`, `merged`, `copies`,
-    `peak_used_blocks`, `loads`, `offloads` and `host_evictions`; else events.
+    `peak_used_blocks`, `loads`, `offloads` and `host_evictions`; slots of states for `state_copies`, for `checkpoints`
+    that were left and for those of them that went for another state, `checkpoint_evictions`; else events.
     """
 
     admitted: int
@@ -65,6 +66,9 @@ class Stats(NamedTuple):
     offloads: int
     host_evictions: int
     host_hit_tokens: int
+    state_copies: int
+    checkpoints: int
+    checkpoint_evictions: int
 
 @disjoint_base
 class StepArrays:
@@ -80,6 +84,10 @@ class StepArrays:
         kv_indptr, kv_indices, kv_last_page_len: int32 [max_seqs + 1], [max_seqs * max_blocks_per_seq] and [max_seqs]:
             the blocks of all rows one after the other, where each row's start, and the tokens in its last; all or none.
             Blocks that a group does not reach are left out.
+        state_slots, state_zero, state_copies, state_drafts: int64 [max_seqs], [max_seqs], [max_seqs, 2] and
+            [max_tokens], pads -1, for a manager that keeps states: the slot of each row; slots that begin at zero;
+            (source, target) slots, the first `num_state_copies` rows; and where drafts are kept the slot for the state
+            after each token. All or none.
         uploads: whether `prepare` calls `_upload` when it has filled them.
 
     Raises:
@@ -122,6 +130,8 @@ class StepArrays:
     @property
     def waits(self) -> bool:
         """Whether the pass waits for moves that nobody has marked as made."""
+    num_state_copies: int
+    num_state_zero: int
     max_query_len: int
     max_seq_len: int
     def __init__(
@@ -137,6 +147,10 @@ class StepArrays:
         kv_indices: Any = None,
         kv_last_page_len: Any = None,
         *,
+        state_slots: Any = None,
+        state_zero: Any = None,
+        state_copies: Any = None,
+        state_drafts: Any = None,
         uploads: bool = False,
     ) -> None: ...
     def _upload(self) -> None:
@@ -168,7 +182,8 @@ class BlockManager:
         block_size: tokens in a block.
         groups: the reach of each layer group, 1 to 64 of them: None for everything, a `Window` or a `Chunk`. Each
             sequence has one block table for each; all draw from one pool. A block that nothing in its group's reach
-            needs any more is given back at `commit`.
+            needs any more is given back at `commit`. Beside them one `State`, whose `every` is a multiple of
+            `block_size`, where layers keep a state for each sequence; the groups number from 0 without it.
         max_seqs: sequences and pins that may exist at once, at most 2**24.
         max_nodes: nodes of the prefix tree that may exist at once, by default `num_blocks + host_blocks`. Each
             published block has one, and each used host slot. A prefix of which only a window is kept keeps the nodes
@@ -181,6 +196,13 @@ class BlockManager:
             `prefix_caching`. Blocks that are about to be evicted are copied there, and hits bring them back: see
             `StepArrays.moves`. 0: there is none, and nothing is spent on it.
         write_ahead: blocks that one `prepare` has copied to the host at most, 1 to 2**20.
+        num_states: slots for states, 0 to 2**31 - 2, where one of the groups is a `State`: a sequence takes one at its
+            first `prepare`, and what is left keeps checkpoints. 0 elsewhere.
+
+    With a `State` a sequence that stands at a multiple of `every` tokens goes on in a copy of its state, as far as
+    there are slots, and what it leaves behind is a checkpoint of that prefix once its blocks are published: hits end at
+    checkpoints. The newest of a sequence frees the one before it, unless that was hit. Passes have to run in the order
+    in which their steps were prepared, each launched before the moves of the next step.
 
     A hit needs every block of a full group, and of a group with a window or chunks those that its next token reaches.
 
@@ -188,8 +210,8 @@ class BlockManager:
     other integer buffers (read in place: nobody may write them during the call), lists, or one int.
 
     A call that raises has changed nothing. There is one exception: where Python has no memory for what a call returns,
-    the blocks that the call has evicted stay evicted. `NoFreeBlocks` carries `.needed` and `.free`; a handle that is
-    not valid (any more) is `StaleSequence`.
+    the blocks that the call has evicted stay evicted, and a step whose sequences it was to name is closed.
+    `NoFreeBlocks` carries `.needed` and `.free`; a handle that is not valid (any more) is `StaleSequence`.
 
     Thread-safety: every method may be called from any thread; concurrent callers see each call as one step. A child
     that `os.fork` makes has a copy of its own, as it was between two calls.
@@ -199,7 +221,7 @@ class BlockManager:
         num_blocks: int,
         block_size: int,
         *,
-        groups: Sequence[Window | Chunk | None] = (None,),
+        groups: Sequence[Window | Chunk | State | None] = (None,),
         max_seqs: int = 65536,
         max_nodes: int | None = None,
         max_open_steps: int = 8,
@@ -207,12 +229,14 @@ class BlockManager:
         watermark: float = 0.0,
         host_blocks: int = 0,
         write_ahead: int = 256,
+        num_states: int = 0,
     ) -> Self: ...
     @classmethod
     def for_config(
         cls,
         config: CacheConfig,
         *,
+        every: int = 256,
         max_seqs: int = 65536,
         max_nodes: int | None = None,
         max_open_steps: int = 8,
@@ -220,11 +244,13 @@ class BlockManager:
         watermark: float = 0.0,
         host_blocks: int = 0,
         write_ahead: int = 256,
+        num_states: int = 0,
     ) -> Self:
         """A manager of the blocks of a cache: `num_blocks`, `block_size` and `groups` are the config's.
 
         Args:
             config: the `CacheConfig` of the engine.
+            every: of the `State`, where layers keep tensors for a sequence; give `num_states` then.
             options: any other argument of `BlockManager`.
         """
     @property
@@ -238,6 +264,21 @@ class BlockManager:
     @property
     def num_free_host_blocks(self) -> int:
         """Host slots that hold nothing."""
+    @property
+    def state_every(self) -> int:
+        """`State.every` of the group that keeps a state, 0 where none does."""
+    @property
+    def num_states(self) -> int:
+        """Slots for states."""
+    @property
+    def num_free_states(self) -> int:
+        """Slots for states that a step can have now, checkpoints that nobody holds included."""
+    def next_checkpoint(self, seq: int) -> int:
+        """Where a pass over a prompt should end: the last multiple of `State.every` among the tokens of a sequence.
+
+        Only the newest checkpoint of a sequence is kept, and a pass that ends elsewhere leaves none. 0 where no such
+        position lies past the prepared tokens, or no group keeps a state.
+        """
     @property
     def groups(self) -> tuple[Window | Chunk | None, ...]: ...
     @property
@@ -378,7 +419,7 @@ class BlockManager:
         Raises:
             ValueError: a sequence has fewer placeholders.
         """
-    def prepare(self, seqs: _Ints, query_lens: _Ints, step: StepArrays) -> int:
+    def prepare(self, seqs: _Ints, query_lens: _Ints, step: StepArrays, *, keep_state: bool = False) -> int:
         """Reserve the next `query_lens[i]` tokens of sequence i and fill `step` for one forward pass over them.
 
         Args:
@@ -386,13 +427,18 @@ class BlockManager:
             query_lens: [n], or one int for all; each at least 1.
             step: the arrays to fill. Where `step.last_move` is not 0 blocks have to be copied, those of `step.copies`
                 and `step.moves`: `engine.move(step)` does it, and marks it. The pass waits for the moves up to
-                `step.needs`.
+                `step.needs`. Where a group keeps a state, `step.state_slots` says where that of each row lies, after
+                the copies of `step.state_copies` and with zeros in the slots of `step.state_zero`.
+            keep_state: give each prepared token a slot for the state after it, in `step.state_drafts`, so that `commit`
+                can keep the state after the last accepted one. The pass reads the slot of `step.state_slots`, and
+                writes only the others.
 
         Returns:
             The step's id, for `commit` or `abort`.
 
         Raises:
             NoFreeBlocks: `.needed` by the whole batch, `.free` to be had.
+            NoFreeStates: the same for slots of states.
             MovesPending: what an earlier step has to move was not moved.
             ValueError: a sequence has not as many tokens left, is preempted, or comes twice; the step is too small; or
                 `max_open_steps` are open.
@@ -413,7 +459,7 @@ class BlockManager:
         Raises:
             ValueError: there is no such move yet.
         """
-    def commit(self, step_id: int, accepted: _Ints | None = None) -> None:
+    def commit(self, step_id: int, accepted: _Ints | None = None) -> list[int]:
         """Close the oldest open step: its pass is done, or ordered before whatever reads the blocks.
 
         Args:
@@ -421,21 +467,33 @@ class BlockManager:
             accepted: [rows]: how many of a row's prepared tokens count as computed, by default all. Where fewer do, the
                 sequence is cut after them.
 
+        Returns:
+            Handles of sequences that were preempted, as their state has seen tokens that do not count: where groups
+            keep a state, those of which not all tokens were accepted though `prepare` was called without `keep_state`,
+            and those of which a later step was aborted. `resume` starts them again at their newest checkpoint.
+
         Raises:
             MovesPending: what the step has to move was not moved.
             ValueError: it is not the oldest open step; `accepted` is out of range; or it cuts a sequence that a later
                 open step has prepared too (abort that one first).
         """
-    def abort(self, step_id: int) -> None:
+    def abort(self, step_id: int) -> list[int]:
         """Take back the newest open step, as if it had never been prepared: sequences and their blocks are as before.
 
         What `prepare` evicted stays evicted, since the pass may have begun to write there; `stats` keep their counts.
+
+        Returns:
+            Handles of sequences that were preempted, where groups keep a state: those whose only slot the pass may have
+            written. A sequence that an older open step has too is preempted when that closes, unless it is aborted and
+            goes back further; until then it cannot be prepared.
 
         Raises:
             ValueError: it is not the newest open step.
         """
     def trim(self, seq: int, num_tokens: int) -> None:
         """Drop tokens from the end until `num_tokens` are left, and blocks that none of them needs.
+
+        Where a group keeps a state, which cannot go back, a sequence that loses computed tokens is preempted.
 
         Raises:
             ValueError: `num_tokens` is not 0 to the present number, or the sequence is in an open step.

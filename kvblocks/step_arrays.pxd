@@ -23,12 +23,20 @@ cdef struct Arrays:
     int32_t* kv_indices
     int32_t* kv_last_page_len
     int32_t[64] num_pages   # of each group in `kv_indices`
+    # Slots of states, NULL where nobody keeps any: of each row, those that begin at zero, (source, target) of copies, and
+    # of each token where drafts are kept.
+    int64_t* state_slots
+    int64_t* state_zero
+    int64_t* state_copies
+    int64_t* state_drafts
+    Py_ssize_t num_state_rows, num_state_zero, num_state_copies, num_state_drafts
+    Py_ssize_t last_state_zero  # of the step before, while this one is filled
     TableRow* rows
     # What the image on the device holds, and room for a list of patches to it; none where there is no such image.
     TableRow* sent
     int32_t* sent_zeros
     int64_t* patches
-    Py_ssize_t sent_seqs, sent_tokens
+    Py_ssize_t sent_seqs, sent_tokens, sent_state_rows, sent_state_zero, sent_state_drafts
     int num_groups
     Py_ssize_t max_seqs, max_tokens, max_blocks_per_seq
     Py_ssize_t num_seqs, num_tokens, num_copies, max_query_len, max_seq_len

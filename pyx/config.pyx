@@ -14,7 +14,7 @@ from kvblocks.sizes import parse_size
 
 from libc.stdint cimport INT32_MAX, INT64_MAX, int64_t
 
-__all__ = ["CacheConfig", "Chunk", "Group", "LayerTensor", "Window", "itemsize", "key_value"]
+__all__ = ["CacheConfig", "Chunk", "Group", "LayerTensor", "State", "Window", "itemsize", "key_value"]
 
 
 # The dtypes that can hold K and V, and their bytes. float8_e8m0fnu cannot: it has neither a sign nor a zero.
@@ -126,6 +126,24 @@ class Chunk:
 
     def __post_init__(self):
         object.__setattr__(self, "size", _bounded("Chunk.size", self.size, 1, INT32_MAX))
+
+
+@dataclass(frozen=True)
+class State:
+    """A state of fixed size for each sequence, which every pass overwrites: linear attention, Mamba, convolutions.
+
+    One of the `groups` of a `BlockManager`. A state that stands at a multiple of `every` tokens is kept as a
+    checkpoint, from which a prefix hit can go on.
+
+    Raises:
+        TypeError: `every` is not an integer.
+        ValueError: `every` is outside 1..2**31-1.
+    """
+
+    every: int = 256
+
+    def __post_init__(self):
+        object.__setattr__(self, "every", _bounded("State.every", self.every, 1, INT32_MAX))
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,16 @@ from core.text cimport (
     Text,
 )
 from core.tree cimport NODE_HEAD, hash_extra, Line, node_at, Tree, tree_walk
+from core.states cimport Standing, States, states_free, StateSlot
 from core.host cimport Host, count_moves, host_free, Move, Shadow, Slot
-from core.pool cimport Block, Pool, pool_free, Step
+from core.pool cimport Block, Pool, pool_free, pool_step, Step
 from core.sequences cimport (
     BAD_ACCEPTED, BAD_COUNT, BAD_QUERY, BAD_TOKEN, BAD_TRIM, COMPUTED_UNKNOWN, EXTRA_SIZE, IN_STEP, IS_PIN,
     IS_PREEMPTED, IS_SEQUENCE, LATER_STEP, NO_BLOCKS, NO_MEMORY, NO_SLOTS, NO_STEP, NOT_ENOUGH_TOKENS, NOT_NEWEST,
-    NOT_OLDEST, NOT_PREEMPTED, NOT_UNKNOWN, NOTHING_TO_PIN, OUT_OF_REACH, SIZE_ACCEPTED, SIZE_TOKENS, STALE,
-    STEP_BLOCKS, STEP_GROUPS, STEP_LIMIT, STEP_SEQS, STEP_TOKENS, TOO_LONG, TWICE, UNMOVED, WATERMARK, blocks_for,
-    Core, core_append, core_extend, core_forget_resume, core_fork, core_free, core_preempt, core_reorder,
+    LOST_STATE, NO_STATES, NOT_OLDEST, NOT_PREEMPTED, NOT_UNKNOWN, NOTHING_TO_PIN, OUT_OF_REACH, SIZE_ACCEPTED,
+    SIZE_TOKENS, STALE, STEP_BLOCKS, STEP_GROUPS, STEP_LIMIT, STEP_SEQS, STEP_STATES, STEP_TOKENS, TOO_LONG, TWICE,
+    UNMOVED, WATERMARK, blocks_for, Core, core_append, core_extend, core_forget_resume, core_fork, core_free,
+    core_preempt, core_reorder,
     core_reset, core_set_tokens, core_take_back, core_trim, core_unpin, Counters, Fault, find, has_room, Marks,
     num_loading, Seq,
 )
@@ -48,8 +50,10 @@ from typing import NamedTuple
 import numpy as np
 
 from kvblocks.arguments import MISSING as _MISSING, check_arguments
-from kvblocks.config import CacheConfig, Chunk, Window
-from kvblocks.errors import InvariantViolation, MovesPending, NoFreeBlocks, StaleSequence, TooManySequences
+from kvblocks.config import CacheConfig, Chunk, State, Window
+from kvblocks.errors import (
+    InvariantViolation, MovesPending, NoFreeBlocks, NoFreeStates, StaleSequence, TooManySequences,
+)
 
 _manager_ids = itertools.count(1)
 cdef dict _managers = {}    # weak references by number
@@ -125,7 +129,8 @@ class Found(NamedTuple):
 class Stats(NamedTuple):
     """Totals over the successful calls of a manager: tokens for `prompt_tokens`, for `hit_tokens` and for those of them
     that came from the host, `host_hit_tokens`; blocks for `evictions`, `published`, `merged`, `copies`,
-    `peak_used_blocks`, `loads`, `offloads` and `host_evictions`; else events."""
+    `peak_used_blocks`, `loads`, `offloads` and `host_evictions`; slots of states for `state_copies`, for `checkpoints`
+    that were left and for those of them that went for another state, `checkpoint_evictions`; else events."""
 
     admitted: int
     prompt_tokens: int
@@ -141,6 +146,9 @@ class Stats(NamedTuple):
     offloads: int
     host_evictions: int
     host_hit_tokens: int
+    state_copies: int
+    checkpoints: int
+    checkpoint_evictions: int
 
 
 cdef struct Prompt:     # what `admit` and its like were given
@@ -168,6 +176,10 @@ cdef class StepArrays:
         kv_indptr, kv_indices, kv_last_page_len: int32 [max_seqs + 1], [max_seqs * max_blocks_per_seq] and [max_seqs]:
             the blocks of all rows one after the other, where each row's start, and the tokens in its last; all or none.
             Blocks that a group does not reach are left out.
+        state_slots, state_zero, state_copies, state_drafts: int64 [max_seqs], [max_seqs], [max_seqs, 2] and
+            [max_tokens], pads -1, for a manager that keeps states: the slot of each row; slots that begin at zero;
+            (source, target) slots, the first `num_state_copies` rows; and where drafts are kept the slot for the state
+            after each token. All or none.
         uploads: whether `prepare` calls `_upload` when it has filled them.
 
     Raises:
@@ -183,7 +195,7 @@ cdef class StepArrays:
     def __init__(
         self, input_ids=_MISSING, positions=_MISSING, slot_mapping=_MISSING, block_table=_MISSING, seq_lens=_MISSING,
         query_start_loc=_MISSING, copies=_MISSING, kv_indptr=None, kv_indices=None, kv_last_page_len=None, *more,
-        uploads=False, **unknown,
+        state_slots=None, state_zero=None, state_copies=None, state_drafts=None, uploads=False, **unknown,
     ):
         needed = {
             "input_ids": input_ids, "positions": positions, "slot_mapping": slot_mapping, "block_table": block_table,
@@ -218,6 +230,13 @@ cdef class StepArrays:
             a.kv_last_page_len = int32_array(kv_last_page_len, "kv_last_page_len", max_seqs, views)
         else:
             a.kv_indices = NULL
+        if state_slots is not None:
+            a.state_slots = int64_array(state_slots, "state_slots", max_seqs, views)
+            a.state_zero = int64_array(state_zero, "state_zero", max_seqs, views)
+            a.state_copies = int64_array(state_copies, "state_copies", max_seqs * 2, views)
+            a.state_drafts = int64_array(state_drafts, "state_drafts", max_tokens, views)
+        else:
+            a.state_slots = NULL
         self._uploads = uploads
         a.rows = <TableRow*>grab_zeroed(max_seqs, sizeof(TableRow))
         if a.rows == NULL:
@@ -228,7 +247,8 @@ cdef class StepArrays:
             a.patches = <int64_t*>grab(max_patches(groups, max_seqs) * PATCH_WORDS * sizeof(int32_t))
             if a.sent == NULL or a.sent_zeros == NULL or a.patches == NULL:
                 raise MemoryError(f"no memory for {max_seqs} rows")
-        a.sent_seqs = a.sent_tokens = 0
+        a.sent_seqs = a.sent_tokens = a.sent_state_rows = a.sent_state_zero = a.sent_state_drafts = 0
+        a.num_state_rows = a.num_state_zero = a.num_state_copies = a.num_state_drafts = a.last_state_zero = 0
         self._views = views
         a.num_groups = <int32_t>groups
         a.max_seqs, a.max_blocks_per_seq, a.max_tokens = max_seqs, max_blocks, max_tokens
@@ -247,6 +267,11 @@ cdef class StepArrays:
             memset(a.kv_indptr, 0, groups * (max_seqs + 1) * sizeof(int32_t))
             memset(a.kv_indices, 0, groups * max_seqs * max_blocks * sizeof(int32_t))
             memset(a.kv_last_page_len, 0, max_seqs * sizeof(int32_t))
+        if a.state_slots != NULL:
+            memset(a.state_slots, PADDING, max_seqs * sizeof(int64_t))
+            memset(a.state_zero, PADDING, max_seqs * sizeof(int64_t))
+            memset(a.state_copies, PADDING, 2 * max_seqs * sizeof(int64_t))
+            memset(a.state_drafts, PADDING, max_tokens * sizeof(int64_t))
 
     def __dealloc__(self):
         free(self.arrays.rows)
@@ -281,6 +306,14 @@ cdef class StepArrays:
     @property
     def num_copies(self):
         return self.arrays.num_copies
+
+    @property
+    def num_state_copies(self):
+        return self.arrays.num_state_copies
+
+    @property
+    def num_state_zero(self):
+        return self.arrays.num_state_zero
 
     @property
     def max_query_len(self):
@@ -359,6 +392,8 @@ cdef class StepArrays:
         cdef Arrays* a = &self.arrays
         cdef Py_ssize_t i
         a.sent_seqs, a.sent_tokens = a.max_seqs, a.max_tokens
+        a.sent_state_rows = a.sent_state_zero = a.max_seqs
+        a.sent_state_drafts = a.max_tokens
         for i in range(a.max_seqs if a.sent != NULL else 0):
             a.sent[i].manager, a.sent[i].length = -1, <int32_t>a.max_blocks_per_seq
 
@@ -372,7 +407,8 @@ cdef class BlockManager:
         block_size: tokens in a block.
         groups: the reach of each layer group, 1 to 64 of them: None for everything, a `Window` or a `Chunk`. Each
             sequence has one block table for each; all draw from one pool. A block that nothing in its group's reach
-            needs any more is given back at `commit`.
+            needs any more is given back at `commit`. Beside them one `State`, whose `every` is a multiple of
+            `block_size`, where layers keep a state for each sequence; the groups number from 0 without it.
         max_seqs: sequences and pins that may exist at once, at most 2**24.
         max_nodes: nodes of the prefix tree that may exist at once, by default `num_blocks + host_blocks`. Each
             published block has one, and each used host slot. A prefix of which only a window is kept keeps the nodes
@@ -385,6 +421,13 @@ cdef class BlockManager:
             `prefix_caching`. Blocks that are about to be evicted are copied there, and hits bring them back: see
             `StepArrays.moves`. 0: there is none, and nothing is spent on it.
         write_ahead: blocks that one `prepare` has copied to the host at most, 1 to 2**20.
+        num_states: slots for states, 0 to 2**31 - 2, where one of the groups is a `State`: a sequence takes one at its
+            first `prepare`, and what is left keeps checkpoints. 0 elsewhere.
+
+    With a `State` a sequence that stands at a multiple of `every` tokens goes on in a copy of its state, as far as
+    there are slots, and what it leaves behind is a checkpoint of that prefix once its blocks are published: hits end at
+    checkpoints. The newest of a sequence frees the one before it, unless that was hit. Passes have to run in the order
+    in which their steps were prepared, each launched before the moves of the next step.
 
     A hit needs every block of a full group, and of a group with a window or chunks those that its next token reaches.
 
@@ -392,8 +435,8 @@ cdef class BlockManager:
     other integer buffers (read in place: nobody may write them during the call), lists, or one int.
 
     A call that raises has changed nothing. There is one exception: where Python has no memory for what a call returns,
-    the blocks that the call has evicted stay evicted. `NoFreeBlocks` carries `.needed` and `.free`; a handle that is
-    not valid (any more) is `StaleSequence`.
+    the blocks that the call has evicted stay evicted, and a step whose sequences it was to name is closed.
+    `NoFreeBlocks` carries `.needed` and `.free`; a handle that is not valid (any more) is `StaleSequence`.
 
     Thread-safety: every method may be called from any thread; concurrent callers see each call as one step. A child
     that `os.fork` makes has a copy of its own, as it was between two calls.
@@ -409,7 +452,8 @@ cdef class BlockManager:
 
     def __cinit__(
         self, num_blocks=_MISSING, block_size=_MISSING, *more, groups=(None,), max_seqs=65536, max_nodes=None,
-        max_open_steps=8, prefix_caching=True, watermark=0.0, host_blocks=0, write_ahead=256, **unknown,
+        max_open_steps=8, prefix_caching=True, watermark=0.0, host_blocks=0, write_ahead=256,
+        num_states=0, **unknown,
     ):
         check_arguments("BlockManager", {"num_blocks": num_blocks, "block_size": block_size}, more, unknown, 2)
         cdef Core* c = &self.core
@@ -422,7 +466,8 @@ cdef class BlockManager:
         cdef int32_t nodes = <int32_t>min(<int64_t>blocks + slots, MAX_INT32 - 1)
         if max_nodes is not None:
             nodes = <int32_t>bounded(max_nodes, "max_nodes", 0, MAX_INT32 - 1)
-        self.groups = checked_groups(groups, c)
+        cdef int32_t states = <int32_t>bounded(num_states, "num_states", 0, MAX_INT32 - 1)
+        self.groups = checked_groups(groups, c, states, size)
         if isinstance(watermark, bool) or not isinstance(watermark, (int, float)):
             raise TypeError(f"watermark must be a number, not {type(watermark).__name__}")
         if not 0.0 <= watermark <= 1.0:
@@ -470,6 +515,8 @@ cdef class BlockManager:
             )
         if slots:
             open_host(c, slots, ahead)
+        if states:
+            open_states(c, states)
         node_at(t, 0).hash = t.seal
         node_at(t, 0).uses = 1
         # A block that is larger is hashed only once a text has filled it: then `make_key` makes the rest.
@@ -483,16 +530,19 @@ cdef class BlockManager:
             _managers[uid] = reference
 
     @classmethod
-    def for_config(cls, config, **options):
+    def for_config(cls, config, *, every=256, **options):
         """A manager of the blocks of a cache: `num_blocks`, `block_size` and `groups` are the config's.
 
         Args:
             config: the `CacheConfig` of the engine.
+            every: of the `State`, where layers keep tensors for a sequence; give `num_states` then.
             options: any other argument of `BlockManager`.
         """
         if not isinstance(config, CacheConfig):
             raise TypeError(f"config is a {type(config).__name__}; give the CacheConfig of the engine")
-        groups = tuple([group.reach for group in config.groups])
+        groups = [group.reach for group in config.groups]
+        if config.state_bytes("float64"):
+            groups.append(State(every))
         return cls(config.num_gpu_blocks, config.block_size, groups=groups, **options)
 
     def __dealloc__(self):
@@ -509,6 +559,8 @@ cdef class BlockManager:
             for i in range(c.pool.max_steps):
                 free(c.pool.steps[i].rows)
                 free(c.pool.steps[i].sources)
+                free(c.pool.steps[i].states)
+                free(c.pool.steps[i].drafts)
         unmap(c.seqs, self.slots, sizeof(Seq))
         unmap(c.pool.blocks, c.pool.num_blocks, sizeof(Block))
         unmap(c.pool.queue, <size_t>c.pool.queue_mask + 1, sizeof(int32_t))
@@ -517,6 +569,7 @@ cdef class BlockManager:
         unmap(c.pool.tree.tokens, <size_t>c.pool.tree.max_nodes + 1, c.block_size * sizeof(int32_t))
         unmap(c.pool.tree.lines, c.pool.tree.num_lines, sizeof(Line))
         close_host(c, self.slots)
+        close_states(c, self.slots)
         free(c.pool.steps)
         unmap(c.pool.tree.key, <size_t>c.block_size + 2, sizeof(uint32_t))
 
@@ -548,6 +601,41 @@ cdef class BlockManager:
     def host_blocks(self):
         """Slots in the host pool."""
         return self.core.pool.host.num_slots
+
+    @property
+    def state_every(self):
+        """`State.every` of the group that keeps a state, 0 where none does."""
+        return self.core.pool.states.every
+
+    @property
+    def num_states(self):
+        """Slots for states."""
+        return self.core.pool.states.num_slots
+
+    @property
+    def num_free_states(self):
+        """Slots for states that a step can have now, checkpoints that nobody holds included."""
+        with self.lock:
+            return states_free(&self.core.pool.states)
+
+    def next_checkpoint(self, seq):
+        """Where a pass over a prompt should end: the last multiple of `State.every` among the tokens of a sequence.
+
+        Only the newest checkpoint of a sequence is kept, and a pass that ends elsewhere leaves none. 0 where no such
+        position lies past the prepared tokens, or no group keeps a state.
+        """
+        cdef Fault f
+        cdef int64_t handle = as_int(seq, "seq"), last = 0
+        cdef const Seq* found
+        with self.lock:
+            found = find(&self.core, handle, 0, &f)
+            if found != NULL and self.core.pool.states.num_slots:
+                last = found.text.num_tokens - found.text.num_tokens % self.core.pool.states.every
+                if last <= found.num_prepared:
+                    last = 0
+        if found == NULL:
+            raise self.error(&f)
+        return last
 
     @property
     def num_free_host_blocks(self):
@@ -836,6 +924,8 @@ cdef class BlockManager:
     def trim(self, seq, num_tokens):
         """Drop tokens from the end until `num_tokens` are left, and blocks that none of them needs.
 
+        Where a group keeps a state, which cannot go back, a sequence that loses computed tokens is preempted.
+
         Raises:
             ValueError: `num_tokens` is not 0 to the present number, or the sequence is in an open step.
         """
@@ -849,7 +939,7 @@ cdef class BlockManager:
 
     # Steps
 
-    def prepare(self, seqs, query_lens, StepArrays step not None):
+    def prepare(self, seqs, query_lens, StepArrays step not None, *, keep_state=False):
         """Reserve the next `query_lens[i]` tokens of sequence i and fill `step` for one forward pass over them.
 
         Args:
@@ -857,13 +947,18 @@ cdef class BlockManager:
             query_lens: [n], or one int for all; each at least 1.
             step: the arrays to fill. Where `step.last_move` is not 0 blocks have to be copied, those of `step.copies`
                 and `step.moves`: `engine.move(step)` does it, and marks it. The pass waits for the moves up to
-                `step.needs`.
+                `step.needs`. Where a group keeps a state, `step.state_slots` says where that of each row lies, after
+                the copies of `step.state_copies` and with zeros in the slots of `step.state_zero`.
+            keep_state: give each prepared token a slot for the state after it, in `step.state_drafts`, so that `commit`
+                can keep the state after the last accepted one. The pass reads the slot of `step.state_slots` first,
+                and writes to none but those of its tokens.
 
         Returns:
             The step's id, for `commit` or `abort`.
 
         Raises:
             NoFreeBlocks: `.needed` by the whole batch, `.free` to be had.
+            NoFreeStates: the same for slots of states.
             MovesPending: what an earlier step has to move was not moved.
             ValueError: a sequence has not as many tokens left, is preempted, or comes twice; the step is too small; or
                 `max_open_steps` are open.
@@ -871,7 +966,7 @@ cdef class BlockManager:
         cdef Ints s = unopened(), q = unopened()
         cdef Fault f
         cdef int64_t step_id = 0
-        cdef bint closed
+        cdef bint closed, keep = boolean(keep_state, "keep_state")
         try:
             open_ints(seqs, "seqs", &s)
             open_ints(query_lens, "query_lens", &q)
@@ -879,8 +974,10 @@ cdef class BlockManager:
                 raise ValueError("seqs is empty: a step needs at least one sequence")
             if not q.scalar and q.size != s.size:
                 raise ValueError(f"query_lens has {q.size} elements for {s.size} seqs")
+            if keep and self.core.pool.states.num_slots == 0:
+                raise ValueError("keep_state=True, but no group of the manager is a State")
             with self.lock:
-                step_id = core_prepare(&self.core, &s, &q, &step.arrays, &f)
+                step_id = core_prepare(&self.core, &s, &q, &step.arrays, keep, &f)
         finally:
             close_ints(&s)
             close_ints(&q)
@@ -892,7 +989,7 @@ cdef class BlockManager:
                 step._upload()
             except BaseException as error:
                 with self.lock:
-                    closed = core_abort(&self.core, step_id, &f)
+                    closed = core_abort(&self.core, step_id, False, &f)
                     if closed:
                         take_back_step(&self.core, &step.arrays)
                 if not closed:
@@ -902,7 +999,7 @@ cdef class BlockManager:
             return step_id
         except MemoryError:
             with self.lock:
-                if core_abort(&self.core, step_id, &f):
+                if core_abort(&self.core, step_id, False, &f):
                     take_back_step(&self.core, &step.arrays)
             raise
 
@@ -948,6 +1045,11 @@ cdef class BlockManager:
             accepted: [rows]: how many of a row's prepared tokens count as computed, by default all. Where fewer do, the
                 sequence is cut after them.
 
+        Returns:
+            Handles of sequences that were preempted, as their state has seen tokens that do not count: where groups
+            keep a state, those of which not all tokens were accepted though `prepare` was called without `keep_state`,
+            and those of which a later step was aborted. `resume` starts them again at their newest checkpoint.
+
         Raises:
             MovesPending: what the step has to move was not moved.
             ValueError: it is not the oldest open step; `accepted` is out of range; or it cuts a sequence that a later
@@ -957,20 +1059,29 @@ cdef class BlockManager:
         cdef Fault f
         cdef int64_t step = as_int(step_id, "step_id")
         cdef bint ok
+        preempted = []
         try:
             if accepted is not None:
                 open_ints(accepted, "accepted", &a)
+            if self.core.pool.states.num_slots:
+                return self.close(step, &a if accepted is not None else NULL, True)
             with self.lock:
                 ok = core_commit(&self.core, step, &a if accepted is not None else NULL, &f)
         finally:
             close_ints(&a)
         if not ok:
             raise self.error(&f)
+        return preempted
 
     def abort(self, step_id):
         """Take back the newest open step, as if it had never been prepared: sequences and their blocks are as before.
 
         What `prepare` evicted stays evicted, since the pass may have begun to write there; `stats` keep their counts.
+
+        Returns:
+            Handles of sequences that were preempted, where groups keep a state: those whose only slot the pass may have
+            written. A sequence that an older open step has too is preempted when that closes, unless it is aborted and
+            goes back further; until then it cannot be prepared.
 
         Raises:
             ValueError: it is not the newest open step.
@@ -978,10 +1089,14 @@ cdef class BlockManager:
         cdef Fault f
         cdef int64_t step = as_int(step_id, "step_id")
         cdef bint ok
+        preempted = []
+        if self.core.pool.states.num_slots:
+            return self.close(step, NULL, False)
         with self.lock:
-            ok = core_abort(&self.core, step, &f)
+            ok = core_abort(&self.core, step, True, &f)
         if not ok:
             raise self.error(&f)
+        return preempted
 
     # Sharing and leaving
 
@@ -1107,14 +1222,17 @@ cdef class BlockManager:
         """`Stats` of the manager so far."""
         cdef Counters n
         cdef Host h
+        cdef States s
         cdef int64_t evictions
         with self.lock:
             n = self.core.counters
             h = self.core.pool.host
+            s = self.core.pool.states
             evictions = self.core.pool.evictions
         return Stats(
             n.admitted, n.prompt_tokens, n.hit_tokens, evictions, n.preemptions, n.resumed, n.published, n.merged,
             n.copies, n.peak_used, h.num_loaded, h.num_offloaded, h.evictions, h.hit_tokens,
+            s.copies, s.checkpoints, s.evictions,
         )
 
     def audit(self):
@@ -1135,6 +1253,41 @@ cdef class BlockManager:
             )
 
     # Edge
+
+    cdef list close(self, int64_t step_id, const Ints* accepted, bint commits):
+        """Commit or abort a step where there are states; the handles of the sequences that this has preempted."""
+        cdef Fault f
+        cdef States* s = &self.core.pool.states
+        cdef Pool* p = &self.core.pool
+        cdef int64_t* handles = NULL
+        cdef Py_ssize_t i, n = 0, room = -1
+        cdef bint ok = False
+        cdef list preempted = []
+        try:
+            while n > room:
+                room = n
+                free(handles)
+                handles = <int64_t*>grab(<size_t>(room or 1) * sizeof(int64_t))
+                if handles == NULL:
+                    raise MemoryError(f"no memory for {room} handles")
+                with self.lock:
+                    if p.num_steps:
+                        n = pool_step(p, 0 if commits else p.num_steps - 1).num_rows
+                    if n <= room:
+                        if commits:
+                            ok = core_commit(&self.core, step_id, accepted, &f)
+                        else:
+                            ok = core_abort(&self.core, step_id, True, &f)
+                        n = s.num_preempted if ok else 0
+                        if n:
+                            memcpy(handles, s.preempted, n * sizeof(int64_t))
+            if not ok:
+                raise self.error(&f)
+            for i in range(n):
+                preempted.append(handles[i])
+        finally:
+            free(handles)
+        return preempted
 
     cdef object handed_out(self, int64_t last_move):
         """The moves of the step whose newest move this is, int32 [n, 4]; none once they are marked."""
@@ -1307,6 +1460,13 @@ cdef class BlockManager:
                 v,
                 b,
             )
+        if problem == NO_STATES:
+            return NoFreeStates(
+                f"{v} slots for states needed, {b} of {self.core.pool.states.num_slots} free; free or preempt "
+                "sequences",
+                v,
+                b,
+            )
         if problem == UNMOVED:
             return MovesPending(
                 f"blocks up to move {v} have to be copied, and only {b} were: call engine.move(step) right after "
@@ -1337,6 +1497,9 @@ cdef class BlockManager:
             STEP_TOKENS: f"{v} tokens do not fit a step of max_tokens={b}",
             STEP_BLOCKS: f"sequence at {i} has {v} blocks, which do not fit max_blocks_per_seq={b} of the step",
             STEP_GROUPS: f"the step has arrays for {b} layer groups, the manager has {v}",
+            STEP_STATES: f"the step has no arrays for states, and the manager has {v} slots; make it with states=True",
+            LOST_STATE: f"the state of sequence {v} (at {i}) was lost with a pass that was aborted; it is preempted "
+            f"once open step {b} is closed",
             STEP_LIMIT: f"{v} steps are open, of max_open_steps={b}; commit or abort one",
             COMPUTED_UNKNOWN: f"sequence {v} (at {i}) has a computed placeholder at {b}; set_tokens first",
             NO_STEP: f"step {v} is not open; none is",
@@ -1353,10 +1516,25 @@ cdef class BlockManager:
         }[problem])
 
 
-cdef tuple checked_groups(object given, Core* c):
-    """The reaches of the layer groups, and the same in `c`."""
-    cdef int32_t g
-    groups = tuple(given)
+cdef tuple checked_groups(object given, Core* c, int32_t num_states, int32_t block_size):
+    """The reaches of the layer groups that keep blocks, and the same in `c`, with what it keeps of states."""
+    cdef int32_t g, every = 0
+    cdef list found = []
+    for group in given:
+        if not isinstance(group, State):
+            found.append(group)
+            continue
+        if every:
+            raise ValueError("groups has two States; one slot holds the state of all layers")
+        every = <int32_t>bounded(group.every, "State.every", 1, MAX_INT32)
+        if every % block_size:
+            raise ValueError(f"State.every={every} must be a multiple of {block_size=}")
+    if every and num_states == 0:
+        raise ValueError("a State among the groups needs num_states= slots, at least 1")
+    if num_states and not every:
+        raise ValueError(f"{num_states=} slots for states need a State among the groups")
+    c.pool.states.every = every
+    groups = tuple(found)
     if not 1 <= len(groups) <= MAX_GROUPS:
         raise ValueError(f"groups={groups!r} has {len(groups)} layer groups; give 1 to {MAX_GROUPS}")
     c.num_groups = <int32_t>len(groups)
@@ -1367,9 +1545,36 @@ cdef tuple checked_groups(object given, Core* c):
         elif isinstance(reach, Chunk):
             c.reaches[g].chunk = <int32_t>bounded(reach.size, f"groups[{g}].size", 1, MAX_INT32)
         elif reach is not None:
-            raise TypeError(f"groups[{g}]={reach!r}; give None, a Window or a Chunk")
+            raise TypeError(f"groups[{g}]={reach!r}; give None, a Window, a Chunk or one State")
         c.reach_ends = c.reach_ends or reach is not None
+    c.pool.states.anchor = groups.index(None) if None in groups else 0
     return groups
+
+
+cdef int open_states(Core* c, int32_t slots) except -1:
+    """Map what slots for states need, untouched; `close_states` gives it back, also after an error."""
+    cdef States* s = &c.pool.states
+    s.num_slots, s.oldest, s.newest = slots, -1, -1
+    s.slots = <StateSlot*>map_zeroed(slots, sizeof(StateSlot))
+    s.stack = <int32_t*>map_zeroed(slots, sizeof(int32_t))
+    s.of_node = <int32_t*>map_zeroed(<size_t>c.pool.tree.max_nodes + 1, sizeof(int32_t))
+    s.standing = <Standing*>map_zeroed(c.max_seqs, sizeof(Standing))
+    s.preempted = <int64_t*>map_zeroed(c.max_seqs, sizeof(int64_t))
+    if s.slots == NULL or s.stack == NULL or s.of_node == NULL or s.standing == NULL or s.preempted == NULL:
+        raise MemoryError(f"no memory to keep books of num_states={slots} slots")
+    c.pool.host.states = s
+    return 0
+
+
+cdef void close_states(Core* c, int32_t max_seqs) noexcept:
+    cdef States* s = &c.pool.states
+    if s.num_slots == 0:
+        return
+    unmap(s.slots, s.num_slots, sizeof(StateSlot))
+    unmap(s.stack, s.num_slots, sizeof(int32_t))
+    unmap(s.of_node, <size_t>c.pool.tree.max_nodes + 1, sizeof(int32_t))
+    unmap(s.standing, max_seqs, sizeof(Standing))
+    unmap(s.preempted, max_seqs, sizeof(int64_t))
 
 
 cdef int open_host(Core* c, int32_t slots, int32_t write_ahead) except -1:
@@ -1411,6 +1616,7 @@ cdef void take_back_step(Core* c, Arrays* a) noexcept:
     step hands out the moves between device and host that came with it."""
     a.needs = a.last_move = 0
     c.counters.copies -= a.num_copies
+    c.pool.states.copies -= a.num_state_copies
     if c.pool.host.num_slots:
         count_moves(&c.pool.host, -1)
         c.pool.moves.handed = c.pool.moves.marked

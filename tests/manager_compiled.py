@@ -11,7 +11,7 @@ from kvblocks.step.buffers import StepBuffers
 
 
 def make_step(max_seqs: int, max_tokens: int, max_blocks_per_seq: int, groups: int = 1) -> StepBuffers:
-    return StepBuffers(max_seqs, max_tokens, max_blocks_per_seq, groups=groups, kv_indices=True)
+    return StepBuffers(max_seqs, max_tokens, max_blocks_per_seq, groups=groups, kv_indices=True, states=True)
 
 
 def by_group(tensor: torch.Tensor | None, groups: int) -> list[Any]:
@@ -26,6 +26,10 @@ def read_step(step: StepBuffers) -> StepView:
     starts = by_group(step.kv_indptr, groups)
     pages = [found[: ends[-1]] for ends, found in zip(starts, by_group(step.kv_indices, groups), strict=True)]
     assert step.kv_last_page_len is not None
+    assert step.state_slots is not None
+    assert step.state_zero is not None
+    assert step.state_drafts is not None
+    assert step.state_copies is not None
     return StepView(
         step.input_ids.tolist(),
         step.positions.tolist(),
@@ -38,6 +42,10 @@ def read_step(step: StepBuffers) -> StepView:
         step.query_start_loc.tolist(),
         [(source, target) for source, target in step.copies.tolist()],
         [Move(bool(kind), group, source, target) for kind, group, source, target in step.moves.tolist()],
+        step.state_slots.tolist(),
+        step.state_zero.tolist(),
+        [(source, target) for source, target in step.state_copies.tolist()],
+        step.state_drafts.tolist(),
         step.num_seqs,
         step.num_tokens,
         step.max_query_len,

@@ -7,6 +7,8 @@ from typing import Any
 
 from kvblocks.config import Chunk, Window
 
+ZERO = -1  # what a state that has seen no token holds
+
 
 @dataclass
 class Truth:
@@ -36,6 +38,8 @@ class RunRow:
     end: int
     tables: list[list[int]]  # of each group
     contents: list[int]  # identities of positions 0..end
+    state: int = -1  # the slot of the state that it goes on from
+    drafts: list[int] = field(default_factory=list)  # slots of the state after each token, where they are kept
 
 
 def first_reached(reach: Window | Chunk | None, position: int) -> int:
@@ -56,6 +60,7 @@ class Device:
     groups: Sequence[Window | Chunk | None]
     slots: dict[int, tuple[int, int]] = field(default_factory=dict)
     host: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # what each host slot holds, token by token
+    states: dict[int, int] = field(default_factory=dict)  # what each slot of states has seen: one exact prefix
     names: dict[tuple[Any, ...], int] = field(default_factory=dict)
     fresh: Iterator[int] = field(default_factory=count)
 
@@ -67,6 +72,18 @@ class Device:
             name = self.names.setdefault(key, next(self.fresh))
             found.append(name)
         return found
+
+    def check_state(self, slot: int, contents: list[int], position: int, what: str) -> None:
+        """Whether a slot has seen the first `position` tokens of `contents`, no more and no fewer."""
+        seen = self.states.get(slot)
+        right = contents[position - 1] if position else ZERO
+        assert seen == right, f"{what}: state {slot} has not seen the {position} tokens before, but another prefix"
+
+    def copy_states(self, zeroed: list[int], pairs: list[tuple[int, int]]) -> None:
+        for slot in zeroed:
+            self.states[slot] = ZERO
+        for source, target in pairs:
+            self.states[target] = self.states.get(source, -2)
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         for source, target in pairs:

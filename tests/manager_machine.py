@@ -17,13 +17,13 @@ from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from manager_device import Device, RunRow, Truth
-from manager_model import UNKNOWN, Admission, ModelManager, ModelStep, Move
+from manager_model import UNKNOWN, Admission, ModelManager, ModelStep, Move, Node
 from manager_streams import Streams, Work
 
-from kvblocks.config import Chunk, Window
-from kvblocks.errors import MovesPending, NoFreeBlocks, StaleSequence, TooManySequences
+from kvblocks.config import Chunk, State, Window
+from kvblocks.errors import MovesPending, NoFreeBlocks, NoFreeStates, StaleSequence, TooManySequences
 
-EXPECTED_ERRORS = (MovesPending, ValueError, TypeError, StaleSequence, NoFreeBlocks, TooManySequences)
+EXPECTED_ERRORS = (MovesPending, ValueError, TypeError, StaleSequence, NoFreeBlocks, NoFreeStates, TooManySequences)
 SALTS = (b"", b"a")
 GROUPS: list[tuple[Any, ...]] = [
     *[(None,)] * 4,
@@ -54,6 +54,10 @@ class StepView:
     query_start_loc: list[int]
     copies: list[tuple[int, int]]
     moves: list[Move]
+    state_slots: list[int]
+    state_zero: list[int]
+    state_copies: list[tuple[int, int]]
+    state_drafts: list[int]
     num_seqs: int
     num_tokens: int
     max_query_len: int
@@ -80,6 +84,10 @@ def read_model_step(step: ModelStep) -> StepView:
         padded(step.query_start_loc, step.max_seqs + 1, step.num_tokens),
         list(step.copies),
         list(step.moves),
+        padded(step.state_slots, step.max_seqs, -1),
+        padded(step.state_zero, step.max_seqs, -1),
+        list(step.state_copies),
+        padded(step.state_drafts, step.max_tokens, -1),
         step.num_seqs,
         step.num_tokens,
         step.max_query_len,
@@ -127,20 +135,23 @@ class Action:
     name: str
     weight: int
     when: Callable[[Any], Any]
+    states: bool  # only where sequences have a state
 
 
 ACTIONS: list[Action] = []
 Rule = Callable[[Any], None]
 
 
-def action(weight: int, when: Callable[[Any], Any] = lambda machine: True) -> Callable[[Rule], Rule]:
+def action(
+    weight: int, when: Callable[[Any], Any] = lambda machine: True, states: bool = False
+) -> Callable[[Rule], Rule]:
     """A method of the machine that is done in about `weight` of the steps in which `when` holds.
 
     Not a `@rule` each: hypothesis leaves some out of a run, and without `admit` or `commit` there is little to see.
     """
 
     def register(method: Rule) -> Rule:
-        ACTIONS.append(Action(method.__name__, weight, when))
+        ACTIONS.append(Action(method.__name__, weight, when, states))
         return method
 
     return register
@@ -153,6 +164,7 @@ class ManagerMachine(RuleBasedStateMachine):
     reference: Callable[..., ModelManager]
     streams: Streams
     tiers: bool | None = None  # whether managers that cache have host slots; None: half of them have
+    states: bool | None = None  # whether sequences have a state; None: a third of the managers keep one
 
     @rule(seed=st.integers(0, 2**32 - 1))
     def act(self, seed: int) -> None:
@@ -160,9 +172,12 @@ class ManagerMachine(RuleBasedStateMachine):
         self.finished = False
         self.rng = self.streams.rng = Random(seed)
         self.streams.run_some()
-        names = [a.name for a in ACTIONS for _ in range(self.weight(a)) if a.when(self)]
+        names = [a.name for a in ACTIONS for _ in range(self.weight(a)) if self.can(a)]
         getattr(self, self.rng.choice(names))()
         self.finished = True
+
+    def can(self, a: Action) -> bool:
+        return (self.stateful or not a.states) and bool(a.when(self))
 
     def weight(self, a: Action) -> int:
         return a.weight * (4 if a.name in self.favourites else 1)
@@ -178,7 +193,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self.vocabulary = choice([2, 3])
         # A liar sets placeholders to other tokens than were computed; the bookkeeping must stand it, the K/V cannot.
         self.honest = choice([True, True, True, False])
-        self.favourites = self.rng.sample([a.name for a in ACTIONS], choice([0, 1, 2, 3]))
+        self.favourites = self.rng.sample([a.name for a in ACTIONS if not a.states], choice([0, 1, 2, 3]))
         config: dict[str, Any] = {
             "groups": self.groups,
             "max_seqs": choice([8, 8, 6, 3]),
@@ -190,6 +205,10 @@ class ManagerMachine(RuleBasedStateMachine):
         if config["prefix_caching"] and (choice([True, False]) if self.tiers is None else self.tiers):
             config["host_blocks"] = choice([1, 3, 8, 20, num_blocks, 2 * num_blocks])
             config["write_ahead"] = choice([256, 256, 2, 1])
+        if self.states or (self.states is None and choice([True, False, False])):
+            config["groups"] = (*self.groups, State(self.block_size * choice([1, 1, 2, 3])))
+            config["num_states"] = choice([1, 3, 5, 9, 20, 40])
+        self.stateful = "num_states" in config
         note(f"manager({num_blocks}, {self.block_size}, {config}); honest: {self.honest}")
         self.caching = config["prefix_caching"]
         self.host = "host_blocks" in config
@@ -264,22 +283,45 @@ class ManagerMachine(RuleBasedStateMachine):
                 )
         if self.honest:
             self.check_host()
+        if self.stateful:
+            assert subject.num_free_states == model.num_free_states
+            checkpoints = [subject.next_checkpoint(handle) for handle in handles]
+            assert checkpoints == [model.next_checkpoint(handle) for handle in handles]
+            if self.honest:
+                self.check_states()
         subject.audit()
+
+    def check_states(self) -> None:
+        """The slots of sequences and of checkpoints hold what they are said to, once all passes have run."""
+        if self.streams.passes:
+            return
+        for handle, sequence in self.model.sequences.items():
+            if sequence.state is not None and not sequence.lost:
+                contents = self.device.identities(self.truths[handle])
+                self.device.check_state(sequence.state, contents, sequence.num_prepared, f"sequence {handle}")
+        for slot, state in enumerate(self.model.state_slots):
+            if state.node is not None:
+                contents = self.device.identities(self.truth_of(state.node))
+                self.device.check_state(slot, contents, len(contents), "a checkpoint")
+
+    def truth_of(self, node: Node) -> Truth:
+        """The prefix that a node stands for."""
+        blocks, salts = [], {id(root): salt for salt, root in self.model.roots.items()}
+        while node.parent is not None:
+            blocks.append(node.key)
+            node = node.parent
+        truth = Truth(salts[id(node)], [], {}, self.weights)
+        for tokens, extra in reversed(blocks):
+            truth.extra |= {len(truth.tokens) + place: data for place, data in extra}
+            truth.tokens += tokens
+        return truth
 
     def check_host(self) -> None:
         """What lies in host slots, as whoever takes it further would find it, is what their nodes say."""
         for slot, (node, g) in self.model.home.items():
             if self.model.move_of_slot[slot] > self.streams.landed:
                 continue
-            blocks, salts = [], {id(root): salt for salt, root in self.model.roots.items()}
-            while node.parent is not None:
-                blocks.append(node.key)
-                node = node.parent
-            truth = Truth(salts[id(node)], [], {}, self.weights)
-            for tokens, extra in reversed(blocks):
-                truth.extra |= {len(truth.tokens) + place: data for place, data in extra}
-                truth.tokens += tokens
-            names = self.device.identities(truth)[-self.block_size :]
+            names = self.device.identities(self.truth_of(node))[-self.block_size :]
             expected = [(g, name) for name in names]
             assert self.device.host.get(slot) == expected, f"host slot {slot} holds another prefix"
 
@@ -319,7 +361,7 @@ class ManagerMachine(RuleBasedStateMachine):
     def runnable(self) -> list[int]:
         """Those with tokens that no step has taken yet."""
         sequences = self.model.sequences.items()
-        return [h for h, s in sequences if not s.preempted and s.num_prepared < len(s.tokens)]
+        return [h for h, s in sequences if not s.preempted and not s.lost and s.num_prepared < len(s.tokens)]
 
     @property
     def unknown(self) -> list[int]:
@@ -594,6 +636,8 @@ class ManagerMachine(RuleBasedStateMachine):
     def cut_back(self, handle: int, target: int) -> bool:
         """Trim; where that is refused, as what it needs has slid out of a window, in the way that the error names."""
         trimmed = self.both_trim(handle, target)
+        if trimmed and self.model.sequences[handle].preempted:  # its state could not go back
+            return target > 0 and self.coin() and self.both_resume(handle, self.bounds())
         if trimmed or not self.coin():
             return trimmed
         self.truths[handle].written = 0
@@ -608,6 +652,8 @@ class ManagerMachine(RuleBasedStateMachine):
         self.same(f"trim({handle}, {target})", expected, outcome(self.subject.trim, handle, target), ())
         if not isinstance(expected, Raised):
             self.truths[handle].cut(target)
+            if self.model.sequences[handle].preempted:
+                self.truths[handle].written = 0
         self.compare()
         return not isinstance(expected, Raised)
 
@@ -637,12 +683,13 @@ class ManagerMachine(RuleBasedStateMachine):
 
     # Steps
 
-    def run(self, seqs: Any, lens: Any, which: int = 0) -> Any:
+    def run(self, seqs: Any, lens: Any, which: int = 0, keep: bool = False) -> Any:
         """Prepare in both; where it succeeds, launch the device's part: moves, copies, then the pass."""
         subject_step, model_step = self.steps[which]
-        expected = outcome(self.model.prepare, seqs, lens, model_step)
-        got = outcome(self.subject.prepare, seqs, lens, subject_step)
-        self.same(f"prepare({seqs}, {lens})", expected, got, (NoFreeBlocks, ValueError))
+        more: dict[str, Any] = {"keep_state": True} if keep else {}
+        expected = outcome(self.model.prepare, seqs, lens, model_step, **more)
+        got = outcome(self.subject.prepare, seqs, lens, subject_step, **more)
+        self.same(f"prepare({seqs}, {lens}, {more})", expected, got, (NoFreeBlocks, NoFreeStates, ValueError))
         self.compare_steps(subject_step, model_step)
         if not isinstance(expected, Raised):
             assert subject_step.needs == model_step.needs
@@ -654,7 +701,7 @@ class ManagerMachine(RuleBasedStateMachine):
                 self.forget_to_move(expected, which)
                 aborted = self.rng.randint(0, 9) == 0
                 if aborted:
-                    self.both_uncopied("abort", expected)
+                    self.note_preempted(self.both_uncopied("abort", expected))
                     self.next_is_refused(which)
                 if self.host or not aborted:
                     self.launch_moves(view, model_step.last_move, after)
@@ -683,6 +730,9 @@ class ManagerMachine(RuleBasedStateMachine):
             self.streams.launch_move(partial(self.device.move, move), after, first, last)
             first_offload += not move.loads
         self.streams.launch_move(lambda: None, after, last_move, last_move)
+        if self.stateful:
+            zeroed = [slot for slot in step.state_zero if slot >= 0]
+            self.streams.launch_pass(partial(self.device.copy_states, zeroed, step.state_copies), 0)
 
     @action(2, when=lambda self: self.host)
     def landed(self) -> None:
@@ -725,7 +775,7 @@ class ManagerMachine(RuleBasedStateMachine):
             got = outcome(self.subject.prepare, ready[:1], [1], subject_step)
             self.same(f"prepare({ready[:1]}, [1])", expected, got, ())
             assert isinstance(expected, Raised)
-            assert expected.kind in (MovesPending, NoFreeBlocks, ValueError)
+            assert expected.kind in (MovesPending, NoFreeBlocks, NoFreeStates, ValueError)
             self.compare_steps(subject_step, model_step)
 
     def play(self, step_id: int, handles: list[int], step: StepView, needs: int) -> None:
@@ -750,10 +800,18 @@ class ManagerMachine(RuleBasedStateMachine):
                     for slot, position in zip(slots[first:last], range(start, end), strict=True)
                 ]
             self.truths[handle].written = end
-            rows.append(RunRow(handle, start, end, tables, contents))
+            states = [step.state_drafts[j] for j in range(first, last) if step.state_drafts[j] >= 0]
+            rows.append(RunRow(handle, start, end, tables, contents, step.state_slots[i], states))
 
         def run() -> None:
             self.device.copy_blocks(step.copies)
+            for row in rows if self.stateful else []:
+                if self.honest:
+                    what = f"sequence {row.handle} in step {step_id}"
+                    self.device.check_state(row.state, row.contents, row.start, what)
+                self.device.states.update(zip(row.drafts, row.contents[row.start :], strict=bool(row.drafts)))
+                if not row.drafts:
+                    self.device.states[row.state] = row.contents[-1]
             for row in rows if self.honest else []:
                 what = f"sequence {row.handle} in step {step_id}"
                 self.device.check(row.tables, row.contents[: row.start], row.start, what)
@@ -789,8 +847,15 @@ class ManagerMachine(RuleBasedStateMachine):
             elif row.start + kept < row.end:
                 truth.cut(row.start + kept)
         args = (step_id,) if given is None else (step_id, given)
-        result = self.both(name, *args)
+        result = self.both_uncopied(name, *args)
+        self.note_preempted(result)
+        self.compare()
         assert not isinstance(result, Raised), f"{name} of step {step_id} failed: {result}"
+
+    def note_preempted(self, handles: Any) -> None:
+        """Those whose state was lost start again."""
+        for handle in handles if isinstance(handles, list) else []:
+            self.truths[handle].written = 0
 
     def query_lens(self, batch: list[int], most: int = 6) -> list[int]:
         lens = []
@@ -806,6 +871,92 @@ class ManagerMachine(RuleBasedStateMachine):
         which = self.rng.choice([0, 0, 1, 1, 2])
         self.run(self.as_input(batch), self.as_input(lens), which)
 
+    @action(5, when=lambda self: self.runnable, states=True)
+    def prefill_to_checkpoint(self) -> None:
+        """Chunks that end where the next checkpoint is to be, and then the rest."""
+        batch = self.some(self.runnable)
+        for which in range(self.rng.randint(1, 2)):
+            batch = [handle for handle in batch if handle in self.runnable]
+            if not batch or isinstance(self.run_to_checkpoint(batch, which), Raised):
+                break
+        if self.runs and self.rng.randint(0, 3):
+            self.close("commit", 0)
+
+    def run_to_checkpoint(self, batch: list[int], which: int = 0) -> Any:
+        sequences = [self.model.sequences[handle] for handle in batch]
+        ends = [self.model.next_checkpoint(s.handle) or len(s.tokens) for s in sequences]
+        return self.run(batch, [end - s.num_prepared for end, s in zip(ends, sequences, strict=True)], which)
+
+    @property
+    def going(self) -> list[int]:
+        """Those that a step may take once they have a token more."""
+        return [h for h, s in self.model.sequences.items() if not s.preempted and not s.lost]
+
+    def with_more(self) -> list[int]:
+        """A small batch whose sequences all have tokens that no step has taken."""
+        batch = self.some(self.going)[:2]
+        for _ in range(self.rng.randint(1, 3)):
+            self.append_to(batch)
+        return batch
+
+    @action(5, when=lambda self: self.going, states=True)
+    def draft(self) -> None:
+        """Drafted tokens, whose states are kept one by one until it is known how many were right."""
+        batch = self.with_more()
+        result = self.run(batch, self.query_lens(batch, 4), self.rng.randint(0, 1), keep=self.rng.randint(0, 3) > 0)
+        if not isinstance(result, Raised) and len(self.runs) == 1 and self.rng.randint(0, 3):
+            self.commit_part()
+
+    @action(5, when=lambda self: self.going, states=True)
+    def waver(self) -> None:
+        """A pass is aborted, perhaps while the one before it is open, and what is left of the batch goes on."""
+        batch = self.with_more()
+        if isinstance(self.run(batch, self.query_lens(batch), 0), Raised):
+            return
+        self.close("abort", -1)
+        batch = [handle for handle in batch if handle in self.runnable]
+        if batch and self.coin():
+            self.run(batch, self.query_lens(batch), 1)
+
+    @action(4, when=lambda self: self.computed and self.model.free_slots, states=True)
+    def beam(self) -> None:
+        """Children of one sequence go on with it in one pass, which may have to be taken back."""
+        parent = self.rng.choice(self.computed)
+        children = self.both_fork(parent, self.rng.randint(1, 2))
+        if isinstance(children, Raised):
+            return
+        batch = [parent, *children]
+        self.append_to(batch)
+        self.rng.shuffle(batch)
+        if not isinstance(self.run(batch, [1] * len(batch)), Raised) and self.coin():
+            self.close("abort", -1)
+            batch = [handle for handle in batch if handle in self.runnable]
+            if batch:
+                self.run(batch, [1] * len(batch), 1)
+
+    @action(3, when=lambda self: len(self.model.free_slots) > 1 and not self.runs, states=True)
+    def converse(self) -> None:
+        """A conversation leaves checkpoints, and others begin as it did."""
+        tokens, identity = self.a_prompt()
+        first = self.both_admit(tokens, identity, {})
+        for more in range(self.rng.randint(1, 3)):
+            if isinstance(first, Raised) or first[0] not in self.runnable:
+                return
+            if isinstance(self.run_to_checkpoint([first[0]]), Raised):
+                return
+            self.close("commit", 0)
+            if self.coin() and self.model.free_slots:
+                second = self.both_admit([*tokens, *self.some_tokens(2)], identity, {})
+                if not isinstance(second, Raised) and self.coin():
+                    del self.truths[second[0]]
+                    self.both("free", second[0])
+            added = self.some_tokens(self.rng.randint(1, self.model.every))
+            self.truths[first[0]].tokens += added
+            self.both("extend", [first[0]], added, [len(added)])
+            self.both("match", [*tokens, 0, *added[:more]], **identity)
+            known = self.truths[first[0]].tokens
+            self.both("match", [*known[: self.rng.randint(1, len(known))], 0], **identity)
+
     @action(6, when=lambda self: self.runnable)
     def prefill(self) -> None:
         """The whole of what is left of one or more sequences, at once; then the oldest step is done."""
@@ -818,7 +969,8 @@ class ManagerMachine(RuleBasedStateMachine):
     @action(4, when=lambda self: self.handles)
     def decode(self) -> None:
         """The next token of each, known or not, in a step that stays open."""
-        batch = [h for h in self.handles if h not in self.runnable and h not in self.preempted]
+        lost = [h for h, s in self.model.sequences.items() if s.lost]
+        batch = [h for h in self.handles if h not in self.runnable and h not in self.preempted + lost]
         if not batch:
             return
         batch = self.some(batch)
@@ -1078,10 +1230,14 @@ class ManagerMachine(RuleBasedStateMachine):
         self.truths.clear()
         self.both("free", handles)
         assert self.subject.num_free_blocks == self.model.num_blocks
+        assert not self.stateful or self.subject.num_free_states == self.model.num_states
 
 
 def machine_for(
-    driver: Driver, reference: Callable[..., ModelManager] = ModelManager, tiers: bool | None = None
+    driver: Driver,
+    reference: Callable[..., ModelManager] = ModelManager,
+    tiers: bool | None = None,
+    states: bool | None = None,
 ) -> type[ManagerMachine]:
-    parts = {"driver": driver, "reference": staticmethod(reference), "tiers": tiers}
+    parts = {"driver": driver, "reference": staticmethod(reference), "tiers": tiers, "states": states}
     return type("Machine", (ManagerMachine,), parts)

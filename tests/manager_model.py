@@ -12,8 +12,15 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
-from kvblocks.config import Chunk, Window
-from kvblocks.errors import InvariantViolation, MovesPending, NoFreeBlocks, StaleSequence, TooManySequences
+from kvblocks.config import Chunk, State, Window
+from kvblocks.errors import (
+    InvariantViolation,
+    MovesPending,
+    NoFreeBlocks,
+    NoFreeStates,
+    StaleSequence,
+    TooManySequences,
+)
 
 GONE = -1  # in a table: a block that no later token reaches
 UNKNOWN = -1  # how a placeholder shows among a sequence's tokens
@@ -54,6 +61,9 @@ class Stats(NamedTuple):
     offloads: int
     host_evictions: int
     host_hit_tokens: int
+    state_copies: int
+    checkpoints: int
+    checkpoint_evictions: int
 
 
 class Found(NamedTuple):
@@ -97,6 +107,11 @@ class ModelStep:
         self.query_start_loc: list[int] = [0]
         self.copies: list[tuple[int, int]] = []
         self.moves: list[Move] = []
+        # Slots of states: of each row; those that begin at zero; copies; and of each token where drafts are kept.
+        self.state_slots: list[int] = []
+        self.state_zero: list[int] = []
+        self.state_copies: list[tuple[int, int]] = []
+        self.state_drafts: list[int] = []
         self.needs = 0
         self.last_move = 0
         self.num_seqs = 0
@@ -114,6 +129,17 @@ class Node:
     blocks: list[int | None]  # for each group the one that hangs here
     slots: list[int | None]  # and the host slot
     children: dict[BlockKey, "Node"] = field(default_factory=dict)
+    state: int | None = None  # the slot of a checkpoint: the state after the last token of this block
+
+
+@dataclass(eq=False)
+class StateSlot:
+    """Where a state lies. Unused, held (refs > 0), or a checkpoint that nobody holds."""
+
+    refs: int = 0  # sequences that stand on it, rows of open steps that go back to it, and pins
+    at: int = 0  # the tokens that it has seen once every pass that was prepared has run
+    node: Node | None = None  # whose checkpoint it is
+    owner: int = 0  # the sequence whose next checkpoint frees this one; 0: none, as it was hit
 
 
 @dataclass(eq=False)
@@ -138,6 +164,9 @@ class Seq:
     preempted: bool = False
     freed: bool = False  # its handle is gone, its blocks stay until its last open step closes
     needs: int = 0  # the newest move that names a block of its table
+    state: int | None = None  # the slot that stands at `num_prepared`; none at 0
+    lost: bool = False  # an aborted pass wrote that slot: to be preempted once no open step has the sequence
+    checkpoint: int | None = None  # the slot of the newest checkpoint that it left
 
 
 @dataclass(eq=False)
@@ -152,6 +181,10 @@ class Row:
     copies: list[tuple[int, int] | None]  # for each group (source, target) of a copy-on-write
     lent: list[bool]  # for each group: the source is written in place by another row, and this row gave it up
     slots: list[list[int]]  # of each group
+    states: list[int] = field(default_factory=list)  # slots that the pass writes: one, or one for each token
+    keeps: bool = False  # one for each token
+    before: int | None = None  # the slot that an abort goes back to
+    returns: bool = True  # whether it can: there is such a slot, or the row began at 0
 
     @property
     def end(self) -> int:
@@ -194,7 +227,7 @@ class ModelManager:
         num_blocks: int,
         block_size: int,
         *,
-        groups: Sequence[Reach] = (None,),
+        groups: Sequence[Reach | State] = (None,),
         max_seqs: int = 65536,
         max_nodes: int | None = None,
         max_open_steps: int = 8,
@@ -202,11 +235,12 @@ class ModelManager:
         watermark: float = 0.0,
         host_blocks: int = 0,
         write_ahead: int = 256,
+        num_states: int = 0,
         checking: bool = True,
     ) -> None:
         if host_blocks and not prefix_caching:
             raise ValueError("host blocks are for the prefix cache")
-        self.groups = tuple(groups)
+        self.groups = tuple(reach for reach in groups if not isinstance(reach, State))
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.max_seqs = max_seqs
@@ -225,7 +259,7 @@ class ModelManager:
         self.node_of: dict[int, Node] = {}  # published block -> its node
 
         self.sequences: dict[int, Seq] = {}
-        self.pins: dict[int, tuple[list[list[int]], Node]] = {}
+        self.pins: dict[int, tuple[list[list[int]], Node, int | None]] = {}
         self.free_slots = list(reversed(range(max_seqs)))  # a stack
         self.generations: dict[int, int] = {}
 
@@ -248,6 +282,15 @@ class ModelManager:
         self.examined = 0  # leading blocks of `idle` that were offloaded, or need not be
         self.slid: set[int] = set()  # cached blocks that went out of a window
         self.counts = dict.fromkeys(Stats._fields, 0)
+
+        # A slot for states is unused, or in `state_idle`, or has references. Those in use are in `state_slots` alone.
+        self.every = next((group.every for group in groups if isinstance(group, State)), 0)
+        self.num_states = num_states
+        self.state_slots = [StateSlot() for _ in range(num_states)]
+        self.state_unused = list(reversed(range(num_states)))  # a stack
+        self.state_idle: list[int] = []  # checkpoints that nobody holds, least recently used first
+        # A checkpoint goes with the block of this group: nobody could hit it then.
+        self.anchor = self.groups.index(None) if None in self.groups else 0
 
     # Looking in
 
@@ -289,6 +332,15 @@ class ModelManager:
     @property
     def num_free_host_blocks(self) -> int:
         return len(self.host_unused)
+
+    @property
+    def num_free_states(self) -> int:
+        return len(self.state_unused) + len(self.state_idle)
+
+    def next_checkpoint(self, seq: int) -> int:
+        sequence = self._sequence(seq)
+        last = len(sequence.tokens) // self.every * self.every if self.every else 0
+        return last if last > sequence.num_prepared else 0
 
     def stats(self) -> Stats:
         return Stats(**self.counts)
@@ -432,6 +484,8 @@ class ModelManager:
             raise ValueError(f"num_tokens={num_tokens} is outside 0..{len(sequence.tokens)}")
         if self._steps_of(sequence):
             raise ValueError("the sequence is in an open step")
+        if self.every and num_tokens < sequence.num_computed:
+            self._preempt(sequence)
         for g in range(len(self.groups)):
             needed = range(self._first_row(g, num_tokens), self._blocks_for(num_tokens))
             if num_tokens < sequence.num_computed and any(sequence.table[row][g] == GONE for row in needed):
@@ -441,11 +495,13 @@ class ModelManager:
     # Steps
 
     @public
-    def prepare(self, seqs: Any, query_lens: Any, step: ModelStep) -> int:
+    def prepare(self, seqs: Any, query_lens: Any, step: ModelStep, *, keep_state: bool = False) -> int:
         batch = self._batch(seqs)
         lens = _ints("query_lens", query_lens)
         if not batch:
             raise ValueError("a step needs a sequence")
+        if keep_state and not self.every:
+            raise ValueError("no group keeps a state")
         if len(lens) != len(batch):
             raise ValueError(f"{len(batch)} sequences but {len(lens)} query lengths")
         if len(self.steps) >= self.max_open_steps:
@@ -470,16 +526,21 @@ class ModelManager:
             raise ValueError(f"{sum(lens)} tokens, the step has room for {step.max_tokens}")
         if needed > self.num_free_blocks:
             raise NoFreeBlocks("not enough free blocks for the step", needed, self.num_free_blocks)
+        taken = self._plan_states(batch, lens, keep_state) if self.every else []
         if self.moves_handed > self.moves_marked:
             raise MovesPending("blocks were not copied", self.moves_handed)
 
         self.last_step_id += 1
         rows = [self._prepare_row(sequence, n, in_place) for sequence, n in zip(batch, lens, strict=True)]
+        step.state_slots, step.state_zero, step.state_copies, step.state_drafts = [], [], [], []
+        if self.every:
+            self._prepare_states(rows, taken, keep_state, step)
         opened = OpenStep(self.last_step_id, rows)
         self.steps.append(opened)
         self._fill(step, rows)
-        self.moves_noted += len(step.copies)
-        step.needs = self.moves_noted if step.copies else max(row.sequence.needs for row in rows)
+        copies = len(step.copies) + len(step.state_copies) + len(step.state_zero)
+        self.moves_noted += copies
+        step.needs = self.moves_noted if copies else max(row.sequence.needs for row in rows)
         if step.needs <= self.moves_landed:
             step.needs = 0
         step.moves = self._noted_loads() + self._offload_ahead()
@@ -500,7 +561,7 @@ class ModelManager:
         self.moves_landed = max(self.moves_landed, number)
 
     @public
-    def commit(self, step_id: int, accepted: Any = None) -> None:
+    def commit(self, step_id: int, accepted: Any = None) -> list[int]:
         if _int("step_id", step_id) not in [step.step_id for step in self.steps[:1]]:
             raise ValueError(f"step_id={step_id} is not the oldest open step")
         step = self.steps[0]
@@ -522,17 +583,21 @@ class ModelManager:
                 if copy is not None and not lent:
                     self._drop(copy[0])
             sequence.num_computed = row.start + count
+            if self.every:
+                self._settle_state(row, count)
             if count < row.query_len:
                 self._cut(sequence, row.start + count)
         for row in step.rows:
             self._publish(row.sequence)
             self._slide(row.sequence)
+        for row in step.rows:
+            self._leave_checkpoint(row)
         for block in step.waiting:
             self._set_free(block, None)
-        self._free_leavers(step)
+        return self._close(step)
 
     @public
-    def abort(self, step_id: int) -> None:
+    def abort(self, step_id: int) -> list[int]:
         if _int("step_id", step_id) not in [step.step_id for step in self.steps[-1:]]:
             raise ValueError(f"step_id={step_id} is not the newest open step")
         step = self.steps.pop()
@@ -549,9 +614,11 @@ class ModelManager:
                     self.refs[source] += row.lent[g]
             sequence.reserved = row.reserved_before
             sequence.num_prepared = row.start
+            if self.every:
+                self._return_state(row)
         for block in step.waiting:
             self._set_free(block, self.steps[-1] if self.steps else None)
-        self._free_leavers(step)
+        return self._close(step)
 
     # Sequences go
 
@@ -567,10 +634,14 @@ class ModelManager:
     def preempt(self, seq: int) -> None:
         sequence = self._sequence(seq)
         self._must_rest(sequence)
+        self._preempt(sequence)
+
+    def _preempt(self, sequence: Seq) -> None:
         self._let_go(sequence)
         sequence.num_cached = sequence.num_computed = sequence.num_prepared = sequence.reserved = 0
         sequence.num_published = 0
         sequence.preempted = True
+        sequence.lost = False
         self.counts["preemptions"] += 1
 
     @public
@@ -600,7 +671,8 @@ class ModelManager:
         if not path:
             raise ValueError("nothing of this prefix is published")
         handle = self._new_handle()
-        self.pins[handle] = self._hold_path(path, Seq(handle, ids, salt, marks)), path[-1]
+        rows = self._hold_path(path, Seq(handle, ids, salt, marks))
+        self.pins[handle] = rows, path[-1], self._hold_checkpoint(path[-1])
         return handle
 
     @public
@@ -609,19 +681,27 @@ class ModelManager:
             raise ValueError(f"{handle} is a sequence, not a pin")
         if handle not in self.pins:
             raise StaleSequence(f"no pin {handle}", handle)
-        rows, node = self.pins.pop(handle)
+        rows, node, state = self.pins.pop(handle)
         for row in reversed(rows):
             self._drop_row(row)
+        if state is not None:
+            self._drop_state(state)
         self._prune(node)
         self._give_slot_back(handle)
 
     @public
     def reset_prefix_cache(self) -> None:
+        for slot in [*self.state_idle, *range(self.num_states)]:
+            if self.state_slots[slot].node is not None:
+                self._drop_checkpoint(slot)
         self.roots.clear()
         self.node_of.clear()
         for handle in sorted(self.pins, key=lambda handle: handle % (1 << GENERATION_SHIFT)):
-            for row in reversed(self.pins[handle][0]):
+            rows, _, state = self.pins[handle]
+            for row in reversed(rows):
                 self._drop_row(row)
+            if state is not None:
+                self._drop_state(state)
         self.unused += self.idle
         self.idle.clear()
         self.examined = 0
@@ -632,7 +712,7 @@ class ModelManager:
             sequence.may_publish = False
             sequence.num_published = 0
             sequence.last_node = None
-        self.pins = {handle: ([], self._root(b"")) for handle in self.pins}  # nobody could reach what they held
+        self.pins = {handle: ([], self._root(b""), None) for handle in self.pins}  # nobody could reach what they held
 
     # Blocks
 
@@ -699,6 +779,9 @@ class ModelManager:
         """Release all blocks, and the node that was published last."""
         self._drop_from_end(sequence, 0)
         self._set_last_node(sequence, None)
+        if sequence.state is not None:
+            self._drop_state(sequence.state)
+            sequence.state = None
 
     def _slide(self, sequence: Seq) -> None:
         """Give back what no token from `num_computed` on reaches."""
@@ -738,7 +821,9 @@ class ModelManager:
         return path
 
     def _serves(self, path: list[Node], host: bool) -> bool:
-        """Whether the blocks that a token after this path reaches are there in every group."""
+        """Whether the blocks that a token after this path reaches are there in every group, and the state before it."""
+        if path and self.every and path[-1].state is None:
+            return False
         return all(
             node.blocks[g] is not None or (host and node.slots[g] is not None)
             for g in range(len(self.groups))
@@ -785,6 +870,7 @@ class ModelManager:
     def _drop_slot(self, slot: int) -> None:
         node, g = self.home.pop(slot)
         node.slots[g] = None
+        self._check_anchor(node)
         self.host_slots.remove(slot)
         self.host_unused.append(slot)
         self.counts["host_evictions"] += 1
@@ -901,6 +987,7 @@ class ModelManager:
         node = self.node_of.pop(block)
         g = node.blocks.index(block)
         node.blocks[g] = None
+        self._check_anchor(node)
         self._use_slot(node, g)
         self._prune(node)
 
@@ -921,7 +1008,7 @@ class ModelManager:
 
     def _holders(self) -> list[Node]:
         last_nodes = [sequence.last_node for sequence in self._all_sequences() if sequence.last_node is not None]
-        return last_nodes + [node for _, node in self.pins.values()]
+        return last_nodes + [node for _, node, _ in self.pins.values()]
 
     def _all_nodes(self) -> list[Node]:
         return [node for root in self.roots.values() for node in _descendants(root)]
@@ -967,6 +1054,7 @@ class ModelManager:
         self.counts["host_hit_tokens"] += self.block_size * sum(None in row for row in self._needed(hit))
         sequence.table = self._hold_path(hit, sequence)
         sequence.last_node = hit[-1] if hit else None
+        sequence.state = self._hold_checkpoint(hit[-1]) if hit else None
         cached = len(hit) * self.block_size
         sequence.num_cached = sequence.num_computed = sequence.num_prepared = cached
         sequence.num_published = len(hit)
@@ -986,6 +1074,8 @@ class ModelManager:
         table = [list(row) for row in parent.table[: self._blocks_for(computed)]]
         for block in (block for row in table for block in row if block != GONE):
             self._hold(block)
+        if parent.state is not None:
+            self.state_slots[parent.state].refs += 1
         return Seq(
             handle,
             list(parent.tokens),
@@ -1000,6 +1090,7 @@ class ModelManager:
             last_node=parent.last_node,
             may_publish=parent.may_publish,
             needs=parent.needs,
+            state=parent.state,
         )
 
     def _extend(self, batch: list[Seq], tokens: Any, counts: list[int], extra: Sequence[Extra] | None) -> None:
@@ -1042,10 +1133,16 @@ class ModelManager:
     def _steps_of(self, sequence: Seq) -> list[OpenStep]:
         return [step for step in self.steps if any(row.sequence is sequence for row in step.rows)]
 
-    def _free_leavers(self, closed: OpenStep) -> None:
-        for row in closed.rows:
-            if row.sequence.freed and not self._steps_of(row.sequence):
-                self._leave(row.sequence)
+    def _close(self, closed: OpenStep) -> list[int]:
+        """What waited for the step to close: sequences leave, or are preempted; the handles of the latter."""
+        resting = [row.sequence for row in closed.rows if not self._steps_of(row.sequence)]
+        for sequence in resting:
+            if sequence.freed:
+                self._leave(sequence)
+        preempted = [sequence for sequence in resting if sequence.lost and not sequence.freed]
+        for sequence in preempted:
+            self._preempt(sequence)
+        return [sequence.handle for sequence in preempted]
 
     def _leave(self, sequence: Seq) -> None:
         self._let_go(sequence)
@@ -1057,6 +1154,162 @@ class ModelManager:
         for step in self.steps:
             found += [row.sequence for row in step.rows if row.sequence not in found]
         return found
+
+    # States
+
+    def _wants_checkpoint(self, sequence: Seq) -> bool:
+        """Whether the slot that a sequence stands on is one to be found again, or will be once it is published."""
+        assert sequence.state is not None
+        on_grid = sequence.num_prepared % self.every == 0 and self.prefix_caching and sequence.may_publish
+        return on_grid or self.state_slots[sequence.state].node is not None
+
+    def _plan_states(self, batch: list[Seq], lens: list[int], keep: bool) -> list[int]:
+        """How many slots each row takes; NoFreeStates if they are not there.
+
+        A row that goes on where it stands needs none. Of those that stand on one slot, which nobody else holds, the
+        last one can. As far as slots are left, rows take one all the same where what they leave behind is a checkpoint.
+        """
+        if any(sequence.lost for sequence in batch):
+            raise ValueError("the state of a sequence is lost")
+        standing = [sequence.state for sequence in batch]
+        last = {sequence.state: sequence for sequence in batch}
+        taken = list(lens)
+        if not keep:
+            for i, sequence in enumerate(batch):
+                alone = sequence.state is not None and self.state_slots[sequence.state].refs == standing.count(
+                    sequence.state
+                )
+                taken[i] = int(not alone or last[sequence.state] is not sequence)
+        if sum(taken) > self.num_free_states:
+            raise NoFreeStates("not enough free states for the step", sum(taken), self.num_free_states)
+        spare = self.num_free_states - sum(taken)
+        for i, sequence in enumerate(batch):
+            if taken[i] == 0 and spare and self._wants_checkpoint(sequence):
+                taken[i] = 1
+                spare -= 1
+        return taken
+
+    def _prepare_states(self, rows: list[Row], taken: list[int], keep: bool, step: ModelStep) -> None:
+        in_place = {row.sequence.state for row, count in zip(rows, taken, strict=True) if count == 0}
+        for row, count in zip(rows, taken, strict=True):
+            self._prepare_state(row, count, in_place, keep, step)
+        step.state_drafts = [slot for row in rows for slot in row.states] if keep else []
+
+    def _prepare_state(self, row: Row, count: int, in_place: set[int | None], keep: bool, step: ModelStep) -> None:
+        sequence = row.sequence
+        old = sequence.state
+        row.keeps = keep
+        if count == 0:  # nobody goes back to what it stands on
+            assert old is not None
+            self._forget_checkpoint(old)
+            row.states, row.returns = [old], False
+        else:
+            row.states = [self._take_state() for _ in range(count)]
+            sequence.state = row.states[-1]
+            if old is None:
+                step.state_zero.append(row.states[0])
+            elif not keep:
+                step.state_copies.append((old, row.states[0]))
+                self.counts["state_copies"] += 1
+            if old is not None and old in in_place:  # another row of this step writes it
+                self.state_slots[old].refs -= 1
+                row.returns = False
+            else:
+                row.before = old
+        for i, slot in enumerate(row.states):
+            self.state_slots[slot].at = row.start + i + 1 if keep else row.end
+        step.state_slots.append(row.before if keep and row.before is not None else row.states[0])
+
+    def _take_state(self) -> int:
+        if self.state_unused:
+            slot = self.state_unused.pop()
+        else:
+            slot = self.state_idle[0]
+            self._drop_checkpoint(slot)
+            self.state_unused.remove(slot)
+            self.counts["checkpoint_evictions"] += 1
+        self.state_slots[slot].refs = 1
+        return slot
+
+    def _drop_state(self, slot: int) -> None:
+        """Give up a reference."""
+        self.state_slots[slot].refs -= 1
+        if self.state_slots[slot].refs == 0:
+            (self.state_idle if self.state_slots[slot].node else self.state_unused).append(slot)
+
+    def _hold_checkpoint(self, node: Node) -> int | None:
+        """A hit: it stays when its sequence leaves a newer one."""
+        if node.state is None:
+            return None
+        slot = self.state_slots[node.state]
+        if slot.refs == 0:
+            self.state_idle.remove(node.state)
+        slot.refs += 1
+        slot.owner = 0
+        return node.state
+
+    def _forget_checkpoint(self, slot: int) -> None:
+        """Nobody finds it any more."""
+        node = self.state_slots[slot].node
+        if node is not None:
+            node.state = None
+        self.state_slots[slot].node = None
+        self.state_slots[slot].owner = 0
+
+    def _drop_checkpoint(self, slot: int) -> None:
+        """The same, and unused if nobody holds it."""
+        self._forget_checkpoint(slot)
+        if self.state_slots[slot].refs == 0:
+            self.state_idle.remove(slot)
+            self.state_unused.append(slot)
+
+    def _check_anchor(self, node: Node) -> None:
+        """A checkpoint goes with its block, once that is neither on the device nor on the host."""
+        if node.state is not None and node.blocks[self.anchor] is None and node.slots[self.anchor] is None:
+            self._drop_checkpoint(node.state)
+
+    def _return_state(self, row: Row) -> None:
+        """The pass of a row did not happen, or nothing of it counts."""
+        row.sequence.lost = not row.returns
+        if row.returns:
+            for slot in reversed(row.states):
+                self._drop_state(slot)
+            row.sequence.state = row.before
+
+    def _settle_state(self, row: Row, count: int) -> None:
+        """So many tokens of a row's pass count: let go of the slots that are not needed any more."""
+        if count == 0 and row.returns:
+            self._return_state(row)
+            return
+        if row.before is not None:
+            self._drop_state(row.before)
+        kept = row.states[count - 1] if row.keeps else row.states[0]
+        if count < row.query_len:
+            row.sequence.state = kept
+            row.sequence.lost = not row.keeps
+        for slot in reversed(row.states):
+            if slot != kept:
+                self._drop_state(slot)
+
+    def _leave_checkpoint(self, row: Row) -> None:
+        """Hang the slot that a committed row left behind on its node, if that is a grid point and published."""
+        sequence, end = row.sequence, row.sequence.num_computed
+        if not self.every or end % self.every or sequence.num_published * self.block_size != end:
+            return
+        slot = next((slot for slot in row.states if self.state_slots[slot].at == end), None)
+        node = sequence.last_node
+        if slot is None or sequence.lost or node is None or node.state is not None or end <= row.start:
+            return
+        if node.blocks[self.anchor] is None and node.slots[self.anchor] is None:
+            return
+        node.state = slot
+        self.state_slots[slot].node = node
+        self.state_slots[slot].owner = sequence.handle
+        self.counts["checkpoints"] += 1
+        older = sequence.checkpoint
+        if older is not None and self.state_slots[older].owner == sequence.handle and older in self.state_idle:
+            self._drop_checkpoint(older)
+        sequence.checkpoint = slot
 
     # Handles
 
@@ -1173,7 +1426,9 @@ class ModelManager:
         waiting = [block for step in self.steps for block in step.waiting]
 
         named = [b for sequence in self._all_sequences() for row in sequence.table for b in row if b != GONE]
-        named += [block for held_rows, _ in self.pins.values() for row in held_rows for block in row if block != GONE]
+        named += [
+            block for held_rows, _, _ in self.pins.values() for row in held_rows for block in row if block != GONE
+        ]
         copied = [pair for step_row in rows for pair in zip(step_row.copies, step_row.lent, strict=True)]
         named += [copy[0] for copy, lent in copied if copy is not None and not lent]
         held = [block for block in range(self.num_blocks) if self.refs[block] > 0]
@@ -1247,6 +1502,37 @@ class ModelManager:
         for step in self.steps:
             slots = [slot for row in step.rows for group in row.slots for slot in group]
             _require(7, len(set(slots)) == len(slots), f"step {step.step_id} writes a slot twice")
+        if self.every:
+            self._check_states(rows, reachable)
+
+    def _check_states(self, rows: list[Row], nodes: list[Node]) -> None:
+        sequences = self._all_sequences()
+        named = [sequence.state for sequence in sequences] + [state for _, _, state in self.pins.values()]
+        named += [row.before for row in rows]
+        # Of a row that keeps drafts the sequence, or the row that came after, stands on the last slot.
+        named += [slot for row in rows if row.keeps for slot in row.states[:-1]]
+        hung = {node.state: node for node in nodes if node.state is not None}
+        idle = [slot for slot in hung if self.state_slots[slot].refs == 0]
+        _require(11, sorted(idle) == sorted(self.state_idle), "the queue of checkpoints is wrong")
+        held = [slot for slot in range(self.num_states) if self.state_slots[slot].refs]
+        everywhere = sorted(self.state_unused + self.state_idle + held)
+        _require(11, everywhere == list(range(self.num_states)), "a slot of states is lost or in two places")
+        for number, slot in enumerate(self.state_slots):
+            _require(11, slot.refs == named.count(number), f"the count of state {number} is wrong")
+            _require(11, slot.node is hung.get(number), f"state {number} and its node disagree")
+            if slot.node is not None:
+                place = slot.node.blocks[self.anchor], slot.node.slots[self.anchor]
+                _require(11, place != (None, None), f"checkpoint {number} has no block")
+                _require(11, slot.at == _depth(slot.node) * self.block_size, f"checkpoint {number} is not its node's")
+                _require(11, slot.at % self.every == 0, f"checkpoint {number} is off the grid")
+        for s in sequences:
+            _require(11, (s.state is None) == (s.num_prepared == 0), f"{s.handle} has no state, or one too early")
+            if s.state is not None and not s.lost:
+                _require(11, self.state_slots[s.state].at == s.num_prepared, f"{s.handle} has another state")
+        for row in rows:
+            for number in row.states:
+                alone = self.state_slots[number].refs == 1 and self.state_slots[number].node is None
+                _require(11, alone, f"a step of {row.sequence.handle} writes state {number}, which others find")
 
     def observe(self) -> Any:
         """All of the state as values that can be compared: what a failed call must leave as it was."""
@@ -1256,7 +1542,7 @@ class ModelManager:
             list(self.refs),
             [(node.key, list(node.blocks), list(node.slots), id(node.parent)) for node in self._all_nodes()],
             {handle: _fields(sequence) for handle, sequence in self.sequences.items()},
-            {handle: [list(row) for row in rows] for handle, (rows, _) in self.pins.items()},
+            {handle: [list(row) for row in rows] for handle, (rows, _, _) in self.pins.items()},
             list(self.free_slots),
             dict(self.generations),
             [(s.step_id, [(_fields(r.sequence), r.start, r.end) for r in s.rows], list(s.waiting)) for s in self.steps],
@@ -1264,11 +1550,16 @@ class ModelManager:
             (self.moves_noted, self.moves_handed, self.moves_marked, self.moves_landed),
             (list(self.host_unused), list(self.host_slots), list(self.loading), self.examined, set(self.slid)),
             dict(self.counts),
+            ([vars(slot).copy() for slot in self.state_slots], list(self.state_unused), list(self.state_idle)),
         )
 
 
 def _fields(sequence: Seq) -> dict[str, Any]:
     return {**vars(sequence), "tokens": list(sequence.tokens), "table": [list(row) for row in sequence.table]}
+
+
+def _depth(node: Node) -> int:
+    return 0 if node.parent is None else 1 + _depth(node.parent)
 
 
 def _descendants(node: Node) -> list[Node]:

@@ -289,9 +289,6 @@ def test_attention_reads_k_and_v_of_a_layer_that_keeps_more(monkeypatch: pytest.
 
 
 def test_what_an_engine_does_not_hold_is_said() -> None:
-    state = LayerTensor("conv", (4, 3), per="sequence")
-    with pytest.raises(NotImplementedError, match="layer 1 keeps 'conv' for each sequence"):
-        CacheEngine(CacheConfig(layers=[key_value(1, 8), (state,)], num_gpu_blocks=2), "int8", "cpu")
     small, float32 = LayerTensor("small", (1, 3), "uint8"), LayerTensor("float32", (1, 1), "float32")
     seven = LayerTensor("seven", (1, 7), "uint8")
     groups = [Group(None, (0,)), Group(None, (1,))]

@@ -35,7 +35,7 @@ def run(
     settings: settings = SETTINGS,
     tiers: bool | None = False,
 ) -> None:
-    machine = machine_for(Driver(subject, MODEL.step, MODEL.read), partial(reference, checking=False), tiers)
+    machine = machine_for(Driver(subject, MODEL.step, MODEL.read), partial(reference, checking=False), tiers, False)
     run_state_machine_as_test(machine, settings=settings)
 
 

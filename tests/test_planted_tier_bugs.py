@@ -19,7 +19,7 @@ def run(
     reference: Callable[..., ModelManager] = RIGHT,
     engine: type[ManagerMachine] = ManagerMachine,
 ) -> None:
-    machine = machine_for(Driver(subject, MODEL.step, MODEL.read), reference, tiers=True)
+    machine = machine_for(Driver(subject, MODEL.step, MODEL.read), reference, tiers=True, states=False)
     if engine is not ManagerMachine:
         machine = type(machine.__name__, (engine, machine), {})
     run_state_machine_as_test(machine, settings=SETTINGS)

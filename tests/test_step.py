@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernel_helpers import DEVICES
 from torch import Tensor
 
-from kvblocks import BlockManager, Chunk, NoFreeBlocks, StepBuffers, Window
+from kvblocks import BlockManager, Chunk, NoFreeBlocks, NoFreeStates, State, StepBuffers, Window
 from kvblocks.checks import once
 from kvblocks.kernels import kernels
 from kvblocks.kernels.launch import INTERPRETED
@@ -22,6 +22,7 @@ from kvblocks.step.upload import Event, Transport
 
 ARRAYS = ("input_ids", "positions", "slot_mapping", "block_table", "seq_lens", "query_start_loc")
 PAGES = ("kv_indptr", "kv_last_page_len")
+STATES = ("state_slots", "state_zero", "state_drafts")
 
 
 class LateTransport(Transport):
@@ -79,9 +80,12 @@ def buffers_over(way: Transport | None, **sizes: Any) -> StepBuffers:
         return StepBuffers(**{"max_seqs": 5, "max_tokens": 24, "max_blocks_per_seq": 9, **sizes})
 
 
-def snapshot(buffers: StepBuffers, num_copies: int) -> dict[str, list[Any]]:
+def snapshot(buffers: StepBuffers, num_copies: int, num_state_copies: int = 0) -> dict[str, list[Any]]:
     found = {name: getattr(buffers, name).tolist() for name in ARRAYS}
     found["copies"] = buffers._copies_image[:num_copies].tolist()
+    if buffers._state_copies_image is not None:
+        found |= {name: getattr(buffers, name).tolist() for name in STATES}
+        found["state_copies"] = buffers._state_copies_image[:num_state_copies].tolist()
     if buffers.kv_indptr is not None and buffers.kv_indices is not None:
         found |= {name: getattr(buffers, name).tolist() for name in PAGES}
         ends = buffers.kv_indptr.view(buffers.num_groups, -1)[:, -1].tolist()
@@ -96,7 +100,10 @@ class Engine:
     def __init__(self, seed: int, buffers: StepBuffers) -> None:
         self.rng = random.Random(seed)
         reaches = (None,) if buffers.num_groups == 1 else (None, Window(6), Chunk(8))
-        self.manager = BlockManager(24 * len(reaches), 4, max_open_steps=2, groups=reaches)
+        self.stateful = buffers.state_slots is not None
+        more: dict[str, Any] = {"num_states": 7} if self.stateful else {}
+        groups = (*reaches, State(8)) if self.stateful else reaches
+        self.manager = BlockManager(24 * len(reaches), 4, max_open_steps=2, groups=groups, **more)
         self.buffers = buffers
         self.seqs: list[int] = []
 
@@ -110,9 +117,10 @@ class Engine:
             lens = [self.rng.randint(1, min(pending, 4)) for _, pending in pairs if pending]
             if not batch:
                 continue
+            keep = self.stateful and self.rng.random() < 0.3
             try:
-                step_id = self.manager.prepare(batch, lens, self.buffers)
-            except NoFreeBlocks:
+                step_id = self.manager.prepare(batch, lens, self.buffers, keep_state=keep)
+            except (NoFreeBlocks, NoFreeStates):
                 for seq in self.seqs:
                     self.manager.free([seq])
                 self.seqs.clear()
@@ -121,11 +129,13 @@ class Engine:
             self.manager.mark_moved(self.buffers.last_move)
             yield number
             if self.rng.random() < 0.15:
-                self.manager.abort(step_id)
+                lost = self.manager.abort(step_id)
             elif self.rng.random() < 0.3:
-                self.manager.commit(step_id, [self.rng.randint(1, n) for n in lens])
+                lost = self.manager.commit(step_id, [self.rng.randint(1, n) for n in lens])
             else:
-                self.manager.commit(step_id)
+                lost = self.manager.commit(step_id)
+            self.manager.free(lost)
+            self.seqs = [seq for seq in self.seqs if seq not in lost]
         self.manager.audit()
 
     def pending(self, seq: int) -> int:
@@ -155,14 +165,14 @@ class Engine:
     ],
 )
 @settings(max_examples=20)
-@given(seed=st.integers(0, 2**32), kv_indices=st.booleans(), groups=st.sampled_from([1, 3]))
+@given(seed=st.integers(0, 2**32), kv_indices=st.booleans(), groups=st.sampled_from([1, 3]), states=st.booleans())
 def test_a_late_device_sees_every_step_as_the_host_has_it(
-    with_kernel: bool, seed: int, kv_indices: bool, groups: int
+    with_kernel: bool, seed: int, kv_indices: bool, groups: int, states: bool
 ) -> None:
     """Two managers make the same calls. On the device each pass reads the image when its turn comes, not before."""
     way = LateTransport(with_kernel)
-    there = Engine(seed, buffers_over(way, kv_indices=kv_indices, groups=groups))
-    here = Engine(seed, buffers_over(None, kv_indices=kv_indices, groups=groups))
+    there = Engine(seed, buffers_over(way, kv_indices=kv_indices, groups=groups, states=states))
+    here = Engine(seed, buffers_over(None, kv_indices=kv_indices, groups=groups, states=states))
     expected: list[dict[str, list[Any]]] = []
     found: list[dict[str, list[Any]]] = []
     for number, same in zip(there.steps(25), here.steps(25), strict=True):
@@ -170,9 +180,9 @@ def test_a_late_device_sees_every_step_as_the_host_has_it(
         if number is None:
             continue
         assert there.buffers.num_copies == here.buffers.num_copies
-        copies = here.buffers.num_copies
-        expected.append(snapshot(here.buffers, copies))
-        way.queue.append(lambda copies=copies: found.append(snapshot(there.buffers, copies)))  # type: ignore[misc]
+        copies = here.buffers.num_copies, here.buffers.num_state_copies
+        expected.append(snapshot(here.buffers, *copies))
+        way.queue.append(lambda copies=copies: found.append(snapshot(there.buffers, *copies)))  # type: ignore[misc]
     way.finish()
     assert found == expected
 

@@ -56,6 +56,7 @@ class StepBuffers(StepArrays):
         device: where the tensors lie.
         groups: layer groups, 1 to 64.
         kv_indices: also keep `kv_indptr`, `kv_indices`, `kv_last_page_len`, the form that FlashInfer takes.
+        states: also keep `state_slots`, `state_zero`, `state_drafts`, `state_copies`, for a manager with a `State`.
 
     Attributes:
         input_ids: int64 [max_tokens]. Pads 0; -1 where the token is a placeholder, for the caller to fill.
@@ -67,7 +68,12 @@ class StepBuffers(StepArrays):
         kv_indptr: int32 [max_seqs + 1], kv_indices: int32 [max_seqs * max_blocks_per_seq],
             kv_last_page_len: int32 [max_seqs]; None unless asked for. Blocks that a group does not reach
             are left out.
-        num_seqs, num_tokens, num_copies, max_query_len, max_seq_len: ints on the host.
+        state_slots: int64 [max_seqs]: the slot in which the pass reads and writes the state of each row. Pads -1.
+        state_zero: int64 [max_seqs]: of these the ones that begin at zero, `num_state_zero` of them. Pads -1.
+        state_drafts: int64 [max_tokens]: with `keep_state` the slot for the state after each token; `state_slots` says
+            then where the state before them is read. Pads -1. All three None unless asked for.
+        num_seqs, num_tokens, num_copies, num_state_copies, num_state_zero, max_query_len, max_seq_len: ints on the
+            host.
         derived: what the first layer of a pass has checked in and computed from these arrays, for the others; empty
             again after a `prepare`.
 
@@ -92,13 +98,14 @@ class StepBuffers(StepArrays):
         device: str | torch.device = "cpu",
         groups: SupportsIndex = 1,
         kv_indices: bool = False,
+        states: bool = False,
     ) -> None:
         max_seqs = checked_size("max_seqs", max_seqs)
         max_tokens = checked_size("max_tokens", max_tokens)
         max_blocks_per_seq = checked_size("max_blocks_per_seq", max_blocks_per_seq)
         groups = checked_size("groups", groups)
         self.device = checked_device(device)
-        fields = _fields(groups, max_seqs, max_tokens, max_blocks_per_seq, kv_indices)
+        fields = _fields(groups, max_seqs, max_tokens, max_blocks_per_seq, kv_indices, states)
         size = sum(map(_aligned_bytes, fields.values()))
         carrier = transport(self.device)
         with torch.inference_mode(False):  # what is made in inference mode could not be filled outside of it
@@ -117,7 +124,11 @@ class StepBuffers(StepArrays):
         self.kv_indptr = tensors.get("kv_indptr")
         self.kv_indices = tensors.get("kv_indices")
         self.kv_last_page_len = tensors.get("kv_last_page_len")
+        self.state_slots = tensors.get("state_slots")
+        self.state_zero = tensors.get("state_zero")
+        self.state_drafts = tensors.get("state_drafts")
         self._copies_image = tensors["copies"]
+        self._state_copies_image = tensors.get("state_copies")
         self._derived: dict[Hashable, Any] = {}
         self._derived_from = self.fills
 
@@ -157,12 +168,18 @@ class StepBuffers(StepArrays):
             device=device,
             groups=len(config.groups),
             kv_indices=kv_indices,
+            states=any(tensor.per == "sequence" for layer in config.layers for tensor in layer),
         )
 
     @property
     def copies(self) -> torch.Tensor:
         """int64 [num_copies, 2]: (source, target) blocks to copy before the step's writes."""
         return self._copies_image[: self.num_copies]
+
+    @property
+    def state_copies(self) -> torch.Tensor | None:
+        """int64 [num_state_copies, 2]: (source, target) slots to copy before the pass; None unless asked for."""
+        return None if self._state_copies_image is None else self._state_copies_image[: self.num_state_copies]
 
     @property
     def derived(self) -> dict[Hashable, Any]:
@@ -179,7 +196,7 @@ class StepBuffers(StepArrays):
 
 
 def _fields(
-    groups: int, max_seqs: int, max_tokens: int, max_blocks_per_seq: int, kv_indices: bool
+    groups: int, max_seqs: int, max_tokens: int, max_blocks_per_seq: int, kv_indices: bool, states: bool
 ) -> dict[str, _Field]:
     """The arrays of a step, in the order in which they lie in its image."""
     each = () if groups == 1 else (groups,)
@@ -196,6 +213,10 @@ def _fields(
         fields["kv_indptr"] = (torch.int32, (*each, max_seqs + 1))
         fields["kv_indices"] = (torch.int32, (*each, max_seqs * max_blocks_per_seq))
         fields["kv_last_page_len"] = (torch.int32, (max_seqs,))
+    if states:
+        fields["state_slots"] = fields["state_zero"] = (torch.int64, (max_seqs,))
+        fields["state_copies"] = (torch.int64, (max_seqs, 2))
+        fields["state_drafts"] = (torch.int64, (max_tokens,))
     return fields
 
 

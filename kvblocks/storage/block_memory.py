@@ -29,6 +29,7 @@ class BlockMemory:
         groups: for each group (bytes of a block, bytes of an element) of each of its tensors, in order.
         device: where it lies.
         prefault: touch every page of CPU memory now.
+        name: what an error calls the blocks.
 
     Attributes:
         storages: (uint8 [num_blocks * width], width) of each part of a block, in order.
@@ -40,7 +41,13 @@ class BlockMemory:
     """
 
     def __init__(
-        self, num_blocks: int, groups: Sequence[Sequence[tuple[int, int]]], device: torch.device, *, prefault: bool
+        self,
+        num_blocks: int,
+        groups: Sequence[Sequence[tuple[int, int]]],
+        device: torch.device,
+        *,
+        prefault: bool,
+        name: str = "blocks",
     ) -> None:
         ends = [list(accumulate(nbytes for nbytes, _ in group)) for group in groups]
         self.sizes = [own[-1] for own in ends]
@@ -63,7 +70,7 @@ class BlockMemory:
                     )
                 ranges.append((at, low, high))
             self._ranges.append(ranges)
-        memories = _zeroed([num_blocks * width for width in widths], num_blocks, cuts[-1], device, prefault)
+        memories = _zeroed([num_blocks * width for width in widths], num_blocks, cuts[-1], device, prefault, name)
         self.storages = list(zip(memories, widths, strict=True))
 
     @torch.inference_mode(False)  # views made in inference mode could not be written outside of it
@@ -85,7 +92,7 @@ def _cuts(ends: Sequence[Sequence[int]]) -> list[int]:
 
 @torch.inference_mode(False)
 def _zeroed(
-    sizes: Sequence[int], num_blocks: int, block_bytes: int, device: torch.device, prefault: bool
+    sizes: Sequence[int], num_blocks: int, block_bytes: int, device: torch.device, prefault: bool, name: str
 ) -> list[Tensor]:
     """Zeroed storages of these sizes in bytes, uint8, that together hold the blocks.
 
@@ -108,8 +115,8 @@ def _zeroed(
             free, limit = _refused(device, requested, free)
         fitting = min(free // block_bytes, num_blocks - 1)
         raise OutOfMemory(
-            f"{num_blocks} blocks of {block_bytes} bytes are {requested} bytes, and {device} has {free} available: "
-            f"{fitting} blocks fit. The limit is {limit}",
+            f"{num_blocks} {name} of {block_bytes} bytes are {requested} bytes, and {device} has {free} available: "
+            f"{fitting} {name} fit. The limit is {limit}",
             requested,
             free,
             fitting,

@@ -19,7 +19,7 @@ from kvblocks.errors import MovesPending
 from kvblocks.movement import BlockLayout, first_outside
 from kvblocks.sizes import LAYOUTS, checked_integer, checked_size
 from kvblocks.storage.block_memory import BlockMemory
-from kvblocks.storage.movers import Mover, Side, mover
+from kvblocks.storage.movers import Mover, Side, mover, whole_blocks
 
 __all__ = ["PagedKVCache", "StepSlots"]
 
@@ -169,8 +169,10 @@ class PagedKVCache:
         *,
         layout: str = "HDN",
         prefault: bool = False,
-    ) -> tuple[list[Self], Mover, BlockMemory]:
+    ) -> tuple[list[Self | None], Mover, BlockMemory]:
         """The caches of all layers of `config`, the mover of whole blocks of all of them, and their memory.
+
+        What layers keep for a sequence is left out; one that keeps nothing for a token has None.
 
         A block belongs to one group at a time, so that groups share memory: see `kvblocks.storage.block_memory`. Within
         a group, layers lie one after the other in the group's order.
@@ -181,32 +183,25 @@ class PagedKVCache:
             device, layout, prefault: as for one cache.
 
         Raises:
-            NotImplementedError: a layer keeps a tensor for each sequence; blocks hold what is kept for tokens.
             ValueError: groups with tensors of several dtypes, and a `block_size` with which these do not lie aligned.
         Other errors are those of one cache.
         """
         kind = _checked_kind(dtype, device, layout)
         layers = config.layers
-        for index, layer in enumerate(layers if config.state_bytes(dtype) else ()):
-            state = next((tensor.name for tensor in layer if tensor.per == "sequence"), None)
-            if state is not None:
-                raise NotImplementedError(
-                    f"layer {index} keeps {state!r} for each sequence, and an engine holds only what is kept for each "
-                    "token; leave it out of the config and allocate config.state_bytes(dtype) for each sequence"
-                )
         memory = _block_memory(config, *kind, prefault)
-        caches = [cls.__new__(cls) for _ in range(config.num_layers)]
+        caches: list[Self | None] = [None] * config.num_layers
         for index, group in enumerate(config.groups):
             storages = memory.of_group(index)
             for number in group.layers:
-                layer, cache = layers[number], caches[number]
+                layer = [tensor for tensor in layers[number] if tensor.per == "token"]
+                cache = caches[number] = cls.__new__(cls)
                 cache._lay_out(config, layer, storages[: len(layer)], kind)
                 del storages[: len(layer)]
                 cache.group, cache.num_groups, cache.reach = index, len(config.groups), group.reach
         # Where a tensor has a storage for itself, its own side is taken.
-        alone = {(side.start, side.nbytes): side for cache in caches for side in cache._sides}
+        alone = {(side.start, side.nbytes): side for cache in caches if cache for side in cache._sides}
         sides = [
-            alone.get((storage.data_ptr(), storage.nbytes)) or _whole_blocks(storage, width)
+            alone.get((storage.data_ptr(), storage.nbytes)) or whole_blocks(storage, width)
             for storage, width in memory.storages
         ]
         return caches, mover(sides), memory
@@ -493,7 +488,7 @@ def _block_memory(
     layers, groups = config.layers, []
     for group in config.groups:
         pieces = []
-        for tensor in (tensor for layer in group.layers for tensor in layers[layer]):
+        for tensor in (tensor for layer in group.layers for tensor in layers[layer] if tensor.per == "token"):
             heads, dim = tensor.shape
             size = itemsize(dtype if tensor.dtype is None else tensor.dtype)
             if layout == "X" and tensor.name == "key" and dim % (16 // size):
@@ -504,12 +499,6 @@ def _block_memory(
             pieces.append((config.block_size * heads * dim * size, size))
         groups.append(pieces)
     return BlockMemory(config.num_gpu_blocks, groups, device, prefault=prefault)
-
-
-def _whole_blocks(storage: Tensor, width: int) -> Side:
-    """Blocks of `width` bytes without gaps, whatever they hold."""
-    sizes = {"b": storage.nbytes // width, "h": 1, "d": width, "t": 1}
-    return Side("blocks", storage, "bthd", sizes, torch.uint8)
 
 
 def checked_pairs(cache: PagedKVCache, pairs: Indices) -> Tensor:

@@ -16,7 +16,7 @@ from kvblocks.kernels import kernels
 from kvblocks.movement import BlockLayout
 from kvblocks.storage import on_torch
 
-__all__ = ["Mover", "Side", "mover"]
+__all__ = ["Mover", "Side", "mover", "whole_blocks"]
 
 # glibc maps allocations of this size anew each time; mapped with huge pages, filling them costs a third.
 _OWN_MAPPING_BYTES = 32 << 20
@@ -64,6 +64,12 @@ class Side:
         """Note the address of its first byte, and of the first behind it."""
         self.start = self.tensor.data_ptr()
         self.end = self.start + (self.blocks.num_blocks - 1) * self.blocks.block_stride + self.blocks.block_bytes
+
+
+def whole_blocks(storage: Tensor, width: int) -> Side:
+    """Blocks of `width` bytes without gaps, whatever they hold."""
+    sizes = {"b": storage.nbytes // width, "h": 1, "d": width, "t": 1}
+    return Side("blocks", storage, "bthd", sizes, torch.uint8)
 
 
 class Mover(Protocol):

@@ -8,6 +8,7 @@ from libc.string cimport memmove, memset
 from core.memory cimport MAX_GROUPS, grab, least_multiple
 from core.text cimport Text
 from core.tree cimport kvb_prefetch, kvb_prefetch_write, node_at, tree_walk
+from core.states cimport hold_checkpoint
 from core.host cimport note_load, slot_at, use_slot
 from core.pool cimport acquire, Pool, pool_free
 from core.sequences cimport (
@@ -139,13 +140,20 @@ cdef inline bint is_there(const Core* c, int32_t n, int32_t g, bint host) noexce
     return node_at(&c.pool.tree, n).blocks[g] >= 0 or host and slot_at(&c.pool.host, &c.pool.tree, n, g) >= 0
 
 
+cdef inline bint has_state(const Core* c, const int32_t* nodes, int32_t hit) noexcept nogil:
+    """Whether a hit of so many nodes can go on: from zero, or from the checkpoint on its last one."""
+    return hit == 0 or c.pool.states.num_slots == 0 or c.pool.states.of_node[nodes[hit - 1]] != 0
+
+
 cdef inline int32_t longest_hit(const Core* c, const int32_t* nodes, int32_t n, bint host) noexcept nogil:
     """How many of n nodes of a path make a hit: every group has the blocks that a token after them reaches, or with
-    `host` slots for them."""
+    `host` slots for them; and where a group keeps a state, it is there."""
     cdef int32_t i, g, best = 0
     cdef int32_t[MAX_GROUPS] since      # the first row from which on the group has all blocks
     cdef bint served
     if not c.reach_ends and c.num_groups == 1 and c.pool.host.num_slots == 0:
+        while not has_state(c, nodes, n):
+            n -= 1
         return n
     memset(since, 0, c.num_groups * sizeof(int32_t))
     for i in range(n):
@@ -154,7 +162,7 @@ cdef inline int32_t longest_hit(const Core* c, const int32_t* nodes, int32_t n, 
             if not is_there(c, nodes[i], g, host):
                 since[g] = i + 1
             served = served and since[g] <= min(first_row(c, g, (i + 1) * c.block_size), i + 1)
-        if served:
+        if served and has_state(c, nodes, i + 1):
             best = i + 1
     return best
 
@@ -211,7 +219,7 @@ cdef inline int32_t shorter_hit(const Core* c, const int32_t* nodes, int32_t hit
     cdef bint served = False
     while not served:
         hit -= 1
-        served = True
+        served = has_state(c, nodes, hit)
         for g in range(c.num_groups):
             if c.reaches[g].window or c.reaches[g].chunk:
                 for i in range(hit - 1, first_row(c, g, hit * c.block_size) - 1, -1):
@@ -347,6 +355,8 @@ cdef inline int64_t occupy(Core* c, Seq* seq, const int32_t* nodes, int32_t hit,
     cdef int64_t late = 0
     set_last_node(&c.pool.tree, seq, last_node)
     hold_hit(c, seq, nodes, hit)
+    if c.pool.states.num_slots and hit:
+        hold_checkpoint(&c.pool.states, <int32_t>(seq - c.seqs), last_node)
     if c.pool.host.num_slots:
         c.pool.host.needs[seq - c.seqs] = 0
         late = load_hit(c, seq, hit) * c.block_size
@@ -440,6 +450,8 @@ cdef inline int64_t core_pin(Core* c, const Text* x, Fault* f) noexcept nogil:
         return 0
     seq = open_seq(c, PIN)
     set_last_node(&c.pool.tree, seq, path[n - 1])
+    if c.pool.states.num_slots:
+        hold_checkpoint(&c.pool.states, <int32_t>(seq - c.seqs), path[n - 1])
     seq.table = table
     seq.table_capacity = limit
     hold_hit(c, seq, path, n)

@@ -21,7 +21,7 @@ cdef extern from "core/arrays.h" nogil:
 
 cdef enum:
     PATCH_WORDS = 6   # of int32 in a patch: three int64
-    ARRAYS = 10       # patches beside those of the groups, at most
+    ARRAYS = 14       # patches beside those of the groups, at most
     GROUPS_AT_ONCE = 8
     PADDING = 0xFF    # each byte of what pads a block table: -1, which is no block
 
@@ -107,6 +107,13 @@ cdef inline void pack_step(Arrays* a, char* image, int32_t* out, Pack* pack) noe
     add_patch(pack, a.input_ids, 2 * tokens)
     add_patch(pack, a.positions, 2 * tokens)
     add_patch(pack, a.copies, 4 * a.num_copies)
+    if a.state_slots != NULL:
+        add_patch(pack, a.state_slots, 2 * max(a.num_state_rows, a.sent_state_rows))
+        add_patch(pack, a.state_zero, 2 * max(a.num_state_zero, a.sent_state_zero))
+        add_patch(pack, a.state_copies, 4 * a.num_state_copies)
+        add_patch(pack, a.state_drafts, 2 * max(a.num_state_drafts, a.sent_state_drafts))
+        a.sent_state_rows, a.sent_state_zero = a.num_state_rows, a.num_state_zero
+        a.sent_state_drafts = a.num_state_drafts
     add_patch(pack, a.seq_lens, seqs)
     add_patch(pack, a.query_start_loc, a.max_seqs + 1)
     for g in range(a.num_groups):

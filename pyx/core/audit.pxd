@@ -11,6 +11,7 @@ from core.host cimport Host, Moves, host_free, slot_at
 from core.pool cimport Pool, pool_free, pool_step, Step, StepRow
 from core.sequences cimport LIVE, PIN, PREEMPTED, UNUSED, blocks_for, Core, first_row, row_at, Seq
 from core.steps cimport may_write
+from core.audit_states cimport audit_states, StateFinding
 
 
 cdef struct Finding:
@@ -369,9 +370,14 @@ cdef inline bint audit_core(Core* c, Finding* out) noexcept nogil:
     cdef int32_t* written = <int32_t*>grab_zeroed(n, sizeof(int32_t))
     cdef int32_t* uses = <int32_t*>grab_zeroed(c.pool.tree.fresh, sizeof(int32_t))
     cdef int32_t* seen = <int32_t*>grab_zeroed(max(c.pool.host.num_slots, 1), sizeof(int32_t))
+    cdef int32_t* standing = <int32_t*>grab_zeroed(max(c.pool.states.num_slots, 1), sizeof(int32_t))
     cdef char* state = <char*>grab_zeroed(n, 1)
+    cdef StateFinding found
     cdef bint ok
-    if counts == NULL or order == NULL or written == NULL or uses == NULL or seen == NULL or state == NULL:
+    if (
+        counts == NULL or order == NULL or written == NULL or uses == NULL or seen == NULL or standing == NULL
+        or state == NULL
+    ):
         ok = broken(out, 0, b"no memory to audit blocks:", n)
     else:
         ok = (
@@ -382,10 +388,13 @@ cdef inline bint audit_core(Core* c, Finding* out) noexcept nogil:
             and audit_sequences(c, out)
             and audit_steps(c, written, out)
         )
+        if ok and not audit_states(c, standing, &found):
+            ok = broken(out, 11, found.what, found.where)
     free(counts)
     free(order)
     free(written)
     free(uses)
     free(seen)
+    free(standing)
     free(state)
     return ok

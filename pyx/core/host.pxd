@@ -14,6 +14,7 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint8_t
 
 from core.checks cimport check
 from core.tree cimport kvb_prefetch_write, line_of, node_at, Tree, tree_drop
+from core.states cimport lose_anchor, States
 
 
 cdef enum:
@@ -69,6 +70,7 @@ cdef struct Host:
     Move* moves         # [num_blocks + write_ahead]: handed out, and not marked as enqueued
     int64_t* needs      # [max_seqs]: the newest move that a sequence's next pass waits for
     int64_t evictions, num_loaded, num_offloaded, hit_tokens
+    States* states      # NULL: no group keeps a state
 
 
 cdef inline int32_t host_free(const Host* h) noexcept nogil:
@@ -117,6 +119,8 @@ cdef inline void drop_slot(Host* h, Tree* t, int32_t s) noexcept nogil:
     cdef int32_t n = slot.node
     check(n > 0 and slot_at(h, t, n, slot.group) == s, b"a slot that is dropped hangs on its node")
     h.slot_of[<int64_t>n * t.num_groups + slot.group] = 0
+    if h.states != NULL and slot.group == h.states.anchor and node_at(t, n).blocks[slot.group] < 0:
+        lose_anchor(h.states, n)
     list_remove(h, s)
     slot.node = 0
     h.stack[h.stack_size] = s

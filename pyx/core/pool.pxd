@@ -10,6 +10,7 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from core.checks cimport check
 from core.tree cimport kvb_prefetch, kvb_prefetch_write, line_of, Node, node_at, Tree, tree_drop
+from core.states cimport lose_anchor, StateRow, States
 from core.host cimport (
     OFFLOAD, Host, Moves, cancel_load, count_moves, evict_slot, hand_out_loads, hang_slot, host_free, slot_at, use_slot,
 )
@@ -43,8 +44,12 @@ cdef struct Step:
     int64_t last_move   # the newest move that was handed out with it, 0: none
     StepRow* rows
     int32_t* sources    # [rows, groups]: b to copy from, -1: none; LENT - b: a row of the step writes b in place
+    StateRow* states    # [rows], where a group keeps a state
+    int32_t* drafts     # the slots that rows write their states to
     Py_ssize_t num_rows
     Py_ssize_t capacity
+    Py_ssize_t draft_capacity
+    bint keeps          # the state after each token
     int32_t wait_head   # blocks that wait for it, -1: none
     int32_t wait_tail
 
@@ -67,6 +72,7 @@ cdef struct Pool:
     int32_t first_step
     int32_t num_steps
     Moves moves
+    States states
     Host host
     Tree tree
 
@@ -127,6 +133,8 @@ cdef inline void unpublish(Pool* p, int32_t b) noexcept nogil:
         check(g < p.tree.num_groups, b"a published block hangs on its node")
     node.blocks[g] = -1
     p.blocks[b].node = 0
+    if p.states.num_slots and g == p.states.anchor and (p.host.num_slots == 0 or slot_at(&p.host, &p.tree, n, g) < 0):
+        lose_anchor(&p.states, n)
     if p.host.num_slots:
         use_slot(&p.host, &p.tree, n, g)
     tree_drop(&p.tree, n)

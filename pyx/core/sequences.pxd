@@ -24,6 +24,7 @@ from core.text cimport (
     offset_in_page, own_placeholders, page_of, Paging, share_text, take_extras, Text, token_at,
 )
 from core.tree cimport node_at, Tree, tree_drop
+from core.states cimport leave_state, reset_checkpoints, share_state, Standing
 from core.host cimport Host, drop_slot
 from core.pool cimport Pool, pool_free, pool_step, release_table, take, unpublish
 
@@ -37,6 +38,7 @@ cdef enum Problem:
     SIZE_TOKENS, BAD_QUERY, NOT_ENOUGH_TOKENS, STEP_SEQS, STEP_TOKENS, STEP_BLOCKS, STEP_LIMIT
     COMPUTED_UNKNOWN, UNMOVED, NO_STEP, NOT_OLDEST, NOT_NEWEST, SIZE_ACCEPTED, BAD_ACCEPTED, LATER_STEP, NOT_UNKNOWN
     BAD_TRIM, OUT_OF_REACH, STEP_GROUPS, NOTHING_TO_PIN, NO_BLOCKS, WATERMARK, NO_SLOTS, NO_MEMORY
+    NO_STATES, LOST_STATE, STEP_STATES
 
 
 cdef struct Marks:      # the extra bytes of the tokens that are added to a batch
@@ -145,6 +147,11 @@ cdef inline void wait_for(Core* c, const Seq* seq, int64_t move) noexcept nogil:
         c.pool.host.needs[seq - c.seqs] = move
 
 
+cdef inline int32_t standing_on(const Core* c, const Seq* seq) noexcept nogil:
+    """1 + the slot of the state that a sequence stands on, 0: none."""
+    return c.pool.states.standing[seq - c.seqs].slot
+
+
 cdef inline int64_t num_loading(const Core* c, const Seq* seq) noexcept nogil:
     """Cached tokens of a sequence whose loads have not landed."""
     cdef const Host* h = &c.pool.host
@@ -244,6 +251,8 @@ cdef inline Seq* open_seq(Core* c, Kind kind) noexcept nogil:
     memset(seq, 0, sizeof(Seq))
     if c.pool.host.num_slots:
         c.pool.host.needs[slot] = 0
+    if c.pool.states.num_slots:
+        memset(&c.pool.states.standing[slot], 0, sizeof(Standing))
     seq.handle = generation << SLOT_BITS | slot
     seq.kind = kind
     touch(c, seq)
@@ -269,6 +278,8 @@ cdef inline void close_seq(Core* c, Seq* seq) noexcept nogil:
     check(seq.kind != UNUSED and seq.open_steps == 0, b"a sequence that ends is there, and in no open step")
     release_rows(c, seq, 0)
     set_last_node(&c.pool.tree, seq, 0)
+    if c.pool.states.num_slots:
+        leave_state(&c.pool.states, slot)
     clear_text(&seq.text)
     free(seq.table)
     seq.table = NULL
@@ -479,6 +490,18 @@ cdef inline bint core_set_tokens(
     return True
 
 
+cdef inline void preempt(Core* c, Seq* seq) noexcept nogil:
+    release_rows(c, seq, 0)
+    set_last_node(&c.pool.tree, seq, 0)
+    if c.pool.states.num_slots:
+        leave_state(&c.pool.states, <int32_t>(seq - c.seqs))
+    seq.num_cached = seq.num_computed = seq.num_prepared = seq.reserved = seq.published = 0
+    seq.kind = PREEMPTED
+    c.num_resting += 1
+    touch(c, seq)
+    c.counters.preemptions += 1
+
+
 cdef inline bint core_trim(Core* c, int64_t handle, int64_t num_tokens, Fault* f) noexcept nogil:
     cdef int32_t g, held
     cdef Seq* seq = find(c, handle, 0, f)
@@ -488,6 +511,8 @@ cdef inline bint core_trim(Core* c, int64_t handle, int64_t num_tokens, Fault* f
         return fail(f, BAD_TRIM, 0, num_tokens, seq.text.num_tokens)
     if seq.open_steps:
         return fail(f, IN_STEP, 0, handle, seq.last_step)
+    if num_tokens < seq.num_computed and c.pool.states.num_slots:
+        preempt(c, seq)     # its state cannot go back
     if num_tokens < seq.num_computed and c.reach_ends:
         for g in range(c.num_groups):
             held = first_row(c, g, seq.num_computed)
@@ -568,6 +593,8 @@ cdef inline bint core_fork(Core* c, int64_t handle, int64_t n, int64_t* children
         child = open_seq(c, LIVE)
         adopt(c, child, &copies[i])
         share(c, child)
+        if c.pool.states.num_slots:
+            share_state(&c.pool.states, <int32_t>(parent - c.seqs), <int32_t>(child - c.seqs))
         children[i] = child.handle
     free(copies)
     return True
@@ -610,6 +637,10 @@ cdef inline void take_copy(Core* c, Seq* seq, int32_t first, Seq* made) noexcept
     seq.text = made.text
     memcpy(row_at(c, seq, first), made.table, <size_t>made.num_rows * c.num_groups * sizeof(int32_t))
     seq.num_rows = first + made.num_rows
+    if c.pool.states.num_slots:
+        leave_state(&c.pool.states, <int32_t>(seq - c.seqs))
+        c.pool.states.standing[seq - c.seqs].slot = <int32_t>made.handle
+        c.pool.states.standing[seq - c.seqs].checkpoint = 0
     if c.pool.host.num_slots:
         c.pool.host.needs[seq - c.seqs] = made.mark
     copy_progress(seq, made)
@@ -654,6 +685,10 @@ cdef inline bint core_reorder(Core* c, const Ints* seqs, const Ints* parents, Fa
         return fail(f, NO_MEMORY, 0, 0, 0)
     for i in range(seqs.size):
         share(c, &copies[i])
+        if c.pool.states.num_slots and at(seqs, i) != at(parents, i):
+            copies[i].handle = standing_on(c, of(c, parents, i))    # as it is now: it may be a child of this call too
+            if copies[i].handle:
+                c.pool.states.slots[copies[i].handle - 1].refs += 1
     for i in range(seqs.size):
         if at(seqs, i) != at(parents, i):
             take_copy(c, of(c, seqs, i), firsts[i], &copies[i])
@@ -696,13 +731,7 @@ cdef inline bint core_preempt(Core* c, int64_t handle, Fault* f) noexcept nogil:
     cdef Seq* seq = find(c, handle, 0, f)
     if seq == NULL or not is_at_rest(seq, 0, f):
         return False
-    release_rows(c, seq, 0)
-    set_last_node(&c.pool.tree, seq, 0)
-    seq.num_cached = seq.num_computed = seq.num_prepared = seq.reserved = seq.published = 0
-    seq.kind = PREEMPTED
-    c.num_resting += 1
-    touch(c, seq)
-    c.counters.preemptions += 1
+    preempt(c, seq)
     return True
 
 
@@ -721,6 +750,8 @@ cdef inline void core_reset(Core* c) noexcept nogil:
     cdef int64_t j
     cdef uint32_t k
     cdef Seq* seq
+    if p.states.num_slots:
+        reset_checkpoints(&p.states)
     while p.host.num_slots and p.host.oldest >= 0:  # first: what is unpublished makes its slot the newest
         drop_slot(&p.host, &p.tree, p.host.oldest)
     for i in range(c.fresh_seq):
@@ -733,6 +764,8 @@ cdef inline void core_reset(Core* c) noexcept nogil:
                 unpublish(p, seq.table[j])
         if seq.kind == PIN:
             release_rows(c, seq, 0)
+            if p.states.num_slots:
+                leave_state(&p.states, i)
     for i in range(p.num_steps):
         for j in range(pool_step(p, i).num_rows * c.num_groups):
             b = pool_step(p, i).sources[j]

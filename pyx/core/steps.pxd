@@ -16,9 +16,12 @@ from core.pool cimport (
 )
 from core.sequences cimport (
     BAD_ACCEPTED, BAD_QUERY, IS_PREEMPTED, LATER_STEP, LEAVING, NO_BLOCKS, NO_MEMORY, NO_STEP, NOT_ENOUGH_TOKENS,
-    NOT_NEWEST, NOT_OLDEST, PREEMPTED, SIZE_ACCEPTED, STEP_BLOCKS, STEP_GROUPS, STEP_LIMIT, STEP_SEQS, STEP_TOKENS,
-    UNMOVED, block_of, blocks_for, close_seq, Core, cut, fail, Fault, find, first_row, grow_table, mark, note_peak,
-    needs_of, release_rows, row_at, Seq, take_for, touch, wait_for,
+    NOT_NEWEST, NOT_OLDEST, PREEMPTED, SIZE_ACCEPTED, STEP_BLOCKS, STEP_GROUPS, STEP_LIMIT, STEP_SEQS,
+    STEP_STATES, STEP_TOKENS, UNMOVED, block_of, blocks_for, close_seq, Core, cut, fail, Fault, find, first_row,
+    grow_table, mark, note_peak, needs_of, release_rows, row_at, Seq, take_for, touch, wait_for,
+)
+from core.state_rows cimport (
+    leave_checkpoints, pad_states, plan_states, prepare_states, preempt_lost, return_states, settle_states,
 )
 from core.arrays cimport GROUPS_AT_ONCE, fill_many_slots, fill_pages, fill_slots, fill_tokens, pad_after, sync_row
 from kvblocks.step_arrays cimport Arrays
@@ -91,7 +94,7 @@ cdef inline bint grow_step(Step* step, Py_ssize_t capacity, int32_t num_groups) 
 
 
 cdef inline bint plan_step(
-    Core* c, const Ints* seqs, const Ints* query_lens, Arrays* a, Step* step, Fault* f
+    Core* c, const Ints* seqs, const Ints* query_lens, Arrays* a, Step* step, bint keep, Fault* f
 ) noexcept nogil:
     """Check a batch, find the memory for it, and note in step.rows what is to be done. No effect."""
     cdef Py_ssize_t i, n = seqs.size
@@ -103,6 +106,8 @@ cdef inline bint plan_step(
         return fail(f, STEP_SEQS, 0, n, a.max_seqs)
     if a.num_groups != c.num_groups:
         return fail(f, STEP_GROUPS, 0, c.num_groups, a.num_groups)
+    if c.pool.states.num_slots and a.state_slots == NULL:
+        return fail(f, STEP_STATES, 0, c.pool.states.num_slots, 0)
     if n > step.capacity and not grow_step(step, n * 2, c.num_groups):
         return fail(f, NO_MEMORY, 0, 0, 0)
     c.serial += 1
@@ -144,6 +149,8 @@ cdef inline bint plan_step(
     needed += num_copies
     if needed > available:
         return fail(f, NO_BLOCKS, 0, needed, available)
+    if c.pool.states.num_slots and not plan_states(c, step, num_tokens, keep, f):
+        return False
     if c.pool.moves.handed > c.pool.moves.marked:
         return fail(f, UNMOVED, 0, c.pool.moves.handed, c.pool.moves.marked)
     step.wait_head = step.wait_tail = -1
@@ -173,9 +180,12 @@ cdef inline void check_written(const Core* c, const StepRow* row) noexcept nogil
             check(may_write(c, row_at(c, &c.seqs[row.slot], j)[g]), b"a block that is written has one holder")
 
 
-cdef inline int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_lens, Arrays* a, Fault* f) noexcept nogil:
-    """Reserve the next tokens of each sequence and fill the arrays; the step's id, 0 after a fault."""
-    cdef Py_ssize_t i, num_copies = 0
+cdef inline int64_t core_prepare(
+    Core* c, const Ints* seqs, const Ints* query_lens, Arrays* a, bint keep, Fault* f
+) noexcept nogil:
+    """Reserve the next tokens of each sequence and fill the arrays; the step's id, 0 after a fault. With `keep` the
+    states after each token are kept until `commit`."""
+    cdef Py_ssize_t i, num_copies = 0, num_moved
     cdef int64_t j, needs = 0
     cdef int32_t end, num_tokens = 0, longest_query = 0, longest_seq = 0
     cdef Step* step
@@ -185,7 +195,7 @@ cdef inline int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_le
         fail(f, STEP_LIMIT, 0, c.pool.num_steps, c.pool.max_steps)
         return 0
     step = pool_step(&c.pool, c.pool.num_steps)
-    if not plan_step(c, seqs, query_lens, a, step, f):
+    if not plan_step(c, seqs, query_lens, a, step, keep, f):
         return 0
     c.last_step_id += 1
     c.pool.num_steps += 1
@@ -227,8 +237,15 @@ cdef inline int64_t core_prepare(Core* c, const Ints* seqs, const Ints* query_le
     pad_after(a, step.num_rows, num_tokens)
     if a.kv_indices != NULL:
         fill_pages(a, c, step)
-    c.pool.moves.noted += num_copies
-    if num_copies:
+    num_moved = num_copies
+    if a.state_slots != NULL:
+        a.num_state_copies = a.num_state_zero = 0
+        if c.pool.states.num_slots:
+            prepare_states(c, step, a)
+            num_moved += a.num_state_copies + a.num_state_zero
+        pad_states(a, step.num_rows if c.pool.states.num_slots else 0, num_tokens if keep else 0)
+    c.pool.moves.noted += num_moved
+    if num_moved:
         needs = c.pool.moves.noted
     a.needs = needs if needs > c.pool.moves.landed else 0
     a.first_move = c.pool.moves.handed + 1
@@ -338,7 +355,8 @@ cdef inline void slide(Core* c, Seq* seq, int32_t computed_before) noexcept nogi
 
 
 cdef inline void close_step(Core* c, const Step* step) noexcept nogil:
-    """What follows when a step has left the ring: waiting blocks first, then sequences freed while they were in it."""
+    """What follows when a step has left the ring: waiting blocks first, then sequences freed while they were in it, and
+    those whose state it took along."""
     cdef Py_ssize_t i
     cdef Seq* seq
     close_waiting(&c.pool, step)
@@ -346,6 +364,8 @@ cdef inline void close_step(Core* c, const Step* step) noexcept nogil:
         seq = &c.seqs[step.rows[i].slot]
         if seq.kind == LEAVING and seq.open_steps == 0:
             close_seq(c, seq)
+    if c.pool.states.num_slots:
+        preempt_lost(c, step)
 
 
 cdef inline uint64_t hash_next(const Core* c, const Seq* seq) noexcept nogil:
@@ -384,6 +404,8 @@ cdef inline bint core_commit(Core* c, int64_t step_id, const Ints* accepted, Fau
                 return fail(f, LATER_STEP, i, n, c.seqs[step.rows[i].slot].last_step)
     p.first_step = (p.first_step + 1) % p.max_steps
     p.num_steps -= 1
+    if p.states.num_slots:
+        settle_states(c, step, accepted)
     for i in range(step.num_rows):
         row = &step.rows[i]
         seq = &c.seqs[row.slot]
@@ -409,12 +431,15 @@ cdef inline bint core_commit(Core* c, int64_t step_id, const Ints* accepted, Fau
             publish(c, seq, row.full, row.hash)
         if c.reach_ends:
             slide(c, seq, row.start)
+    if c.pool.states.num_slots:
+        leave_checkpoints(c, step)
     close_step(c, step)
     note_peak(c)
     return True
 
 
-cdef inline bint core_abort(Core* c, int64_t step_id, Fault* f) noexcept nogil:
+cdef inline bint core_abort(Core* c, int64_t step_id, bint launched, Fault* f) noexcept nogil:
+    """Take back the newest step; `launched` says whether its pass may have begun."""
     cdef Pool* p = &c.pool
     cdef Step* step
     cdef Seq* seq
@@ -431,6 +456,8 @@ cdef inline bint core_abort(Core* c, int64_t step_id, Fault* f) noexcept nogil:
     if p.host.num_slots == 0:   # copies-on-write alone: what was not copied need not be, the targets go back
         p.moves.marked = max(p.moves.marked, step.last_move)
     p.num_steps -= 1
+    if p.states.num_slots:
+        return_states(c, step, launched)
     for i in range(step.num_rows - 1, -1, -1):
         row = &step.rows[i]
         seq = &c.seqs[row.slot]

@@ -90,6 +90,20 @@ def _poke(BlockManager manager not None, str field, Py_ssize_t index, int64_t va
             p.host.shadows[index].move += value
         elif field == "moves_landed":
             p.moves.landed += value
+        elif field == "state_refs":
+            p.states.slots[index].refs += value
+        elif field == "state_at":
+            p.states.slots[index].at += value
+        elif field == "state_node":
+            p.states.slots[index].node += value
+        elif field == "state_idle":
+            p.states.num_idle += value
+        elif field == "state_of":
+            p.states.of_node[index] += value
+        elif field == "standing":
+            p.states.standing[index & SLOT_MASK].slot += value
+        elif field == "lost":
+            p.states.standing[index & SLOT_MASK].lost += value
         elif field == "row_start":
             pool_step(p, 0).rows[index].start += value
         elif field == "row_slot":
