@@ -430,8 +430,8 @@ class BlockManager:
                 `step.needs`. Where a group keeps a state, `step.state_slots` says where that of each row lies, after
                 the copies of `step.state_copies` and with zeros in the slots of `step.state_zero`.
             keep_state: give each prepared token a slot for the state after it, in `step.state_drafts`, so that `commit`
-                can keep the state after the last accepted one. The pass reads the slot of `step.state_slots`, and
-                writes only the others.
+                can keep the state after the last accepted one. The pass reads the slot of `step.state_slots` first,
+                and writes to none but those of its tokens.
 
         Returns:
             The step's id, for `commit` or `abort`.
