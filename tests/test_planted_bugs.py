@@ -182,9 +182,10 @@ class NewestIsEvicted(ModelManager):
 
 
 class StepIdIsReused(ModelManager):
-    def abort(self, step_id: int) -> None:
-        super().abort(step_id)
+    def abort(self, step_id: int) -> list[int]:
+        preempted = super().abort(step_id)
         self.last_step_id -= 1
+        return preempted
 
 
 class WindowIsOneShort(ModelManager):
@@ -292,9 +293,9 @@ class AnswerCountsForNothing(ModelManager):
 class ForgottenCopiesAreCommitted(ModelManager):
     """A pass whose copies were never made counts as computed."""
 
-    def commit(self, step_id: int, accepted: Any = None) -> None:
+    def commit(self, step_id: int, accepted: Any = None) -> list[int]:
         self.moves_marked = self.moves_handed
-        super().commit(step_id, accepted)
+        return super().commit(step_id, accepted)
 
 
 INVARIANTS: list[tuple[type[ModelManager], int]] = [

@@ -26,22 +26,22 @@ def run(
 
 
 class MovesOfAnAbortedStepAreLost(ModelManager):
-    def abort(self, step_id: int) -> None:
+    def abort(self, step_id: int) -> list[int]:
         self.moves_marked = self.moves_handed
-        super().abort(step_id)
+        return super().abort(step_id)
 
 
 class MovesAreKnownToTheirStepOnly(ModelManager):
     """The next step may be prepared, in other arrays, before the moves of the last one are on their way."""
 
-    def prepare(self, seqs: Any, query_lens: Any, step: ModelStep) -> int:
+    def prepare(self, seqs: Any, query_lens: Any, step: ModelStep, *, keep_state: bool = False) -> int:
         self.moves_marked = self.moves_handed
-        return super().prepare(seqs, query_lens, step)
+        return super().prepare(seqs, query_lens, step, keep_state=keep_state)
 
 
 class PassDoesNotWaitForItsLoads(ModelManager):
-    def prepare(self, seqs: Any, query_lens: Any, step: ModelStep) -> int:
-        step_id = super().prepare(seqs, query_lens, step)
+    def prepare(self, seqs: Any, query_lens: Any, step: ModelStep, *, keep_state: bool = False) -> int:
+        step_id = super().prepare(seqs, query_lens, step, keep_state=keep_state)
         step.needs = 0
         return step_id
 
@@ -57,8 +57,8 @@ class WriterDoesNotWait(ModelManager):
 
 
 class OffloadsRunBeforeLoads(ModelManager):
-    def prepare(self, seqs: Any, query_lens: Any, step: ModelStep) -> int:
-        step_id = super().prepare(seqs, query_lens, step)
+    def prepare(self, seqs: Any, query_lens: Any, step: ModelStep, *, keep_state: bool = False) -> int:
+        step_id = super().prepare(seqs, query_lens, step, keep_state=keep_state)
         step.moves.sort(key=lambda move: move.loads)
         return step_id
 
