@@ -66,7 +66,8 @@ def fail(message: str) -> SystemExit:
 
 def environment() -> dict[str, str]:
     """The environment of every command: .venv comes first, and nothing makes Python or pip look or write elsewhere."""
-    ignored = {"PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "KVBLOCKS_CHECKED"}
+    ignored = {"PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT"}
+    ignored |= {"KVBLOCKS_CHECKED", "KVBLOCKS_CHECKED_BUILD"}
     kept = {name: value for name, value in os.environ.items() if name not in ignored}
     path = os.pathsep.join([str(VENV / "bin"), os.environ.get("PATH", os.defpath)])
     return kept | {"PATH": path, "VIRTUAL_ENV": str(VENV), "PIP_USER": "0"}
@@ -289,7 +290,7 @@ def build_checked(state: State, tree: Path = CHECKED_TREE, changes: dict[str, st
     say(f"compiling the {what} build in {tree}")
     state.set(what, None)
     command = [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"]
-    run_setup(f"the {what} build", command, cc | {"KVBLOCKS_CHECKED": "1"} | (changes or {}), cwd=tree)
+    run_setup(f"the {what} build", command, cc | {"KVBLOCKS_CHECKED_BUILD": "1"} | (changes or {}), cwd=tree)
     state.set(what, fingerprint(tree))
 
 

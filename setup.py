@@ -1,7 +1,7 @@
 """Compile every pyx/NAME.pyx to kvblocks/NAME.*.so; all metadata is in pyproject.toml.
 
-KVBLOCKS_CHECKED=1 compiles with bounds checks, assertions and hooks for tests: the build that the tests also run
-under.
+KVBLOCKS_CHECKED_BUILD=1 compiles with bounds checks, assertions and hooks for tests: the build that the tests also
+run under. KVBLOCKS_CHECKED is another variable, which is read at run time.
 CFLAGS replaces the optimisation flags below.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext as setuptools_build_ext
 
-CHECKED = os.environ.get("KVBLOCKS_CHECKED") == "1"
+CHECKED = os.environ.get("KVBLOCKS_CHECKED_BUILD") == "1"
 
 
 class build_ext(setuptools_build_ext):

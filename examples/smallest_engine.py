@@ -7,13 +7,14 @@ cache, and preemption. The pool here is too small for all requests at once, on p
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from tiny_model import DIM, KV_HEADS, LAYERS, TinyModel
 from torch import Tensor
 
 from kvblocks import BlockManager, CacheConfig, CacheEngine, NoFreeBlocks, StepBuffers, paged_attention
 
-MAX_SEQS, MAX_TOKENS = 8, 48  # of one pass
+SEQS, TOKENS = 8, 48  # of one pass, at most
 
 
 @dataclass
@@ -31,16 +32,12 @@ class Request:
 class Engine:
     """Answers requests, several in each pass of the model."""
 
-    def __init__(self, model: TinyModel, num_blocks: int) -> None:
-        config = CacheConfig(
-            num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=DIM, num_gpu_blocks=num_blocks, block_size=4
-        )
+    def __init__(self, model: TinyModel, blocks: int) -> None:
+        sizes = CacheConfig(num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=DIM, num_gpu_blocks=blocks, block_size=4)
         self.model = model
-        self.caches = CacheEngine(config, torch.float32, "cpu", layout="NHD")
-        self.manager = BlockManager.for_config(config)
-        self.step = StepBuffers.for_config(
-            config, max_seqs=MAX_SEQS, max_tokens=MAX_TOKENS, max_seq_len=config.max_tokens
-        )
+        self.caches = CacheEngine(sizes, torch.float32, "cpu", layout="NHD")
+        self.manager = BlockManager.for_config(sizes)
+        self.step = StepBuffers.for_config(sizes, max_seqs=SEQS, max_tokens=TOKENS, max_seq_len=sizes.max_tokens)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_passes = 0
@@ -53,7 +50,7 @@ class Engine:
 
     def admit(self) -> None:
         """Let the first of those who wait in, as long as there are blocks for all of its tokens."""
-        while self.waiting and len(self.running) < MAX_SEQS:
+        while self.waiting and len(self.running) < SEQS:
             request = self.waiting[0]
             try:
                 if request.num_preempted:
@@ -70,18 +67,19 @@ class Engine:
         """Run the model over what each sequence has left to compute, as far as it fits into one pass."""
         while True:
             lengths = self.manager.lengths([request.seq for request in self.running])
-            left, room, counts = (lengths.num_tokens - lengths.num_computed).tolist(), MAX_TOKENS, []
-            for missing in left:
-                counts.append(min(missing, room))
-                room -= counts[-1]
-            batch = [row for row in zip(self.running, counts, left, strict=True) if row[1]]
+            left = lengths.num_tokens - lengths.num_computed
+            counts = np.diff(np.minimum(left.cumsum(), TOKENS), prepend=0)  # in order, until the pass is full
+            batch = [row for row in zip(self.running, counts.tolist(), left.tolist(), strict=True) if row[1]]
             try:
                 step_id = self.manager.prepare([row[0].seq for row in batch], [row[1] for row in batch], self.step)
                 break
             except NoFreeBlocks:
                 if len(self.running) == 1:
                     raise  # as above
-                self.preempt_newest()
+                newest = self.running.pop()  # it keeps its tokens, and is the next to be resumed
+                self.manager.preempt(newest.seq)
+                newest.num_preempted += 1
+                self.waiting.appendleft(newest)
         step = self.step
         self.caches.move(step)
         logits = self.model(step.input_ids[: step.num_tokens], step.positions[: step.num_tokens], self.attend)
@@ -104,26 +102,17 @@ class Engine:
             self.manager.free([request.seq])
             self.running.remove(request)
 
-    def preempt_newest(self) -> None:
-        """Take the newest request's blocks away; it keeps its tokens, and is the next to be resumed."""
-        request = self.running.pop()
-        self.manager.preempt(request.seq)
-        request.num_preempted += 1
-        self.waiting.appendleft(request)
-
 
 def main() -> None:
     model = TinyModel()
-    engine = Engine(model, num_blocks=26)
+    engine = Engine(model, blocks=26)
     common = b"A block is the K and V of four tokens. "
     requests = [Request(list(common + text), 24) for text in (b"What is a slot?", b"Who frees it?", b"Why?", b"When?")]
     engine.waiting.extend(requests)
     engine.run()
-    for request in requests:
-        assert request.answer == model.greedy(request.prompt, 24), "not what the model says without a cache"
-        print(
-            f"{len(request.prompt)} prompt tokens, {request.num_cached} cached, preempted {request.num_preempted} times"
-        )
+    for r in requests:
+        assert r.answer == model.greedy(r.prompt, 24), "not what the model says without a cache"
+        print(f"{len(r.prompt)} prompt tokens, {r.num_cached} cached, preempted {r.num_preempted} times")
     print(f"{engine.num_passes} passes for {4 * 24} tokens; all as without a cache")
     assert all(any(numbers) for numbers in zip(*[(r.num_cached, r.num_preempted) for r in requests], strict=True))
     assert engine.manager.num_free_blocks == 26

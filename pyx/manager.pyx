@@ -687,16 +687,20 @@ cdef class BlockManager:
         cdef Prompt prompt
         cdef Fault f
         cdef Cached cached
-        cdef int64_t seq, limit = optional(reserve, "reserve"), longest = optional(max_hit, "max_hit")
+        cdef int64_t seq, needed, limit = optional(reserve, "reserve"), longest = optional(max_hit, "max_hit")
+        cdef int64_t num_tokens
         cdef bint loads = boolean(host, "host")
         try:
             self.open_prompt(tokens, salt, extra, &prompt, False)
+            num_tokens = prompt.text.num_tokens
             with nogil, self.lock:
                 seq = core_admit(&self.core, &prompt.text, limit, longest, loads, &f, &cached)
         finally:
             self.close_prompt(&prompt)
         if seq == 0:
-            raise self.error(&f)
+            with nogil:
+                needed = most_ever(&self.core, num_tokens, 1, limit)
+            raise self.error(&f, needed)
         try:
             return seq, cached.tokens
         except MemoryError:
@@ -1444,11 +1448,18 @@ cdef class BlockManager:
             clear_text(&prompt.text)
         close_ints(&prompt.tokens)
 
-    cdef object error(self, const Fault* f):
-        """The exception of a fault."""
+    cdef object error(self, const Fault* f, int64_t whole=0):
+        """The exception of a fault; `whole` blocks are held once all is done, where that is known."""
         cdef Py_ssize_t i = f.index
         cdef int64_t v = f.value, b = f.bound
         problem = f.problem
+        if problem in (NO_BLOCKS, WATERMARK) and max(v, whole) > self.core.pool.num_blocks:
+            return NoFreeBlocks(
+                f"{max(v, whole)} blocks needed at once, and the pool has {self.core.pool.num_blocks}: it never fits, "
+                "whatever is freed; make the pool larger, or ask for slots for fewer tokens (reserve, query_lens)",
+                v,
+                b,
+            )
         if problem == NO_BLOCKS:
             return NoFreeBlocks(
                 f"{v} blocks needed, {b} of {self.core.pool.num_blocks} free; free or preempt sequences", v, b
@@ -1495,7 +1506,8 @@ cdef class BlockManager:
             NOT_ENOUGH_TOKENS: f"query_lens[{i}]={v}, but the sequence has {b} tokens that are not prepared yet",
             STEP_SEQS: f"{v} seqs do not fit a step of max_seqs={b}",
             STEP_TOKENS: f"{v} tokens do not fit a step of max_tokens={b}",
-            STEP_BLOCKS: f"sequence at {i} has {v} blocks, which do not fit max_blocks_per_seq={b} of the step",
+            STEP_BLOCKS: f"sequence at {i} has {v} blocks, which do not fit max_blocks_per_seq={b} of the step; make the "
+            f"step for sequences of {v * self.core.block_size} tokens (max_seq_len of StepBuffers.for_config) or more",
             STEP_GROUPS: f"the step has arrays for {b} layer groups, the manager has {v}",
             STEP_STATES: f"the step has no arrays for states, and the manager has {v} slots; make it with states=True",
             LOST_STATE: f"the state of sequence {v} (at {i}) was lost with a pass that was aborted; it is preempted "

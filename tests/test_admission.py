@@ -229,3 +229,21 @@ def test_an_emptied_sequence_of_windows_resumes() -> None:
     manager.preempt(seq)
     assert manager.resume(seq) == 0
     manager.audit()
+
+
+def test_a_prompt_that_never_fits_is_told_so_and_not_to_free() -> None:
+    manager = BlockManager(8, 4)
+    seq, _ = manager.admit([1] * 16)
+    manager.commit(manager.prepare([seq], 16, StepBuffers(1, 16, 8)))
+    with pytest.raises(NoFreeBlocks, match="6 blocks needed, 4 of 8 free; free or preempt") as later:
+        manager.admit([2] * 24)
+    assert (later.value.needed, later.value.free) == (6, 4)
+    # Of the second 4 of 9 blocks are cached: it needs fewer than the pool has, and never fits all the same.
+    for tokens, needed in (([2] * 36, 9), ([1] * 36, 5)):
+        assert manager.can_admit(tokens) is Admission.NEVER
+        with pytest.raises(NoFreeBlocks, match="9 blocks needed at once, and the pool has 8: it never fits") as never:
+            manager.admit(tokens)
+        assert (never.value.needed, never.value.free) == (needed, 4)
+    manager.extend([seq], [3] * 24, [24])
+    with pytest.raises(ValueError, match=r"max_blocks_per_seq=8 .* sequences of 40 tokens \(max_seq_len"):
+        manager.prepare([seq], 24, StepBuffers(1, 24, 8))

@@ -29,7 +29,7 @@ SHIPPED_SUFFIXES = {".py", ".pyi", ".pxd", ".typed"}
 
 def python(code: str, *, cwd: Path, path: Path | None = None, **changes: str) -> str:
     """What `code` prints in a fresh interpreter in `cwd`, `path` first on sys.path."""
-    env = {name: value for name, value in os.environ.items() if name != "KVBLOCKS_CHECKED"} | changes
+    env = {name: value for name, value in os.environ.items() if not name.startswith("KVBLOCKS_CHECKED")} | changes
     env.setdefault("CFLAGS", "-O0")  # compiled to be looked at, not to be fast
     if path is not None:
         env["PYTHONPATH"] = str(path)
@@ -261,7 +261,7 @@ def test_the_checked_build_is_the_one_that_checks(checked: str, tmp_path: Path) 
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path / name)
     build = "import runpy, sys; sys.argv = ['setup.py', '-q', 'build_ext', '--inplace']; runpy.run_path('setup.py')"
-    python(build, cwd=tmp_path, KVBLOCKS_CHECKED=checked)
+    python(build, cwd=tmp_path, KVBLOCKS_CHECKED_BUILD=checked)
     use = """
         from kvblocks.probe import read
         try:

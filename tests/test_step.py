@@ -314,3 +314,10 @@ def test_the_kernel_applies_patches_as_the_host_does(longest: int, device: str) 
     host = packed[words + words % 2 :].clone().view(torch.int64)
     Transport(torch.device("cpu")).apply(image, packed, host, 0, len(rows), longest)
     assert torch.equal(image, expected)
+
+
+def test_what_buffers_hold_can_be_read() -> None:
+    step, manager = StepBuffers(4, 8, 6), BlockManager(6, 2)
+    manager.prepare(manager.admit([1, 2, 3])[0], 3, step)
+    sizes = "max_seqs=4, max_tokens=8, max_blocks_per_seq=6, groups=1, device='cpu'"
+    assert repr(step) == f"StepBuffers({sizes}; num_seqs=1, num_tokens=3)"

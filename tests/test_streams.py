@@ -93,6 +93,7 @@ def test_leaving_ends_what_is_left() -> None:
     before = model.config._attn_implementation
     with kvblocks.generate(model, [prompt(20), prompt(5)], max_new_tokens=8) as run:
         next(run[0])
+        assert repr(run).startswith("Generation(streams=2, unfinished=2, pool=Pool(num_blocks=")
     assert {stream.finish for stream in run} == {"cancelled"}
     assert model.config._attn_implementation == before
     with pytest.raises(RuntimeError, match="the scheduler is closed"):
@@ -210,6 +211,12 @@ def test_the_cache_is_as_large_as_the_prompts_need() -> None:
         ([[1]], {"pool": "mine"}, TypeError, r"pool is a str; give a kvblocks\.Pool"),
         (["Hello"], {}, TypeError, r"a prompt is the str 'Hello'; give token ids"),
         ([[1, 2.5]], {}, TypeError, r"a prompt holds 2.5 of type float"),
+        (
+            [[list(range(50))]],
+            {},
+            TypeError,
+            r"a prompt holds \[0, 1, .{30,36} of type list; give .* one flat list a prompt",
+        ),
         ([[1], []], {}, ValueError, "a request of 0 prompt tokens"),
         ([[VOCABULARY]], {}, ValueError, "token 61 is in the prompt; the model knows 0 to 60"),
         ([[1]], {"max_new_tokens": 2.5, "num_blocks": 8}, TypeError, "max_new_tokens=2.5 must be an int"),

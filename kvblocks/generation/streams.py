@@ -333,6 +333,9 @@ class Generation:
         self._unfinished.update((stream.request_id, stream) for stream in answers)
         return answers
 
+    def __repr__(self) -> str:
+        return f"Generation(streams={len(self)}, unfinished={self.num_unfinished}, pool={self.pool!r})"
+
     def __len__(self) -> int:
         return len(self._streams)
 
@@ -411,7 +414,7 @@ def _request(prompt: Any, default: Request, longest: int | None) -> Request:
     for token in ids:
         if type(token) is not int and (isinstance(token, bool) or not isinstance(token, SupportsIndex)):
             raise TypeError(
-                f"a prompt holds {token!r} of type {type(token).__name__}; give token ids, one list a prompt"
+                f"a prompt holds {token!r:.40} of type {type(token).__name__}; give token ids, one flat list a prompt"
             )
     request = replace(default, prompt=tuple(map(int, ids)))
     if longest is None:

@@ -171,6 +171,11 @@ class StepBuffers(StepArrays):
             states=any(tensor.per == "sequence" for layer in config.layers for tensor in layer),
         )
 
+    def __repr__(self) -> str:
+        sizes = f"max_seqs={self.max_seqs}, max_tokens={self.max_tokens}, max_blocks_per_seq={self.max_blocks_per_seq}"
+        holds = f"num_seqs={self.num_seqs}, num_tokens={self.num_tokens}"
+        return f"StepBuffers({sizes}, groups={self.num_groups}, device={str(self.device)!r}; {holds})"
+
     @property
     def copies(self) -> torch.Tensor:
         """int64 [num_copies, 2]: (source, target) blocks to copy before the step's writes."""
