@@ -1506,8 +1506,8 @@ cdef class BlockManager:
             NOT_ENOUGH_TOKENS: f"query_lens[{i}]={v}, but the sequence has {b} tokens that are not prepared yet",
             STEP_SEQS: f"{v} seqs do not fit a step of max_seqs={b}",
             STEP_TOKENS: f"{v} tokens do not fit a step of max_tokens={b}",
-            STEP_BLOCKS: f"sequence at {i} has {v} blocks, which do not fit max_blocks_per_seq={b} of the step; make the "
-            f"step for sequences of {v * self.core.block_size} tokens (max_seq_len of StepBuffers.for_config) or more",
+            STEP_BLOCKS: f"sequence at {i} has {v} blocks, which do not fit max_blocks_per_seq={b} of the step; make "
+            f"it for sequences of {v * self.core.block_size} tokens (max_seq_len of StepBuffers.for_config) or more",
             STEP_GROUPS: f"the step has arrays for {b} layer groups, the manager has {v}",
             STEP_STATES: f"the step has no arrays for states, and the manager has {v} slots; make it with states=True",
             LOST_STATE: f"the state of sequence {v} (at {i}) was lost with a pass that was aborted; it is preempted "
