@@ -26,8 +26,6 @@ from kvblocks.storage.cache import PagedKVCache
 __all__ = ["paged_attention"]
 
 _GATHERED = 1 << 18  # elements of K and V that rows gathered together may have: it pays for short rows only
-_ALONE = 1 << 16  # elements of K and V from which on a decode row is faster alone than gathered with others, on CPU
-_FUSED = (torch.float32, torch.bfloat16)  # where torch's fused kernel was measured to be faster for such a row
 _SCORES = 1 << 23  # scores held at once: long prefill chunks go through in slices of queries,
 _QUERIES = 512  # and in slices of so many, as a slice's keys end at its last query
 
@@ -202,21 +200,7 @@ def _on_torch(
 ) -> Tensor:
     rows = _rows(step, table, cache.block_size, reach)
     output = query.new_zeros(*query.shape[:2], cache.v_head_dim)
-    together = rows
-    if (
-        query.is_cpu
-        and query.dtype in _FUSED
-        and cache.head_dim == cache.v_head_dim
-        and softcap is None
-        and sinks is None
-    ):
-        together = []
-        for row in rows:
-            if row.query_len == 1 and (len(rows) == 1 or _size(row, cache) >= _ALONE):
-                output[row.start] = _decode(query[row.start], row, cache, table, scale, reach)
-            else:
-                together.append(row)
-    for batch in _batches(together, cache):
+    for batch in _batches(rows, cache):
         keys, values = _gather(batch, cache, table)
         start, position, origin = _column(
             [(row.start, row.seq_len - row.query_len, row.first * cache.block_size) for row in batch], query.device
@@ -238,25 +222,6 @@ def _on_torch(
                 query[start + queries], keys[:, :, first:last], values[:, :, first:last], hidden, scale, softcap, sinks
             )
     return output
-
-
-def _decode(
-    query: Tensor, row: "_Sequence", cache: PagedKVCache, table: Tensor, scale: float, reach: "_Reach"
-) -> Tensor:
-    """Attention of one token, [heads, dim], over exactly the tokens that it reaches.
-
-    The query heads of a K/V head are that head's queries: K and V are read once, and nothing has to be hidden.
-    """
-    first = row.first * cache.block_size
-    keys, values = _key_value(cache, table[row.index, row.first : row.last + 1], row.seq_len - first)
-    start = reach.start(row.seq_len - 1) - first
-    output = torch.nn.functional.scaled_dot_product_attention(
-        query.view(1, cache.num_heads, -1, cache.head_dim),
-        keys[start:].transpose(0, 1)[None],
-        values[start:].transpose(0, 1)[None],
-        scale=scale,
-    )
-    return output.view_as(query)
 
 
 @dataclass(frozen=True, slots=True)

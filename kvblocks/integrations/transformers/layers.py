@@ -25,8 +25,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from kvblocks.config import CacheConfig, Chunk, Group, LayerTensor, Window, key_value
-from kvblocks.errors import UnsupportedModel
+from kvblocks.errors import UnknownModel, UnsupportedModel
+from kvblocks.models.architectures import MODEL_TYPES
 from kvblocks.models.grouping import PagedLayer, layer_groups
+from kvblocks.models.read import read
 from kvblocks.models.shapes import Reach
 from kvblocks.sizes import checked_bytes
 from kvblocks.storage.host import slot_bytes
@@ -380,56 +382,27 @@ def _index_dim(text: Any, index: int, kind: Any) -> int:
 
 
 def kv_shape(config: PreTrainedConfig) -> KVShape:
-    """Read from a transformers config what its layers cache; of a multimodal one, the text part.
+    """What a config says that the layers cache, as the planner reads it; of a multimodal one, the text part.
 
     Raises:
         UnsupportedModel: the config lacks a number; or as for `model_layers`.
     """
-    text = text_config(config)
     layers = [layer for layer in model_layers(config) if layer.writes]
-    writing, index_dims = [layer.index for layer in layers], [layer.index_dim for layer in layers]
-    each = getattr(text, "per_layer_config", None)
-    if each is not None and getattr(text, "is_heterogeneous", False):
-        return KVShape.of([_layer_shape(each[index]) for index in writing], index_dims)
-    heads, head_dim, v_head_dim = _layer_shape(text)
-    shapes = [(heads, head_dim, v_head_dim)] * len(writing)
-    if (near_heads := getattr(text, "swa_num_key_value_heads", None)) and getattr(text, "swa_head_dim", None):
-        near = (near_heads, text.swa_head_dim, text.swa_head_dim)
-        shapes = [near if layer.window is not None else shape for layer, shape in zip(layers, shapes, strict=True)]
-    if text.model_type == "mimo_v2_flash":  # its sliding layers have twice as many heads as the config says
-        kinds = text.layer_types
-        shapes = [(heads * (1 + (kinds[i] == "sliding_attention")), head_dim, v_head_dim) for i in writing]
-    return KVShape.of(shapes, index_dims)
-
-
-def _layer_shape(config: Any) -> tuple[int, int, int]:
-    """K/V heads, dims of K, dims of V."""
-
-    def read(name: str) -> Any:
-        try:
-            return getattr(config, name, None)
-        except RuntimeError as error:  # transformers' answer where layers have different values
-            raise UnsupportedModel(f"{type(config).__name__}.{name} differs between layers: {error}") from None
-
-    def number(name: str) -> int:
-        value = read(name)
-        if not isinstance(value, int):
-            raise UnsupportedModel(f"{type(config).__name__}.{name} is {value!r}; an int is needed to size a cache")
-        return value
-
-    num_heads = number("num_attention_heads")
-    if read("kv_lora_rank"):
-        # Multi-head latent attention: transformers expands the latents to K and V for every head.
-        return num_heads, number("qk_nope_head_dim") + number("qk_rope_head_dim"), number("v_head_dim")
-    if read("new_decoder_architecture"):
-        num_kv_heads = num_heads  # falcon repeats the few K and V that it makes before it caches them
-    elif read("multi_query"):
-        num_kv_heads = 1
-    else:
-        num_kv_heads = num_heads if read("num_key_value_heads") is None else number("num_key_value_heads")
-    has_head_dim = read("head_dim") is not None
-    head_dim = number("head_dim") if has_head_dim else number("hidden_size") // num_heads
-    return num_kv_heads, head_dim, head_dim if read("v_head_dim") is None else number("v_head_dim")
+    text = text_config(config)
+    fields: Any = text
+    if text.model_type not in MODEL_TYPES:  # its code came with its weights: its fields mean what they usually do
+        fields = {**text.to_dict(), "model_type": "deepseek_v3" if getattr(text, "kv_lora_rank", None) else "llama"}
+    try:
+        kept = [layer.kept[:2] for layer in read(fields).read("expanded").layers if layer.kept]
+    except UnknownModel as problem:
+        raise UnsupportedModel(f"{type(text).__name__} does not say what its layers cache: {problem}") from None
+    if len(kept) != len(layers):
+        raise UnsupportedModel(
+            f"{type(text).__name__} says what {len(kept)} layers cache, and transformers' own cache has {len(layers)} "
+            "layers with K and V"
+        )
+    shapes = [(key.stored_heads or key.heads, key.dim, value.dim) for key, value in kept]
+    return KVShape.of(shapes, [layer.index_dim for layer in layers])
 
 
 def one_block(shape: KVShape, block_size: int, groups: Sequence[Group]) -> CacheConfig:
