@@ -204,7 +204,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-WAYS = ["plain torch", "plain torch, decodes alone", *(f"compiled, {name}" for name in ISAS[: best_isa() + 1])]
+WAYS = ["plain torch", *(f"compiled, {name}" for name in ISAS[: best_isa() + 1])]
 
 
 @pytest.fixture(params=WAYS)
@@ -216,8 +216,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[None]:
         with mock.patch.object(call, "attend", functools.partial(attend, isa=isa)):
             yield
     else:
-        alone = 0 if name.endswith("alone") else call._ALONE
-        with mock.patch.object(call, "_COMPILED", {}), mock.patch.object(call, "_ALONE", alone):
+        with mock.patch.object(call, "_COMPILED", {}):
             yield
 
 

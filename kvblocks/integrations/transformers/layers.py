@@ -4,6 +4,7 @@ Knows no cache and no attention. Imports transformers.
 """
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,10 +27,11 @@ from transformers.models.auto.modeling_auto import (
 
 from kvblocks.config import CacheConfig, Chunk, Group, LayerTensor, Window, key_value
 from kvblocks.errors import UnknownModel, UnsupportedModel
+from kvblocks.formats import format_of
 from kvblocks.models.architectures import MODEL_TYPES
 from kvblocks.models.grouping import PagedLayer, layer_groups
 from kvblocks.models.read import read
-from kvblocks.models.shapes import Reach
+from kvblocks.models.shapes import Kept, Reach
 from kvblocks.sizes import checked_bytes
 from kvblocks.storage.host import slot_bytes
 
@@ -52,6 +54,7 @@ __all__ = [
 ]
 
 
+_BFLOAT16 = format_of("bfloat16")
 _MOST_SLOTS = 2**31 - 2  # that a manager counts
 OLDEST = (5, 24)  # of transformers: the caches of earlier versions are asked in another way
 
@@ -253,15 +256,12 @@ def cache_groups(config: PreTrainedConfig, *, chunks: bool = True) -> tuple[Grou
     """
     writing = [layer for layer in model_layers(config) if layer.writes]
     try:
-        shapes = kv_shape(config).layers
+        kept = _kept(config, writing)
     except UnsupportedModel:
-        shapes = None
-    sizes = [1] * len(writing)
-    if shapes is not None:
-        sizes = [
-            heads * (k_dim + v_dim) + layer.index_dim
-            for layer, (heads, k_dim, v_dim) in zip(writing, shapes, strict=True)
-        ]
+        sizes = [1] * len(writing)
+    else:
+        rates = math.lcm(*(one.every for layer in kept for one in layer))
+        sizes = [sum(one.entry_bytes(_BFLOAT16) * rates // one.every for one in layer) for layer in kept]
     layers = [
         PagedLayer(number, _reach(layer, chunks), size)
         for number, (layer, size) in enumerate(zip(writing, sizes, strict=True))
@@ -388,12 +388,18 @@ def kv_shape(config: PreTrainedConfig) -> KVShape:
         UnsupportedModel: the config lacks a number; or as for `model_layers`.
     """
     layers = [layer for layer in model_layers(config) if layer.writes]
+    shapes = [(key.stored_heads or key.heads, key.dim, value.dim) for key, value, *_ in _kept(config, layers)]
+    return KVShape.of(shapes, [layer.index_dim for layer in layers])
+
+
+def _kept(config: PreTrainedConfig, layers: Sequence[ModelLayer]) -> list[tuple[Kept, ...]]:
+    """What each of the layers, all that write, keeps for a token: K, V, and index keys where it has some."""
     text = text_config(config)
     fields: Any = text
     if text.model_type not in MODEL_TYPES:  # its code came with its weights: its fields mean what they usually do
         fields = {**text.to_dict(), "model_type": "deepseek_v3" if getattr(text, "kv_lora_rank", None) else "llama"}
     try:
-        kept = [layer.kept[:2] for layer in read(fields).read("expanded").layers if layer.kept]
+        kept = [layer.kept for layer in read(fields).read("expanded").layers if layer.kept]
     except UnknownModel as problem:
         raise UnsupportedModel(f"{type(text).__name__} does not say what its layers cache: {problem}") from None
     if len(kept) != len(layers):
@@ -401,8 +407,7 @@ def kv_shape(config: PreTrainedConfig) -> KVShape:
             f"{type(text).__name__} says what {len(kept)} layers cache, and transformers' own cache has {len(layers)} "
             "layers with K and V"
         )
-    shapes = [(key.stored_heads or key.heads, key.dim, value.dim) for key, value in kept]
-    return KVShape.of(shapes, [layer.index_dim for layer in layers])
+    return kept
 
 
 def one_block(shape: KVShape, block_size: int, groups: Sequence[Group]) -> CacheConfig:
