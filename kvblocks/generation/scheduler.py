@@ -32,6 +32,7 @@ from kvblocks.integrations.transformers import (
     served,
 )
 from kvblocks.integrations.transformers.backend import adapters
+from kvblocks.integrations.transformers.states import SequenceStates
 from kvblocks.manager import BlockManager
 from kvblocks.step.buffers import StepBuffers
 
@@ -78,6 +79,10 @@ class Scheduler:
 
     Both queues go by priority, then by arrival. The first request always gets on, so all of them end. A prompt that
     begins as one does that is being computed waits until it can take over what they share.
+
+    Where layers keep states (linear attention, Mamba, convolutions), these are held for each running sequence, in memory
+    that is no part of the pool and that no admission counts. They are lost with a preemption, and none is kept for
+    another prompt: such a model finds no prefixes, and computes what was preempted from the first token on.
 
     Args:
         model: a decoder-only transformers model, what torch.compile or PEFT made of one, or what `served` made of
@@ -128,6 +133,9 @@ class Scheduler:
         self._adapted = bool(adapters(model))
         # What the model hands to caches may be other K and V than what attention gets; then neither finds the other's.
         self._salt = b"" if self._paged.as_cached() else b"attention:"
+        # K and V of a prefix are of no use without its state, and states are lost with a preemption.
+        self._max_hit = 0 if self._paged.keeps_states else None
+        self._states = SequenceStates()
         self._choose = choose
         self._choosers = None if choose is not None else Choosers(model, tokenizer)
         self._has_windows = any(group.reach is not None for group in config.groups)
@@ -225,7 +233,7 @@ class Scheduler:
             if sequence.running:
                 self._running.remove(sequence)
             self.num_held -= 1
-            self.manager.free([sequence.handle])
+            self._free([sequence])
         return True
 
     @property
@@ -259,7 +267,8 @@ class Scheduler:
             ends = accumulate(each.query_len for each in scheduled)
             last_tokens = [end - 1 for each, end in zip(scheduled, ends, strict=True) if each.samples]
             wanted = torch.tensor(last_tokens, dtype=torch.int64, device=self.model.device)
-            logits = self._paged.forward(self.engine, self.buffers, wanted)
+            self._states.open([each.sequence.handle for each in scheduled])
+            logits = self._paged.forward(self.engine, self.buffers, wanted, self._states)
             leaders = [each.sequence for each in scheduled if each.samples]
             answers = [sequence for leader in leaders for sequence in (leader, *leader.followers)]
             if len(answers) > len(leaders):
@@ -268,9 +277,11 @@ class Scheduler:
             choices = self._chosen(logits, answers) if answers else []
         except BaseException:
             self.manager.abort(step_id)
+            self._states.abort()
             raise
         # From here on the K and V of this pass count, and full blocks can be hit by other prompts.
         self.manager.commit(step_id)
+        self._states.commit()
         for sequence in answers:
             self._fork(sequence)
         return self._append(answers, choices)
@@ -370,25 +381,35 @@ class Scheduler:
         """Let the last of those who run wait."""
         last = self._running.pop()
         self.manager.preempt(last.handle)
+        self._states.drop([last.handle])
         last.running = False
         self._num_following -= len(last.followers)
         self._queue(last)
         return last
+
+    def _free(self, sequences: Sequence[_Sequence]) -> None:
+        handles = [sequence.handle for sequence in sequences]
+        self.manager.free(handles)
+        self._states.drop(handles)
 
     def _queue(self, sequence: _Sequence) -> None:
         heappush(self._waiting, (_order(sequence), sequence))
 
     def _let_in(self, sequence: _Sequence, reserve: int | None) -> None:
         if sequence.handle:
-            self.num_hit_again += self.manager.resume(sequence.handle, reserve=reserve)
+            self.num_hit_again += self.manager.resume(sequence.handle, reserve=reserve, max_hit=self._max_hit)
         else:
             salt, extra = sequence.request.salt, sequence.request.extra
-            sequence.handle, hit = self.manager.admit(sequence.prompt, salt=salt, extra=extra, reserve=reserve)
+            sequence.handle, hit = self.manager.admit(
+                sequence.prompt, salt=salt, extra=extra, reserve=reserve, max_hit=self._max_hit
+            )
             self.num_hit += hit
             self.num_held += 1 + len(sequence.followers)
 
     def _awaits(self, waiting: _Sequence, computing: Mapping[tuple[bytes, bytes], Sequence[_Sequence]]) -> bool:
         """Whether a sequence that runs is about to compute much that this one's prompt begins with."""
+        if self._max_hit == 0:
+            return False
         alike = max(
             (_common(waiting, other) for other in computing.get(_beginning(waiting), ()) if other.running), default=0
         )
@@ -489,6 +510,7 @@ class Scheduler:
         if not leader.followers:
             return
         handles = self.manager.fork(leader.handle, len(leader.followers))
+        self._states.fork(leader.handle, handles)
         for sequence, handle in zip(leader.followers, handles, strict=True):
             sequence.leader, sequence.handle, sequence.running = None, handle, True
             insort(self._running, sequence, key=_order)
@@ -516,7 +538,7 @@ class Scheduler:
         if handles:
             self.manager.append(handles, ongoing)
         if ended:
-            self.manager.free([sequence.handle for sequence in ended])
+            self._free(ended)
             self.num_held -= len(ended)
             for sequence in ended:
                 sequence.ended = True

@@ -57,6 +57,7 @@ def generate(
         stop_tokens: ids that end an answer; the one that does is its last token. None: the end-of-sequence ids of the
             model's generation config. An empty list: none.
         memory: for K and V, in bytes or like "64MiB"; by default what the prompts need at once, at most `max_seqs`.
+            States of linear attention, Mamba and convolutions take memory beside it, for each sequence that runs.
         host_memory: for blocks that have left the pool and may come back, as of `Pool`; by default none.
         num_blocks: blocks in the pool, instead of `memory`.
         block_size, layout: of the cache.

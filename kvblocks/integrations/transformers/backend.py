@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
 from kvblocks.attention.call import paged_attention
 from kvblocks.config import Chunk, Window
 from kvblocks.engine import CacheEngine
 from kvblocks.errors import UnsupportedModel
-from kvblocks.integrations.transformers.layer import PagedLayer
-from kvblocks.integrations.transformers.layers import KVShape, ModelLayer, cache_argument, model_layers, text_config
+from kvblocks.integrations.transformers.layer import cache_layers
+from kvblocks.integrations.transformers.layers import KVShape, ModelLayer, cache_argument, model_layers
+from kvblocks.integrations.transformers.states import SequenceStates
 from kvblocks.step.buffers import StepBuffers
 from kvblocks.storage.cache import PagedKVCache
 
@@ -116,6 +116,7 @@ class PagedModel:
     """
 
     attends_in_blocks = True
+    keeps_states = False
 
     def __init__(self, model: Any) -> None:
         self.model = unwrapped(model)
@@ -143,10 +144,7 @@ class PagedModel:
             return _measured[self.model]
         run = _PassState(self.layers, None, None, self._reaches)
         handed = _Handed()
-        others = DynamicCache(config=text_config(self.model.config)).layers
-        cache = Cache(
-            layers=[PagedLayer(handed, layer) if layer.writes else others[layer.index] for layer in self.layers]
-        )
+        cache = Cache(layers=cache_layers(self.model.config, handed, self.layers)[0])
         # Neither token nor position is 0: their K might be the same before and after rotation, or all zeros.
         ids = torch.tensor([[1, 2]], device=self.model.device)
         inputs: dict[str, Any] = {"input_ids": ids, "position_ids": ids}
@@ -163,13 +161,16 @@ class PagedModel:
         _measured[self.model] = measured
         return measured
 
-    def forward(self, engine: CacheEngine, step: StepBuffers, wanted: Tensor) -> Tensor:
+    def forward(
+        self, engine: CacheEngine, step: StepBuffers, wanted: Tensor, states: SequenceStates | None = None
+    ) -> Tensor:
         """One forward pass over the tokens of a prepared step; their K and V are written into the cache on the way.
 
         Args:
             engine: a layer for each of the model's that writes K and V.
             step: filled by `BlockManager.prepare`; its copies have been done.
             wanted: int64 [n], the tokens of the step whose logits are asked for.
+            states: of the sequences, opened for them; read and made where `keeps_states`.
 
         Returns:
             logits [n, vocabulary], of the model's dtype.

@@ -13,14 +13,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
 from kvblocks.checks import checked_device
 from kvblocks.config import Group, Window, itemsize
 from kvblocks.engine import CacheEngine
 from kvblocks.integrations.transformers.blocks import Blocks, Sizes
 from kvblocks.integrations.transformers.images import images_of, positions_of, runs_of, without_images
-from kvblocks.integrations.transformers.layer import CacheState, PagedIndexedLayer, PagedLayer, StateLayer, paged_layer
+from kvblocks.integrations.transformers.layer import CacheState, PagedLayer, StateLayer, cache_layers
 from kvblocks.integrations.transformers.layers import (
     ModelLayer,
     cache_groups,
@@ -36,7 +35,6 @@ from kvblocks.integrations.transformers.layers import (
 from kvblocks.integrations.transformers.passes import Prompt
 from kvblocks.integrations.transformers.pool import Pool, check_pool
 from kvblocks.integrations.transformers.rows import Rows
-from kvblocks.integrations.transformers.states import States
 from kvblocks.manager import BlockManager
 from kvblocks.sizes import checked_bytes, checked_size
 
@@ -130,14 +128,7 @@ class PagedCache(Cache):
         state = CacheState(config, rows, described)
         self._state = state
         self._finalizer = weakref.finalize(self, rows.clear)
-        others = DynamicCache(config=text_config(config)).layers
-        layers = [
-            paged_layer(state, layer) if layer.writes or layer.states else others[layer.index] for layer in described
-        ]
-        rows.states = States(
-            [layer for layer in layers if isinstance(layer, StateLayer)],
-            [layer for layer in layers if isinstance(layer, PagedIndexedLayer)],
-        )
+        layers, rows.states = cache_layers(config, state, described)
         rows.parts = frozenset(
             (layer.index, part)
             for layer in described

@@ -6,27 +6,35 @@ together, without padding. Scheduling is not here. Imports transformers.
 
 import inspect
 import logging
+import sys
 from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
 from kvblocks.engine import CacheEngine
 from kvblocks.errors import UnsupportedModel
 from kvblocks.integrations.transformers.backend import PagedModel, check_state, unwrapped
-from kvblocks.integrations.transformers.layer import check_index, check_states, exchange, index, paged_layer
+from kvblocks.integrations.transformers.layer import (
+    StateLayer,
+    cache_layers,
+    check_index,
+    check_states,
+    exchange,
+    index,
+)
 from kvblocks.integrations.transformers.layers import (
     KVShape,
     ModelLayer,
     cache_argument,
     check_splits,
-    text_config,
 )
 from kvblocks.integrations.transformers.passes import Pass
+from kvblocks.integrations.transformers.states import Fields, SequenceStates
 from kvblocks.step.buffers import StepBuffers
 
 __all__ = ["CachedModel", "served"]
@@ -43,10 +51,11 @@ class CachedModel:
     Attributes:
         model: the transformers model.
         layers: of it.
+        keeps_states: whether a layer keeps states, which `forward` reads and makes.
 
     Raises:
-        UnsupportedModel: the model keeps more than K and V, takes no cache, makes K and V that depend on how a prompt
-            is split into passes, or is in training mode.
+        UnsupportedModel: the model keeps what no cache here holds, takes no cache, makes K and V that depend on how a
+            prompt is split into passes, or is in training mode.
     """
 
     attends_in_blocks = False
@@ -55,11 +64,10 @@ class CachedModel:
         self.model = unwrapped(model)
         self.layers = check_state(self.model)
         check_splits(self.model.config)
-        if any(layer.states for layer in self.layers):
-            raise UnsupportedModel(
-                f"{type(self.model).__name__} keeps a state of each sequence, which nothing carries from pass to pass "
-                "here; use model.generate with PagedCache"
-            )
+        self.keeps_states = any(layer.states for layer in self.layers)
+        # The scan of Mamba 1 begins at no state, so what comes after one goes through its recurrent form.
+        home = sys.modules[type(self.model).__module__]
+        self._one_by_one = self.keeps_states and hasattr(home, "mamba_selective_scan")
         if self.model.training:
             raise UnsupportedModel(f"{type(self.model).__name__} is in training mode; call model.eval()")
         self._call = model
@@ -77,7 +85,7 @@ class CachedModel:
             return _measured[self.model]
         state = _Measured()
         ids = torch.tensor([[0, 1], [0, 2]], device=self.model.device)
-        first, second = self._run(state, ids, 0, [0])[:, 0].float()
+        first, second = self._run(state, ids, 0, [0])[0][:, 0].float()
         if not torch.allclose(first, second, rtol=0, atol=0.01 * float(first.abs().max()), equal_nan=True):
             raise UnsupportedModel(f"{type(self.model).__name__} attends to later tokens too, which come after a pass")
         writing = [layer for layer in self.layers if layer.writes]
@@ -89,8 +97,13 @@ class CachedModel:
         """As `PagedModel.as_cached`; here all goes through a cache."""
         return True
 
-    def forward(self, engine: CacheEngine, step: StepBuffers, wanted: Tensor) -> Tensor:
-        """As `PagedModel.forward`, in one pass of the model for each length and number of new tokens among the rows."""
+    def forward(
+        self, engine: CacheEngine, step: StepBuffers, wanted: Tensor, states: SequenceStates | None = None
+    ) -> Tensor:
+        """As `PagedModel.forward`, in one pass of the model for each length and number of new tokens among the rows.
+
+        Models of Mamba 1 (Jamba, Zamba) go on from a state by one token in a pass of their own.
+        """
         lens = step.seq_lens[: step.num_seqs].tolist()
         starts = step.query_start_loc[: step.num_seqs + 1].tolist()
         alike: dict[tuple[int, int], list[int]] = {}
@@ -104,14 +117,22 @@ class CachedModel:
         found: dict[int, Tensor] = {}
         for (before, count), rows in alike.items():
             firsts = torch.tensor([starts[row] for row in rows], device=engine.device)[:, None]
-            tokens = firsts + torch.arange(count, device=engine.device)
-            here = [(number, line, at) for line, row in enumerate(rows) for number, at in asked.get(row, ())]
-            kept = sorted({at for _, _, at in here})
-            state = _Stepping(self.model.config, engine, self._pass(engine, step, rows, tokens, before))
-            logits = self._run(state, step.input_ids[tokens], before, kept)
-            found.update((number, logits[line, kept.index(at)]) for number, line, at in here)
-        made = [found[number] for number in range(len(found))]
-        return torch.stack(made) if made else torch.empty(0, device=engine.device)
+            held = states.stacked(rows) if states is not None and self.keeps_states and before else None
+            each = 1 if before and self._one_by_one else count
+            for first in range(0, count, each):
+                tokens = firsts + torch.arange(first, first + each, device=engine.device)
+                here = [
+                    (number, line, at - first) for line, row in enumerate(rows) for number, at in asked.get(row, ())
+                ]
+                here = [(number, line, at) for number, line, at in here if 0 <= at < each]
+                kept = sorted({at for _, _, at in here})
+                state = _Stepping(self.model.config, engine, self._pass(engine, step, rows, tokens, before + first))
+                logits, held = self._run(state, step.input_ids[tokens], before + first, kept, held)
+                found.update((number, logits[line, kept.index(at)]) for number, line, at in here)
+            if states is not None:
+                states.put(rows, held or [])
+        ordered = [found[number] for number in range(len(found))]
+        return torch.stack(ordered) if ordered else torch.empty(0, device=engine.device)
 
     def _pass(self, engine: CacheEngine, step: StepBuffers, rows: list[int], tokens: Tensor, before: int) -> Pass:
         groups = step.num_groups
@@ -121,10 +142,24 @@ class CachedModel:
         tables = tables.clamp(min=0)  # padding is gathered too, and masked afterwards
         return Pass(len(rows), 1, before, tokens.shape[1], slots, tables)
 
-    def _run(self, state: "_Stepping | _Measured", ids: Tensor, before: int, kept: list[int]) -> Tensor:
-        """Logits [rows, kept, vocabulary] of the columns `kept` of ids [rows, columns], after `before` others."""
+    def _run(
+        self,
+        state: "_Stepping | _Measured",
+        ids: Tensor,
+        before: int,
+        kept: list[int],
+        past: Sequence[Fields] | None = None,
+    ) -> tuple[Tensor, list[Fields]]:
+        """Logits [rows, kept, vocabulary] of the columns `kept` of ids [rows, columns], after `before` others.
+
+        `past` are the states after those others; the states after these come beside the logits.
+        """
         rows, columns = ids.shape
-        inputs: dict[str, Any] = {"input_ids": ids, self._cache_argument: self._cache(state)}
+        layers, states = cache_layers(self.model.config, state, self.layers)
+        if before:
+            positions = torch.arange(before, device=ids.device).expand(3, rows, before)  # of text, in each direction
+            states.hold(past or [], [positions] * sum(layer.index_dim > 0 for layer in self.layers))
+        inputs: dict[str, Any] = {"input_ids": ids, self._cache_argument: Cache(layers=layers)}
         if "use_cache" in self._arguments:
             inputs["use_cache"] = True
         if "attention_mask" in self._arguments:
@@ -136,21 +171,17 @@ class CachedModel:
             inputs["logits_to_keep"] = torch.tensor(kept, dtype=torch.int64, device=ids.device)
         output = self._call(**inputs, return_dict=True)
         missing = [layer.index for layer in self.layers if layer.writes and layer.index not in state.written]
+        idle = [layer for layer in layers if isinstance(layer, StateLayer) and not layer.has_states]
+        if idle:
+            raise UnsupportedModel(
+                f"{len(idle)} layers of {type(self.model).__name__} keep no states in the cache that the model is given"
+            )
         if missing:
             raise UnsupportedModel(
                 f"layers {missing} of {type(self.model).__name__} keep no K and V in the cache that the model is given"
             )
         logits: Tensor = output.logits
-        return logits if keeps else logits[:, kept]
-
-    def _cache(self, state: "_Stepping | _Measured") -> Cache:
-        others = DynamicCache(config=text_config(self.model.config)).layers
-        return Cache(
-            layers=[
-                paged_layer(state, layer) if layer.writes or layer.states else others[layer.index]
-                for layer in self.layers
-            ]
-        )
+        return logits if keeps else logits[:, kept], states.held()[0]
 
 
 class _Stepping:

@@ -10,26 +10,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, LinearAttentionLayer
 
 from kvblocks.engine import CacheEngine
 from kvblocks.errors import UnsupportedModel
 from kvblocks.integrations.transformers.layers import ModelLayer, text_config
 from kvblocks.integrations.transformers.passes import Pass
 from kvblocks.integrations.transformers.rows import Rows
+from kvblocks.integrations.transformers.states import States
 from kvblocks.storage.cache import PagedKVCache
 
 __all__ = [
     "CacheState",
     "LayerState",
-    "PagedIndexedLayer",
     "PagedLayer",
     "StateLayer",
+    "cache_layers",
     "check_index",
     "check_states",
     "exchange",
     "index",
-    "paged_layer",
 ]
 
 _TAKES_VIEWS = {"gpt_neox_japanese"}  # model types that call `view` on K, which must be without gaps then
@@ -266,6 +266,11 @@ class StateLayer(LinearAttentionLayer):
     def record_past(self, value: bool) -> None:
         self._state.recording = value
 
+    @property
+    def has_states(self) -> bool:
+        """Whether any state has been put here."""
+        return any(self.has_previous_state.values()) or any(self.is_recurrent_states_initialized.values())
+
     def enter(self, call: str) -> None:
         """A pass is about to read or write a state."""
         self._state.enter(self._layer, call)
@@ -292,11 +297,21 @@ class PagedStateLayer(StateLayer, PagedLayer):  # type: ignore[no-untyped-call, 
         StateLayer.__init__(self, state, layer)
 
 
-def paged_layer(state: LayerState, layer: ModelLayer) -> PagedLayer | StateLayer:
-    """A layer of a cache, by what it keeps; it writes K and V, or has states."""
-    if layer.states:
-        return PagedStateLayer(state, layer) if layer.writes else StateLayer(state, layer)
-    return PagedIndexedLayer(state, layer) if layer.index_dim else PagedLayer(state, layer)
+def cache_layers(config: PreTrainedConfig, state: LayerState, described: Sequence[ModelLayer]) -> tuple[Any, States]:
+    """A list of the layers of a cache for transformers, by what each keeps, and the states of all of them."""
+    others = DynamicCache(config=text_config(config)).layers
+    layers: list[Any] = []
+    for layer in described:
+        if layer.states:
+            layers.append(PagedStateLayer(state, layer) if layer.writes else StateLayer(state, layer))
+        elif layer.writes:
+            layers.append(PagedIndexedLayer(state, layer) if layer.index_dim else PagedLayer(state, layer))
+        else:
+            layers.append(others[layer.index])
+    return layers, States(
+        [layer for layer in layers if isinstance(layer, StateLayer)],
+        [layer for layer in layers if isinstance(layer, PagedIndexedLayer)],
+    )
 
 
 def exchange(

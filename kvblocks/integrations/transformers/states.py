@@ -1,4 +1,4 @@
-"""What a `PagedCache` keeps for a row and not for a token: the states of convolutions, linear attention and Mamba.
+"""What caches keep for a row or a sequence and not for a token: states of convolutions, linear attention and Mamba.
 
 Transformers' own layers hold and update them, [rows, ...] each. A pass works on copies of its own, so that it can be
 taken back, and rows can share what none of them writes. Imports torch.
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["States"]
+__all__ = ["Fields", "SequenceStates", "States"]
 
 # Of transformers' layers, by the number of a state: its tensor, what else may be known of it, and what is so or not.
 _TENSORS = ("conv_states", "recurrent_states")
 _UNKNOWN = (*_TENSORS, "conv_kernel_size")
 _FLAGS = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state")
-_Fields = dict[str, dict[int, Any]]
+Fields = dict[str, dict[int, Any]]
 
 
 class States:
@@ -31,7 +31,7 @@ class States:
 
     def __init__(self, layers: Sequence[Any] = (), indexed: Sequence[Any] = ()) -> None:
         self._layers, self._indexed = layers, indexed
-        self._saved: tuple[list[_Fields], list[Tensor | None]] | None = None
+        self._saved: tuple[list[Fields], list[Tensor | None]] | None = None
 
     def __bool__(self) -> bool:
         """Whether a layer has states."""
@@ -51,7 +51,7 @@ class States:
             self.hold(*self._saved)
             self._saved = None
 
-    def held(self) -> tuple[list[_Fields], list[Tensor | None]]:
+    def held(self) -> tuple[list[Fields], list[Tensor | None]]:
         """What `hold` takes: the same tensors, which no pass will write. No pass is under way."""
         fields = [{name: dict(getattr(layer, name)) for name in _UNKNOWN + _FLAGS} for layer in self._layers]
         return fields, [layer.positions for layer in self._indexed]
@@ -64,7 +64,7 @@ class States:
         for indexed, held in zip(self._indexed, positions, strict=True):
             indexed.positions = held
 
-    def selected(self, indices: Sequence[int]) -> tuple[list[_Fields], list[Tensor | None]]:
+    def selected(self, indices: Sequence[int]) -> tuple[list[Fields], list[Tensor | None]]:
         """What `hold` takes for other rows: row i is what row `indices[i]` is."""
         fields, positions = self.held()
         for of_layer in fields:
@@ -113,3 +113,66 @@ class States:
 
 def _rows(held: Tensor | None, indices: Sequence[int], axis: int) -> Tensor | None:
     return None if held is None else held.index_select(axis, torch.tensor(indices, device=held.device))
+
+
+class SequenceStates:
+    """The states of sequences of a block manager, by handle: of a batch for a pass, of each by itself between two.
+
+    Sequences may share tensors, as no pass writes those that it was given.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, list[Fields]] = {}
+        self._made: dict[int, list[Fields]] = {}  # by the pass under way
+        self._seqs: Sequence[int] = ()
+
+    def open(self, seqs: Sequence[int]) -> None:
+        """A pass begins: row i of its step is sequence `seqs[i]`."""
+        self._seqs, self._made = seqs, {}
+
+    def stacked(self, rows: Sequence[int]) -> list[Fields]:
+        """What `States.hold` takes for these rows of the step, none of which is at its beginning; as copies."""
+        held = [self._held[self._seqs[row]] for row in rows]
+        stacked = []
+        for of_layer in zip(*held, strict=True):
+            fields: Fields = {name: dict(values) for name, values in of_layer[0].items()}
+            for name in _TENSORS:
+                fields[name] = {
+                    number: None if first is None else torch.cat([of_row[name][number] for of_row in of_layer])
+                    for number, first in of_layer[0][name].items()
+                }
+            stacked.append(fields)
+        return stacked
+
+    def put(self, rows: Sequence[int], fields: Sequence[Fields]) -> None:
+        """What a pass has made of these rows, as `States.held` gives it."""
+        for line, row in enumerate(rows):
+            made = [{name: dict(values) for name, values in of_layer.items()} for of_layer in fields]
+            for of_layer in made:
+                for name in _TENSORS:
+                    for number, tensor in of_layer[name].items():
+                        of_layer[name][number] = None if tensor is None else tensor[line : line + 1]
+            self._made[self._seqs[row]] = made
+
+    def commit(self) -> None:
+        """The pass counts."""
+        self._held.update(self._made)
+        self._made = {}
+
+    def abort(self) -> None:
+        """It never was."""
+        self._made = {}
+
+    def fork(self, parent: int, children: Sequence[int]) -> None:
+        """Let each child go on from where its parent is."""
+        if parent in self._held:
+            self._held.update(dict.fromkeys(children, self._held[parent]))
+
+    def drop(self, seqs: Sequence[int]) -> None:
+        """Forget these: they have ended, or begin anew."""
+        for seq in seqs:
+            self._held.pop(seq, None)
+
+    def __len__(self) -> int:
+        """Sequences that have states."""
+        return len(self._held)
