@@ -80,9 +80,9 @@ class Scheduler:
     Both queues go by priority, then by arrival. The first request always gets on, so all of them end. A prompt that
     begins as one does that is being computed waits until it can take over what they share.
 
-    Where layers keep states (linear attention, Mamba, convolutions), these are held for each running sequence, in memory
-    that is no part of the pool and that no admission counts. They are lost with a preemption, and none is kept for
-    another prompt: such a model finds no prefixes, and computes what was preempted from the first token on.
+    States of layers (linear attention, Mamba, convolutions) are held for each running sequence, in memory that is no
+    part of the pool and that no admission counts. They are lost with a preemption, and none is kept for another prompt:
+    a model that has some finds no prefixes, and computes what was preempted from the first token on.
 
     Args:
         model: a decoder-only transformers model, what torch.compile or PEFT made of one, or what `served` made of
