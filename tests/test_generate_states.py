@@ -12,7 +12,7 @@ import kvblocks
 from kvblocks import Pool
 from kvblocks.generation.streams import Generation
 from kvblocks.generation.verify import verify
-from kvblocks.integrations.transformers import CachedModel, PagedCache, served
+from kvblocks.integrations.transformers import CachedModel, PagedCache, PagedModel, UnsupportedModel, served
 
 # These tensors are tiny, and threads would only wait for each other.
 torch.set_num_threads(1)
@@ -176,4 +176,6 @@ def test_new_weights_are_for_states_too() -> None:
 
 def test_served_by_gathering() -> None:
     for name in NAMES:
+        with pytest.raises(UnsupportedModel, match="keeps more than the K and V that attention reads: index keys, or"):
+            PagedModel(model_of(name))
         assert isinstance(served(model_of(name)), CachedModel)

@@ -155,8 +155,6 @@ def test_families(family: str) -> None:
     assert len({token for new in tokens for token in new}) > 5
 
 
-LINEAR = ["linear_attention", "full_attention"] * 2
-
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "recurrent": ("rwkv", {"attention_hidden_size": 64}, "keeps a recurrent state"),
     "fewer layers than it says": (
@@ -183,11 +181,6 @@ GATHERED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no registry": ("falcon", {"num_key_value_heads": None}, "does not use transformers' attention regis"),
     "no positions": ("bart", {"d_model": 64, "decoder_layers": 4}, "takes no position_ids; rows of unequal length"),
     "mask of its own": ("doge", {}, r"layer 0 \(DogeAttention\) makes a mask of its own"),
-    "states": (
-        "qwen3_next",
-        {"layer_types": LINEAR},
-        "keeps more than the K and V that attention reads: index keys, or",
-    ),
     "attends twice": ("diffllama", {}, r"attended through kvblocks are \[0, 0, 1, 1, 2, 2, 3, 3\]; each of .* once"),
 }
 
