@@ -392,14 +392,21 @@ def kv_shape(config: PreTrainedConfig) -> KVShape:
     return KVShape.of(shapes, [layer.index_dim for layer in layers])
 
 
+_LOOPED = {"inkling2_loop_text": "inkling2_text"}  # model types whose layers are those of another, some of them again
+
+
 def _kept(config: PreTrainedConfig, layers: Sequence[ModelLayer]) -> list[tuple[Kept, ...]]:
     """What each of the layers, all that write, keeps for a token: K, V, and index keys where it has some."""
     text = text_config(config)
     fields: Any = text
-    if text.model_type not in MODEL_TYPES:  # its code came with its weights: its fields mean what they usually do
+    if text.model_type in _LOOPED:
+        fields = {name: value for name, value in text.to_dict().items() if not name.startswith("loop_")}
+        fields["model_type"] = _LOOPED[text.model_type]
+    elif text.model_type not in MODEL_TYPES:  # its code came with its weights: its fields mean what they usually do
         fields = {**text.to_dict(), "model_type": "deepseek_v3" if getattr(text, "kv_lora_rank", None) else "llama"}
     try:
-        kept = [layer.kept for layer in read(fields).read("expanded").layers if layer.kept]
+        once = [layer.kept for layer in read(fields).read("expanded").layers]
+        kept = [of_layer for of_layer in [*once, *(once[index] for index in _repeated(text))] if of_layer]
     except UnknownModel as problem:
         raise UnsupportedModel(f"{type(text).__name__} does not say what its layers cache: {problem}") from None
     if len(kept) != len(layers):
