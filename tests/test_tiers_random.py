@@ -1,6 +1,6 @@
 """Tiers under random orders of events, with stores that fail in every way: every byte that a sequence reads is checked.
 
-`HYPOTHESIS_PROFILE=long` makes 10,000 runs instead of 200.
+`HYPOTHESIS_PROFILE=long` makes 10,000 runs instead of 160.
 """
 
 import os
@@ -22,7 +22,7 @@ from kvblocks.tiers.tiers import Ticket, _Quarantine, _Spill
 
 GROUPS: list[tuple[Any, ...]] = [(None,), (None,), (None, Window(3)), (Window(4), None), (Window(5),), (Chunk(4), None)]
 SALTS = [b"", b"", b"a"]
-RUNS = 10_000 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 200
+RUNS = 10_000 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 160
 ACTIONS = ["fetch"] * 8 + ["serve"] * 8 + ["free", "free", "free", "offload", "offload", "release", "reset", "renew"]
 
 
