@@ -277,6 +277,7 @@ class Replay:
         self.step = step
         self.concurrency = concurrency
         self.store = store
+        self._store_seconds = 0.0  # spent on spills, which count for nothing
         self.tally = Tally()
         self._left: dict[int, int] = {}  # tokens still to decode, in order of admission
         self._batch: list[int] = []  # the same sequences; the last fills a gap, so that few rows of the step change
@@ -348,12 +349,12 @@ class Replay:
 
     def _prefill(self, seq: int, num_tokens: int) -> None:
         manager, step, clock = self.manager, self.step, time.perf_counter
-        start = clock()
+        start = clock() - self._store_seconds
         while num_tokens:
             chunk = min(num_tokens, step.max_tokens)
             self._close(manager.prepare(seq, chunk, step))
             num_tokens -= chunk
-        self.tally.seconds["prefill"] += clock() - start
+        self.tally.seconds["prefill"] += clock() - self._store_seconds - start
 
     def _close(self, step_id: int) -> None:
         manager, last_move = self.manager, self.step.last_move
@@ -362,7 +363,9 @@ class Replay:
             manager.landed(last_move)
         manager.commit(step_id)
         if self.store is not None and last_move:
+            start = time.perf_counter()
             self.store.spill()
+            self._store_seconds += time.perf_counter() - start
 
     def _resume(self) -> None:
         tally, clock = self.tally, time.perf_counter
@@ -407,7 +410,7 @@ class Replay:
         seqs = np.array(self._batch, np.int64)
         self._noise += len(seqs)
         tokens = _mix(np.arange(self._noise, self._noise + len(seqs), dtype=np.uint64) << np.uint64(20))
-        start = clock()
+        start = clock() - self._store_seconds
         manager.append(seqs, tokens)
         tally.decoded_tokens += len(seqs)
         while True:
@@ -425,7 +428,7 @@ class Replay:
                 self._waiting.appendleft((newest, self._leave(newest) - 1))
                 seqs = np.array(self._batch, np.int64)
         self._close(step_id)
-        tally.seconds["decode"] += clock() - start
+        tally.seconds["decode"] += clock() - self._store_seconds - start
         tally.decode_steps += 1
         if tally.decode_steps % SAMPLE_STEPS == 0:
             self._sample()
