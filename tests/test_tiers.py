@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 from faulty_store import Fault, StoreDied
-from manager_compiled import COMPILED
 from tiers_world import DEADLINE, FakeEngine, StagedStore, World
 
 from kvblocks.config import Window
+from kvblocks.manager import BlockManager
+from kvblocks.step.buffers import StepBuffers
 from kvblocks.tiers import MemoryStore, Status, Tiers
 from kvblocks.tiers.guarded import FAILURES, FIRST_PAUSE, FULL_SECONDS
 from kvblocks.tiers.names import PRIVATE_SALT
@@ -24,7 +25,7 @@ OTHER = [i * i % 5 + 7 for i in range(25)]
 
 
 def world(stores: Sequence[Any], seed: int = 0, **options: Any) -> World:
-    return World(COMPILED, stores, Random(seed), **({"num_blocks": 40, "host_blocks": 64, "lag": 0.0} | options))
+    return World(stores, Random(seed), **({"num_blocks": 40, "host_blocks": 64, "lag": 0.0} | options))
 
 
 def fill(stores: Sequence[Any], *prompts: list[int], **options: Any) -> World:
@@ -330,7 +331,7 @@ def test_a_full_store_is_not_offered_more_for_a_while() -> None:
 def test_tokens_that_fit_into_no_header_are_not_spilled_and_not_tried_again() -> None:
     store = StagedStore()
     made = world([store], block_size=1000)
-    made.step = COMPILED.step(1, 4096, 256, 1)
+    made.step = StepBuffers(1, 4096, 256)
     made.serve([1] * 2500)
     made.free()
     made.offload()
@@ -361,6 +362,53 @@ def test_private_salts_stay_in_their_process() -> None:
     made = world([store])
     assert made.fetch(PROMPT, private).done
     assert not made.fetch(PROMPT).done
+
+
+def test_flush_brings_down_more_than_the_host_pool_holds() -> None:
+    store = StagedStore()
+    made = world([store], num_blocks=60, host_blocks=16)
+    for prompt in (PROMPT, OTHER):
+        made.serve(prompt)
+    assert made.tiers.flush(DEADLINE)
+    assert store.inner.stats().objects == 0  # sequences hold them all
+    made.free()
+    assert made.tiers.flush(DEADLINE)
+    assert store.inner.stats().objects == 24
+    assert made.check_store(store) == 24
+    made.end()
+
+
+@pytest.mark.parametrize("fault", [Fault.HANG, Fault.HALFWAY, Fault.LIES])
+def test_flush_says_where_not_all_was_stored(fault: Fault) -> None:
+    store = StagedStore({fault: 1.0})
+    made = world([store])
+    made.workers.chance_to_stop = 1.0
+    made.serve(PROMPT)
+    made.free()
+
+    def wait(seconds: float) -> None:
+        made.now += 0.1 * DEADLINE
+        made.workers.run_one(0.0)
+
+    made.workers.wait = wait  # type: ignore[method-assign]
+    # What a store says it has is believed; loading it shows the truth.
+    assert made.tiers.flush(5 * DEADLINE) is (fault is Fault.LIES)
+    objects = store.inner.stats().objects
+    assert objects is not None
+    assert objects < 12
+    store._chances.clear()
+    made.workers.finish()
+    made.end()
+
+
+def test_flush_of_what_is_suspended_or_closed_does_nothing() -> None:
+    made = world([StagedStore()])
+    made.serve(PROMPT)
+    made.free()
+    made.manager.reset_prefix_cache()
+    assert not made.tiers.flush(1)
+    made.end()
+    assert not made.tiers.flush(1)
 
 
 def test_spills_that_hang_do_not_keep_others_from_their_stores() -> None:
@@ -523,17 +571,22 @@ def test_real_threads_end_with_their_tiers() -> None:
 def test_wrong_arguments() -> None:
     made = world([MemoryStore(1)])
     name = made.namespace(0)
-    other = COMPILED.manager(8, 2, host_blocks=0)
+    other = BlockManager(8, 2)
 
     def make(**arguments: Any) -> None:
-        given = {"manager": made.manager, "engine": made.engine, "stores": [MemoryStore(1)], "namespace": name}
+        given: dict[str, Any] = {
+            "manager": made.manager,
+            "engine": made.engine,
+            "stores": [MemoryStore(1)],
+            "namespace": name,
+        }
         Tiers(**(given | arguments))
 
     wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (ValueError, "no stores", {"stores": []}),
         (TypeError, r"stores\[1\] is a int", {"stores": [MemoryStore(1), 3]}),
         (ValueError, "no host_blocks", {"manager": other}),
-        (ValueError, "host_blocks=64 and the engine 3", {"engine": FakeEngine(COMPILED, made.manager, 1, 3)}),
+        (ValueError, "host_blocks=64 and the engine 3", {"engine": FakeEngine(made.manager, 1, 3, Random(0))}),
         (ValueError, "64 hexadecimal digits", {"namespace": "model"}),
         (ValueError, "secret has 5 bytes", {"secret": b"short"}),
         (ValueError, "shard='a/b'", {"shard": "a/b"}),

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 from faulty_store import Fault
-from manager_compiled import COMPILED
 from tiers_world import DEADLINE, StagedStore, StagedTiers, World
 
 from kvblocks.config import Chunk, Window
@@ -49,7 +48,6 @@ def random_run(seed: int, faults: dict[Fault, float] | None = None, resets: floa
     seen = dict.fromkeys(["fetched", "timed out", "spilled", "served"], 0)
     for _ in range(4):
         world = World(
-            COMPILED,
             stores,
             rng,
             groups=groups,
@@ -202,7 +200,7 @@ def run_ranks(num_fetches: int, seed: int, agree_of: Any = None) -> list[World]:
     for number in range(2):
         rng = Random(seed + 1 + number)
         stores = [StagedStore(faults, seed + number)]
-        worlds.append(World(COMPILED, stores, rng, groups=(None, Window(3)), num_blocks=60, host_blocks=96, lag=0.5))
+        worlds.append(World(stores, rng, groups=(None, Window(3)), num_blocks=60, host_blocks=96, lag=0.5))
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
     for thread in threads:
         thread.start()

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from faulty_store import Fault, FaultyStore
-from manager_machine import Driver
 
 from kvblocks.config import Chunk, Window
 from kvblocks.errors import NoFreeBlocks
+from kvblocks.manager import BlockManager
 from kvblocks.sizes import HEADER_BYTES
+from kvblocks.step.buffers import StepBuffers
 from kvblocks.storage.host import HostArena
 from kvblocks.tiers import Tiers
 from kvblocks.tiers.fetches import first_block
@@ -173,8 +174,8 @@ class StagedTiers(Tiers):
 class FakeEngine:
     """Blocks as bytes. Moves are done at once, and known to have landed later."""
 
-    def __init__(self, driver: Driver, manager: Any, groups: int, slots: int) -> None:
-        self.driver, self.manager = driver, manager
+    def __init__(self, manager: BlockManager, groups: int, slots: int, rng: Random, lag: float = 0.0) -> None:
+        self.manager, self.rng, self.lag = manager, rng, lag
         self.device = torch.device("cpu")
         self.sizes = PAYLOADS[:groups]
         self.arena = HostArena(slots, max(self.sizes), pinned=False)
@@ -185,18 +186,19 @@ class FakeEngine:
         return self.sizes[group]
 
     def landed(self) -> int:
+        if self.rng.random() >= self.lag:
+            self.known = self.made
         return self.known
 
-    def move(self, step: Any) -> None:
-        view = self.driver.read(step)
-        for move in view.moves:
-            block, slot = (move.target, move.source) if move.loads else (move.source, move.target)
-            payload = self.arena.object(slot, self.sizes[move.group])[HEADER_BYTES:]
-            if move.loads:
+    def move(self, step: StepBuffers) -> None:
+        for loads, group, source, target in step.moves.tolist():
+            block, slot = (target, source) if loads else (source, target)
+            payload = self.arena.object(slot, self.sizes[group])[HEADER_BYTES:]
+            if loads:
                 self.blocks[block] = bytes(payload)
             else:
                 payload[:] = self.blocks[block][: len(payload)]
-        for source, target in view.copies:
+        for source, target in step.copies.tolist():
             self.blocks[target] = self.blocks[source]
         if step.last_move:
             self.made = step.last_move
@@ -215,7 +217,6 @@ class World:
 
     def __init__(
         self,
-        driver: Driver,
         stores: Sequence[Any],
         rng: Random,
         *,
@@ -229,16 +230,16 @@ class World:
         tiers: type[StagedTiers] = StagedTiers,
         lag: float = 0.3,
     ) -> None:
-        self.driver, self.rng = driver, rng
+        self.rng = rng
         self.groups, self.block_size, self.weights = tuple(groups), block_size, weights
         self.now = 0.0
-        self.lag, self.secret = lag, secret
+        self.secret = secret
         self.workers: StagedWorkers
         self.truth = {} if truth is None else truth
         self.log: list[Any] = []
-        self.manager = driver.manager(num_blocks, block_size, groups=self.groups, host_blocks=host_blocks, max_seqs=64)
-        self.engine = FakeEngine(driver, self.manager, len(self.groups), host_blocks)
-        self.step = driver.step(1, 512, 256, len(self.groups))
+        self.manager = BlockManager(num_blocks, block_size, groups=self.groups, host_blocks=host_blocks, max_seqs=64)
+        self.engine = FakeEngine(self.manager, len(self.groups), host_blocks, rng, lag)
+        self.step = StepBuffers(1, 512, 256, groups=len(self.groups))
         self.tiers = tiers(
             self,
             self.manager,
@@ -255,8 +256,6 @@ class World:
         return hashlib.sha256(b"%d" % weights).hexdigest()
 
     def poll(self, agree: Agree | None = None) -> None:
-        if self.rng.random() >= self.lag:
-            self.engine.known = self.engine.made
         self.tiers.poll(agree)
 
     def fetch(self, tokens: Sequence[int], salt: bytes = b"", extra: Sequence[tuple[int, bytes]] = ()) -> Ticket:
@@ -323,7 +322,6 @@ class World:
         """Let all that runs end, with time to spare."""
         for _ in range(1000):
             self.workers.finish()
-            self.engine.known = self.engine.made
             self.tiers.poll(agree)
             if not self.tiers.num_operations:
                 return
