@@ -193,6 +193,22 @@ def test_a_missing_block_ends_what_is_looked_up() -> None:
     made.end()
 
 
+def test_only_leading_blocks_count() -> None:
+    """One is gone when it is loaded: what comes after it is of no use, and is not taken for it."""
+    store = StagedStore()
+    fill([store], PROMPT)
+    made = world([store])
+    ticket = made.fetch(PROMPT)
+    made.workers.finish()
+    store.inner.delete(keys(made, PROMPT)[5:6])
+    made.poll()
+    made.workers.finish()
+    made.poll()
+    assert (ticket.done, ticket.num_tokens, ticket.tokens_by_store) == (True, 10, [10])
+    assert made.serve(PROMPT, fetched=ticket.fetch) == 10
+    made.end()
+
+
 def test_one_prompt_asked_for_twice_is_loaded_once() -> None:
     store = StagedStore()
     fill([store], PROMPT)
