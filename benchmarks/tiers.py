@@ -5,25 +5,32 @@ Run `python benchmarks/tiers.py [--folder FOLDER]`, the folder on the disk in qu
 objects of 1 MiB, and plain O_DIRECT writes and reads: all contenders move the same memory with as many threads and take
 turns. `store alone` is `DiskStore.store` and `load` of one batch; with checksums
 each object is sealed before it is stored and verified after it was loaded, with xxh3-128 or under a secret.
+
+With `--model smollm2` (or a folder) a prompt is answered with one token: computed again, and found in the device's
+pool, in host memory, or in a folder by a pool that has just been made. And `prepare` is timed while eight threads load
+and store blocks: how long it may take when all of them want the interpreter.
 """
 
 import argparse
 import ctypes
+import itertools
 import mmap
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from harness import RESULTS, Row, compare, machine, report
 
-from kvblocks import CacheConfig, CacheEngine
+from kvblocks import BlockManager, CacheConfig, CacheEngine, StepBuffers
 from kvblocks.memory import zeroed
 from kvblocks.sizes import HEADER_BYTES
-from kvblocks.tiers import Block, DiskStore, ObjectFormat, Status
+from kvblocks.tiers import Block, DiskStore, ObjectFormat, Status, Ticket, Tiers
 
 OBJECT, BLOCK_SIZE = 1 << 20, 16
 RAW, ALONE = "plain O_DIRECT", "store alone"
@@ -138,6 +145,9 @@ def main() -> None:
     parser.add_argument("--mebibytes", type=int, default=256, help="moved in each direction at a time")
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2000, help="that are timed beside busy threads")
+    parser.add_argument("--model", help="smollm2, or a folder: what answers prompts; none without it")
+    parser.add_argument("--prompt", type=int, default=1200, help="tokens of the prompt that it answers")
     options = parser.parse_args()
     rows = [row for heads, dim in ((8, 128), (2, 64)) for row in moves(heads, dim, options.mebibytes, options.repeats)]
     report(
@@ -149,6 +159,124 @@ def main() -> None:
         name="tiers-moves",
     )
     disk(options)
+    prepare_beside_workers(options)
+    if options.model is not None:
+        first_token(options)
+
+
+def prepare_beside_workers(options: argparse.Namespace) -> None:
+    """Steps of 64 sequences, alone and while eight threads look up, load and verify objects of 1 MiB."""
+    blocks, length = 256, 16
+    config = CacheConfig(num_layers=8, num_kv_heads=8, head_dim=256, num_gpu_blocks=blocks, block_size=BLOCK_SIZE)
+    engine = CacheEngine(config, "bfloat16", "cpu", layout="NHD", host_blocks=blocks)
+    manager = BlockManager.for_config(config, host_blocks=blocks)
+    # More than the host pool holds, so that each is loaded again when its turn comes.
+    prompts = [np.full(length * BLOCK_SIZE + 1, number) for number in range(2 * blocks // length)]
+    step = StepBuffers.for_config(config, max_seqs=64, max_tokens=1024, max_seq_len=1024)
+
+    def commit(sequences: list[int], query_lens: list[int]) -> None:
+        step_id = manager.prepare(sequences, query_lens, step)
+        engine.move(step)
+        manager.commit(step_id)
+
+    with tempfile.TemporaryDirectory(dir=options.folder) as name, DiskStore(name, "2GiB", threads=8) as store:
+        tiers = Tiers(manager, engine, [store], namespace="0" * 64, threads=8, deadline=60)
+        for prompt in prompts:
+            sequence, _ = manager.admit(prompt)
+            commit([sequence], [len(prompt)])
+            manager.free([sequence])
+            if not tiers.flush(60):
+                raise ValueError("the blocks were not stored within a minute")
+        sequences = [manager.admit([number], reserve=0)[0] for number in range(64)]
+        alone = [timed_prepare(manager, engine, sequences, step) for _ in range(options.steps)]
+        tickets: list[Ticket] = []
+        busy, polls = [], []
+        waiting = itertools.cycle(prompts)
+        for _ in range(options.steps):
+            start = time.perf_counter()
+            tiers.poll()
+            polls.append(time.perf_counter() - start)
+            for ticket in [ticket for ticket in tickets if ticket.done]:
+                tickets.remove(ticket)
+                tiers.release(ticket)
+            while len(tickets) < 4:
+                tickets.append(tiers.fetch(next(waiting)))
+            busy.append(timed_prepare(manager, engine, sequences, step))
+        for ticket in tickets:
+            tiers.release(ticket)
+        hits = tiers.stats()[0].hits
+        tiers.close()
+    print(f"{options.steps} steps of 64 sequences; beside them {hits} objects of 1 MiB were loaded and verified")
+    named = (("prepare alone", alone), ("prepare beside eight threads", busy), ("poll beside eight threads", polls))
+    for what, times in named:
+        p50, p99 = np.percentile(times, [50, 99])
+        print(
+            f"  {what}: median {1e6 * p50:.0f} µs, 99th percentile {1e6 * p99:.0f} µs, most {1e6 * max(times):.0f} µs"
+        )
+
+
+def timed_prepare(manager: BlockManager, engine: CacheEngine, sequences: list[int], step: StepBuffers) -> float:
+    start = time.perf_counter()
+    step_id = manager.prepare(sequences, 1, step)
+    seconds = time.perf_counter() - start
+    engine.move(step)
+    manager.abort(step_id)
+    time.sleep(0.0005)  # the pass, during which others have the interpreter
+    return seconds
+
+
+def first_token(options: argparse.Namespace) -> None:
+    """Seconds until the first token of a prompt, by where its blocks lie."""
+    import transformers
+
+    from kvblocks import Pool, generate, smollm2
+
+    model: Any
+    if options.model == "smollm2":
+        model, _ = smollm2.load()
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(options.model)
+    prompt = torch.randint(100, 10_000, (options.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    blocks = -(-options.prompt // BLOCK_SIZE)
+    # Device blocks for one prompt alone, so that another one lets the first be evicted.
+    sizes: dict[str, Any] = {"num_blocks": blocks + blocks // 4 + 2, "weights_version": "1"}
+    block_bytes = Pool(model, num_blocks=1).config.block_bytes(model.dtype)
+    sizes["host_memory"] = 5 * blocks * (block_bytes + 8192)
+    rng = iter(range(10_000, 1 << 40))
+
+    def other() -> list[int]:
+        return [next(rng) % 40_000 for _ in prompt]
+
+    def answer(pool: Any, tokens: list[int], expected: int) -> float:
+        before = pool.manager.stats().hit_tokens
+        start = time.perf_counter()
+        generate(model, [tokens], pool=pool, max_new_tokens=1, max_batch_tokens=2048, temperature=0.0).run()
+        seconds = time.perf_counter() - start
+        found = pool.manager.stats().hit_tokens - before
+        if found != expected:
+            raise ValueError(f"{found} tokens were found and not {expected}")
+        return seconds
+
+    cached = (len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE
+    times: dict[str, list[float]] = {name: [] for name in ("computed again", "device", "host memory", "disk")}
+    with tempfile.TemporaryDirectory(dir=options.folder) as name, DiskStore(name, "8GiB") as store:
+        with Pool(model, stores=[store], **sizes) as pool:
+            answer(pool, prompt, 0)
+        for _ in range(options.repeats):
+            with Pool(model, stores=[store], **sizes) as pool:
+                times["disk"].append(answer(pool, prompt, cached))
+                times["device"].append(answer(pool, prompt, cached))
+                times["computed again"].append(answer(pool, other(), 0))
+                times["host memory"].append(answer(pool, prompt, cached))
+    row = Row(f"{len(prompt)} tokens", {name: float(np.median(taken)) for name, taken in times.items()})
+    report(
+        "Time to first token",
+        [row],
+        ours="disk",
+        workload=f"{options.model}, {str(model.dtype).removeprefix('torch.')}, blocks of {BLOCK_SIZE}; medians",
+        about=machine(("kvblocks", "torch", "transformers")),
+        name="tiers-first-token",
+    )
 
 
 def disk(options: argparse.Namespace) -> None:

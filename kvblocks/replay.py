@@ -5,10 +5,11 @@ each 512 tokens of the prompt; equal ids mean equal tokens after an equal prefix
 Imports the compiled manager and numpy.
 """
 
+import hashlib
 import itertools
 import json
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,13 @@ import numpy.typing as npt
 from kvblocks.errors import NoFreeBlocks
 from kvblocks.manager import BlockManager, StepArrays
 
-__all__ = ["Replay", "Sample", "Tally", "TraceRequest", "host_step", "read_trace", "small_trace"]
+__all__ = ["Replay", "Sample", "StoredBlocks", "Tally", "TraceRequest", "host_step", "read_trace", "small_trace"]
 
 TOKENS_PER_ID = 512
 VOCABULARY = 151_000
 MAX_LENGTH = 2**30  # prompt and output together stay below 2**31 tokens
 MAX_HASH_ID = 2**54 - 1  # id * TOKENS_PER_ID stays below 2**63
+_SPILLED = 4096  # blocks of one spill
 SAMPLE_STEPS = 16  # decode steps between two samples of the pool's use
 
 
@@ -140,7 +142,8 @@ class Sample(NamedTuple):
     step: int  # decode steps so far
     usage: float  # share of the blocks that sequences hold
     hit_rate: float  # of all prompt tokens so far, how many were cached
-    host_rate: float  # and how many of them came from the host pool
+    host_rate: float  # how many of all came from the host pool
+    store_rate: float  # and how many from the store
 
 
 @dataclass
@@ -154,6 +157,7 @@ class Tally:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     host_tokens: int = 0  # of the cached ones, those that came from the host pool
+    store_tokens: int = 0  # and those that came from the store, by way of the host pool
     decoded_tokens: int = 0
     decode_steps: int = 0
     admits: int = 0
@@ -178,6 +182,75 @@ class Tally:
     def host_rate(self) -> float:
         return self.host_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
+    @property
+    def store_rate(self) -> float:
+        return self.store_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+
+class StoredBlocks:
+    """A store below the host pool that holds no bytes: the digests of its blocks, the least recently used first.
+
+    Args:
+        manager: with host blocks.
+        capacity: blocks.
+    """
+
+    def __init__(self, manager: BlockManager, capacity: int) -> None:
+        self.manager = manager
+        self.capacity = capacity
+        self.num_stored = 0  # blocks that came, those that were there already not counted
+        self._digests: OrderedDict[bytes, None] = OrderedDict()
+
+    def fetch(self, prompt: npt.NDArray[np.int32]) -> Any:
+        """The fetch of what the store has of a prompt, all of it there; None where that is nothing more."""
+        size = self.manager.block_size
+        local = self.manager.match(prompt) // size
+        found = local
+        for index, digest in enumerate(_digests(prompt[: (len(prompt) - 1) // size * size], size)):
+            if index >= local:
+                if digest not in self._digests:
+                    break
+                self._digests.move_to_end(digest)
+                found = index + 1
+        if found == local:
+            return None
+        fetch = self.manager.begin_fetch(prompt, num_blocks=found)
+        self.manager.end_fetch(fetch, len(fetch.blocks))
+        return fetch
+
+    def spill(self) -> None:
+        """Take all that has landed in the host pool."""
+        while True:
+            spill = self.manager.begin_spill(_SPILLED)
+            digests: list[bytes] = []
+            for node in spill.nodes:
+                above = digests[node.parent] if node.parent >= 0 else node.parent_digest or b""
+                digests.append(_digest(above, node.tokens))
+            for _, _, node in spill.blocks.tolist():
+                self._put(digests[node])
+            self.manager.end_spill(spill, [True] * len(spill.blocks), digests)
+            if not len(spill.blocks):
+                return
+
+    def _put(self, digest: bytes) -> None:
+        self.num_stored += digest not in self._digests
+        self._digests[digest] = None
+        self._digests.move_to_end(digest)
+        if len(self._digests) > self.capacity:
+            self._digests.popitem(last=False)
+
+
+def _digests(tokens: npt.NDArray[np.int32], block_size: int) -> Iterator[bytes]:
+    """The digest of each full block."""
+    raw, step, above = tokens.tobytes(), 4 * block_size, b""
+    for start in range(0, len(raw), step):
+        above = _digest(above, raw[start : start + step])
+        yield above
+
+
+def _digest(above: bytes, tokens: bytes) -> bytes:
+    return hashlib.sha256(above + tokens).digest()
+
 
 class Replay:
     """Run requests through a manager, at most `concurrency` at once, in order of arrival.
@@ -186,10 +259,16 @@ class Replay:
     step together with all others: append, prepare, commit. When blocks run out, the newest sequence is preempted, and
     resumed before anything new is admitted, once another has ended.
 
-    With a host pool, moves count as made as soon as they are handed out: no byte is moved.
+    With a host pool, moves count as made as soon as they are handed out: no byte is moved. With a store, so do fetches
+    and spills.
+
+    Args:
+        store: of the same manager.
     """
 
-    def __init__(self, manager: BlockManager, step: StepArrays, concurrency: int) -> None:
+    def __init__(
+        self, manager: BlockManager, step: StepArrays, concurrency: int, store: StoredBlocks | None = None
+    ) -> None:
         if not 1 <= concurrency <= min(step.max_seqs, step.max_tokens):
             raise ValueError(
                 f"concurrency={concurrency} must be 1 to {min(step.max_seqs, step.max_tokens)}, what the step holds"
@@ -197,6 +276,8 @@ class Replay:
         self.manager = manager
         self.step = step
         self.concurrency = concurrency
+        self.store = store
+        self._store_seconds = 0.0  # spent on spills, which count for nothing
         self.tally = Tally()
         self._left: dict[int, int] = {}  # tokens still to decode, in order of admission
         self._batch: list[int] = []  # the same sequences; the last fills a gap, so that few rows of the step change
@@ -239,11 +320,14 @@ class Replay:
 
     def _admit(self, prompt: npt.NDArray[np.int32], output_length: int) -> bool:
         tally, clock = self.tally, time.perf_counter
+        fetch = None if self.store is None else self.store.fetch(prompt)
         start = clock()
         try:
-            seq, cached = self.manager.admit(prompt)
+            seq, cached = self.manager.admit(prompt, fetched=fetch)
         except NoFreeBlocks:
             tally.seconds["admit"] += clock() - start
+            if fetch is not None:
+                self.manager.release(fetch)
             if not self._left:
                 raise
             tally.refused += 1
@@ -254,7 +338,9 @@ class Replay:
         tally.prompt_tokens += len(prompt)
         tally.cached_tokens += cached
         host_hit_tokens = self.manager.stats().host_hit_tokens
-        tally.host_tokens += host_hit_tokens - self._host_hit_tokens
+        from_store = 0 if fetch is None else max(0, min(cached, fetch.num_tokens) - fetch.num_local)
+        tally.store_tokens += from_store
+        tally.host_tokens += host_hit_tokens - self._host_hit_tokens - from_store
         self._host_hit_tokens = host_hit_tokens
         self._prefill(seq, len(prompt) - cached)
         self._enter(seq, output_length)
@@ -263,12 +349,12 @@ class Replay:
 
     def _prefill(self, seq: int, num_tokens: int) -> None:
         manager, step, clock = self.manager, self.step, time.perf_counter
-        start = clock()
+        start = clock() - self._store_seconds
         while num_tokens:
             chunk = min(num_tokens, step.max_tokens)
             self._close(manager.prepare(seq, chunk, step))
             num_tokens -= chunk
-        self.tally.seconds["prefill"] += clock() - start
+        self.tally.seconds["prefill"] += clock() - self._store_seconds - start
 
     def _close(self, step_id: int) -> None:
         manager, last_move = self.manager, self.step.last_move
@@ -276,6 +362,10 @@ class Replay:
             manager.mark_moved(last_move)
             manager.landed(last_move)
         manager.commit(step_id)
+        if self.store is not None and last_move:
+            start = time.perf_counter()
+            self.store.spill()
+            self._store_seconds += time.perf_counter() - start
 
     def _resume(self) -> None:
         tally, clock = self.tally, time.perf_counter
@@ -320,7 +410,7 @@ class Replay:
         seqs = np.array(self._batch, np.int64)
         self._noise += len(seqs)
         tokens = _mix(np.arange(self._noise, self._noise + len(seqs), dtype=np.uint64) << np.uint64(20))
-        start = clock()
+        start = clock() - self._store_seconds
         manager.append(seqs, tokens)
         tally.decoded_tokens += len(seqs)
         while True:
@@ -338,7 +428,7 @@ class Replay:
                 self._waiting.appendleft((newest, self._leave(newest) - 1))
                 seqs = np.array(self._batch, np.int64)
         self._close(step_id)
-        tally.seconds["decode"] += clock() - start
+        tally.seconds["decode"] += clock() - self._store_seconds - start
         tally.decode_steps += 1
         if tally.decode_steps % SAMPLE_STEPS == 0:
             self._sample()
@@ -360,4 +450,6 @@ class Replay:
 
     def _sample(self) -> None:
         tally = self.tally
-        tally.samples.append(Sample(tally.decode_steps, self.manager.usage, tally.hit_rate, tally.host_rate))
+        tally.samples.append(
+            Sample(tally.decode_steps, self.manager.usage, tally.hit_rate, tally.host_rate, tally.store_rate)
+        )

@@ -132,11 +132,15 @@ class FaultyStore(Store):
             if fault is Fault.DEAD:
                 self._dead = True
                 raise StoreDied("the server is gone")
+        if fault in (Fault.SLOW, Fault.HANG):
+            self._pause(fault)
+        return fault
+
+    def _pause(self, fault: Fault) -> None:
         if fault is Fault.SLOW:
             time.sleep(0.01)
-        elif fault is Fault.HANG:
+        else:
             self._go.wait()
-        return fault
 
     def _drawn(self) -> Fault | None:
         for fault, chance in self._chances.items():

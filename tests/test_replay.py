@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvblocks.cli.main import main
 from kvblocks.manager import BlockManager
-from kvblocks.replay import Replay, Tally, TraceRequest, host_step, read_trace, small_trace
+from kvblocks.replay import Replay, StoredBlocks, Tally, TraceRequest, host_step, read_trace, small_trace
 
 GOOD = {"timestamp": 0, "input_length": 600, "output_length": 3, "hash_ids": [1, 2]}
 
@@ -169,12 +169,14 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
         "requests": int,
         "blocks": int,
         "host_blocks": int,
+        "store_blocks": int,
         "block_size": int,
         "concurrency": int,
         "prompt_tokens": int,
         "cached_tokens": int,
         "cached_tokens_device": int,
         "cached_tokens_host": int,
+        "cached_tokens_store": int,
         "hit_rate": float,
         "decoded_tokens": int,
         "decode_steps": int,
@@ -182,6 +184,7 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
         "offloads": int,
         "loads": int,
         "host_evictions": int,
+        "stored": int,
         "preemptions": int,
         "peak_used_blocks": int,
         "peak_usage": float,
@@ -241,6 +244,7 @@ def test_a_plot_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (["--blocks", "100"], "request 1 of made-up trace: a request of 2892 tokens"),
         (["--blocks", "2147483647"], "num_blocks=2147483647"),
         (["--concurrency", "1000000000"], "--concurrency 1000000000 must be at most"),
+        (["--store-blocks", "100"], "--store-blocks needs --host-blocks"),
         (["--plot", "{folder}/no/use.png"], "there is no folder"),
         (["--plot", "{folder}/use.xyz"], "the name must end in .png"),
     ],
@@ -294,3 +298,42 @@ def test_the_command_tells_tiers_apart(capsys: pytest.CaptureFixture[str]) -> No
     assert result["cached_tokens_device"] + result["cached_tokens_host"] == result["cached_tokens"]
     assert result["offloads"] > 0
     assert result["loads"] * result["block_size"] >= result["cached_tokens_host"]
+
+
+def test_a_store_finds_again_what_pools_have_forgotten() -> None:
+    """One without end gives nearly what a pool without end gives; one of 8,000 blocks forgets in its turn."""
+    requests = small_trace()
+    rates = []
+    for num_blocks, host_blocks, store_blocks in (
+        (100_000, 0, 0),
+        (2000, 4000, 0),
+        (2000, 4000, 8000),
+        (2000, 4000, 99_999),
+    ):
+        manager = BlockManager(num_blocks, 16, host_blocks=host_blocks)
+        store = StoredBlocks(manager, store_blocks) if store_blocks else None
+        tally = Replay(manager, host_step(4, 1024, 2000), 4, store).run(requests)
+        manager.audit()
+        assert manager.num_background_slots == 0
+        assert tally.samples[-1].store_rate == tally.store_rate
+        assert (tally.store_tokens > 0) == (store is not None)
+        assert min(tally.host_tokens, tally.cached_tokens - tally.host_tokens - tally.store_tokens) >= 0
+        rates.append(tally.hit_rate)
+    endless, without, small, large = rates
+    assert without < small < large <= endless
+    assert large > 0.95 * endless
+
+
+def test_the_command_tells_the_store_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "use.png"
+    sizes = ["--blocks", "1500", "--host-blocks", "2000", "--store-blocks", "50000", "--limit", "60"]
+    assert main(["replay", *sizes, "--json", "--plot", str(plot)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    parts = [result[f"cached_tokens_{tier}"] for tier in ("device", "host", "store")]
+    assert sum(parts) == result["cached_tokens"]
+    assert min(parts) > 0
+    assert 0 < result["stored"] <= result["store_blocks"] == 50_000
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert main(["replay", *sizes]) == 0
+    assert "from the store" in capsys.readouterr().out

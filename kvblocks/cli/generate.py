@@ -23,19 +23,22 @@ from rich.table import Table
 
 from kvblocks import demo, smollm2
 from kvblocks.config import CacheConfig
-from kvblocks.errors import UsageError
+from kvblocks.errors import StoreInUse, UsageError
 from kvblocks.generation.request import Settings, check_request
 from kvblocks.generation.sampling import Choosers
 from kvblocks.generation.scheduler import Request, blocks_needed
 from kvblocks.generation.streams import block_of, generate
 from kvblocks.generation.verify import Verdict, verify
-from kvblocks.integrations.transformers import UnsupportedModel, longest_sequence
+from kvblocks.integrations.transformers import Pool, UnsupportedModel, longest_sequence
 from kvblocks.integrations.transformers import served as check_served
+from kvblocks.integrations.transformers.weights import file_version, state_version
+from kvblocks.tiers import DiskStore
 
 __all__ = ["run"]
 
 _GIVEN = ("prompt", "messages", "tokens")  # what a line of JSONL may be asked with
 _TINY, _SMOLLM2 = "tiny", "smollm2"  # what --model calls the models that need no path
+_CACHE_SIZE = 10 << 30  # bytes of a folder of cached blocks, where nobody says
 _ECHOED = 200  # characters of a prompt that are shown
 
 
@@ -48,6 +51,7 @@ class _Loaded:
     encode: Callable[[str], tuple[int, ...]]
     decode: Callable[[list[int]], str]
     stop_tokens: frozenset[int]
+    folder: str | None = None  # of its weight files, where it was read from one
     chat: Callable[[list[dict[str, Any]]], list[int]] | None = None
     tokenizer: Any = None
 
@@ -68,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError: a model, file, device or size that cannot be.
     """
+    if args.cache_size is not None and args.cache_dir is None:
+        raise UsageError("--cache-size is of the files in --cache-dir; give that too")
     chatter: Any = transformers.utils.logging
     chatter.set_verbosity_error()
     chatter.disable_progress_bar()
@@ -222,10 +228,12 @@ def _load(args: argparse.Namespace) -> _Loaded:
     except Exception as error:
         message = f"--model {args.model} has no tokenizer; save one beside the model: {_whole(error)}"
         raise UsageError(message) from None
-    return _with_tokenizer(args.model, model, tokenizer)
+    return _with_tokenizer(args.model, model, tokenizer, args.model if Path(args.model).is_dir() else None)
 
 
-def _with_tokenizer(name: str, model: transformers.PreTrainedModel, tokenizer: Any) -> _Loaded:
+def _with_tokenizer(
+    name: str, model: transformers.PreTrainedModel, tokenizer: Any, folder: str | None = None
+) -> _Loaded:
     config: Any = model.generation_config
     stop = config.eos_token_id
     stop_tokens = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
@@ -240,7 +248,7 @@ def _with_tokenizer(name: str, model: transformers.PreTrainedModel, tokenizer: A
         made: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         return list(made)
 
-    return _Loaded(name, model, encode, decode, stop_tokens, chat, tokenizer)
+    return _Loaded(name, model, encode, decode, stop_tokens, folder, chat, tokenizer)
 
 
 def _whole(error: BaseException) -> str:
@@ -314,41 +322,94 @@ def _generate(
 ) -> dict[str, Any]:
     """Fill the answers in; returns what there is to report, by name."""
     task = progress.add_task("generating", total=sum(answer.request.max_new_tokens for answer in answers))
+    store, pool = _store(args), None
     try:
-        running = generate(
+        pool = _pool(args, loaded, config, store)
+        return _on_pool(args, loaded, pool, requests, answers, lambda n: progress.advance(task, n))
+    finally:
+        idle = pool is None or pool.close()
+        if store is not None and idle:  # under a call that hangs it cannot be closed
+            store.close()
+
+
+def _store(args: argparse.Namespace) -> DiskStore | None:
+    if args.cache_dir is None:
+        return None
+    try:
+        return DiskStore(args.cache_dir, _CACHE_SIZE if args.cache_size is None else args.cache_size)
+    except (StoreInUse, OSError, ValueError) as error:
+        raise UsageError(f"--cache-dir {args.cache_dir} cannot be used: {_first_line(error)}") from None
+
+
+def _pool(args: argparse.Namespace, loaded: _Loaded, config: CacheConfig, store: DiskStore | None) -> Pool:
+    below: dict[str, Any] = {}
+    if store is not None:
+        version = None if loaded.folder is None else file_version(loaded.folder)
+        below = {"stores": [store], "weights_version": version or state_version(loaded.model)}
+    try:
+        return Pool(
             loaded.model,
-            requests,
             num_blocks=config.num_gpu_blocks,
             host_memory=args.host_memory,
             block_size=config.block_size,
             layout=args.layout,
+            chunks=True,
+            **below,
+        )
+    except (ValueError, MemoryError, ModuleNotFoundError) as error:
+        raise UsageError(_first_line(error).replace("host_memory=", "--host-memory ")) from None
+
+
+def _on_pool(
+    args: argparse.Namespace,
+    loaded: _Loaded,
+    pool: Pool,
+    requests: list[Request],
+    answers: list[_Answer],
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    try:
+        running = generate(
+            loaded.model,
+            requests,
+            pool=pool,
             max_batch_tokens=_pass_tokens(args, answers),
             max_seqs=min(args.max_seqs, len(answers)),
             tokenizer=loaded.tokenizer,
         )
     except (ValueError, MemoryError) as error:
-        raise UsageError(_first_line(error).replace("host_memory=", "--host-memory ")) from None
+        raise UsageError(_first_line(error)) from None
     with running:
         num_passes = 0
         start = time.perf_counter()
+        first = None
         try:
             while running.num_unfinished:
                 for stream in running.step():
+                    first = first or time.perf_counter() - start
                     ended = 0 if stream.finish is None else stream.request.max_new_tokens - len(stream.tokens)
-                    progress.advance(task, 1 + ended)
+                    advance(1 + ended)
                 num_passes += 1
         except UnsupportedModel as error:
             raise UsageError(f"--model {loaded.name} cannot be served: {error}") from None
         seconds = time.perf_counter() - start
+    whole = pool.flush()
+    tiers = pool.tiers
+    kept = None if tiers is None else tiers.stats()[0]
+    if not whole:
+        sys.stderr.write(f"kvblocks generate: not all blocks could be kept in {args.cache_dir}: {kept}\n")
     for answer, stream in zip(answers, running, strict=True):
         answer.tokens, answer.finish = stream.tokens, stream.finish or ""
         answer.completion = loaded.decode(answer.tokens)
     stats, engine = running.scheduler.manager.stats(), running.scheduler.engine
     new_tokens = sum(len(answer.tokens) for answer in answers)
+    # What came from the disk came by way of the host pool.
+    from_disk = min(sum(running.scheduler.num_hit_by_store), stats.host_hit_tokens)
     return {
         "model": loaded.name,
         "dtype": str(engine.dtype).removeprefix("torch."),
         "device": str(engine.device),
+        "cache_dir": args.cache_dir,
         "layout": engine.layout,
         "block_size": engine.block_size,
         "pool_bytes": engine.memory_bytes,
@@ -358,11 +419,15 @@ def _generate(
         "prompt_tokens": sum(len(request.prompt) for request in requests),
         "hit_tokens": running.scheduler.num_hit,
         "cached_tokens_device": stats.hit_tokens - stats.host_hit_tokens,
-        "cached_tokens_host": stats.host_hit_tokens,
+        "cached_tokens_host": stats.host_hit_tokens - from_disk,
+        "cached_tokens_disk": from_disk,
         "host_bytes": 0 if engine.arena is None else engine.arena.memory_bytes,
         "readmitted_hit_tokens": running.scheduler.num_hit_again,
         "new_tokens": new_tokens,
         "forward_passes": num_passes,
+        "disk_bytes_loaded": 0 if kept is None else kept.bytes_loaded,
+        "disk_bytes_stored": 0 if kept is None else kept.bytes_stored,
+        "seconds_to_first_token": first,
         "seconds": seconds,
         "tokens_per_second": new_tokens / seconds,
     }
@@ -418,8 +483,14 @@ def _table(report: dict[str, Any]) -> Iterable[tuple[str, str]]:
     if report["preemptions"]:
         yield "re-admitted", f"{report['readmitted_hit_tokens']:,} cached tokens reused after preemption"
     if report["host_bytes"]:
-        yield "host", f"{report['host_bytes']:,} bytes, {report['cached_tokens_host']:,} cached tokens came from there"
+        yield "  of the device", f"{report['cached_tokens_device']:,}"
+        yield "  of the host", f"{report['cached_tokens_host']:,}, of {report['host_bytes']:,} bytes"
+    if report["cache_dir"] is not None:
+        loaded, stored = (report[f"disk_bytes_{what}"] for what in ("loaded", "stored"))
+        yield "  of the disk", f"{report['cached_tokens_disk']:,}; {loaded:,} bytes read, {stored:,} written"
     yield "answers", f"{report['new_tokens']:,} tokens in {report['forward_passes']:,} forward passes"
+    if report["seconds_to_first_token"] is not None:
+        yield "first token", f"after {report['seconds_to_first_token']:.3f} s"
     yield "speed", f"{report['tokens_per_second']:,.0f} tokens/s ({report['seconds']:.2f} s)"
 
 

@@ -15,7 +15,7 @@ from kvblocks.errors import UsageError
 
 if TYPE_CHECKING:
     from kvblocks.manager import BlockManager
-    from kvblocks.replay import Sample, Tally
+    from kvblocks.replay import Sample, StoredBlocks, Tally
 
 __all__ = ["add_replay_parser", "run"]
 
@@ -41,6 +41,12 @@ def add_replay_parser(
     blocks_help = f"in the pool (default: {FILE_BLOCKS}, and {SMALL_BLOCKS} for the made-up trace)"
     add("--blocks", type=count, metavar="N", help=blocks_help)
     add("--host-blocks", type=count, metavar="N", help="in a second pool, in host memory (default: there is none)")
+    add(
+        "--store-blocks",
+        type=count,
+        metavar="N",
+        help="in a store below the host pool, such as a disk; needs --host-blocks (default: there is none)",
+    )
     add("--block-size", type=count, default=16, metavar="N", help="tokens in a block (default: %(default)s)")
     add("--concurrency", type=count, default=32, metavar="N", help="requests at once, at most (default: %(default)s)")
     add("--limit", type=count, metavar="N", help="requests to replay, from the start of the trace (default: all)")
@@ -54,8 +60,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError: the trace cannot be read, a request is too long for the pool, or a package is missing.
     """
-    from kvblocks.replay import Replay, host_step, read_trace, small_trace
+    from kvblocks.replay import Replay, StoredBlocks, host_step, read_trace, small_trace
 
+    if args.store_blocks and not args.host_blocks:
+        raise UsageError("--store-blocks needs --host-blocks, through which blocks come and go")
     if args.concurrency > 2**20:
         raise UsageError(f"--concurrency {args.concurrency} must be at most {2**20}")
     if args.plot:
@@ -81,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
         step = host_step(at_once, max(MAX_STEP_TOKENS, at_once), -(-longest // args.block_size))
     except MemoryError as error:
         raise UsageError(f"the arrays of a step of {at_once} requests: {error}; give less --concurrency") from None
-    replay = Replay(manager, step, at_once)
+    store = StoredBlocks(manager, args.store_blocks) if args.store_blocks else None
+    replay = Replay(manager, step, at_once, store)
     for number, request in enumerate(requests, 1):
         try:
             replay.check(request)
@@ -89,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"request {number} of {name}: {error}; give more --blocks") from None
     with _progress(len(requests), shown=not args.json) as advance:
         tally = replay.run(requests, advance)
-    result = summary(tally, manager, name, args.concurrency)
+    result = summary(tally, manager, name, args.concurrency, store)
     if args.json:
         print(json.dumps(result, indent=1))
     else:
@@ -99,7 +108,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def summary(tally: "Tally", manager: "BlockManager", trace: str, concurrency: int) -> dict[str, Any]:
+def summary(
+    tally: "Tally", manager: "BlockManager", trace: str, concurrency: int, store: "StoredBlocks | None" = None
+) -> dict[str, Any]:
     """What `--json` prints. Times are those inside calls of the manager; admits count what was refused, and resumes."""
     stats = manager.stats()
     asked = tally.admits + tally.resumed + tally.refused
@@ -112,12 +123,14 @@ def summary(tally: "Tally", manager: "BlockManager", trace: str, concurrency: in
         "requests": tally.requests,
         "blocks": manager.num_blocks,
         "host_blocks": manager.host_blocks,
+        "store_blocks": 0 if store is None else store.capacity,
         "block_size": manager.block_size,
         "concurrency": concurrency,
         "prompt_tokens": tally.prompt_tokens,
         "cached_tokens": tally.cached_tokens,
-        "cached_tokens_device": tally.cached_tokens - tally.host_tokens,
+        "cached_tokens_device": tally.cached_tokens - tally.host_tokens - tally.store_tokens,
         "cached_tokens_host": tally.host_tokens,
+        "cached_tokens_store": tally.store_tokens,
         "hit_rate": round(tally.hit_rate, 6),
         "decoded_tokens": tally.decoded_tokens,
         "decode_steps": tally.decode_steps,
@@ -125,6 +138,7 @@ def summary(tally: "Tally", manager: "BlockManager", trace: str, concurrency: in
         "offloads": stats.offloads,
         "loads": stats.loads,
         "host_evictions": stats.host_evictions,
+        "stored": 0 if store is None else store.num_stored,
         "preemptions": stats.preemptions,
         "peak_used_blocks": stats.peak_used_blocks,
         "peak_usage": round(stats.peak_used_blocks / manager.num_blocks, 6),
@@ -175,7 +189,8 @@ def _progress(total: int, *, shown: bool) -> "Iterator[Callable[[], object] | No
 
 def _pools(result: dict[str, Any]) -> str:
     host = f" and {result['host_blocks']:,} in the host" if result["host_blocks"] else ""
-    return f"{result['blocks']:,} blocks of {result['block_size']}{host}"
+    store = f", {result['store_blocks']:,} in a store" if result["store_blocks"] else ""
+    return f"{result['blocks']:,} blocks of {result['block_size']}{host}{store}"
 
 
 def _print_table(result: dict[str, Any]) -> None:
@@ -195,7 +210,7 @@ def _print_table(result: dict[str, Any]) -> None:
     table.add_row("prompt tokens", f"{result['prompt_tokens']:,}")
     table.add_row("hit rate", f"{result['hit_rate']:.1%}")
     if result["host_blocks"]:
-        for tier in ("device", "host"):
+        for tier in ("device", "host", "store") if result["store_blocks"] else ("device", "host"):
             share = result[f"cached_tokens_{tier}"] / result["prompt_tokens"]
             table.add_row(f"  from the {tier}", f"{share:.1%}")
     table.add_row("decoded tokens", f"{result['decoded_tokens']:,}")
@@ -203,6 +218,8 @@ def _print_table(result: dict[str, Any]) -> None:
     if result["host_blocks"]:
         table.add_row("offloaded, loaded", f"{result['offloads']:,}, {result['loads']:,} blocks")
         table.add_row("host evictions", f"{result['host_evictions']:,} blocks")
+    if result["store_blocks"]:
+        table.add_row("stored", f"{result['stored']:,} blocks")
     table.add_row("preemptions", f"{result['preemptions']:,}")
     table.add_row("peak use", f"{result['peak_used_blocks']:,} blocks, {result['peak_usage']:.1%}")
     table.add_section()
@@ -222,6 +239,8 @@ def _plot(samples: "Sequence[Sample]", result: dict[str, Any], file: str) -> Non
     axes.plot(steps, [100 * sample.hit_rate for sample in samples], label="hit rate of the prompts so far")
     if result["host_blocks"]:
         axes.plot(steps, [100 * sample.host_rate for sample in samples], label="of that, from the host")
+    if result["store_blocks"]:
+        axes.plot(steps, [100 * sample.store_rate for sample in samples], label="of that, from the store")
     axes.set(xlabel="decode step", ylabel="%", ylim=(0, 100), xlim=(0, None))
     axes.set_title(f"{result['trace']}, {_pools(result)}", fontsize="medium")
     axes.grid(alpha=0.3)

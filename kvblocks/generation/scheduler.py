@@ -8,7 +8,7 @@ import weakref
 from bisect import insort
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from heapq import heappop, heappush
+from heapq import heappop, heappush, nsmallest
 from itertools import accumulate
 from typing import Any, Self
 
@@ -35,11 +35,13 @@ from kvblocks.integrations.transformers.backend import adapters
 from kvblocks.integrations.transformers.states import SequenceStates
 from kvblocks.manager import BlockManager
 from kvblocks.step.buffers import StepBuffers
+from kvblocks.tiers import Ticket, Tiers
 
 __all__ = ["Request", "Scheduler", "Token", "blocks_needed", "most_tokens"]
 
 LONGEST = 2**31 - 1  # tokens of a sequence, as far as the arrays of a step can say
 _MOST_HELD = 65536  # sequences that have begun and not ended, preempted ones included
+_FETCHED_AHEAD = 8  # waiting prompts that stores are asked for
 _WORTH_WAITING = 64  # tokens: a prompt waits a pass or more for as many that another is about to compute
 
 
@@ -57,6 +59,7 @@ class _Sequence:
     ended: bool = False
     leader: "_Sequence | None" = None  # who computes the prompt for this one too
     followers: "list[_Sequence]" = field(default_factory=list)
+    ticket: Ticket | None = None  # of its blocks that stores below the pool have, until it is admitted
 
 
 @dataclass(eq=False)
@@ -144,16 +147,20 @@ class Scheduler:
         if pool is not None:
             pool.check(self._paged)
             self.engine, self.manager = pool.engine, pool.manager
+            self._tiers = pool.tiers
         else:
             self.engine = CacheEngine(config, model.dtype, model.device, layout=layout)
             self.manager = BlockManager.for_config(config, max_seqs=_MOST_HELD, watermark=watermark)
+            self._tiers = None
+        self._pool = pool
         self.buffers = self._buffers_for(1)
         self._waiting: list[tuple[tuple[int, int], _Sequence]] = []  # a heap; who was cancelled is skipped
         self._running: list[_Sequence] = []  # in the same order
         self._unfinished: dict[int, _Sequence] = {}
-        self._finalizer = weakref.finalize(self, _give_back, self.manager, self._unfinished)
+        self._finalizer = weakref.finalize(self, _give_back, self.manager, self._unfinished, self._tiers)
         self.num_held = 0  # sequences that have a handle in the manager, and those that will be forked from them
         self.num_hit = self.num_hit_again = 0  # tokens found, at the first admission and at those after a preemption
+        self.num_hit_by_store = [0] * (len(self._tiers.stats()) if self._tiers is not None else 0)  # part of num_hit
         self._num_following = 0  # behind those that run
         self._num_added = 0
 
@@ -193,7 +200,7 @@ class Scheduler:
             choosers = [None] * request.n
         if longest > self.buffers.max_blocks_per_seq * self.manager.block_size:
             self.buffers = self._buffers_for(longest)
-        salt = self._salt + (adapters(self.model) if self._adapted else b"")
+        salt = self._salt + (self._adapters() if self._adapted else b"")
         if salt:
             request = replace(request, salt=salt + request.salt)
         prompt = np.array(request.prompt)
@@ -220,6 +227,8 @@ class Scheduler:
         if sequence is None:
             return False
         sequence.ended = True
+        if sequence.ticket is not None and not sequence.followers:
+            self._release(sequence)
         if sequence.leader is not None:
             leader = sequence.leader
             leader.followers.remove(sequence)
@@ -256,13 +265,17 @@ class Scheduler:
             RuntimeError: the scheduler is closed.
         """
         self._check_open()
+        if self._tiers is not None:
+            self._tiers.poll()
+            if self._max_hit != 0:
+                self._fetch_ahead(self._tiers)
         self._admit()
         if not self._running:
             return []
         scheduled, step_id = self._prepare(self._schedule())
         try:
             self.engine.move(self.buffers)
-            if self.engine.arena is not None:
+            if self.engine.arena is not None and self._tiers is None:
                 self.manager.landed(self.engine.landed())
             ends = accumulate(each.query_len for each in scheduled)
             last_tokens = [end - 1 for each, end in zip(scheduled, ends, strict=True) if each.samples]
@@ -345,6 +358,8 @@ class Scheduler:
                     return
                 if self._awaits(sequence, computing):
                     return
+            if not self._has_fetched(sequence):
+                return
             if self._num_rows() + len(sequence.followers) >= self.max_seqs:
                 if not self._gives_way(sequence):
                     return
@@ -400,11 +415,51 @@ class Scheduler:
             self.num_hit_again += self.manager.resume(sequence.handle, reserve=reserve, max_hit=self._max_hit)
         else:
             salt, extra = sequence.request.salt, sequence.request.extra
+            fetched = None if sequence.ticket is None else sequence.ticket.fetch
             sequence.handle, hit = self.manager.admit(
-                sequence.prompt, salt=salt, extra=extra, reserve=reserve, max_hit=self._max_hit
+                sequence.prompt, salt=salt, extra=extra, reserve=reserve, max_hit=self._max_hit, fetched=fetched
             )
             self.num_hit += hit
             self.num_held += 1 + len(sequence.followers)
+            if sequence.ticket is not None:
+                left = hit - sequence.ticket.num_local  # what was fetched counts as far as it was hit
+                for number, tokens in enumerate(sequence.ticket.tokens_by_store):
+                    counted = max(0, min(tokens, left))
+                    self.num_hit_by_store[number] += counted
+                    left -= counted
+                sequence.ticket = None
+
+    def _fetch_ahead(self, tiers: Tiers) -> None:
+        """Look in the stores for prompts that are about to be admitted, as many as the host slots have room for."""
+        manager, groups = self.manager, len(self.manager.groups)
+        room = manager.host_blocks // 4 - manager.num_background_slots
+        for number, (_, sequence) in enumerate(nsmallest(_FETCHED_AHEAD, self._waiting)):
+            needed = len(sequence.prompt) // manager.block_size * groups
+            if sequence.ticket is not None:
+                room -= 0 if sequence.ticket.done else needed
+            elif not sequence.handle and not sequence.ended and (number == 0 or needed <= room):
+                room -= needed
+                salt, extra = sequence.request.salt, sequence.request.extra
+                sequence.ticket = tiers.fetch(sequence.prompt, salt=salt, extra=extra)
+
+    def _has_fetched(self, sequence: _Sequence) -> bool:
+        """Whether a sequence need not wait for stores. Where nothing else runs it is waited for, up to the deadline."""
+        if self._tiers is None or sequence.handle or self._max_hit == 0:
+            return True
+        if sequence.ticket is None:
+            salt, extra = sequence.request.salt, sequence.request.extra
+            sequence.ticket = self._tiers.fetch(sequence.prompt, salt=salt, extra=extra)
+        if not sequence.ticket.done and not self._running:
+            self._tiers.wait([sequence.ticket])
+        return sequence.ticket.done
+
+    def _release(self, sequence: _Sequence) -> None:
+        if self._tiers is not None and sequence.ticket is not None:
+            self._tiers.release(sequence.ticket)
+            sequence.ticket = None
+
+    def _adapters(self) -> bytes:
+        return adapters(self.model) if self._pool is None else self._pool.adapters()
 
     def _awaits(self, waiting: _Sequence, computing: Mapping[tuple[bytes, bytes], Sequence[_Sequence]]) -> bool:
         """Whether a sequence that runs is about to compute much that this one's prompt begins with."""
@@ -499,6 +554,7 @@ class Scheduler:
         for sequence in rest:
             sequence.leader = heir
         heir.handle, heir.running = leader.handle, leader.running
+        heir.ticket, leader.ticket = leader.ticket, None
         leader.followers = []
         if leader.running:
             self._running[self._running.index(leader)] = heir
@@ -569,9 +625,12 @@ def most_tokens(config: CacheConfig) -> int:
     return low
 
 
-def _give_back(manager: BlockManager, unfinished: dict[int, _Sequence]) -> None:
+def _give_back(manager: BlockManager, unfinished: dict[int, _Sequence], tiers: Tiers | None) -> None:
     """Free what sequences hold, when their scheduler is closed or gone."""
     handles = [sequence.handle for sequence in unfinished.values() if sequence.handle]
+    for sequence in unfinished.values():
+        if tiers is not None and sequence.ticket is not None:
+            tiers.release(sequence.ticket)
     unfinished.clear()
     if handles:
         manager.free(handles)

@@ -191,12 +191,19 @@ class ObjectFormat:
         raw, step = array[: count * block_size].tobytes(), 4 * block_size
         found = []
         for i in range(count):
-            extra = extras[i] if extras is not None else b""
-            own = raw[i * step : (i + 1) * step]
-            digest = self._digests.block(parent, own, extra)
-            found.append(Block(parent, digest, own, extra))
-            parent = digest
+            block = self.block(parent, raw[i * step : (i + 1) * step], extras[i] if extras is not None else b"")
+            found.append(block)
+            parent = block.digest
         return found
+
+    def block(self, parent: bytes, tokens: bytes, extra: bytes = b"") -> Block:
+        """The block of these tokens after `parent`, a digest or a root.
+
+        Args:
+            tokens: ids as little-endian int32.
+            extra: its extra bytes.
+        """
+        return Block(parent, self._digests.block(parent, tokens, extra), tokens, extra)
 
     def key(self, block: Block, group: int, shard: str) -> str:
         """The key of an object: `kvb1/<namespace>/<digest>/g<group>/<shard>`.

@@ -6,7 +6,7 @@ Knows rows only as far as `Sharing` says. Imports torch, the manager, storage an
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -15,9 +15,10 @@ import torch
 from kvblocks.config import Group
 from kvblocks.engine import CacheEngine
 from kvblocks.integrations.transformers.layers import KVShape, filling, one_block
-from kvblocks.integrations.transformers.passes import Ids
+from kvblocks.integrations.transformers.passes import Ids, Prompt
 from kvblocks.manager import BlockManager
 from kvblocks.step.buffers import StepBuffers
+from kvblocks.tiers import Tiers
 
 __all__ = ["Blocks", "Sharing", "Sizes"]
 
@@ -94,6 +95,7 @@ class Blocks:
     ) -> None:
         self.running: Sharing | None = None
         self.recorded: Sharing | None = None  # whose passes may still be cut: their steps are open
+        self.tiers: Tiers | None = None  # stores below the host slots
         self._sizes = sizes
         self._manager = manager
         self._engine = engine
@@ -210,13 +212,38 @@ class Blocks:
     def move(self, step: StepBuffers) -> None:
         if self._engine is not None:  # without it nothing has been written that could be copied
             self._engine.move(step)
-            if self._engine.arena is not None:
+            if self.tiers is not None:
+                self.tiers.poll()
+            elif self._engine.arena is not None:
                 self.manager.landed(self._engine.landed())
+
+    def admit(self, prompt: Prompt, *, max_hit: int | None, fetches: bool) -> tuple[int, int]:
+        """`BlockManager.admit` of a prompt.
+
+        Args:
+            fetches: whether to ask stores for its blocks before, and wait for these up to a deadline.
+
+        Raises:
+            NoFreeBlocks, TooManySequences: as `BlockManager.admit`.
+        """
+        given: dict[str, Any] = {"salt": prompt.salt, "extra": prompt.extra}
+        if self.tiers is None or not fetches or max_hit == 0:
+            return self.manager.admit(prompt.ids, max_hit=max_hit, **given)
+        ticket = self.tiers.fetch(prompt.ids, **given)
+        try:
+            self.tiers.wait([ticket])
+            return self.manager.admit(prompt.ids, max_hit=max_hit, fetched=ticket.fetch, **given)
+        except BaseException:
+            self.tiers.release(ticket)
+            raise
 
     def unknown_ids(self, count: int) -> Ids:
         ids, spent = _unknown_ids.draw(count)
         if spent != self._round:
+            in_use = self.tiers is not None and not self.tiers.is_suspended
             self.manager.reset_prefix_cache()
+            if self.tiers is not None and in_use:
+                self.tiers.renew(self.tiers.namespace, same_weights=True)
             self._round = spent
         return ids
 

@@ -37,6 +37,7 @@ from kvblocks.integrations.transformers.pool import Pool, check_pool
 from kvblocks.integrations.transformers.rows import Rows
 from kvblocks.manager import BlockManager
 from kvblocks.sizes import checked_bytes, checked_size
+from kvblocks.tiers.names import PRIVATE_SALT
 
 __all__ = ["PagedCache"]
 
@@ -299,7 +300,7 @@ class PagedCache(Cache):
         pads = [int(line.argmax()) for line in held]
         check_prompts(self._state.config, padded=any(pads), positions_given=positions_given)
         if self._crosses(ids.shape[1]):
-            salt += np.random.default_rng().bytes(16)
+            salt = PRIVATE_SALT + np.random.default_rng().bytes(16) + salt
         shifts = counts_padding(self._state.config)
         more = [()] * len(ids) if extra is None else list(extra)
         if len(more) != len(ids):

@@ -3,7 +3,9 @@
 Imports torch and transformers.
 """
 
+import time
 import weakref
+from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
@@ -22,7 +24,13 @@ from kvblocks.integrations.transformers.layers import (
     one_block,
     text_config,
 )
+from kvblocks.integrations.transformers.weights import adapter_digest, model_name
 from kvblocks.manager import BlockManager
+from kvblocks.storage.host import slot_bytes
+from kvblocks.tiers import Store, Tiers
+from kvblocks.tiers.names import namespace_of
+
+_FEWEST_SLOTS = 16  # of host memory, where stores are below it and nobody says how much
 
 __all__ = ["Pool", "check_pool"]
 
@@ -41,6 +49,13 @@ class Pool:
         watermark: share of the pool that an admission leaves free, for those who run to grow into.
         chunks: whether layers that attend in chunks (Llama 4) keep no more than their chunk, where the model's layers
             read the blocks. That takes fewer blocks, and no `PagedCache` can use the pool then.
+        stores: `kvblocks.tiers.Store` objects below host memory: what was computed goes there, and is found again by
+            other pools and processes. They stay yours to close, after `close`. Without `host_memory` a quarter as much
+            of it is taken as there is memory for K and V; prompts of up to a quarter of the slots are fetched whole.
+        weights_version: with `stores`, and then without a default: what changes whenever the weights do, such as
+            the sha256 of their files. K and V of other weights under an old version are served as if they were right.
+        secret: with `stores`, at least 16 bytes: only who has it can make what is taken from them.
+        deadline: with `stores`, seconds that a prompt waits for them at most.
 
     Attributes:
         blocks: what caches on this pool share.
@@ -58,6 +73,11 @@ class Pool:
         >>> for turn in chat:  # each computes only what is new
         ...     [stream] = kvblocks.generate(model, [turn], pool=pool)
 
+        >>> store = DiskStore("/var/cache/kv", "100GiB")
+        >>> with Pool(model, memory="1GiB", stores=[store], weights_version="2026-11-27") as pool:
+        ...     kvblocks.generate(model, prompts, pool=pool).run()
+        >>> store.close()
+
     Thread-safety: one thread at a time drives what runs on a pool.
     """
 
@@ -74,9 +94,21 @@ class Pool:
         device: torch.device | str | None = None,
         watermark: float = 0.01,
         chunks: bool = False,
+        stores: Iterable[Store] = (),
+        weights_version: str | None = None,
+        secret: bytes | None = None,
+        deadline: float = 5.0,
     ) -> None:
         if memory is not None and num_blocks is not None:
             raise ValueError(f"memory={memory!r} and num_blocks={num_blocks} both say how large the pool is; give one")
+        below = list(stores)
+        if below and weights_version is None:
+            raise ValueError(
+                "stores keep blocks for other processes, so weights_version must say of which weights they are; give "
+                "what changes whenever the weights do"
+            )
+        if not below and (weights_version is not None or secret is not None):
+            raise ValueError("weights_version and secret are for stores, and there are none")
         if not isinstance(model, PreTrainedConfig):
             paged = served(model)
             model = paged.model
@@ -94,10 +126,23 @@ class Pool:
             config = filling(one, "64MiB" if memory is None else memory, dtype)
         else:
             config = one.replace(num_gpu_blocks=num_blocks)
+        if below and host_memory is None:
+            host_memory = max(config.memory_bytes(dtype) // 4, _FEWEST_SLOTS * slot_bytes(config.block_bytes(dtype)))
         slots = host_slots(config, host_memory, dtype)
         engine = CacheEngine(config, dtype, device, layout=layout, host_blocks=slots)
         self._of: weakref.ref[Any] = weakref.ref(model)
         self.blocks = Blocks.of(BlockManager.for_config(config, watermark=watermark, host_blocks=slots), engine)
+        self._digests: tuple[Any, bytes] = (None, b"")
+        if below and weights_version is not None:
+            self._name = model_name(model)
+            self.blocks.tiers = Tiers(
+                self.manager,
+                engine,
+                below,
+                namespace=namespace_of(engine, model=self._name, weights_version=weights_version),
+                secret=secret,
+                deadline=deadline,
+            )
 
     @classmethod
     def over(cls, config: PreTrainedConfig, blocks: Blocks) -> Self:
@@ -105,6 +150,7 @@ class Pool:
         made = cls.__new__(cls)
         made._of = weakref.ref(config)
         made.blocks = blocks
+        made._digests = (None, b"")
         return made
 
     @property
@@ -121,6 +167,11 @@ class Pool:
     def config(self) -> CacheConfig:
         """The sizes of `engine`."""
         return self.engine.config
+
+    @property
+    def tiers(self) -> Tiers | None:
+        """What moves blocks to and from `stores`."""
+        return self.blocks.tiers
 
     def check(self, model: PreTrainedModel | PreTrainedConfig | PagedModel | CachedModel) -> None:
         """Raise `ValueError` unless this is the pool of that model: another one's K and V would be found.
@@ -165,16 +216,76 @@ class Pool:
             self._of = weakref.ref(model)
 
     def adapters(self) -> bytes:
-        """Which adapters change the model's K and V now, for salts; empty where none does, or no model is known."""
-        owner = self._of()
-        return adapters(owner) if isinstance(owner, PreTrainedModel) else b""
+        """Which adapters change the model's K and V now, for salts; empty where none does, or no model is known.
 
-    def reset_prefix_cache(self) -> None:
+        With `stores` a digest of their weights is in it, as other processes may have others of these names.
+        """
+        owner = self._of()
+        names = adapters(owner) if isinstance(owner, PreTrainedModel) else b""
+        if not names or self.tiers is None:
+            return names
+        state = names, self.manager.num_resets
+        if self._digests[0] != state:
+            assert isinstance(owner, PreTrainedModel)
+            self._digests = state, adapter_digest(owner)
+        return names + self._digests[1]
+
+    def reset_prefix_cache(self, *, weights_version: str | None = None) -> None:
         """For new weights: let nothing that was computed so far be found again.
 
         Call it while no request runs; `Generation.reset_prefix_cache` is for one that does.
+
+        Args:
+            weights_version: of the new weights. Without it `stores` are not used from here on, until `renew`.
+
+        Raises:
+            ValueError: as for `renew`; then the prefix cache has been reset all the same.
         """
         self.manager.reset_prefix_cache()
+        if weights_version is not None:
+            self.renew(weights_version)
+
+    def renew(self, weights_version: str, *, same_weights: bool = False) -> None:
+        """Use `stores` again after the prefix cache was reset.
+
+        Args:
+            weights_version: of the weights that the model has now.
+            same_weights: the version may be the one of before.
+
+        Raises:
+            ValueError: there are no stores; or as for `Tiers.renew`.
+        """
+        if self.tiers is None:
+            raise ValueError("the pool has no stores")
+        name = namespace_of(self.engine, model=self._name, weights_version=weights_version)
+        self.tiers.renew(name, same_weights=same_weights)
+
+    def flush(self, timeout: float = 60.0) -> bool:
+        """Bring every block that nothing holds down to `stores`; whether all is there. True without stores.
+
+        Call it while nothing runs on the pool.
+        """
+        return self.tiers is None or self.tiers.flush(timeout)
+
+    def close(self, timeout: float = 60.0) -> bool:
+        """`flush`, then stop using `stores`, which may be closed if it returns True. A second call does nothing.
+
+        Args:
+            timeout: seconds. Calls of a store that hang longer keep their memory, and the store must not be closed.
+        """
+        if self.tiers is None:
+            return True
+        if not self.tiers.is_closed:
+            end = time.monotonic() + timeout
+            self.tiers.flush(timeout)
+            timeout = max(1.0, end - time.monotonic())
+        return self.tiers.close(timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __repr__(self) -> str:
         free = self.manager.num_free_blocks

@@ -16,6 +16,7 @@ from torch import Tensor
 from kvblocks.integrations.transformers.blocks import Blocks
 from kvblocks.integrations.transformers.passes import Ids, Pass, Prompt, Row
 from kvblocks.integrations.transformers.states import States
+from kvblocks.tiers.names import PRIVATE_SALT
 
 _MOST_RECORDED = 6  # passes between two crops, where layers have windows: a manager has 8 steps open by default
 
@@ -173,7 +174,7 @@ class Rows:
     def _admit_unknown(self, batch: int) -> None:
         """Rows of tokens whose ids nobody told; the salt keeps them apart from all others."""
         for _ in range(batch):
-            handle, _ = self.blocks.manager.admit([0], salt=os.urandom(16), reserve=0)
+            handle, _ = self.blocks.manager.admit([0], salt=PRIVATE_SALT + os.urandom(16), reserve=0)
             self.rows.append(Row(handle, 0, total=1, known=1))
         self.factor = 1
 
@@ -286,7 +287,7 @@ class Rows:
         try:
             for number, (row, prompt) in enumerate(zip(kept, prompts, strict=True)):
                 if row is None:
-                    handle, cached = manager.admit(prompt.ids, salt=prompt.salt, extra=prompt.extra, max_hit=most)
+                    handle, cached = self.blocks.admit(prompt, max_hit=most, fetches=reuse and not self.states)
                     row = Row(handle, prompt.pad, cached)
                     self.rows.insert(number, row)
                 else:
