@@ -23,8 +23,8 @@ cdef struct Arrays:
     int32_t* kv_indices
     int32_t* kv_last_page_len
     int32_t[64] num_pages   # of each group in `kv_indices`
-    # Slots of states, NULL where nobody keeps any: of each row, those that begin at zero, (source, target) of copies, and
-    # of each token where drafts are kept.
+    # Slots of states, NULL where nobody keeps any: of each row, those that begin at zero, (source, target) of copies,
+    # and of each token where drafts are kept.
     int64_t* state_slots
     int64_t* state_zero
     int64_t* state_copies
