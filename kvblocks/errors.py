@@ -147,7 +147,7 @@ class InvariantViolation(KVBlocksError, RuntimeError):
     """`audit()` found the manager's state broken: a bug in kvblocks, never the caller's.
 
     Attributes:
-        invariant: number of the first broken invariant, 1 to 11, of those in ARCHITECTURE.md.
+        invariant: number of the first broken invariant, 1 to 12, of those in ARCHITECTURE.md.
     """
 
     def __init__(self, message: str, invariant: int) -> None:

@@ -1,6 +1,6 @@
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
-from typing import Any, Literal, NamedTuple, NoReturn, Protocol, Self, SupportsIndex, TypeAlias, final, overload
+from typing import Any, Literal, NamedTuple, Never, NoReturn, Protocol, Self, SupportsIndex, TypeAlias, final, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,23 @@ class Found(NamedTuple):
 
     device: int
     host: int
+
+class SpilledNode(NamedTuple):
+    """A block of tokens whose digest a spill asks for, and what comes before it, of which just one of three is there.
+
+    Attributes:
+        parent: the index of the block before it in `Spill.nodes`, or -1.
+        parent_digest: the digest of the block before it, as `end_spill` was given it, or None.
+        salt: that of its sequences where it is the first block of their prompts, else None.
+        tokens: its token ids as little-endian int32.
+        extra: what its tokens stand for beyond their ids, as of `block_extras`.
+    """
+
+    parent: int
+    parent_digest: bytes | None
+    salt: bytes | None
+    tokens: bytes
+    extra: bytes
 
 class Stats(NamedTuple):
     """Totals over the successful calls of a manager: tokens for `prompt_tokens`, for `hit_tokens` and for those of them
@@ -174,6 +191,47 @@ class StepArrays:
         """Let the next `_pack` bring everything: nothing is known of what the device holds."""
 
 @final
+class Fetch:
+    """Blocks that come from outside of this process into host slots: see `BlockManager.begin_fetch`.
+
+    Attributes:
+        number: counts fetches and spills of the manager in the order of their begins, from 1.
+        num_local: tokens of the prompt that this process could serve by itself, from both pools.
+        num_tokens: tokens that it could serve once all `blocks` have come, at least `num_local`.
+        blocks: what is to be brought, int32 [n, 3], read-only: index of the block in the prompt, layer group, host
+            slot. In order of the index, then of the group.
+    """
+    @property
+    def number(self) -> int: ...
+    @property
+    def num_local(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def blocks(self) -> npt.NDArray[np.int32]: ...
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
+    def __reduce__(self) -> NoReturn: ...
+
+@final
+class Spill:
+    """Host slots that are copied out of this process: see `BlockManager.begin_spill`.
+
+    Attributes:
+        number: counts fetches and spills of the manager in the order of their begins, from 1.
+        blocks: what is to be copied, int32 [n, 3], read-only: host slot, layer group, index into `nodes`.
+        nodes: a `SpilledNode` for each block of tokens among them, and for those before it whose digests are not known
+            yet; parents come before children.
+    """
+    @property
+    def number(self) -> int: ...
+    @property
+    def blocks(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def nodes(self) -> list[SpilledNode]: ...
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
+    def __reduce__(self) -> NoReturn: ...
+
+@final
 class BlockManager:
     """Blocks, sequences and the prefix cache of one pool.
 
@@ -280,6 +338,9 @@ class BlockManager:
         position lies past the prepared tokens, or no group keeps a state.
         """
     @property
+    def num_background_slots(self) -> int:
+        """Host slots that fetches and spills hold, at most a quarter of all."""
+    @property
     def groups(self) -> tuple[Window | Chunk | None, ...]: ...
     @property
     def num_blocks(self) -> int:
@@ -305,6 +366,7 @@ class BlockManager:
         reserve: SupportsIndex | None = None,
         max_hit: SupportsIndex | None = None,
         host: bool = True,
+        fetched: Fetch | None = None,
     ) -> tuple[int, int]:
         """Start a sequence: hold the longest prefix hit and reserve slots for the tokens after it.
 
@@ -317,6 +379,7 @@ class BlockManager:
                 the hidden states of the prompt's last tokens again.
             host: whether the hit may go on over what lies in host slots. It is loaded by the moves of the next step,
                 into blocks that count as needed; where these are not there the hit is cut until they are.
+            fetched: an ended fetch, most often of this prompt: it is released once the sequence has its hit.
 
         Returns:
             (seq, num_cached): the handle, and the tokens whose K and V are there already, or on their way from the
@@ -325,7 +388,7 @@ class BlockManager:
         Raises:
             NoFreeBlocks: `.needed` new blocks, `.free` to be had.
             TooManySequences: `max_seqs` are there.
-            ValueError, TypeError: `tokens`, `extra`, `reserve` or `max_hit` is not as above.
+            ValueError, TypeError: `tokens`, `extra`, `reserve`, `max_hit` or `fetched` is not as above.
         """
     @overload
     def match(
@@ -423,7 +486,9 @@ class BlockManager:
         """Reserve the next `query_lens[i]` tokens of sequence i and fill `step` for one forward pass over them.
 
         Args:
-            seqs: handles [n], 1 <= n <= step.max_seqs, each once; row i of the step is sequence i.
+            seqs: handles [n], 1 <= n <= step.max_seqs, each once; row i of the step is sequence i. Where there are host
+                slots n may be 0: the step is there for its moves, which bring cached blocks to the host, up to
+                `write_ahead` of all that have no copy there.
             query_lens: [n], or one int for all; each at least 1.
             step: the arrays to fill. Where `step.last_move` is not 0 blocks have to be copied, those of `step.copies`
                 and `step.moves`: `engine.move(step)` does it, and marks it. The pass waits for the moves up to
@@ -498,6 +563,88 @@ class BlockManager:
         Raises:
             ValueError: `num_tokens` is not 0 to the present number, or the sequence is in an open step.
         """
+    def begin_fetch(self, tokens: _Ints, *, num_blocks: SupportsIndex, salt: bytes = b"", extra: _Extra = ()) -> Fetch:
+        """Take host slots for blocks of a prompt that are to be brought from outside of this process.
+
+        One length is planned that every layer group can serve, from what is in this process and what is brought: the
+        longest for which there are slots. Slots are taken for what is in neither pool; they are free, or evicted, and
+        no move names them. Nobody finds them before `end_fetch`: until then they are the caller's to write. The host
+        slots that the prompt's hit has already are kept from eviction. Fetches and spills together hold at most a
+        quarter of the host pool; where that does not suffice the length is shorter.
+
+        A fetch that never ends keeps its slots, so that a read that hangs can do no harm.
+
+        Args:
+            tokens, salt, extra: as of `admit`; the last token is never served.
+            num_blocks: leading blocks of the prompt that are believed to be there outside, in every group.
+
+        Returns:
+            A `Fetch`, also where nothing is to be brought: each is to be ended and released.
+
+        Raises:
+            ValueError: there is no host pool; a number is out of range.
+        """
+    def end_fetch(self, fetch: Fetch, num_ok: SupportsIndex) -> int:
+        """Say how much of a fetch is there: no call writes to its slots any more.
+
+        What is whole is found from now on, as far as every group can serve; the other slots are free. It stays held
+        until `admit(..., fetched=fetch)` or `release(fetch)`.
+
+        Args:
+            num_ok: leading rows of `fetch.blocks` that are whole and verified.
+
+        Returns:
+            Tokens of the prompt that can now be served, up to the planned length. 0 where the prefix cache was reset
+            since the fetch began: what it brought belongs to nobody.
+
+        Raises:
+            ValueError: `num_ok` is out of range; the fetch has ended, or is another manager's.
+        """
+    def release(self, fetch: Fetch) -> None:
+        """Let go of an ended fetch without admitting a sequence: what it brought may be evicted.
+
+        Raises:
+            ValueError: it has not ended, was released before, or is another manager's.
+        """
+    def begin_spill(self, max_blocks: SupportsIndex) -> Spill:
+        """Hold host slots whose blocks are to be copied out of this process, and say what they are.
+
+        They are taken from a queue, the first filled first: of slots that hang in the prefix tree, that no move names
+        any more, and that are not known to be outside. They may be read until `end_spill`, and are not evicted.
+        Fetches and spills together hold at most a quarter of the host pool.
+
+        Args:
+            max_blocks: slots to hold at most. There may be fewer, or none.
+
+        Raises:
+            ValueError: there is no host pool; `max_blocks` is negative.
+        """
+    def end_spill(
+        self,
+        spill: Spill,
+        ok: Sequence[bool] | npt.NDArray[np.bool_],
+        digests: Iterable[bytes] | None = None,
+    ) -> None:
+        """Let go of the slots of a spill.
+
+        Args:
+            ok: a bool for each row of `spill.blocks`: whether the block is there outside now. It is not spilled again
+                as long as its slot keeps it and the prefix cache is not reset. The others go to the queue's end.
+            digests: bytes [32] for each of `spill.nodes`, kept with them, so that later spills need not ask; or None.
+
+        Raises:
+            ValueError: `ok` or `digests` has another length; the spill has ended, or is another manager's.
+            TypeError: they are not bools or bytes.
+        """
+    def block_extras(self, extra: _Extra, num_blocks: SupportsIndex) -> list[bytes]:
+        """The extra bytes of each of the first blocks of a prompt as `SpilledNode.extra` has them, b"" for none.
+
+        For each token that has some: its offset in the block and their length, as int64, the bytes, the length again.
+
+        Args:
+            extra: (position, bytes) pairs, as of `admit`.
+            num_blocks: how many blocks; pairs after them are left out.
+        """
     def fork(self, seq: int, n: int = 1) -> list[int]:
         """Make n children of a sequence in no open step. They share every block that holds computed tokens.
 
@@ -566,7 +713,8 @@ class BlockManager:
     def reset_prefix_cache(self) -> None:
         """Unpublish every block, held ones too (new weights).
 
-        Sequences admitted before never publish again, and pins hold nothing any more: nobody could reach it.
+        Sequences admitted before never publish again, and pins hold nothing any more: nobody could reach it. Fetches
+        that have not ended bring nothing, and what is known to be outside is forgotten.
         """
     def audit(self) -> None:
         """Derive the whole state again, in O(blocks + nodes + tokens held).

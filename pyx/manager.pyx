@@ -6,8 +6,9 @@ the work, and a fault becomes an exception. Knows no torch and moves no K or V.
 """
 
 cimport cython
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
-from libc.stdint cimport int32_t, int64_t, uint32_t
+from cpython.bytearray cimport PyByteArray_AS_STRING
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
@@ -19,7 +20,7 @@ from core.text cimport (
 )
 from core.tree cimport NODE_HEAD, hash_extra, Line, node_at, Tree, tree_walk
 from core.states cimport Standing, States, states_free, StateSlot
-from core.host cimport Host, count_moves, host_free, Move, Shadow, Slot
+from core.host cimport DIGEST_BYTES, FETCHED, FETCHING, Host, count_moves, host_free, Move, Shadow, Slot, Work
 from core.pool cimport Block, Pool, pool_free, pool_step, Step
 from core.sequences cimport (
     BAD_ACCEPTED, BAD_COUNT, BAD_QUERY, BAD_TOKEN, BAD_TRIM, COMPUTED_UNKNOWN, EXTRA_SIZE, IN_STEP, IS_PIN,
@@ -33,6 +34,9 @@ from core.sequences cimport (
 )
 from core.admission cimport (
     Cached, core_admit, core_pin, core_resume, hit_limit, late_rows, longest_hit, most_ever, plan_admission,
+)
+from core.background cimport (
+    NAMED, OF_ROOT, Begun, core_begin_fetch, core_begin_spill, core_end_fetch, core_end_spill, core_release, free_work,
 )
 from core.arrays cimport PADDING, PATCH_WORDS, int32_array, int64_array, max_patches, Pack, pack_step
 from core.steps cimport core_abort, core_commit, core_prepare
@@ -54,6 +58,8 @@ from kvblocks.config import CacheConfig, Chunk, State, Window
 from kvblocks.errors import (
     InvariantViolation, MovesPending, NoFreeBlocks, NoFreeStates, StaleSequence, TooManySequences,
 )
+
+cdef bytes _salt_mark = struct.pack("=q", -1)   # the offset of the salt, among the extra bytes of a first block
 
 _manager_ids = itertools.count(1)
 cdef dict _managers = {}    # weak references by number
@@ -124,6 +130,24 @@ class Found(NamedTuple):
 
     device: int
     host: int
+
+
+class SpilledNode(NamedTuple):
+    """A block of tokens whose digest a spill asks for, and what comes before it, of which just one of three is there.
+
+    Attributes:
+        parent: the index of the block before it in `Spill.nodes`, or -1.
+        parent_digest: the digest of the block before it, as `end_spill` was given it, or None.
+        salt: that of its sequences where it is the first block of their prompts, else None.
+        tokens: its token ids as little-endian int32.
+        extra: what its tokens stand for beyond their ids, as of `block_extras`.
+    """
+
+    parent: int
+    parent_digest: bytes | None
+    salt: bytes | None
+    tokens: bytes
+    extra: bytes
 
 
 class Stats(NamedTuple):
@@ -399,6 +423,60 @@ cdef class StepArrays:
 
 
 @cython.final
+cdef class Fetch:
+    """Blocks that come from outside of this process into host slots: see `BlockManager.begin_fetch`.
+
+    Attributes:
+        number: counts fetches and spills of the manager in the order of their begins, from 1.
+        num_local: tokens of the prompt that this process could serve by itself, from both pools.
+        num_tokens: tokens that it could serve once all `blocks` have come, at least `num_local`.
+        blocks: what is to be brought, int32 [n, 3], read-only: index of the block in the prompt, layer group, host
+            slot. In order of the index, then of the group.
+    """
+
+    cdef Work* work     # NULL once it is released
+    cdef BlockManager manager
+    cdef readonly int64_t number, num_local, num_tokens
+    cdef readonly object blocks
+
+    def __init__(self):
+        raise TypeError("a Fetch is made by BlockManager.begin_fetch")
+
+    def __reduce__(self):
+        raise TypeError("a Fetch cannot be pickled or copied: it holds slots of its manager")
+
+    def __repr__(self):
+        return f"Fetch(number={self.number}, num_tokens={self.num_tokens}, blocks={len(self.blocks)})"
+
+
+@cython.final
+cdef class Spill:
+    """Host slots that are copied out of this process: see `BlockManager.begin_spill`.
+
+    Attributes:
+        number: counts fetches and spills of the manager in the order of their begins, from 1.
+        blocks: what is to be copied, int32 [n, 3], read-only: host slot, layer group, index into `nodes`.
+        nodes: a `SpilledNode` for each block of tokens among them, and for those before it whose digests are not known
+            yet; parents come before children.
+    """
+
+    cdef Work* work     # NULL once it has ended
+    cdef BlockManager manager
+    cdef readonly int64_t number
+    cdef readonly object blocks
+    cdef readonly list nodes
+
+    def __init__(self):
+        raise TypeError("a Spill is made by BlockManager.begin_spill")
+
+    def __reduce__(self):
+        raise TypeError("a Spill cannot be pickled or copied: it holds slots of its manager")
+
+    def __repr__(self):
+        return f"Spill(number={self.number}, blocks={len(self.blocks)}, nodes={len(self.nodes)})"
+
+
+@cython.final
 cdef class BlockManager:
     """Blocks, sequences and the prefix cache of one pool.
 
@@ -568,6 +646,11 @@ cdef class BlockManager:
         unmap(c.pool.tree.nodes, <size_t>c.pool.tree.max_nodes + 1, c.pool.tree.width)
         unmap(c.pool.tree.tokens, <size_t>c.pool.tree.max_nodes + 1, c.block_size * sizeof(int32_t))
         unmap(c.pool.tree.lines, c.pool.tree.num_lines, sizeof(Line))
+        cdef Work* work = c.pool.host.works
+        while work != NULL:
+            c.pool.host.works = work.older
+            free_work(work)
+            work = c.pool.host.works
         close_host(c, self.slots)
         close_states(c, self.slots)
         free(c.pool.steps)
@@ -644,6 +727,12 @@ cdef class BlockManager:
             return host_free(&self.core.pool.host)
 
     @property
+    def num_background_slots(self):
+        """Host slots that fetches and spills hold, at most a quarter of all."""
+        with self.lock:
+            return self.core.pool.host.num_held
+
+    @property
     def num_free_blocks(self):
         """Blocks that a call can have now, cached ones included."""
         with self.lock:
@@ -662,7 +751,9 @@ cdef class BlockManager:
 
     # Admission
 
-    def admit(self, tokens, *, salt=b"", extra=(), reserve=None, max_hit=None, host=True):
+    def admit(
+        self, tokens, *, salt=b"", extra=(), reserve=None, max_hit=None, host=True, Fetch fetched=None
+    ):
         """Start a sequence: hold the longest prefix hit and reserve slots for the tokens after it.
 
         Args:
@@ -674,6 +765,7 @@ cdef class BlockManager:
                 the hidden states of the prompt's last tokens again.
             host: whether the hit may go on over what lies in host slots. It is loaded by the moves of the next step,
                 into blocks that count as needed; where these are not there the hit is cut until they are.
+            fetched: an ended fetch, most often of this prompt: it is released once the sequence has its hit.
 
         Returns:
             (seq, num_cached): the handle, and the tokens whose K and V are there already, or on their way from the
@@ -682,14 +774,17 @@ cdef class BlockManager:
         Raises:
             NoFreeBlocks: `.needed` new blocks, `.free` to be had.
             TooManySequences: `max_seqs` are there.
-            ValueError, TypeError: `tokens`, `extra`, `reserve` or `max_hit` is not as above.
+            ValueError, TypeError: `tokens`, `extra`, `reserve`, `max_hit` or `fetched` is not as above.
         """
         cdef Prompt prompt
         cdef Fault f
         cdef Cached cached
+        cdef Work* work
         cdef int64_t seq, needed, limit = optional(reserve, "reserve"), longest = optional(max_hit, "max_hit")
         cdef int64_t num_tokens
         cdef bint loads = boolean(host, "host")
+        if fetched is not None:
+            self.check_fetch(fetched, True)
         try:
             self.open_prompt(tokens, salt, extra, &prompt, False)
             num_tokens = prompt.text.num_tokens
@@ -702,12 +797,18 @@ cdef class BlockManager:
                 needed = most_ever(&self.core, num_tokens, 1, limit)
             raise self.error(&f, needed)
         try:
-            return seq, cached.tokens
+            admitted = seq, cached.tokens
         except MemoryError:
             with self.lock:
                 core_take_back(&self.core, seq, True)
                 self.core.pool.host.hit_tokens -= cached.loaded
             raise
+        if fetched is not None:
+            with self.lock:
+                work, fetched.work = fetched.work, NULL
+                if work != NULL:    # else another thread has released it since
+                    core_release(&self.core, work)
+        return admitted
 
     def match(self, tokens, *, salt=b"", extra=(), max_hit=None, tiers=False):
         """Tokens that are found in the prefix cache now, in host slots too. No effect.
@@ -947,7 +1048,9 @@ cdef class BlockManager:
         """Reserve the next `query_lens[i]` tokens of sequence i and fill `step` for one forward pass over them.
 
         Args:
-            seqs: handles [n], 1 <= n <= step.max_seqs, each once; row i of the step is sequence i.
+            seqs: handles [n], 1 <= n <= step.max_seqs, each once; row i of the step is sequence i. Where there are host
+                slots n may be 0: the step is there for its moves, which bring cached blocks to the host, up to
+                `write_ahead` of all that have no copy there.
             query_lens: [n], or one int for all; each at least 1.
             step: the arrays to fill. Where `step.last_move` is not 0 blocks have to be copied, those of `step.copies`
                 and `step.moves`: `engine.move(step)` does it, and marks it. The pass waits for the moves up to
@@ -974,7 +1077,7 @@ cdef class BlockManager:
         try:
             open_ints(seqs, "seqs", &s)
             open_ints(query_lens, "query_lens", &q)
-            if s.size == 0:
+            if s.size == 0 and self.core.pool.host.num_slots == 0:
                 raise ValueError("seqs is empty: a step needs at least one sequence")
             if not q.scalar and q.size != s.size:
                 raise ValueError(f"query_lens has {q.size} elements for {s.size} seqs")
@@ -1102,6 +1205,188 @@ cdef class BlockManager:
             raise self.error(&f)
         return preempted
 
+    # Work in the background
+
+    def begin_fetch(self, tokens, *, num_blocks, salt=b"", extra=()):
+        """Take host slots for blocks of a prompt that are to be brought from outside of this process.
+
+        One length is planned that every layer group can serve, from what is in this process and what is brought: the
+        longest for which there are slots. Slots are taken for what is in neither pool; they are free, or evicted, and
+        no move names them. Nobody finds them before `end_fetch`: until then they are the caller's to write. The host
+        slots that the prompt's hit has already are kept from eviction. Fetches and spills together hold at most a
+        quarter of the host pool; where that does not suffice the length is shorter.
+
+        A fetch that never ends keeps its slots, so that a read that hangs can do no harm.
+
+        Args:
+            tokens, salt, extra: as of `admit`; the last token is never served.
+            num_blocks: leading blocks of the prompt that are believed to be there outside, in every group.
+
+        Returns:
+            A `Fetch`, also where nothing is to be brought: each is to be ended and released.
+
+        Raises:
+            ValueError: there is no host pool; a number is out of range.
+        """
+        cdef Prompt prompt
+        cdef Fault f
+        cdef Begun begun
+        cdef Work* work = NULL
+        cdef int64_t below = bounded(num_blocks, "num_blocks", 0, MAX_INT32)
+        cdef int32_t[:, ::1] out
+        cdef int32_t i
+        cdef Fetch fetch = Fetch.__new__(Fetch)
+        self.check_host("begin_fetch")
+        try:
+            self.open_prompt(tokens, salt, extra, &prompt, True)
+            with nogil, self.lock:
+                work = core_begin_fetch(&self.core, &prompt.text, below, &begun, &f)
+        finally:
+            self.close_prompt(&prompt)
+        if work == NULL:
+            raise self.error(&f)
+        fetch.work, fetch.manager, fetch.number = work, self, work.number
+        fetch.num_local, fetch.num_tokens = begun.local, begun.most
+        try:
+            fetch.blocks = np.empty((work.num_rows, 3), np.int32)
+            out = fetch.blocks
+            for i in range(work.num_rows):
+                out[i, 0], out[i, 1], out[i, 2] = work.rows[i].index, work.rows[i].group, work.slots[i]
+            fetch.blocks.flags.writeable = False
+        except MemoryError:
+            with self.lock:
+                core_end_fetch(&self.core, work, 0)
+                core_release(&self.core, work)
+            raise
+        return fetch
+
+    def end_fetch(self, Fetch fetch not None, num_ok):
+        """Say how much of a fetch is there: no call writes to its slots any more.
+
+        What is whole is found from now on, as far as every group can serve; the other slots are free. It stays held
+        until `admit(..., fetched=fetch)` or `release(fetch)`.
+
+        Args:
+            num_ok: leading rows of `fetch.blocks` that are whole and verified.
+
+        Returns:
+            Tokens of the prompt that can now be served, up to the planned length. 0 where the prefix cache was reset
+            since the fetch began: what it brought belongs to nobody.
+
+        Raises:
+            ValueError: `num_ok` is out of range; the fetch has ended, or is another manager's.
+        """
+        cdef int64_t ok = as_int(num_ok, "num_ok"), served = 0
+        cdef bint known
+        self.check_fetch(fetch, False)
+        if not 0 <= ok <= len(fetch.blocks):
+            raise ValueError(f"num_ok={ok} must be 0 to {len(fetch.blocks)}, the blocks of the fetch")
+        with nogil, self.lock:
+            known = fetch.work != NULL and fetch.work.kind == FETCHING
+            if known:
+                served = core_end_fetch(&self.core, fetch.work, ok)
+        if not known:
+            self.check_fetch(fetch, False)
+        return served
+
+    def release(self, Fetch fetch not None):
+        """Let go of an ended fetch without admitting a sequence: what it brought may be evicted.
+
+        Raises:
+            ValueError: it has not ended, was released before, or is another manager's.
+        """
+        cdef Work* work = NULL
+        self.check_fetch(fetch, True)
+        with nogil, self.lock:
+            if fetch.work != NULL and fetch.work.kind == FETCHED:
+                work, fetch.work = fetch.work, NULL
+                core_release(&self.core, work)
+        if work == NULL:
+            self.check_fetch(fetch, True)
+
+    def begin_spill(self, max_blocks):
+        """Hold host slots whose blocks are to be copied out of this process, and say what they are.
+
+        They are taken from a queue, the first filled first: of slots that hang in the prefix tree, that no move names
+        any more, and that are not known to be outside. They may be read until `end_spill`, and are not evicted.
+        Fetches and spills together hold at most a quarter of the host pool.
+
+        Args:
+            max_blocks: slots to hold at most. There may be fewer, or none.
+
+        Raises:
+            ValueError: there is no host pool; `max_blocks` is negative.
+        """
+        cdef Fault f
+        cdef Work* work
+        cdef int64_t most = bounded(max_blocks, "max_blocks", 0, MAX_INT32)
+        cdef int32_t[:, ::1] out
+        cdef int32_t i
+        cdef Spill spill = Spill.__new__(Spill)
+        self.check_host("begin_spill")
+        with nogil, self.lock:
+            work = core_begin_spill(&self.core, most, &f)
+        if work == NULL:
+            raise self.error(&f)
+        spill.work, spill.manager, spill.number = work, self, work.number
+        try:
+            spill.blocks = np.empty((work.num_rows, 3), np.int32)
+            out = spill.blocks
+            for i in range(work.num_rows):
+                out[i, 0], out[i, 1], out[i, 2] = work.slots[i], work.rows[i].group, work.rows[i].index
+            spill.blocks.flags.writeable = False
+            spill.nodes = nodes_of(work, self.core.block_size)
+        except MemoryError:
+            untouched = bytearray(work.num_rows)
+            with self.lock:
+                core_end_spill(&self.core, work, <const uint8_t*>PyByteArray_AS_STRING(untouched), NULL)
+            raise
+        return spill
+
+    def end_spill(self, Spill spill not None, ok, digests=None):
+        """Let go of the slots of a spill.
+
+        Args:
+            ok: a bool for each row of `spill.blocks`: whether the block is there outside now. It is not spilled again
+                as long as its slot keeps it and the prefix cache is not reset. The others go to the queue's end.
+            digests: bytes [32] for each of `spill.nodes`, kept with them, so that later spills need not ask; or None.
+
+        Raises:
+            ValueError: `ok` or `digests` has another length; the spill has ended, or is another manager's.
+            TypeError: they are not bools or bytes.
+        """
+        cdef Work* work = NULL
+        cdef bytes done = bools(ok), names = None if digests is None else joined(digests)
+        cdef const char* kept = NULL
+        if self is not spill.manager:
+            raise ValueError(f"spill {spill.number} belongs to another manager")
+        if len(done) != len(spill.blocks):
+            raise ValueError(f"ok has {len(done)} elements for {len(spill.blocks)} blocks")
+        if names is not None:
+            if len(names) != len(spill.nodes) * DIGEST_BYTES:
+                raise ValueError(f"there are {len(names) // DIGEST_BYTES} digests for {len(spill.nodes)} nodes")
+            kept = PyBytes_AS_STRING(names)
+        cdef const uint8_t* flags = <const uint8_t*>PyBytes_AS_STRING(done)
+        with nogil, self.lock:
+            work, spill.work = spill.work, NULL
+            if work != NULL:
+                core_end_spill(&self.core, work, flags, kept)
+        if work == NULL:
+            raise ValueError(f"spill {spill.number} has ended before")
+
+    def block_extras(self, extra, num_blocks):
+        """The extra bytes of each of the first blocks of a prompt as `SpilledNode.extra` has them, b"" for none.
+
+        For each token that has some: its offset in the block and their length, as int64, the bytes, the length again.
+
+        Args:
+            extra: (position, bytes) pairs, as of `admit`.
+            num_blocks: how many blocks; pairs after them are left out.
+        """
+        cdef int64_t n = bounded(num_blocks, "num_blocks", 0, MAX_INT32)
+        parts = extra_parts(rising_extra(extra), self.core.block_size)
+        return [b"".join(parts.get(i, ())) for i in range(n)]
+
     # Sharing and leaving
 
     def fork(self, seq, n=1):
@@ -1176,7 +1461,8 @@ cdef class BlockManager:
     def reset_prefix_cache(self):
         """Unpublish every block, held ones too (new weights).
 
-        Sequences admitted before never publish again, and pins hold nothing any more: nobody could reach it.
+        Sequences admitted before never publish again, and pins hold nothing any more: nobody could reach it. Fetches
+        that have not ended bring nothing, and what is known to be outside is forgotten.
         """
         with nogil, self.lock:
             core_reset(&self.core)
@@ -1292,6 +1578,29 @@ cdef class BlockManager:
         finally:
             free(handles)
         return preempted
+
+    cdef int check_host(self, str call) except -1:
+        if self.core.pool.host.num_slots == 0:
+            raise ValueError(f"{call} needs host slots: this manager was made with host_blocks=0")
+        return 0
+
+    cdef int check_fetch(self, Fetch fetch, bint ended) except -1:
+        """Raise unless a fetch of this manager is under way, or with `ended`, has ended and is not released."""
+        cdef Work* work
+        cdef bint fetching = False
+        if fetch.manager is not self:
+            raise ValueError(f"fetch {fetch.number} belongs to another manager")
+        with self.lock:
+            work = fetch.work
+            if work != NULL:
+                fetching = work.kind == FETCHING
+        if work == NULL:
+            raise ValueError(f"fetch {fetch.number} was released before")
+        if fetching and ended:
+            raise ValueError(f"fetch {fetch.number} has not ended; call end_fetch first")
+        if not fetching and not ended:
+            raise ValueError(f"fetch {fetch.number} has ended before")
+        return 0
 
     cdef object handed_out(self, int64_t last_move):
         """The moves of the step whose newest move this is, int32 [n, 4]; none once they are marked."""
@@ -1411,16 +1720,13 @@ cdef class BlockManager:
 
     cdef int open_extras(self, bytes salt, extra, Text* out) except -1:
         """One blob for each block with extra bytes: an entry for each, the salt first in block 0."""
-        cdef dict parts = {}
+        cdef dict parts = extra_parts(checked_extra(rising_extra(extra), out.num_tokens), self.core.block_size)
         cdef bytes data
         cdef Blob* blob
         cdef Extra* item
         if salt:
             size = struct.pack("=q", len(salt))
-            parts[0] = [struct.pack("=q", -1), size, salt, size]
-        for position, value in checked_extra(rising_extra(extra), out.num_tokens):
-            offset, size = struct.pack("=q", position % self.core.block_size), struct.pack("=q", len(value))
-            parts.setdefault(position // self.core.block_size, []).extend((offset, size, value, size))
+            parts[0] = [_salt_mark, size, salt, size, *parts.get(0, ())]
         if not parts:
             return 0
         out.extras = <Extra*>grab(len(parts) * sizeof(Extra))
@@ -1602,9 +1908,14 @@ cdef int open_host(Core* c, int32_t slots, int32_t write_ahead) except -1:
     h.loads = <int32_t*>map_zeroed(blocks, sizeof(int32_t))
     h.moves = <Move*>map_zeroed(<size_t>blocks + write_ahead, sizeof(Move))
     h.needs = <int64_t*>map_zeroed(c.max_seqs, sizeof(int64_t))
+    h.spills = <int32_t*>map_zeroed(slots, sizeof(int32_t))
+    h.places = <int32_t*>map_zeroed(<size_t>c.pool.tree.max_nodes + 1, sizeof(int32_t))
+    h.digests = <char*>map_zeroed(<size_t>c.pool.tree.max_nodes + 1, DIGEST_BYTES)
+    c.pool.tree.named = <uint8_t*>map_zeroed(<size_t>c.pool.tree.max_nodes + 1, 1)
     if (
         h.slots == NULL or h.stack == NULL or h.slot_of == NULL or h.shadows == NULL or h.loads == NULL
-        or h.moves == NULL or h.needs == NULL
+        or h.moves == NULL or h.needs == NULL or h.spills == NULL or h.places == NULL or h.digests == NULL
+        or c.pool.tree.named == NULL
     ):
         raise MemoryError(f"no memory to keep books of host_blocks={slots} slots")
     return 0
@@ -1621,6 +1932,10 @@ cdef void close_host(Core* c, int32_t max_seqs) noexcept:
     unmap(h.loads, c.pool.num_blocks, sizeof(int32_t))
     unmap(h.moves, <size_t>c.pool.num_blocks + h.write_ahead, sizeof(Move))
     unmap(h.needs, max_seqs, sizeof(int64_t))
+    unmap(h.spills, h.num_slots, sizeof(int32_t))
+    unmap(h.places, <size_t>c.pool.tree.max_nodes + 1, sizeof(int32_t))
+    unmap(h.digests, <size_t>c.pool.tree.max_nodes + 1, DIGEST_BYTES)
+    unmap(c.pool.tree.named, <size_t>c.pool.tree.max_nodes + 1, 1)
 
 
 cdef void take_back_step(Core* c, Arrays* a) noexcept:
@@ -1671,6 +1986,54 @@ cdef list checked_extra(list pairs, int64_t num_tokens):
         if last >= num_tokens:
             raise ValueError(f"extra position {last} must be below the number of tokens ({num_tokens})")
     return pairs
+
+
+cdef dict extra_parts(list pairs, int64_t block_size):
+    """For each block with extra bytes the parts of what is compared: an entry for each token."""
+    cdef dict parts = {}
+    for position, value in pairs:
+        offset, size = struct.pack("=q", position % block_size), struct.pack("=q", len(value))
+        parts.setdefault(position // block_size, []).extend((offset, size, value, size))
+    return parts
+
+
+cdef list nodes_of(const Work* work, int64_t block_size):
+    """What a spill says of its nodes, out of the memory that it was written to under the lock."""
+    cdef const char* said = work.said
+    cdef Py_ssize_t i, size = block_size * sizeof(int32_t)
+    cdef bytes tokens, extra, salt, digest
+    cdef list nodes = []
+    for i in range(work.num_nodes):
+        tokens, said = PyBytes_FromStringAndSize(said, size), said + size
+        extra, said = PyBytes_FromStringAndSize(said, work.sizes[i]), said + work.sizes[i]
+        salt = digest = None
+        if work.parents[i] == NAMED:
+            digest, said = PyBytes_FromStringAndSize(said, DIGEST_BYTES), said + DIGEST_BYTES
+        elif work.parents[i] == OF_ROOT:
+            salt = b""
+            if extra.startswith(_salt_mark):
+                length = struct.unpack_from("=q", extra, 8)[0]
+                salt, extra = extra[16 : 16 + length], extra[24 + length :]
+        nodes.append(SpilledNode(max(work.parents[i], -1), digest, salt, tokens, extra))
+    return nodes
+
+
+cdef bytes bools(object given):
+    """Truths as bytes of 0 or 1."""
+    array = np.asarray(given)
+    if array.ndim != 1 or array.dtype != bool and array.size:
+        raise TypeError(f"ok must be one bool for each block, not {given!r:.60}")
+    return array.astype(bool).tobytes()
+
+
+cdef bytes joined(object digests):
+    cdef list given = list(digests)
+    for i, digest in enumerate(given):
+        if not isinstance(digest, bytes):
+            raise TypeError(f"digests[{i}] must be bytes, not {type(digest).__name__}")
+        if len(digest) != DIGEST_BYTES:
+            raise ValueError(f"digests[{i}] has {len(digest)} bytes; a digest has {DIGEST_BYTES}")
+    return b"".join(given)
 
 
 cdef int open_marks(list extra, const Ints* counts, Py_ssize_t num_seqs, Marks* out) except -1:

@@ -16,6 +16,7 @@ import numpy as np
 from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from manager_background import JUNK, Background, Content, Operation, digests
 from manager_device import Device, RunRow, Truth
 from manager_model import UNKNOWN, Admission, ModelManager, ModelStep, Move, Node
 from manager_streams import Streams, Work
@@ -122,6 +123,12 @@ def plain(value: Any) -> Any:
     return value
 
 
+def triples(blocks: Any) -> list[list[int]]:
+    """The rows of a fetch or a spill."""
+    rows: list[list[int]] = np.reshape(np.array(blocks, np.int64), (-1, 3)).tolist()
+    return rows
+
+
 def outcome(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return plain(call(*args, **kwargs))
@@ -163,6 +170,7 @@ class ManagerMachine(RuleBasedStateMachine):
     driver: Driver
     reference: Callable[..., ModelManager]
     streams: Streams
+    patience = 0.5  # how often the device has done everything when a fetch begins
     tiers: bool | None = None  # whether managers that cache have host slots; None: half of them have
     states: bool | None = None  # whether sequences have a state; None: a third of the managers keep one
 
@@ -171,7 +179,9 @@ class ManagerMachine(RuleBasedStateMachine):
         """One action; what it is and all its arguments follow from the seed, which is quick, and evenly spread."""
         self.finished = False
         self.rng = self.streams.rng = Random(seed)
+        self.background.rng = self.rng
         self.streams.run_some()
+        self.background.run_some()
         names = [a.name for a in ACTIONS for _ in range(self.weight(a)) if self.can(a)]
         getattr(self, self.rng.choice(names))()
         self.finished = True
@@ -203,14 +213,19 @@ class ManagerMachine(RuleBasedStateMachine):
             "watermark": choice([0.0, 0.0, 0.0, 0.1, 0.3]),
         }
         if config["prefix_caching"] and (choice([True, False]) if self.tiers is None else self.tiers):
-            config["host_blocks"] = choice([1, 3, 8, 20, num_blocks, 2 * num_blocks])
+            config["host_blocks"] = choice([1, 8, 12, 16, 24, 24, 32, num_blocks, 2 * num_blocks])
+            config["max_nodes"] = choice([None, None, None, config["max_nodes"]])
             config["write_ahead"] = choice([256, 256, 2, 1])
         if self.states or (self.states is None and choice([True, False, False])):
             config["groups"] = (*self.groups, State(self.block_size * choice([1, 1, 2, 3])))
             config["num_states"] = choice([1, 3, 5, 9, 20, 40])
+        self.open(num_blocks, config)
+
+    def open(self, num_blocks: int, config: dict[str, Any]) -> None:
+        """Make both managers, and all that surrounds them."""
         self.stateful = "num_states" in config
         note(f"manager({num_blocks}, {self.block_size}, {config}); honest: {self.honest}")
-        self.caching = config["prefix_caching"]
+        self.caching = config.get("prefix_caching", True)
         self.host = "host_blocks" in config
         self.max_seqs = config["max_seqs"]
         self.model = type(self).reference(num_blocks, self.block_size, **config)
@@ -223,12 +238,14 @@ class ManagerMachine(RuleBasedStateMachine):
         self.max_prompt = max(2, min(50 if self.large else 14, num_blocks // each * self.block_size // 2))
         self.prompts: list[tuple[list[int], bytes, list[tuple[int, bytes]]]] = []
         self.visits: list[tuple[list[int], dict[str, Any]]] = []
+        self.stored: list[tuple[list[int], dict[str, Any]]] = []  # prompts whose blocks were spilled
         self.gone: list[int] = []
         self.device = Device(self.block_size, self.groups)
         self.weights = 0
         self.truths: dict[int, Truth] = {}
         self.runs: list[tuple[int, list[RunRow]]] = []
         self.streams = Streams(self.rng)
+        self.background = Background(self.rng)
         self.passes: dict[int, Work] = {}  # of open steps
         self.closed: list[Work] = []  # what was launched for steps that were committed or aborted, until it is done
         self.compare()
@@ -263,6 +280,7 @@ class ManagerMachine(RuleBasedStateMachine):
         )
         assert abs(subject.usage - model.usage) < 1e-9
         assert subject.num_free_host_blocks == model.num_free_host_blocks
+        assert subject.num_background_slots == model.num_background_slots
         assert tuple(subject.stats()) == tuple(model.stats()), f"expected {model.stats()}, got {subject.stats()}"
         handles = list(model.sequences)
         assert plain(tuple(subject.lengths(handles))) == tuple(model.lengths(handles))
@@ -319,11 +337,13 @@ class ManagerMachine(RuleBasedStateMachine):
     def check_host(self) -> None:
         """What lies in host slots, as whoever takes it further would find it, is what their nodes say."""
         for slot, (node, g) in self.model.home.items():
-            if self.model.move_of_slot[slot] > self.streams.landed:
-                continue
-            names = self.device.identities(self.truth_of(node))[-self.block_size :]
-            expected = [(g, name) for name in names]
-            assert self.device.host.get(slot) == expected, f"host slot {slot} holds another prefix"
+            if self.model.move_of_slot[slot] <= self.streams.landed:
+                expected = self.content_of(node, g)
+                assert self.device.host.get(slot) == expected, f"host slot {slot} holds another prefix"
+
+    def content_of(self, node: Node, g: int) -> Content:
+        """What a block or a slot of a node holds."""
+        return [(g, name) for name in self.device.identities(self.truth_of(node))[-self.block_size :]]
 
     def compare_steps(self, subject_step: Any, model_step: ModelStep) -> None:
         got, expected = self.driver.read(subject_step), read_model_step(model_step)
@@ -487,9 +507,12 @@ class ManagerMachine(RuleBasedStateMachine):
         if not isinstance(self.run(handle, len(sequence.tokens) - sequence.num_prepared), Raised):
             self.close("commit", 0)
 
-    def both_admit(self, tokens: Any, identity: dict[str, Any], bounds: dict[str, Any]) -> Any:
-        expected = outcome(self.model.admit, tokens, **identity, **bounds)
-        got = outcome(self.subject.admit, tokens, **identity, **bounds)
+    def both_admit(
+        self, tokens: Any, identity: dict[str, Any], bounds: dict[str, Any], fetched: Operation | None = None
+    ) -> Any:
+        ours, theirs = ({}, {}) if fetched is None else ({"fetched": fetched.ours}, {"fetched": fetched.theirs})
+        expected = outcome(self.model.admit, tokens, **identity, **bounds, **ours)
+        got = outcome(self.subject.admit, tokens, **identity, **bounds, **theirs)
         self.same(f"admit({tokens}, {identity}, {bounds})", expected, got, (TooManySequences, NoFreeBlocks))
         ids: list[int] = plain(np.asarray(tokens))
         self.prompts = [*self.prompts[-5:], (ids, identity["salt"], identity["extra"])]
@@ -1001,6 +1024,206 @@ class ManagerMachine(RuleBasedStateMachine):
     def abort(self) -> None:
         self.close("abort", -1)
 
+    @action(1, when=lambda self: self.host)
+    def flush(self) -> None:
+        """A step without rows, for its moves alone."""
+        if not isinstance(self.run([], []), Raised) and self.coin():
+            self.close("commit", 0)
+
+    # Work in the background
+
+    @action(8, when=lambda self: self.host)
+    def turn_over(self) -> None:
+        """What is cached goes outside, others push it out of both pools, and it is wanted again."""
+        while self.runs:
+            self.close("commit", 0)
+        while len(self.handles) > 1 or (self.handles and self.coin()):
+            self.free()
+        self.end_all(self.rng.choice([0, 0, 1, 3]))
+        for _ in range(self.rng.randint(1, 3)):
+            self.visit()
+            self.flush()
+            if self.rng.randint(0, 3):
+                self.time_passes()
+            while self.spill(10**6).ours.blocks:
+                self.end_spill()
+        for _ in range(self.rng.choice([0, 8, 24])):
+            if not self.missed():
+                self.pass_by()
+        if self.coin():
+            self.flush()
+        self.begin_fetch()
+
+    def end_all(self, but: int = 0) -> None:
+        """Work in the background ends, all of it but so many operations."""
+        background = self.background
+        while len(background.fetches) + len(background.spills) + len(background.fetched) > but:
+            end = self.end_fetch if background.fetches else self.end_spill if background.spills else self.release
+            end()
+
+    def pass_by(self) -> None:
+        """A long prompt that nobody asks for again."""
+        tokens = self.some_tokens(self.max_prompt)
+        admitted = self.both_admit(tokens, {"salt": b"", "extra": [(0, self.rng.randbytes(2))]}, {"host": False})
+        if not isinstance(admitted, Raised):
+            handle, cached = admitted
+            if not isinstance(self.run([handle], [len(tokens) - cached]), Raised):
+                self.close("commit", 0)
+            del self.truths[handle]
+            self.both("free", handle)
+
+    def time_passes(self) -> None:
+        """The device has done all that was launched, and the managers know it."""
+        self.streams.finish()
+        self.both("landed", self.streams.landed)
+
+    def names_of(self, tokens: list[int], identity: dict[str, Any]) -> list[bytes]:
+        """The digests of the full blocks of a prompt."""
+        count = len(tokens) // self.block_size
+        extras = self.model.block_extras(identity["extra"], count)
+        assert self.subject.block_extras(identity["extra"], count) == extras
+        raw = np.array(tokens, "<i4").tobytes()
+        size = 4 * self.block_size
+        blocks = [(raw[i * size : (i + 1) * size], extra) for i, extra in enumerate(extras)]
+        return list(digests((self.weights, identity["salt"]), blocks))
+
+    def num_stored(self, names: list[bytes]) -> int:
+        """Leading blocks of a prompt that are outside in every group."""
+        groups = range(len(self.groups))
+        missing = (i for i, name in enumerate(names) if any((name, g) not in self.background.store for g in groups))
+        return next(missing, len(names))
+
+    def missed(self) -> list[tuple[list[int], dict[str, Any]]]:
+        """Prompts of which more is outside than here."""
+        return [
+            (tokens, identity)
+            for tokens, identity in self.stored
+            if self.model.match([*tokens, 0], **identity)
+            < self.num_stored(self.names_of(tokens, identity)) * self.block_size
+        ]
+
+    @action(4, when=lambda self: self.host)
+    def begin_fetch(self) -> None:
+        """Half of what the store has is asked for; now and then it is believed to have more than it has."""
+        if self.rng.random() < self.patience:
+            self.time_passes()
+        store = self.background.store
+        tokens, identity = self.rng.choice(self.missed() or [self.a_prompt(), *self.stored])
+        names = self.names_of(tokens, identity)
+        there = self.num_stored(names)
+        believed = self.rng.choice([there, there, there, there + 1, there // 2, 10**6, 0])
+        tokens = [*tokens, *self.some_tokens(self.rng.randint(0, 2))]
+        call = f"begin_fetch({tokens}, {identity}, num_blocks={believed})"
+        expected = outcome(self.model.begin_fetch, tokens, **identity, num_blocks=believed)
+        got = outcome(self.subject.begin_fetch, self.token_input(tokens), **identity, num_blocks=believed)
+        for name in ("number", "num_local", "num_tokens"):
+            assert getattr(got, name) == getattr(expected, name), f"{call}: {name}"
+        assert triples(got.blocks) == triples(expected.blocks), f"{call} -> {expected.blocks}"
+        note(f"{call} -> {expected.number}: {expected.num_local}, {expected.num_tokens}, {expected.blocks}")
+        operation = Operation(expected, got, hangs=self.rng.randint(0, 7) == 0)
+        for index, g, slot in expected.blocks:
+            content = store.get((names[index], g)) if index < len(names) else None
+            if content is not None and operation.num_whole == len(operation.left):
+                operation.num_whole += 1
+            content = JUNK if content is None or operation.hangs else content
+            operation.left.append(partial(self.device.host.__setitem__, slot, content))
+        self.background.fetches.append(operation)
+        self.compare()
+
+    @action(6, when=lambda self: self.background.fetches)
+    def end_fetch(self) -> None:
+        operation = self.rng.choice(self.background.fetches)
+        self.background.finish(operation)
+        whole = 0 if operation.hangs else operation.num_whole
+        self.both_end(operation, self.rng.choice([whole, whole, whole, 0, whole // 2]))
+
+    def both_end(self, operation: Operation, num_ok: int) -> None:
+        expected = outcome(self.model.end_fetch, operation.ours, num_ok)
+        got = outcome(self.subject.end_fetch, operation.theirs, num_ok)
+        self.same(f"end_fetch({operation.ours.number}, {num_ok})", expected, got, ())
+        self.background.fetches.remove(operation)
+        self.background.fetched.append(operation)
+        self.compare()
+        self.bad_operation(operation, lambda manager, fetch: manager.end_fetch(fetch, 0))
+
+    @action(6, when=lambda self: self.background.fetched)
+    def admit_fetched(self) -> None:
+        operation = self.rng.choice(self.background.fetched)
+        tokens, identity = self.rng.choice(self.visits) if self.visits and self.coin() else self.a_prompt()
+        if not isinstance(self.both_admit(self.token_input(tokens), identity, self.bounds(), operation), Raised):
+            self.background.fetched.remove(operation)
+            self.bad_operation(operation, lambda manager, fetch: manager.release(fetch))
+
+    @action(2, when=lambda self: self.background.fetched)
+    def release(self) -> None:
+        operation = self.rng.choice(self.background.fetched)
+        self.background.fetched.remove(operation)
+        self.both_call(f"release({operation.ours.number})", operation, lambda manager, fetch: manager.release(fetch))
+        self.bad_operation(operation, lambda manager, fetch: manager.admit([1], fetched=fetch))
+
+    def both_call(self, call: str, operation: Operation, do: Callable[[Any, Any], Any]) -> Any:
+        expected = outcome(do, self.model, operation.ours)
+        self.same(call, expected, outcome(do, self.subject, operation.theirs), (TooManySequences,))
+        self.compare()
+        return expected
+
+    def bad_operation(self, operation: Operation, do: Callable[[Any, Any], Any]) -> None:
+        if self.rng.randint(0, 3) == 0:
+            assert isinstance(self.both_call("a wrong call", operation, do), Raised)
+
+    @action(6, when=lambda self: self.host)
+    def begin_spill(self) -> None:
+        if self.rng.randint(0, 3):
+            self.time_passes()
+        self.spill(self.rng.choice([1, 2, 5, 10**6, 0]))
+
+    def spill(self, most: int) -> Operation:
+        expected, got = self.model.begin_spill(most), self.subject.begin_spill(most)
+        note(f"begin_spill({most}) -> {expected.number}: {expected.blocks}")
+        assert got.number == expected.number
+        assert triples(got.blocks) == triples(expected.blocks), f"begin_spill({most}) -> {expected.blocks}"
+        ours, theirs = [tuple(node) for node in expected.nodes], [tuple(node) for node in got.nodes]
+        assert theirs == ours, f"begin_spill({most}) has nodes {theirs}, expected {ours}"
+        operation = Operation(expected, got)
+        for parent, parent_digest, salt, tokens, extra in expected.nodes:
+            above = operation.names[parent] if parent >= 0 else parent_digest
+            if above is None:
+                operation.names += digests((self.weights, salt), [(tokens, extra)])
+            else:
+                operation.names.append(next(digests(above, [(tokens, extra)])))
+        for row, (slot, g, index) in enumerate(expected.blocks):
+            right = self.content_of(expected.tree_nodes[index], g)
+            prefix = self.truth_of(expected.tree_nodes[index])
+            prompt = prefix.tokens, {"salt": prefix.salt, "extra": sorted(prefix.extra.items())}
+            self.stored = [*[other for other in self.stored if other != prompt], prompt][-20:]
+            operation.left.append(partial(self.read_slot, operation, row, slot, right))
+        self.background.spills.append(operation)
+        self.compare()
+        return operation
+
+    def read_slot(self, operation: Operation, row: int, slot: int, right: Content) -> None:
+        content = self.device.host.get(slot, JUNK)
+        if self.honest:
+            assert content == right, f"spill {operation.ours.number} reads another prefix in host slot {slot}"
+        operation.read[row] = content
+
+    @action(6, when=lambda self: self.background.spills)
+    def end_spill(self) -> None:
+        """What was read is in the store, also where the manager is not told so."""
+        operation = self.rng.choice(self.background.spills)
+        self.background.spills.remove(operation)
+        self.background.finish(operation)
+        spill, names = operation.ours, operation.names
+        for row, (_, g, index) in enumerate(spill.blocks):
+            self.background.store[names[index], g] = operation.read[row]
+        ok = [self.rng.randint(0, 3) > 0 for _ in spill.blocks]
+        said = names if self.rng.randint(0, 3) else None
+        self.bad_operation(operation, lambda manager, spill: manager.end_spill(spill, [*ok, True]))
+        self.both_call(
+            f"end_spill({spill.number}, {ok})", operation, lambda manager, spill: manager.end_spill(spill, ok, said)
+        )
+        self.bad_operation(operation, lambda manager, spill: manager.end_spill(spill, ok))
+
     # The prefix cache from outside
 
     @action(1, when=lambda self: self.model.node_of)
@@ -1018,6 +1241,7 @@ class ManagerMachine(RuleBasedStateMachine):
     def reset_prefix_cache(self) -> None:
         if self.coin():
             self.weights += 1
+            self.stored.clear()
             self.both("reset_prefix_cache")
 
     # Wrong calls: one action, so that they do not crowd out the right ones
@@ -1126,7 +1350,7 @@ class ManagerMachine(RuleBasedStateMachine):
         too_long = len(last.tokens) - last.num_prepared + 1
         n = len(batch)
         calls: dict[str, Callable[[], Any]] = {
-            "empty": lambda: self.failing_prepare([], []),
+            "empty": lambda: self.host or self.failing_prepare([], []),
             "nothing": lambda: self.failing_prepare(batch, [*[1] * (n - 1), 0]),
             "negative": lambda: self.failing_prepare(batch, [*[1] * (n - 1), -1]),
             "too long": lambda: self.failing_prepare(batch, [*[1] * (n - 1), too_long]),
@@ -1143,7 +1367,7 @@ class ManagerMachine(RuleBasedStateMachine):
             candidates = [step_id for step_id in wrong + ids if step_id not in right]
             result = self.both(name, self.rng.choice(candidates))
             assert isinstance(result, Raised)
-        if self.runs:
+        if self.runs and self.runs[0][1]:
             step_id, rows = self.runs[0]
             full = [row.end - row.start for row in rows]
             for accepted in ([*full[:-1], full[-1] + 1], [*full[:-1], -1], full[:-1], [*full, 1], [0.5] * len(rows)):
@@ -1223,7 +1447,9 @@ class ManagerMachine(RuleBasedStateMachine):
         while self.runs:
             self.close("commit", 0)
         self.streams.finish()
+        self.end_all()
         self.compare()
+        assert self.subject.num_background_slots == 0
         for handle in self.pins:
             self.both("unpin", handle)
         handles = self.handles

@@ -4,6 +4,7 @@ Lists and dicts, no cleverness: it is here to be read, and to be right. Speed an
 Imports nothing of kvblocks but the errors and the names of reaches, so that it shares no mistake with what it judges.
 """
 
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -26,6 +27,9 @@ GONE = -1  # in a table: a block that no later token reaches
 UNKNOWN = -1  # how a placeholder shows among a sequence's tokens
 MAX_TOKEN = 2**31 - 1
 GENERATION_SHIFT = 24  # a handle is generation << 24 | slot
+FREE_LOOK = 16  # free host slots that are looked at for one whose moves have landed
+SPILL_LOOK = 1024  # slots of the queue that one `begin_spill` looks at
+SPILL_NODES = 4096  # nodes of one spill, but for those of its first slot
 
 Extra = Sequence[tuple[int, bytes]]
 # What makes two full blocks after one prefix equal: their tokens, and the extra bytes with their offset in the block.
@@ -80,6 +84,16 @@ class Move(NamedTuple):
     target: int
 
 
+class SpilledNode(NamedTuple):
+    """A node of a spill. Its parent is a row before it; or is known by its digest; or is the root of a salt."""
+
+    parent: int
+    parent_digest: bytes | None
+    salt: bytes | None
+    tokens: bytes
+    extra: bytes
+
+
 class Lengths(NamedTuple):
     num_cached: list[int]
     num_computed: list[int]
@@ -128,6 +142,7 @@ class Node:
     key: BlockKey
     blocks: list[int | None]  # for each group the one that hangs here
     slots: list[int | None]  # and the host slot
+    digest: bytes | None = None  # its name outside of this process, once somebody has said it
     children: dict[BlockKey, "Node"] = field(default_factory=dict)
     state: int | None = None  # the slot of a checkpoint: the state after the last token of this block
 
@@ -167,6 +182,31 @@ class Seq:
     state: int | None = None  # the slot that stands at `num_prepared`; none at 0
     lost: bool = False  # an aborted pass wrote that slot: to be preempted once no open step has the sequence
     checkpoint: int | None = None  # the slot of the newest checkpoint that it left
+
+
+@dataclass(eq=False)
+class ModelFetch:
+    """Blocks that are on their way into host slots from outside of this process."""
+
+    number: int
+    num_local: int
+    num_tokens: int = 0
+    blocks: list[tuple[int, int, int]] = field(default_factory=list)  # index, group, slot
+    path: list[Node] = field(default_factory=list)  # of what it could serve, held until it ends
+    held: list[int] = field(default_factory=list)  # slots: those of `blocks`, and those of the local hit
+    ended: bool = False
+    released: bool = False
+
+
+@dataclass(eq=False)
+class ModelSpill:
+    """Host slots that are being copied to outside of this process."""
+
+    number: int
+    blocks: list[tuple[int, int, int]]  # slot, group, index into nodes
+    nodes: list[SpilledNode]
+    tree_nodes: list[Node]  # the same; none after a reset
+    ended: bool = False
 
 
 @dataclass(eq=False)
@@ -273,6 +313,7 @@ class ModelManager:
         self.write_ahead = write_ahead
         self.host_unused = list(reversed(range(host_blocks)))  # a stack
         self.host_slots: list[int] = []  # those that hang on nodes, least recently used first
+        self.passed: list[int] = []  # hang on nodes, and were passed over by an eviction because they are held
         self.home: dict[int, tuple[Node, int]] = {}  # slot -> its node and group
         self.move_of_block = [0] * num_blocks  # the newest move that names it: who writes it waits for that
         self.group_of_slot = [0] * host_blocks
@@ -291,6 +332,14 @@ class ModelManager:
         self.state_idle: list[int] = []  # checkpoints that nobody holds, least recently used first
         # A checkpoint goes with the block of this group: nobody could hit it then.
         self.anchor = self.groups.index(None) if None in self.groups else 0
+
+        # Work in the background: it holds slots, which are not evicted, and not free before they are let go.
+        self.num_begun = self.num_resets = 0
+        self.fetches: list[ModelFetch] = []  # not released
+        self.spills: list[ModelSpill] = []  # open
+        self.holds = [0] * host_blocks
+        self.known: set[int] = set()  # slots whose blocks are there outside of this process too
+        self.spill_queue: list[int] = []  # slots that an offload has filled, the first one first; some have lost theirs
 
     # Looking in
 
@@ -342,6 +391,10 @@ class ModelManager:
         last = len(sequence.tokens) // self.every * self.every if self.every else 0
         return last if last > sequence.num_prepared else 0
 
+    @property
+    def num_background_slots(self) -> int:
+        return sum(holds > 0 for holds in self.holds)
+
     def stats(self) -> Stats:
         return Stats(**self.counts)
 
@@ -360,9 +413,12 @@ class ModelManager:
         reserve: int | None = None,
         max_hit: int | None = None,
         host: bool = True,
+        fetched: ModelFetch | None = None,
     ) -> tuple[int, int]:
         ids, marks = self._prompt(tokens, salt, extra)
         room, longest = _optional("reserve", reserve), _optional("max_hit", max_hit)
+        if fetched is not None:
+            self._must_be(fetched, ended=True)
         if not self.free_slots:
             raise TooManySequences("every slot is taken", self.max_seqs)
         sequence = Seq(0, ids, salt, marks)
@@ -370,6 +426,8 @@ class ModelManager:
         sequence.handle = self._new_handle()
         self.sequences[sequence.handle] = sequence
         self._occupy(sequence, hit, target)
+        if fetched is not None:
+            self._release(fetched)
         self.counts["admitted"] += 1
         return sequence.handle, sequence.num_cached
 
@@ -498,8 +556,8 @@ class ModelManager:
     def prepare(self, seqs: Any, query_lens: Any, step: ModelStep, *, keep_state: bool = False) -> int:
         batch = self._batch(seqs)
         lens = _ints("query_lens", query_lens)
-        if not batch:
-            raise ValueError("a step needs a sequence")
+        if not batch and not self.host_blocks:
+            raise ValueError("a step needs a sequence, unless it is there for its moves")
         if keep_state and not self.every:
             raise ValueError("no group keeps a state")
         if len(lens) != len(batch):
@@ -540,10 +598,10 @@ class ModelManager:
         self._fill(step, rows)
         copies = len(step.copies) + len(step.state_copies) + len(step.state_zero)
         self.moves_noted += copies
-        step.needs = self.moves_noted if copies else max(row.sequence.needs for row in rows)
+        step.needs = self.moves_noted if copies else max([row.sequence.needs for row in rows], default=0)
         if step.needs <= self.moves_landed:
             step.needs = 0
-        step.moves = self._noted_loads() + self._offload_ahead()
+        step.moves = self._noted_loads() + self._offload_ahead(everything=not rows)
         opened.last_move = step.last_move = self.moves_noted if self.moves_noted > self.moves_handed else 0
         self.moves_handed = self.moves_noted
         return self.last_step_id
@@ -705,14 +763,256 @@ class ModelManager:
         self.unused += self.idle
         self.idle.clear()
         self.examined = 0
-        self.host_unused += self.host_slots
+        self.num_resets += 1
+        self.host_unused += [slot for slot in self.host_slots if not self.holds[slot]]
         self.host_slots.clear()
+        self.passed.clear()
         self.home.clear()
+        self.known.clear()
+        self.spill_queue.clear()
+        for fetch in self.fetches:
+            fetch.path.clear()
+        for spill in self.spills:
+            spill.tree_nodes.clear()
         for sequence in self._all_sequences():
             sequence.may_publish = False
             sequence.num_published = 0
             sequence.last_node = None
         self.pins = {handle: ([], self._root(b""), None) for handle in self.pins}  # nobody could reach what they held
+
+    # Work in the background
+
+    def block_extras(self, extra: Extra, num_blocks: int) -> list[bytes]:
+        if _int("num_blocks", num_blocks) < 0:
+            raise ValueError(f"num_blocks={num_blocks} is below 0")
+        marks = _checked_extra(extra, MAX_TOKEN)
+        return [_extra_bytes(self._block_key([], marks, index)) for index in range(num_blocks)]
+
+    @public
+    def begin_fetch(self, tokens: Any, *, num_blocks: int, salt: bytes = b"", extra: Extra = ()) -> ModelFetch:
+        """One length is planned: the longest that all groups can serve, with what may be taken and held.
+
+        What is there already is held first, so that no slot is taken from it.
+        """
+        ids, marks = self._prompt(tokens, salt, extra)
+        below = _optional("num_blocks", num_blocks)
+        if below is None:
+            raise TypeError("num_blocks is an int")
+        if not self.host_blocks:
+            raise ValueError("there is no host pool")
+        most = (len(ids) - 1) // self.block_size
+        local = len(self._find(ids, salt, marks, most, host=True))
+        limit = min(most, max(below, local))
+        path = self._walk(ids, salt, marks, limit)
+        room = self.host_blocks // 4 - self.num_background_slots
+        held_before = {slot for slot, holds in enumerate(self.holds) if holds}
+
+        def plan(length: int) -> tuple[list[tuple[int, int]], list[int]]:
+            """What has to be fetched for a hit of this length, and the slots that have it already."""
+            missing, there = [], []
+            for i, g in [(i, g) for i in range(length) for g in range(len(self.groups))]:
+                if i < self._first_row(g, length * self.block_size):
+                    continue
+                slot = path[i].slots[g] if i < len(path) else None
+                if slot is not None:
+                    there.append(slot)
+                elif i >= len(path) or path[i].blocks[g] is None:
+                    missing.append((i, g))
+            return missing, there
+
+        def fits(length: int) -> bool:
+            if length and self.every and (length > len(path) or path[length - 1].state is None):
+                return False  # a hit ends at a checkpoint
+            missing, there = plan(length)
+            new = [slot for slot in there if slot not in held_before]
+            return len(missing) + len(new) <= room and all(i < below for i, _ in missing)
+
+        self.num_begun += 1
+        fetch = ModelFetch(self.num_begun, local * self.block_size, path=list(path))
+        self.fetches.append(fetch)
+        on_path = [slot for node in path for slot in node.slots if slot is not None]
+        for slot in on_path:
+            self.holds[slot] += 1
+        length = max(n for n in range(limit + 1) if fits(n))
+        taken = self._take_landed(len(plan(length)[0]))
+        length = min(length, len(path) + self.max_nodes - len(self._all_nodes()))
+        length = max(n for n in range(length + 1) if fits(n) and len(plan(n)[0]) <= len(taken))
+        missing, there = plan(length)
+        for slot in reversed(taken[len(missing) :]):
+            self.host_unused.append(slot)
+        for slot in taken[: len(missing)]:
+            self.holds[slot] = 1
+        for slot in on_path:
+            if slot not in there:
+                self._let_go_slot(slot)
+        for index in range(len(path), length):
+            key = self._block_key(ids, marks, index)
+            parent = fetch.path[-1] if fetch.path else self._root(salt)
+            node = parent.children[key] = Node(parent, key, [None] * len(self.groups), [None] * len(self.groups))
+            fetch.path.append(node)
+        del fetch.path[length:]
+        if len(path) > length:
+            self._prune(path[-1])
+        fetch.blocks = [(i, g, slot) for (i, g), slot in zip(missing, taken, strict=False)]
+        fetch.held = taken[: len(missing)] + there
+        fetch.num_tokens = max(length, local) * self.block_size
+        return fetch
+
+    @public
+    def end_fetch(self, fetch: ModelFetch, num_ok: int) -> int:
+        self._must_be(fetch, ended=False)
+        if not 0 <= _int("num_ok", num_ok) <= len(fetch.blocks):
+            raise ValueError(f"num_ok={num_ok} is outside 0..{len(fetch.blocks)}")
+        path = fetch.path
+        hung = []
+        for index, g, slot in fetch.blocks[:num_ok] if path else []:
+            if path[index].slots[g] is None:
+                self._hang_slot(slot, path[index], g)
+                self.passed.append(slot)
+                self.known.add(slot)
+                hung.append((index, g, slot))
+        served = self._served(path, host=True)
+        for index, g, slot in hung:
+            if index >= len(served):
+                del self.home[slot]
+                self.passed.remove(slot)
+                self.known.remove(slot)
+                path[index].slots[g] = None
+        for index in reversed(range(len(served))):
+            for g in range(len(self.groups)):
+                if index >= self._first_row(g, len(served) * self.block_size):
+                    self._use_slot(path[index], g)
+        fetch.ended = True
+        fetch.path = []
+        for _, _, slot in fetch.blocks:
+            if slot not in self.home:
+                self._let_go_slot(slot)
+                fetch.held.remove(slot)
+        if path:
+            self._prune(path[-1])
+        return len(served) * self.block_size
+
+    @public
+    def release(self, fetch: ModelFetch) -> None:
+        self._must_be(fetch, ended=True)
+        self._release(fetch)
+
+    def _release(self, fetch: ModelFetch) -> None:
+        self.fetches.remove(fetch)
+        fetch.released = True
+        for slot in fetch.held:
+            self._let_go_slot(slot)
+        fetch.held = []
+
+    def _must_be(self, fetch: ModelFetch, ended: bool) -> None:
+        if not isinstance(fetch, ModelFetch):
+            raise TypeError(f"{fetch!r} is no fetch")
+        if fetch not in self.fetches or fetch.ended != ended:
+            raise ValueError(f"fetch {fetch.number} is another manager's, or in another state")
+
+    @public
+    def begin_spill(self, max_blocks: int) -> ModelSpill:
+        most = _optional("max_blocks", max_blocks)
+        if most is None:
+            raise TypeError("max_blocks is an int")
+        if not self.host_blocks:
+            raise ValueError("there is no host pool")
+        rows: list[tuple[int, int, int]] = []
+        nodes: list[SpilledNode] = []
+        place: dict[int, int] = {}  # of nodes in `nodes`
+        tree_nodes: list[Node] = []
+        looked = 0
+        room = self.host_blocks // 4 - self.num_background_slots
+        for slot in self.spill_queue[:SPILL_LOOK]:
+            if len(rows) >= most or sum(self.holds[row[0]] == 0 for row in rows) >= room:
+                break
+            if slot in self.home and slot not in self.known:
+                if self.move_of_slot[slot] > self.moves_landed:
+                    break
+                node, g = self.home[slot]
+                above = self._unnamed(node, place)
+                if rows and len(nodes) + len(above) > SPILL_NODES:
+                    break
+                for new in above:
+                    place[id(new)] = len(nodes)
+                    tree_nodes.append(new)
+                    nodes.append(self._spilled(new, place))
+                rows.append((slot, g, place[id(node)]))
+            looked += 1
+        del self.spill_queue[:looked]
+        for slot, _, _ in rows:
+            self.holds[slot] += 1
+        self.num_begun += 1
+        spill = ModelSpill(self.num_begun, rows, nodes, tree_nodes)
+        self.spills.append(spill)
+        return spill
+
+    def _unnamed(self, node: Node, place: dict[int, int]) -> list[Node]:
+        """A node, and those before it of which a spill has to say what they are; parents first."""
+        above: list[Node] = []
+        while id(node) not in place:
+            above.insert(0, node)
+            assert node.parent is not None
+            node = node.parent
+            if node.parent is None or node.digest is not None:
+                break
+        return above
+
+    def _spilled(self, node: Node, place: dict[int, int]) -> SpilledNode:
+        assert node.parent is not None
+        parent = place.get(id(node.parent), -1)
+        salt = next((salt for salt, root in self.roots.items() if root is node.parent), None)
+        digest = node.parent.digest if parent < 0 else None
+        tokens = np.array(node.key[0], "<i4").tobytes()
+        return SpilledNode(parent, digest, salt, tokens, _extra_bytes(node.key))
+
+    @public
+    def end_spill(self, spill: ModelSpill, ok: Sequence[bool], digests: Sequence[bytes] | None = None) -> None:
+        if not isinstance(spill, ModelSpill):
+            raise TypeError(f"{spill!r} is no spill")
+        if spill not in self.spills:
+            raise ValueError(f"spill {spill.number} is another manager's, or has ended")
+        if len(ok) != len(spill.blocks) or (digests is not None and len(digests) != len(spill.nodes)):
+            raise ValueError("there is one answer for each block, and one digest for each node")
+        for digest in digests or []:
+            if len(digest) != 32:
+                raise ValueError("a digest has 32 bytes")
+        self.spills.remove(spill)
+        for (slot, _, _), done in zip(spill.blocks, ok, strict=True):
+            if slot in self.home and done:
+                self.known.add(slot)
+            elif slot in self.home and slot not in self.spill_queue:
+                self.spill_queue.append(slot)
+        for slot, _, _ in reversed(spill.blocks):
+            self._let_go_slot(slot)
+        for node, digest in zip(spill.tree_nodes, digests or [], strict=False):
+            node.digest = digest
+
+    def _take_landed(self, count: int) -> list[int]:
+        """Up to so many slots that no move still names, the free ones first."""
+        taken: list[int] = []
+        while len(taken) < count:
+            near = [slot for slot in self.host_unused[-FREE_LOOK:] if self.move_of_slot[slot] <= self.moves_landed]
+            if not near:
+                oldest = self._oldest_slot()
+                if oldest is None or self.move_of_slot[oldest] > self.moves_landed:
+                    break
+                self._drop_slot(oldest)
+                near = [oldest]
+            self.host_unused.remove(near[-1])
+            taken.append(near[-1])
+        return taken
+
+    def _let_go_slot(self, slot: int) -> None:
+        """A slot that nobody holds any more is free, or may be evicted again."""
+        self.holds[slot] -= 1
+        if self.holds[slot]:
+            return
+        if slot not in self.home:
+            self.host_unused.append(slot)
+        elif slot in self.passed:
+            self.passed.remove(slot)
+            self.host_slots.insert(0, slot)
 
     # Blocks
 
@@ -810,14 +1110,22 @@ class ModelManager:
 
         No node has an unknown token.
         """
+        return self._served(self._walk(tokens, salt, extra, max_blocks), host)
+
+    def _walk(self, tokens: list[int], salt: bytes, extra: dict[int, bytes], max_blocks: int) -> list[Node]:
+        """The nodes of a prefix, whatever hangs on them."""
         node = self.roots.get(salt)
         path: list[Node] = []
         while node is not None and len(path) < max_blocks:
             node = node.children.get(self._block_key(tokens, extra, len(path)))
             if node is not None:
                 path.append(node)
+        return path
+
+    def _served(self, path: list[Node], host: bool) -> list[Node]:
+        """The longest part of a path that every group can serve."""
         while not self._serves(path, host):
-            path.pop()
+            path = path[:-1]
         return path
 
     def _serves(self, path: list[Node], host: bool) -> bool:
@@ -864,17 +1172,29 @@ class ModelManager:
         """Make the slot, if there is one, the most recently used."""
         slot = node.slots[g]
         if slot is not None:
-            self.host_slots.remove(slot)
+            (self.passed if slot in self.passed else self.host_slots).remove(slot)
             self.host_slots.append(slot)
+
+    def _oldest_slot(self) -> int | None:
+        """The slot to evict next. Held ones are passed over, once: let go, they are the next."""
+        while self.host_slots and self.holds[self.host_slots[0]]:
+            self.passed.append(self.host_slots.pop(0))
+        return self.host_slots[0] if self.host_slots else None
 
     def _drop_slot(self, slot: int) -> None:
         node, g = self.home.pop(slot)
         node.slots[g] = None
         self._check_anchor(node)
         self.host_slots.remove(slot)
+        self.known.discard(slot)
         self.host_unused.append(slot)
         self.counts["host_evictions"] += 1
         self._prune(node)
+
+    def _hang_slot(self, slot: int, node: Node, g: int) -> None:
+        node.slots[g] = slot
+        self.home[slot] = node, g
+        self.group_of_slot[slot] = g
 
     def _load(self, sequence: Seq, node: Node, g: int) -> int:
         """A block for what lies in a host slot, on its node at once; the load is noted."""
@@ -907,25 +1227,26 @@ class ModelManager:
         self.counts["loads"] += len(moves)
         return moves
 
-    def _offload_ahead(self) -> list[Move]:
+    def _offload_ahead(self, everything: bool) -> list[Move]:
         """Copies to the host of the blocks that will be evicted next, as far as they have none there."""
         moves: list[Move] = []
         before = self.moves_noted
-        horizon = max(8192, self.num_blocks // 16)
+        horizon = len(self.idle) if everything else max(8192, self.num_blocks // 16)
         while len(moves) < self.write_ahead and self.examined < min(len(self.idle), horizon) and self.host_blocks:
             block = self.idle[self.examined]
             node = self.node_of[block]
             g = node.blocks.index(block)
             if node.slots[g] is None and block not in self.slid:
-                if not self.host_unused and self.move_of_slot[self.host_slots[0]] > before:
-                    break  # all of them were given out by this very call
                 if not self.host_unused:
-                    self._drop_slot(self.host_slots[0])
+                    oldest = self._oldest_slot()
+                    if oldest is None or self.move_of_slot[oldest] > before:
+                        break  # all of them are held, or were given out by this very call
+                    self._drop_slot(oldest)
                 slot = self.host_unused.pop()
-                node.slots[g] = slot
-                self.home[slot] = node, g
-                self.group_of_slot[slot] = g
+                self._hang_slot(slot, node, g)
                 self.host_slots.append(slot)
+                if slot not in self.spill_queue:
+                    self.spill_queue.append(slot)
                 self.moves_noted += 1
                 self.move_of_block[block] = self.move_of_slot[slot] = self.moves_noted
                 moves.append(Move(False, g, block, slot))
@@ -946,8 +1267,11 @@ class ModelManager:
             parent = self._parent_node(sequence, index)
             node = parent.children.get(key)
             if node is None:
-                while len(self._all_nodes()) >= self.max_nodes and self.host_slots:
-                    self._drop_slot(self.host_slots[0])
+                while len(self._all_nodes()) >= self.max_nodes:
+                    oldest = self._oldest_slot()
+                    if oldest is None:
+                        break
+                    self._drop_slot(oldest)
                 if len(self._all_nodes()) >= self.max_nodes:
                     sequence.may_publish = False
                     return
@@ -1008,6 +1332,7 @@ class ModelManager:
 
     def _holders(self) -> list[Node]:
         last_nodes = [sequence.last_node for sequence in self._all_sequences() if sequence.last_node is not None]
+        last_nodes += [fetch.path[-1] for fetch in self.fetches if fetch.path]
         return last_nodes + [node for _, node, _ in self.pins.values()]
 
     def _all_nodes(self) -> list[Node]:
@@ -1397,8 +1722,8 @@ class ModelManager:
     def _fill(self, step: ModelStep, rows: list[Row]) -> None:
         step.num_seqs = len(rows)
         step.num_tokens = sum(row.query_len for row in rows)
-        step.max_query_len = max(row.query_len for row in rows)
-        step.max_seq_len = max(row.end for row in rows)
+        step.max_query_len = max([row.query_len for row in rows], default=0)
+        step.max_seq_len = max([row.end for row in rows], default=0)
         step.input_ids = [token for row in rows for token in row.sequence.tokens[row.start : row.end]]
         step.positions = [position for row in rows for position in range(row.start, row.end)]
         each = range(len(self.groups))
@@ -1445,8 +1770,16 @@ class ModelManager:
         hanging = {block: node for node in reachable for block in node.blocks if block is not None}
         homes = {slot: (node, g) for node in reachable for g, slot in enumerate(node.slots) if slot is not None}
         _require(10, homes == self.home, "the tree and the host slots disagree")
-        _require(10, sorted(self.home) == sorted(self.host_slots), "a slot hangs on a node and is not in the queue")
-        everywhere = sorted(self.host_unused + self.host_slots)
+        _require(10, sorted(self.home) == sorted(self.host_slots + self.passed), "a slot hangs and is in no list")
+        held_slots = [slot for fetch in self.fetches for slot in fetch.held]
+        held_slots += [slot for spill in self.spills for slot, _, _ in spill.blocks]
+        for slot in range(self.host_blocks):
+            _require(12, self.holds[slot] == held_slots.count(slot), f"the holds of host slot {slot} are wrong")
+        _require(12, all(self.holds[slot] for slot in self.passed), "an eviction passed over what nobody holds")
+        _require(12, self.num_background_slots <= self.host_blocks // 4, "background work holds too much")
+        _require(12, self.known <= set(self.home), "a slot without a node is known outside")
+        _require(12, len(set(self.spill_queue)) == len(self.spill_queue), "a slot waits for two spills")
+        everywhere = sorted([*self.host_unused, *self.home, *(set(held_slots) - set(self.home))])
         _require(10, everywhere == list(range(self.host_blocks)), "a host slot is lost or in two places")
         moves = [self.moves_landed, self.moves_marked, self.moves_handed, self.moves_noted]
         _require(10, moves == sorted(moves), f"moves are done before they are handed out: {moves}")
@@ -1457,6 +1790,8 @@ class ModelManager:
         for node in reachable:
             alive = node.children or node in holders or any(place is not None for place in node.blocks + node.slots)
             _require(3, bool(alive), "a node has neither block, slot, child nor holder")
+            has_name = node.digest is None or node.parent is None or not node.parent.key[0] or node.parent.digest
+            _require(12, bool(has_name), "a node has a digest and the one before it has none")
             _require(3, len(node.key[0]) == self.block_size and UNKNOWN not in node.key[0], "a node's tokens are wrong")
         for sequence in self._all_sequences():
             last = sequence.last_node
@@ -1540,7 +1875,7 @@ class ModelManager:
             list(self.unused),
             list(self.idle),
             list(self.refs),
-            [(node.key, list(node.blocks), list(node.slots), id(node.parent)) for node in self._all_nodes()],
+            [(n.key, list(n.blocks), list(n.slots), n.digest, id(n.parent)) for n in self._all_nodes()],
             {handle: _fields(sequence) for handle, sequence in self.sequences.items()},
             {handle: [list(row) for row in rows] for handle, (rows, _, _) in self.pins.items()},
             list(self.free_slots),
@@ -1549,6 +1884,9 @@ class ModelManager:
             self.last_step_id,
             (self.moves_noted, self.moves_handed, self.moves_marked, self.moves_landed),
             (list(self.host_unused), list(self.host_slots), list(self.loading), self.examined, set(self.slid)),
+            (list(self.passed), list(self.holds), set(self.known), list(self.spill_queue), self.num_begun),
+            [(fetch.number, fetch.ended, len(fetch.path), list(fetch.held)) for fetch in self.fetches],
+            [(spill.number, len(spill.tree_nodes)) for spill in self.spills],
             dict(self.counts),
             ([vars(slot).copy() for slot in self.state_slots], list(self.state_unused), list(self.state_idle)),
         )
@@ -1560,6 +1898,11 @@ def _fields(sequence: Seq) -> dict[str, Any]:
 
 def _depth(node: Node) -> int:
     return 0 if node.parent is None else 1 + _depth(node.parent)
+
+
+def _extra_bytes(key: BlockKey) -> bytes:
+    """The extra bytes of a block as they are compared: for each token its offset and length, the bytes, the length."""
+    return b"".join(struct.pack(f"<qq{len(data)}sq", offset, len(data), data, len(data)) for offset, data in key[1])
 
 
 def _descendants(node: Node) -> list[Node]:

@@ -7,7 +7,8 @@ from libc.string cimport memcmp
 from core.memory cimport grab_zeroed
 from core.text cimport PAGE_REFS, PAGE_ROOM, block_at, Extra, extra_of, page_of, pages_for, Text, token_at
 from core.tree cimport hash_extra, line_of, Node, node_at, same_extra, tag_of, tokens_at, Tree, tree_find, tree_hash
-from core.host cimport Host, Moves, host_free, slot_at
+from core.host cimport FETCHING, SPILLING, Host, Moves, host_free, slot_at, Work
+from core.background cimport room_for_work
 from core.pool cimport Pool, pool_free, pool_step, Step, StepRow
 from core.sequences cimport LIVE, PIN, PREEMPTED, UNUSED, blocks_for, Core, first_row, row_at, Seq
 from core.steps cimport may_write
@@ -155,6 +156,11 @@ cdef inline bint audit_tree(
     for i in range(c.fresh_seq):
         if c.seqs[i].kind != UNUSED and c.seqs[i].last_node > 0 and c.seqs[i].last_node < t.fresh:
             uses[c.seqs[i].last_node] += 1
+    cdef const Work* work = p.host.works
+    while work != NULL:
+        if 0 < work.last_node < t.fresh:
+            uses[work.last_node] += 1
+        work = work.older
     for i in range(p.host.fresh):
         if p.host.slots[i].node > 0 and p.host.slots[i].node < t.fresh:
             uses[p.host.slots[i].node] += 1
@@ -313,7 +319,7 @@ cdef inline bint audit_host(Core* c, int32_t* seen, Finding* out) noexcept nogil
     cdef Host* h = &c.pool.host
     cdef Tree* t = &c.pool.tree
     cdef const Moves* m = &c.pool.moves
-    cdef int32_t i, n, g, b, s, hanging = 0, ahead = 0, newer = -1
+    cdef int32_t i, n, g, b, s, hanging = 0, taken = 0, ahead = 0, newer = -1
     cdef uint32_t k
     if not 0 <= m.landed <= m.marked <= m.handed <= m.noted:
         return broken(out, 10, b"a move is done before it is handed out; the newest:", m.noted)
@@ -332,7 +338,14 @@ cdef inline bint audit_host(Core* c, int32_t* seen, Finding* out) noexcept nogil
         hanging += 1
         newer = s
         s = h.slots[s].older
-    if h.oldest != newer or hanging + host_free(h) != h.num_slots:
+    for s in range(h.fresh):
+        if h.slots[s].passed:
+            if seen[s] or h.slots[s].node <= 0 or h.slots[s].holds <= 0:
+                return broken(out, 10, b"an eviction passed over a host slot that is in the list, or not held:", s)
+            seen[s] = 1
+            hanging += 1
+        taken += seen[s] == 0 and h.slots[s].holds > 0
+    if h.oldest != newer or hanging + taken + host_free(h) != h.num_slots:
         return broken(out, 10, b"a host slot is lost or in two places; in use:", hanging)
     for n in range(t.fresh):
         for g in range(c.num_groups):
@@ -363,6 +376,55 @@ cdef inline bint audit_host(Core* c, int32_t* seen, Finding* out) noexcept nogil
     return True
 
 
+cdef inline bint audit_background(Core* c, int32_t* holds, Finding* out) noexcept nogil:
+    """Invariant 12. `holds` is zeroed scratch, one number for each host slot."""
+    cdef const Host* h = &c.pool.host
+    cdef const Tree* t = &c.pool.tree
+    cdef const Work* work = h.works
+    cdef int32_t i, s, queued = 0, held = 0
+    cdef int64_t place, newest = h.num_begun
+    if h.num_slots == 0:
+        return True
+    while work != NULL:
+        if work.number > newest or work.older != NULL and work.older.newer != work:
+            return broken(out, 12, b"the list of fetches and spills is torn; number:", work.number)
+        newest = work.number - 1
+        for i in range(work.num_slots):
+            s = work.slots[i]
+            if s < -1 or s >= h.fresh:
+                return broken(out, 12, b"work in the background holds a slot that does not exist:", s)
+            if s >= 0:
+                holds[s] += 1
+            if work.kind == FETCHING and i < work.num_rows and (s < 0 or h.slots[s].node):
+                return broken(out, 12, b"a slot that a fetch has taken is found; slot:", s)
+            if work.kind == SPILLING and not work.stale and h.slots[s].node != work.nodes[work.rows[i].index]:
+                return broken(out, 12, b"a slot that is spilled has lost its node; slot:", s)
+        work = work.older
+    for s in range(h.fresh):
+        if h.slots[s].holds != holds[s]:
+            return broken(out, 12, b"a host slot is not held as often as it notes; slot:", s)
+        if h.slots[s].known and h.slots[s].node == 0:
+            return broken(out, 12, b"a host slot without a node is known outside; slot:", s)
+        held += holds[s] > 0
+        queued += h.slots[s].queued
+    if held != h.num_held or room_for_work(h) < 0:
+        return broken(out, 12, b"work in the background holds too many slots, or miscounts them:", held)
+    if queued != h.spill_size:
+        return broken(out, 12, b"the queue of slots to be spilled has another length than was counted:", queued)
+    for i in range(h.spill_size):
+        place = (<int64_t>h.spill_first + i) % h.num_slots
+        s = h.spills[place]
+        if s < 0 or s >= h.fresh or not h.slots[s].queued or holds[s] < 0:
+            return broken(out, 12, b"the queue of slots to be spilled is torn; slot:", s)
+        holds[s] = -1
+    for i in range(t.fresh):
+        if h.places[i]:
+            return broken(out, 12, b"a spill has left a mark on a node:", i)
+        if t.named[i] and (node_at(t, i).uses == 0 or node_at(t, i).parent and not t.named[node_at(t, i).parent]):
+            return broken(out, 12, b"a node has a digest and the one before it has none; node:", i)
+    return True
+
+
 cdef inline bint audit_core(Core* c, Finding* out) noexcept nogil:
     cdef size_t n = c.pool.num_blocks
     cdef int32_t* counts = <int32_t*>grab_zeroed(n, sizeof(int32_t))
@@ -371,11 +433,13 @@ cdef inline bint audit_core(Core* c, Finding* out) noexcept nogil:
     cdef int32_t* uses = <int32_t*>grab_zeroed(c.pool.tree.fresh, sizeof(int32_t))
     cdef int32_t* seen = <int32_t*>grab_zeroed(max(c.pool.host.num_slots, 1), sizeof(int32_t))
     cdef int32_t* standing = <int32_t*>grab_zeroed(max(c.pool.states.num_slots, 1), sizeof(int32_t))
+    cdef int32_t* holds = <int32_t*>grab_zeroed(max(c.pool.host.num_slots, 1), sizeof(int32_t))
     cdef char* state = <char*>grab_zeroed(n, 1)
     cdef StateFinding found
     cdef bint ok
     if (
         counts == NULL or order == NULL or written == NULL or uses == NULL or seen == NULL or standing == NULL
+        or holds == NULL
         or state == NULL
     ):
         ok = broken(out, 0, b"no memory to audit blocks:", n)
@@ -384,6 +448,7 @@ cdef inline bint audit_core(Core* c, Finding* out) noexcept nogil:
             audit_pool(c, counts, order, state, out)
             and audit_tree(c, counts, order, uses, out)
             and audit_host(c, seen, out)
+            and audit_background(c, holds, out)
             and audit_pages(c, out)
             and audit_sequences(c, out)
             and audit_steps(c, written, out)
@@ -396,5 +461,6 @@ cdef inline bint audit_core(Core* c, Finding* out) noexcept nogil:
     free(uses)
     free(seen)
     free(standing)
+    free(holds)
     free(state)
     return ok

@@ -8,6 +8,9 @@
 # Slots that hang on nodes are in a list, the least recently used first. A hit, and the eviction of a device block, make
 # a slot the most recent one, children before parents: the end of a path is evicted first.
 #
+# Work in the background (`background.pxd`) holds slots: one that is held is not evicted, and not free before it is let
+# go. It hangs on its node all the same, or has none: a fetch has taken it, or it lost its node in a reset.
+#
 # All of this lies in arrays of its own. Without a host pool there are none, and `num_slots` is 0.
 
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint8_t
@@ -20,6 +23,7 @@ from core.states cimport lose_anchor, States
 cdef enum:
     OFFLOAD = 0         # from a device block to a host slot
     LOAD = 1            # from a host slot to a device block
+    DIGEST_BYTES = 32
 
 
 cdef struct Move:
@@ -30,12 +34,43 @@ cdef struct Move:
     int64_t number
 
 
-cdef struct Slot:       # 24 bytes
+cdef struct Slot:       # 32 bytes
     int32_t node        # that it hangs on, 0: none
     int32_t group
     int32_t older       # neighbours in the list, -1: none
     int32_t newer
     int64_t move        # the newest move that names it
+    int32_t holds       # of work in the background
+    uint8_t passed      # not in the list: an eviction passed over it, because it was held
+    uint8_t known       # its block is there outside of this process too
+    uint8_t queued      # it is in the queue of those to be spilled
+
+
+cdef enum WorkKind:
+    FETCHING, FETCHED, SPILLING
+
+
+cdef struct WorkRow:
+    int32_t index       # of a fetch: the block's in the prompt; of a spill: its node's in `nodes`
+    int32_t group
+
+
+cdef struct Work:       # in the background: a fetch until it is released, or a spill until it ends
+    Work* older
+    Work* newer
+    int64_t number
+    WorkKind kind
+    bint stale          # the prefix cache was reset: its nodes are gone
+    int32_t num_rows
+    int32_t num_slots   # that it holds: first those of its rows, then those of the local hit of a fetch
+    int32_t num_nodes
+    int32_t last_node   # that a fetch keeps in the tree until it ends, 0: none
+    WorkRow* rows
+    int32_t* slots      # -1: let go of
+    int32_t* nodes      # of a fetch: of the blocks it could serve; of a spill: whose digests are asked for
+    int32_t* parents    # of a spill: the index of each node's parent, or OF_ROOT or NAMED
+    int32_t* sizes      # of a spill: the extra bytes of each node
+    char* said          # of a spill: for each node its tokens, its extra bytes and, where NAMED, its parent's digest
 
 
 cdef struct Shadow:     # the moves of a device block: 32 bytes
@@ -69,6 +104,14 @@ cdef struct Host:
     int32_t* loads      # [num_blocks]: blocks whose loads are noted and not handed out
     Move* moves         # [num_blocks + write_ahead]: handed out, and not marked as enqueued
     int64_t* needs      # [max_seqs]: the newest move that a sequence's next pass waits for
+    Work* works         # the newest of those that are there
+    int64_t num_begun
+    int32_t num_held    # slots that work in the background holds
+    int32_t spill_first     # the ring of slots that an offload has filled since they were spilled, if they ever were
+    int32_t spill_size
+    int32_t* spills     # [num_slots]; some have lost their block meanwhile
+    int32_t* places     # [max_nodes + 1]: zeros; scratch of `core_begin_spill`
+    char* digests       # [max_nodes + 1, DIGEST_BYTES]: of nodes that are `named` in the tree
     int64_t evictions, num_loaded, num_offloaded, hit_tokens
     States* states      # NULL: no group keeps a state
 
@@ -109,29 +152,87 @@ cdef inline void use_slot(Host* h, const Tree* t, int32_t n, int32_t g) noexcept
     """Make the slot of a node, if it has one, the most recent."""
     cdef int32_t s = slot_at(h, t, n, g)
     if s >= 0 and s != h.newest:
-        list_remove(h, s)
+        if not h.slots[s].passed:
+            list_remove(h, s)
+        h.slots[s].passed = False
         list_append(h, s)
 
 
-cdef inline void drop_slot(Host* h, Tree* t, int32_t s) noexcept nogil:
-    """Take a slot off its node, which is dropped if nothing else uses it."""
+cdef inline int32_t oldest_slot(Host* h) noexcept nogil:
+    """The slot to evict next, -1: there is none. Held ones are passed over, once: let go, they are the next."""
+    cdef int32_t s = h.oldest
+    while s >= 0 and h.slots[s].holds:
+        list_remove(h, s)
+        h.slots[s].passed = True
+        s = h.oldest
+    return s
+
+
+cdef inline void free_slot(Host* h, int32_t s) noexcept nogil:
+    check(h.stack_size < h.fresh and h.slots[s].node == 0, b"a host slot is free once, and hangs nowhere")
+    h.stack[h.stack_size] = s
+    h.stack_size += 1
+
+
+cdef inline void hold_slot(Host* h, int32_t s) noexcept nogil:
+    h.num_held += h.slots[s].holds == 0
+    h.slots[s].holds += 1
+
+
+cdef inline void let_go_slot(Host* h, int32_t s) noexcept nogil:
+    """A slot that nobody holds any more is free, or may be evicted again."""
+    cdef Slot* slot = &h.slots[s]
+    check(slot.holds > 0, b"a host slot is held as often as it is let go")
+    slot.holds -= 1
+    if slot.holds:
+        return
+    h.num_held -= 1
+    if slot.node == 0:
+        free_slot(h, s)
+    elif slot.passed:
+        slot.passed = False
+        slot.older, slot.newer = -1, h.oldest
+        if h.oldest >= 0:
+            h.slots[h.oldest].older = s
+        else:
+            h.newest = s
+        h.oldest = s
+
+
+cdef inline void put_slot(Host* h, Tree* t, int32_t s, int32_t n, int32_t g) noexcept nogil:
+    """Hang a slot on a node; it is in no list yet."""
+    check(slot_at(h, t, n, g) < 0, b"a node has at most one host slot for a group")
+    h.slots[s].node, h.slots[s].group = n, g
+    h.slot_of[<int64_t>n * t.num_groups + g] = s + 1
+    node_at(t, n).uses += 1
+
+
+cdef inline int32_t take_off(Host* h, Tree* t, int32_t s) noexcept nogil:
+    """Undo `put_slot`, but for the use of the node, which is returned."""
     cdef Slot* slot = &h.slots[s]
     cdef int32_t n = slot.node
     check(n > 0 and slot_at(h, t, n, slot.group) == s, b"a slot that is dropped hangs on its node")
     h.slot_of[<int64_t>n * t.num_groups + slot.group] = 0
     if h.states != NULL and slot.group == h.states.anchor and node_at(t, n).blocks[slot.group] < 0:
         lose_anchor(h.states, n)
-    list_remove(h, s)
     slot.node = 0
-    h.stack[h.stack_size] = s
-    h.stack_size += 1
-    tree_drop(t, n)
+    slot.passed = slot.known = False
+    return n
+
+
+cdef inline void drop_slot(Host* h, Tree* t, int32_t s) noexcept nogil:
+    """Take a slot off its node, which is dropped if nothing else uses it."""
+    if not h.slots[s].passed:
+        list_remove(h, s)
+    tree_drop(t, take_off(h, t, s))
+    if h.slots[s].holds == 0:
+        free_slot(h, s)
 
 
 cdef inline void evict_slot(Host* h, Tree* t) noexcept nogil:
-    """Drop the least recently used slot; there is one. Prefetches what the next evictions will touch."""
+    """Drop what `oldest_slot` has found. Prefetches what the next evictions will touch."""
     cdef int32_t next
-    check(h.oldest >= 0, b"there is a host slot to evict")
+    check(h.oldest >= 0 and h.slots[h.oldest].holds == 0, b"there is a host slot to evict, and nobody holds it")
     next = h.slots[h.oldest].newer
     if next >= 0:
         kvb_prefetch_write(&t.lines[line_of(t, node_at(t, h.slots[next].node).hash)])
@@ -147,8 +248,37 @@ cdef inline void evict_slot(Host* h, Tree* t) noexcept nogil:
     h.evictions += 1
 
 
+cdef inline void queue_slot(Host* h, int32_t s) noexcept nogil:
+    """Let a slot be spilled, after those that are in the queue."""
+    cdef int64_t i = <int64_t>h.spill_first + h.spill_size
+    if not h.slots[s].queued:
+        h.slots[s].queued = True
+        h.spills[i if i < h.num_slots else i - h.num_slots] = s
+        h.spill_size += 1
+
+
+cdef inline void forget_work(Host* h, Tree* t) noexcept nogil:
+    """What a reset does to work in the background: its slots lose their nodes, and stay held until they are let go."""
+    cdef Work* work = h.works
+    cdef int32_t i
+    while work != NULL:
+        for i in range(work.num_slots):
+            if work.slots[i] >= 0 and h.slots[work.slots[i]].node:
+                drop_slot(h, t, work.slots[i])
+        if work.last_node:
+            tree_drop(t, work.last_node)
+        work.last_node = 0
+        work.stale = True
+        work = work.older
+    while h.spill_size:
+        h.spill_size -= 1
+        i = h.spill_first
+        h.slots[h.spills[i]].queued = False
+        h.spill_first = i + 1 if i + 1 < h.num_slots else 0
+
+
 cdef inline int32_t hang_slot(Host* h, Tree* t, int32_t n, int32_t g) noexcept nogil:
-    """Give a node a free slot; there is one."""
+    """Give a node a free slot, which an offload will fill; there is one."""
     cdef int32_t s
     if h.stack_size:
         h.stack_size -= 1
@@ -157,11 +287,9 @@ cdef inline int32_t hang_slot(Host* h, Tree* t, int32_t n, int32_t g) noexcept n
         s = h.fresh
         h.fresh += 1
     check(0 <= s < h.num_slots and h.slots[s].node == 0, b"a host slot is not given out twice")
-    check(slot_at(h, t, n, g) < 0, b"a node has at most one host slot for a group")
-    h.slots[s].node, h.slots[s].group = n, g
-    h.slot_of[<int64_t>n * t.num_groups + g] = s + 1
+    put_slot(h, t, s, n, g)
     list_append(h, s)
-    node_at(t, n).uses += 1
+    queue_slot(h, s)
     return s
 
 

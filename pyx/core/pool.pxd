@@ -12,7 +12,8 @@ from core.checks cimport check
 from core.tree cimport kvb_prefetch, kvb_prefetch_write, line_of, Node, node_at, Tree, tree_drop
 from core.states cimport lose_anchor, StateRow, States
 from core.host cimport (
-    OFFLOAD, Host, Moves, cancel_load, count_moves, evict_slot, hand_out_loads, hang_slot, host_free, slot_at, use_slot,
+    OFFLOAD, Host, Moves, cancel_load, count_moves, evict_slot, hand_out_loads, hang_slot, host_free, oldest_slot,
+    slot_at, use_slot,
 )
 
 
@@ -262,13 +263,14 @@ cdef inline void close_waiting(Pool* p, const Step* step) noexcept nogil:
         b = following
 
 
-cdef inline void offload_ahead(Pool* p) noexcept nogil:
-    """Note and hand out offloads of the blocks that will be evicted next, as far as the host has no copy of them. Where
-    no slot is free the one used longest ago goes, but for those that this very call has given out."""
+cdef inline void offload_ahead(Pool* p, bint everything) noexcept nogil:
+    """Note and hand out offloads of the blocks that will be evicted next, or of `everything` that is cached, as far as
+    the host has no copy of them. Where no slot is free the one used longest ago goes, but for those that are held, or
+    that this very call has given out."""
     cdef Host* h = &p.host
     cdef int64_t before = p.moves.noted
-    cdef int32_t b, g, n, s
-    while p.moves.noted - before < h.write_ahead and h.examined < min(p.num_cached, h.horizon):
+    cdef int32_t b, g, n, s, end = p.num_cached if everything else min(p.num_cached, h.horizon)
+    while p.moves.noted - before < h.write_ahead and h.examined < end:
         b = p.queue[(h.cursor + 2 * AHEAD) & p.queue_mask]     # past the tail this is idle, as in `evict`
         if b >= 0:
             kvb_prefetch(&p.blocks[b])
@@ -286,7 +288,8 @@ cdef inline void offload_ahead(Pool* p) noexcept nogil:
             g += 1
         if slot_at(h, &p.tree, n, g) < 0 and not h.shadows[b].slid:
             if host_free(h) == 0:
-                if h.slots[h.oldest].move > before:
+                s = oldest_slot(h)
+                if s < 0 or h.slots[s].move > before:
                     break
                 evict_slot(h, &p.tree)
             s = hang_slot(h, &p.tree, n, g)
@@ -300,13 +303,14 @@ cdef inline void offload_ahead(Pool* p) noexcept nogil:
         h.examined += 1
 
 
-cdef inline int64_t hand_out(Pool* p) noexcept nogil:
-    """Hand out the moves that are noted; the number of the newest, 0 if there are none."""
+cdef inline int64_t hand_out(Pool* p, bint everything) noexcept nogil:
+    """Hand out the moves that are noted, with offloads of `everything` or of what will be evicted next; the number of
+    the newest, 0 if there are none."""
     cdef bint kept = p.host.num_moves > 0       # of a step that never came to be
     if p.host.num_slots:
         hand_out_loads(&p.host)
         if not kept:
-            offload_ahead(p)
+            offload_ahead(p, everything)
         count_moves(&p.host, 1)
     if p.moves.noted == p.moves.handed:
         return 0

@@ -25,7 +25,7 @@ from core.text cimport (
 )
 from core.tree cimport node_at, Tree, tree_drop
 from core.states cimport leave_state, reset_checkpoints, share_state, Standing
-from core.host cimport Host, drop_slot
+from core.host cimport Host, drop_slot, forget_work
 from core.pool cimport Pool, pool_free, pool_step, release_table, take, unpublish
 
 
@@ -754,6 +754,7 @@ cdef inline void core_reset(Core* c) noexcept nogil:
         reset_checkpoints(&p.states)
     while p.host.num_slots and p.host.oldest >= 0:  # first: what is unpublished makes its slot the newest
         drop_slot(&p.host, &p.tree, p.host.oldest)
+    forget_work(&p.host, &p.tree)
     for i in range(c.fresh_seq):
         seq = &c.seqs[i]
         seq.publishing = False

@@ -10,7 +10,7 @@ from core.text cimport block_at, Extra, extra_of
 from core.tree cimport (
     RUN, hash_run, kvb_prefetch_write, line_of, Node, node_at, tokens_at, Tree, tree_find, tree_hash, tree_insert,
 )
-from core.host cimport evict_slot
+from core.host cimport evict_slot, oldest_slot
 from core.pool cimport (
     LENT, acquire, Block, close_waiting, hand_out, Pool, pool_free, pool_step, release, release_table, Step, StepRow,
 )
@@ -249,7 +249,7 @@ cdef inline int64_t core_prepare(
         needs = c.pool.moves.noted
     a.needs = needs if needs > c.pool.moves.landed else 0
     a.first_move = c.pool.moves.handed + 1
-    step.last_move = a.last_move = hand_out(&c.pool)
+    step.last_move = a.last_move = hand_out(&c.pool, step.num_rows == 0)
     a.num_copies, a.max_query_len, a.max_seq_len = num_copies, longest_query, longest_seq
     c.counters.copies += num_copies
     note_peak(c)
@@ -327,7 +327,7 @@ cdef inline void publish(Core* c, Seq* seq, int32_t full, uint64_t first_hash) n
             if node:
                 node_at(t, node).uses += 1
             else:
-                while t.num_nodes >= t.max_nodes and p.host.num_slots and p.host.oldest >= 0:
+                while t.num_nodes >= t.max_nodes and p.host.num_slots and oldest_slot(&p.host) >= 0:
                     evict_slot(&p.host, t)
                 node = tree_insert(t, seq.last_node, hashes[j], tokens, extra)
                 if node == 0:

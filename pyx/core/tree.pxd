@@ -61,6 +61,7 @@ cdef struct Tree:
     uint64_t[4] key_seed  # of the others
     uint64_t seal       # hash of the root
     uint64_t seed
+    uint8_t* named      # [max_nodes + 1]: whether a digest of the node is kept; NULL: of none ever
 
 
 cdef inline Node* node_at(const Tree* t, int32_t n) noexcept nogil:
@@ -227,6 +228,8 @@ cdef inline void tree_remove(Tree* t, int32_t n) noexcept nogil:
         blob_drop(node.blob)
         node.blob = NULL
         node.size = 0
+    if t.named != NULL:
+        t.named[n] = False
     node.parent = t.unused
     t.unused = n
     t.num_nodes -= 1

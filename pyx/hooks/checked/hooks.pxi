@@ -88,6 +88,24 @@ def _poke(BlockManager manager not None, str field, Py_ssize_t index, int64_t va
             p.host.examined += value
         elif field == "shadow_move":
             p.host.shadows[index].move += value
+        elif field == "slot_holds":
+            p.host.slots[index].holds += value
+        elif field == "slot_known":
+            p.host.slots[index].known += value
+        elif field == "slot_passed":
+            p.host.slots[index].passed += value
+        elif field == "num_held":
+            p.host.num_held += value
+        elif field == "spill_size":
+            p.host.spill_size += value
+        elif field == "spills":
+            p.host.spills[index] += value
+        elif field == "place":
+            p.host.places[index] += value
+        elif field == "named":
+            p.tree.named[index] += value
+        elif field == "work_slot":
+            p.host.works.slots[index] += value
         elif field == "moves_landed":
             p.moves.landed += value
         elif field == "state_refs":

@@ -1,0 +1,452 @@
+# Work in the background: fetches bring blocks from outside of this process into host slots, spills take them out. Both
+# take their time between a begin and an end, and touch no memory but that of the slots they hold.
+#
+# A slot is given to them only when every move that names it has landed. A fetch takes slots that hang nowhere: nobody
+# finds them. At its end those that are whole are hung on the nodes that it has kept in the tree. A spill holds slots
+# that hang on nodes: these are found, hit and loaded all the while, and not evicted.
+#
+# Where a fetch lacks nodes it is shorter: it never evicts for them.
+#
+# Begins and ends depend on nothing but the calls before them: two managers that get the same calls plan the same.
+
+from libc.stdint cimport int32_t, int64_t, uint8_t
+from libc.stdlib cimport free
+from libc.string cimport memcpy, memmove
+
+from core.checks cimport check
+from core.memory cimport MAX_INT32, grab, grab_zeroed, regrow
+from core.text cimport block_at, extra_of, Text
+from core.tree cimport Node, node_at, tokens_at, Tree, tree_drop, tree_hash, tree_insert, tree_walk
+from core.host cimport (
+    DIGEST_BYTES, FETCHED, FETCHING, Host, SPILLING, Work, WorkRow, evict_slot, free_slot, hold_slot, let_go_slot,
+    oldest_slot, put_slot, queue_slot, slot_at, take_off, use_slot,
+)
+from core.sequences cimport NO_MEMORY, Core, fail, Fault, first_row
+from core.admission cimport has_state, hit_limit, longest_hit
+
+
+cdef enum:
+    SHARE = 4           # at most 1 of so many slots is held
+    FREE_LOOK = 16      # free slots that are looked at for one whose moves have landed
+    SPILL_LOOK = 1024   # slots of the queue that one `core_begin_spill` looks at
+    SPILL_NODES = 4096  # nodes of one spill, but for those of its first slot
+    OF_ROOT = -1        # for an index of a node's parent: it is the first of its path
+    NAMED = -2          # its digest is kept
+
+
+cdef inline void free_work(Work* work) noexcept nogil:
+    if work != NULL:
+        free(work.rows)
+        free(work.slots)
+        free(work.nodes)
+        free(work.parents)
+        free(work.sizes)
+        free(work.said)
+        free(work)
+
+
+cdef inline void link_work(Host* h, Work* work) noexcept nogil:
+    h.num_begun += 1
+    work.number = h.num_begun
+    work.older = h.works
+    if h.works != NULL:
+        h.works.newer = work
+    h.works = work
+
+
+cdef inline void unlink_work(Host* h, Work* work) noexcept nogil:
+    if work.newer != NULL:
+        work.newer.older = work.older
+    else:
+        h.works = work.older
+    if work.older != NULL:
+        work.older.newer = work.newer
+    free_work(work)
+
+
+cdef inline int32_t room_for_work(const Host* h) noexcept nogil:
+    """Slots that may be held besides those that are."""
+    return h.num_slots // SHARE - h.num_held
+
+
+cdef inline int32_t take_landed(Host* h, Tree* t, int64_t landed) noexcept nogil:
+    """A slot that no move names any more: free, or the next to be evicted. -1: there is none at hand."""
+    cdef int32_t i, s
+    for i in range(h.stack_size - 1, max(h.stack_size - FREE_LOOK, 0) - 1, -1):
+        s = h.stack[i]
+        if h.slots[s].move <= landed:
+            h.stack_size -= 1
+            memmove(h.stack + i, h.stack + i + 1, (h.stack_size - i) * sizeof(int32_t))
+            return s
+    if h.stack_size < FREE_LOOK and h.fresh < h.num_slots:
+        h.fresh += 1
+        return h.fresh - 1
+    s = oldest_slot(h)
+    if s < 0 or h.slots[s].move > landed:
+        return -1
+    evict_slot(h, t)
+    h.stack_size -= 1
+    return s
+
+
+cdef struct Plan:       # of a fetch, for each length up to `limit` blocks
+    int32_t* path       # [limit]: nodes, those that are there
+    int32_t num_known   # of these
+    int32_t limit
+    int32_t num_slots   # that hang on them
+    int64_t* missing    # [limit + 1]: blocks that are nowhere in this process
+    int64_t* costs      # [limit + 1]: slots to take or to hold that nobody holds yet
+    int64_t* sums       # [2, limit + 1]: scratch
+
+
+cdef inline bint is_missing(const Core* c, const Plan* plan, int32_t i, int32_t g) noexcept nogil:
+    if i >= plan.num_known:
+        return True
+    return node_at(&c.pool.tree, plan.path[i]).blocks[g] < 0 and slot_of_path(c, plan, i, g) < 0
+
+
+cdef inline int32_t slot_of_path(const Core* c, const Plan* plan, int32_t i, int32_t g) noexcept nogil:
+    return slot_at(&c.pool.host, &c.pool.tree, plan.path[i], g) if i < plan.num_known else -1
+
+
+cdef inline void fill_plan(const Core* c, Plan* plan, int64_t below, int64_t room) noexcept nogil:
+    """Fill `missing` and `costs`. A length that misses what is not below, or a state, costs more than there is room."""
+    cdef int32_t g, i, s, first
+    cdef int64_t* missing = plan.sums
+    cdef int64_t* costs = plan.sums + plan.limit + 1
+    plan.num_slots = 0
+    for i in range(plan.limit + 1):
+        plan.missing[i] = plan.costs[i] = 0
+    for g in range(c.num_groups):
+        missing[0] = costs[0] = 0
+        for i in range(plan.limit):
+            s = slot_of_path(c, plan, i, g)
+            missing[i + 1], costs[i + 1] = missing[i], costs[i]
+            plan.num_slots += s >= 0
+            if is_missing(c, plan, i, g):
+                missing[i + 1] += 1
+                costs[i + 1] += 1 if i < below else room + 1
+            elif s >= 0:
+                costs[i + 1] += c.pool.host.slots[s].holds == 0
+        for i in range(plan.limit + 1):
+            first = first_row(c, g, i * c.block_size)
+            plan.missing[i] += missing[i] - missing[min(first, i)]
+            plan.costs[i] += costs[i] - costs[min(first, i)]
+    if c.pool.states.num_slots:     # a hit ends at a checkpoint
+        for i in range(1, plan.limit + 1):
+            if i > plan.num_known or not has_state(c, plan.path, i):
+                plan.costs[i] = room + 1
+
+
+cdef inline int32_t longest_plan(const Plan* plan, int32_t length, int64_t room, int64_t taken) noexcept nogil:
+    """The longest length, at most `length`, that does with so much room and so many slots."""
+    while plan.costs[length] > room or plan.missing[length] > taken:
+        length -= 1
+    return length
+
+
+cdef inline bint is_reached(const Core* c, int32_t i, int32_t g, int32_t length) noexcept nogil:
+    """Whether a hit of this length needs block i in a group."""
+    return i < length and i >= first_row(c, g, length * c.block_size)
+
+
+cdef inline Work* new_fetch(int32_t num_nodes, int64_t num_rows, int64_t num_slots) noexcept nogil:
+    cdef Work* work = <Work*>grab_zeroed(1, sizeof(Work))
+    if work == NULL:
+        return NULL
+    work.kind = FETCHING
+    work.nodes = <int32_t*>grab((<size_t>num_nodes or 1) * sizeof(int32_t))
+    work.rows = <WorkRow*>grab((<size_t>num_rows or 1) * sizeof(WorkRow))
+    work.slots = <int32_t*>grab((<size_t>(num_rows + num_slots) or 1) * sizeof(int32_t))
+    if work.nodes == NULL or work.rows == NULL or work.slots == NULL:
+        free_work(work)
+        return NULL
+    return work
+
+
+cdef inline void grow_path(Core* c, Text* x, Work* work, const Plan* plan) noexcept nogil:
+    """Put the nodes of the planned length into the tree and keep the last one there, in place of the last one known."""
+    cdef Tree* t = &c.pool.tree
+    cdef int32_t i, n = 0, last = plan.path[plan.num_known - 1] if plan.num_known else 0
+    for i in range(work.num_nodes):
+        if i < plan.num_known:
+            n = work.nodes[i] = plan.path[i]
+            continue
+        n = tree_insert(
+            t, n, tree_hash(t, node_at(t, n).hash, block_at(&t.paging, x, i), extra_of(x, i)),
+            block_at(&t.paging, x, i), extra_of(x, i),
+        )
+        check(n > 0, b"there is a node for each block of a fetch")
+        work.nodes[i] = n
+    # New nodes have a use for whoever made them; those before the last one are kept by their child.
+    for i in range(plan.num_known, work.num_nodes - 1):
+        node_at(t, work.nodes[i]).uses -= 1
+    work.last_node = n
+    if work.num_nodes and work.num_nodes <= plan.num_known:
+        node_at(t, n).uses += 1
+    if last:
+        tree_drop(t, last)
+
+
+cdef inline Work* begin_planned(Core* c, Text* x, Plan* plan, int64_t room) noexcept nogil:
+    """A fetch as planned, shorter where slots or nodes do not suffice; NULL: no memory, and no effect."""
+    cdef Host* h = &c.pool.host
+    cdef Tree* t = &c.pool.tree
+    cdef int32_t i, g, s, taken = 0, num_rows = 0, num_kept = 0
+    cdef int32_t length = longest_plan(plan, plan.limit, room, MAX_INT32)
+    cdef int64_t wanted = plan.missing[length]
+    cdef Work* work = new_fetch(length, wanted, plan.num_slots)
+    if work == NULL:
+        return NULL
+    if plan.num_known:
+        node_at(t, plan.path[plan.num_known - 1]).uses += 1
+    for i in range(plan.num_known):     # first: no slot is taken from the path itself
+        for g in range(c.num_groups):
+            if slot_of_path(c, plan, i, g) >= 0:
+                hold_slot(h, slot_of_path(c, plan, i, g))
+    while taken < wanted:
+        s = take_landed(h, t, c.pool.moves.landed)
+        if s < 0:
+            break
+        work.slots[taken] = s
+        taken += 1
+    length = <int32_t>min(<int64_t>length, <int64_t>plan.num_known + t.max_nodes - t.num_nodes)
+    length = longest_plan(plan, length, room, taken)
+    for i in range(taken - 1, <int32_t>plan.missing[length] - 1, -1):
+        free_slot(h, work.slots[i])
+    taken = <int32_t>plan.missing[length]
+    for i in range(taken):
+        hold_slot(h, work.slots[i])
+    for i in range(max(length, plan.num_known)):
+        for g in range(c.num_groups):
+            s = slot_of_path(c, plan, i, g)
+            if not is_reached(c, i, g, length):
+                if s >= 0:
+                    let_go_slot(h, s)
+            elif s >= 0:
+                work.slots[taken + num_kept] = s
+                num_kept += 1
+            elif is_missing(c, plan, i, g):
+                work.rows[num_rows].index, work.rows[num_rows].group = i, g
+                num_rows += 1
+    check(num_rows == taken, b"there is a slot for each block of a fetch")
+    work.num_nodes, work.num_rows, work.num_slots = length, num_rows, taken + num_kept
+    grow_path(c, x, work, plan)
+    link_work(h, work)
+    return work
+
+
+cdef struct Begun:      # tokens of a fetch
+    int64_t local       # that this process can serve
+    int64_t most        # that it could serve once all has come
+
+
+cdef inline Work* core_begin_fetch(Core* c, Text* x, int64_t below, Begun* begun, Fault* f) noexcept nogil:
+    """Plan what of a prompt is to be fetched, `below` blocks of it at most; NULL after a fault."""
+    cdef Plan plan
+    cdef Work* work = NULL
+    cdef int32_t local, most = hit_limit(c, x, -1)
+    cdef int64_t room = room_for_work(&c.pool.host)
+    plan.path = <int32_t*>grab((<size_t>most or 1) * sizeof(int32_t))
+    plan.missing = <int64_t*>grab(4 * (<size_t>most + 1) * sizeof(int64_t))
+    if plan.path != NULL and plan.missing != NULL:
+        plan.costs, plan.sums = plan.missing + most + 1, plan.missing + 2 * (<int64_t>most + 1)
+        plan.num_known = tree_walk(&c.pool.tree, x, most, plan.path)
+        local = longest_hit(c, plan.path, plan.num_known, True)
+        plan.limit = <int32_t>min(<int64_t>most, max(below, <int64_t>local))
+        plan.num_known = min(plan.num_known, plan.limit)
+        fill_plan(c, &plan, below, room)
+        work = begin_planned(c, x, &plan, room)
+    free(plan.path)
+    free(plan.missing)
+    if work == NULL:
+        fail(f, NO_MEMORY, 0, 0, 0)
+        return NULL
+    begun.local = <int64_t>local * c.block_size
+    begun.most = <int64_t>max(local, work.num_nodes) * c.block_size
+    return work
+
+
+cdef inline int64_t core_end_fetch(Core* c, Work* work, int64_t num_ok) noexcept nogil:
+    """Hang what is whole, as far as every group can serve, and free the other slots. Tokens that are served."""
+    cdef Host* h = &c.pool.host
+    cdef Tree* t = &c.pool.tree
+    cdef int32_t i, g, s, served = 0
+    if not work.stale:
+        for i in range(<int32_t>num_ok):
+            if slot_at(h, t, work.nodes[work.rows[i].index], work.rows[i].group) < 0:
+                s = work.slots[i]
+                put_slot(h, t, s, work.nodes[work.rows[i].index], work.rows[i].group)
+                h.slots[s].passed = h.slots[s].known = True
+        served = longest_hit(c, work.nodes, work.num_nodes, True)
+        for i in range(<int32_t>num_ok):
+            if h.slots[work.slots[i]].node and work.rows[i].index >= served:
+                node_at(t, take_off(h, t, work.slots[i])).uses -= 1     # its child, or this fetch, uses it too
+        for i in range(served - 1, -1, -1):
+            for g in range(c.num_groups):
+                if is_reached(c, i, g, served):
+                    use_slot(h, t, work.nodes[i], g)
+    for i in range(work.num_rows):
+        if h.slots[work.slots[i]].node == 0:
+            let_go_slot(h, work.slots[i])
+            work.slots[i] = -1
+    if work.last_node:
+        tree_drop(t, work.last_node)
+    work.last_node = 0
+    work.kind = FETCHED
+    return <int64_t>served * c.block_size
+
+
+cdef inline void core_release(Core* c, Work* work) noexcept nogil:
+    """Let go of all that an ended fetch holds."""
+    cdef int32_t i
+    for i in range(work.num_slots):
+        if work.slots[i] >= 0:
+            let_go_slot(&c.pool.host, work.slots[i])
+    unlink_work(&c.pool.host, work)
+
+
+cdef inline bint name_path(const Core* c, Work* work, int32_t n, int32_t* capacity) noexcept nogil:
+    """Add a node to those of a spill, and those before it up to one that is there, or whose parent's digest is kept;
+    parents first. False: no memory."""
+    cdef const Tree* t = &c.pool.tree
+    cdef int32_t* places = c.pool.host.places
+    cdef int32_t* grown
+    cdef int32_t i, above = 0, node = n
+    while places[node] == 0:
+        above += 1
+        node = node_at(t, node).parent
+        if node == 0 or t.named[node]:
+            break
+    if work.num_nodes + above > capacity[0]:
+        capacity[0] = 2 * (work.num_nodes + above)
+        grown = <int32_t*>regrow(work.nodes, <size_t>capacity[0] * sizeof(int32_t))
+        if grown == NULL:
+            return False
+        work.nodes = grown
+    for i in range(work.num_nodes + above - 1, work.num_nodes - 1, -1):
+        work.nodes[i] = n
+        places[n] = i + 1
+        n = node_at(t, n).parent
+    work.num_nodes += above
+    return True
+
+
+cdef inline int32_t path_to_name(const Core* c, int32_t n) noexcept nogil:
+    """How many nodes `name_path` would add."""
+    cdef int32_t above = 0
+    while c.pool.host.places[n] == 0:
+        above += 1
+        n = node_at(&c.pool.tree, n).parent
+        if n == 0 or c.pool.tree.named[n]:
+            break
+    return above
+
+
+cdef inline int32_t choose_spill(const Core* c, Work* work, int64_t most) noexcept nogil:
+    """Note the slots to spill and their nodes; how many of the queue were looked at, -1: no memory."""
+    cdef const Host* h = &c.pool.host
+    cdef int32_t looked = 0, s, n, new = 0, room = room_for_work(h), capacity = 0
+    cdef int64_t i
+    while looked < min(h.spill_size, SPILL_LOOK) and work.num_rows < most and new < room:
+        i = <int64_t>h.spill_first + looked
+        s = h.spills[i if i < h.num_slots else i - h.num_slots]
+        n = h.slots[s].node
+        if n and not h.slots[s].known:
+            if h.slots[s].move > c.pool.moves.landed:
+                break
+            if work.num_rows and work.num_nodes + path_to_name(c, n) > SPILL_NODES:
+                break
+            if not name_path(c, work, n, &capacity):
+                return -1
+            work.slots[work.num_rows] = s
+            work.rows[work.num_rows].index, work.rows[work.num_rows].group = h.places[n] - 1, h.slots[s].group
+            work.num_rows += 1
+            new += h.slots[s].holds == 0
+        looked += 1
+    return looked
+
+
+cdef inline bint copy_nodes(const Core* c, Work* work) noexcept nogil:
+    """Write down what a spill says of its nodes. False: no memory."""
+    cdef const Tree* t = &c.pool.tree
+    cdef const Node* node
+    cdef int32_t i
+    cdef size_t size = 0
+    cdef char* said
+    work.parents = <int32_t*>grab((<size_t>work.num_nodes or 1) * sizeof(int32_t))
+    work.sizes = <int32_t*>grab((<size_t>work.num_nodes or 1) * sizeof(int32_t))
+    if work.parents == NULL or work.sizes == NULL:
+        return False
+    for i in range(work.num_nodes):
+        node = node_at(t, work.nodes[i])
+        work.parents[i] = c.pool.host.places[node.parent] - 1
+        if work.parents[i] < 0 or work.parents[i] > i:     # one that came later was named before
+            work.parents[i] = NAMED if node.parent else OF_ROOT
+        work.sizes[i] = node.size
+        size += t.block_size * sizeof(int32_t) + node.size + (DIGEST_BYTES if work.parents[i] == NAMED else 0)
+    work.said = said = <char*>grab(size or 1)
+    if said == NULL:
+        return False
+    for i in range(work.num_nodes):
+        node = node_at(t, work.nodes[i])
+        memcpy(said, tokens_at(t, work.nodes[i]), t.block_size * sizeof(int32_t))
+        said += t.block_size * sizeof(int32_t)
+        if node.size:
+            memcpy(said, node.blob.bytes, node.size)
+        said += node.size
+        if work.parents[i] == NAMED:
+            memcpy(said, c.pool.host.digests + <int64_t>node.parent * DIGEST_BYTES, DIGEST_BYTES)
+            said += DIGEST_BYTES
+    return True
+
+
+cdef inline Work* core_begin_spill(Core* c, int64_t most, Fault* f) noexcept nogil:
+    """Hold slots that are to be copied out of this process, and say what they are; NULL after a fault."""
+    cdef Host* h = &c.pool.host
+    cdef int32_t i, looked = -1, _i
+    cdef bint copied = False
+    cdef size_t room = <size_t>max(min(most, <int64_t>min(h.spill_size, SPILL_LOOK)), <int64_t>1)
+    cdef Work* work = <Work*>grab_zeroed(1, sizeof(Work))
+    if work != NULL:
+        work.kind = SPILLING
+        work.rows = <WorkRow*>grab(room * sizeof(WorkRow))
+        work.slots = <int32_t*>grab(room * sizeof(int32_t))
+        if work.rows != NULL and work.slots != NULL:
+            looked = choose_spill(c, work, most)
+            copied = looked >= 0 and copy_nodes(c, work)
+        for i in range(work.num_nodes):
+            h.places[work.nodes[i]] = 0
+    if not copied:
+        free_work(work)
+        fail(f, NO_MEMORY, 0, 0, 0)
+        return NULL
+    for _i in range(looked):
+        h.slots[h.spills[h.spill_first]].queued = False
+        h.spill_first = h.spill_first + 1 if h.spill_first + 1 < h.num_slots else 0
+        h.spill_size -= 1
+    for i in range(work.num_rows):
+        hold_slot(h, work.slots[i])
+    work.num_slots = work.num_rows
+    link_work(h, work)
+    return work
+
+
+cdef inline void core_end_spill(Core* c, Work* work, const uint8_t* ok, const char* digests) noexcept nogil:
+    """Let go of the slots of a spill. `ok` [rows] says which are known outside now; the digests of its nodes are kept,
+    unless `digests` is NULL."""
+    cdef Host* h = &c.pool.host
+    cdef int32_t i, s
+    for i in range(work.num_rows):
+        s = work.slots[i]
+        if h.slots[s].node and ok[i]:
+            h.slots[s].known = True
+        elif h.slots[s].node:
+            queue_slot(h, s)
+    for i in range(work.num_rows - 1, -1, -1):
+        let_go_slot(h, work.slots[i])
+    if digests != NULL and not work.stale:      # its nodes are there: slots that it held hang on them, or below
+        for i in range(work.num_nodes):
+            memcpy(h.digests + <int64_t>work.nodes[i] * DIGEST_BYTES, digests + <int64_t>i * DIGEST_BYTES, DIGEST_BYTES)
+            c.pool.tree.named[work.nodes[i]] = True
+    unlink_work(h, work)
