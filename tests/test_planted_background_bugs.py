@@ -39,9 +39,16 @@ class Busy(ManagerMachine):
         self.streams = LateStreams(self.rng)
 
     def turn_over(self) -> None:
-        """Now and then a reset comes between a begin and its end, and what was held is wanted by others."""
+        """Twins are fetched; and now and then a reset comes between a begin and its end, and others want the slots."""
         super().turn_over()
-        if self.rng.randint(0, 2) == 0:
+        for _ in range(self.rng.choice([0, 2])):
+            self.begin_fetch()
+        if self.missed() and self.coin():
+            self.stored = self.missed()[:1]
+            self.end_all()
+            for step in [self.begin_fetch] * 2 + [self.end_fetch] * 2:
+                step()
+        elif self.coin():
             self.weights += 1
             self.stored.clear()
             self.both("reset_prefix_cache")
@@ -80,16 +87,13 @@ class SlotInFlightIsSpilled(ModelManager):
 class SpilledSlotIsEvicted(ModelManager):
     """A slot that is being read is given to another block."""
 
-    def begin_spill(self, max_blocks: int) -> ModelSpill:
-        spill = super().begin_spill(max_blocks)
-        for slot, _, _ in spill.blocks:
-            self.holds[slot] -= 1
-        return spill
+    def _oldest_slot(self) -> int | None:
+        return self.host_slots[0] if self.host_slots else None
 
-    def end_spill(self, spill: ModelSpill, ok: Any, digests: Any = None) -> None:
-        for slot, _, _ in spill.blocks if spill in self.spills and len(ok) == len(spill.blocks) else []:
-            self.holds[slot] += 1
-        super().end_spill(spill, ok, digests)
+    def _let_go_slot(self, slot: int) -> None:
+        super()._let_go_slot(slot)
+        if self.host_unused.count(slot) > 1:
+            self.host_unused.pop()
 
 
 class NodeIsNotHeld(ModelManager):
