@@ -18,7 +18,7 @@ from test_wrapped import Adapter
 import kvblocks
 from kvblocks import Pool
 from kvblocks.cli.main import main
-from kvblocks.integrations.transformers import PagedCache
+from kvblocks.integrations.transformers import PagedCache, UnsupportedModel
 from kvblocks.integrations.transformers.weights import adapter_digest, file_version, model_name, state_version
 from kvblocks.tiers import DiskStore, MemoryStore, Status
 
@@ -244,6 +244,11 @@ def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="no stores"):
         Pool(tiny_llama(), num_blocks=8).renew("2")
     assert Pool(tiny_llama(), num_blocks=8).close()
+
+
+def test_models_that_keep_states_are_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="keeps states"):
+        pool_on(MemoryStore("1MiB"), tiny_models.sharp("falcon_h1"))
 
 
 def test_without_host_memory_a_quarter_is_taken() -> None:

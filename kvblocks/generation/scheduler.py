@@ -147,7 +147,7 @@ class Scheduler:
         if pool is not None:
             pool.check(self._paged)
             self.engine, self.manager = pool.engine, pool.manager
-            self._tiers = pool.tiers
+            self._tiers = pool.tiers if self._max_hit is None else None
         else:
             self.engine = CacheEngine(config, model.dtype, model.device, layout=layout)
             self.manager = BlockManager.for_config(config, max_seqs=_MOST_HELD, watermark=watermark)
@@ -267,8 +267,7 @@ class Scheduler:
         self._check_open()
         if self._tiers is not None:
             self._tiers.poll()
-            if self._max_hit != 0:
-                self._fetch_ahead(self._tiers)
+            self._fetch_ahead(self._tiers)
         self._admit()
         if not self._running:
             return []
@@ -444,7 +443,7 @@ class Scheduler:
 
     def _has_fetched(self, sequence: _Sequence) -> bool:
         """Whether a sequence need not wait for stores. Where nothing else runs it is waited for, up to the deadline."""
-        if self._tiers is None or sequence.handle or self._max_hit == 0:
+        if self._tiers is None or sequence.handle:
             return True
         if sequence.ticket is None:
             salt, extra = sequence.request.salt, sequence.request.extra

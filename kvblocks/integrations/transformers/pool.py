@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvblocks.config import CacheConfig
 from kvblocks.engine import CacheEngine
+from kvblocks.errors import UnsupportedModel
 from kvblocks.integrations.transformers.backend import PagedModel, adapters
 from kvblocks.integrations.transformers.blocks import Blocks
 from kvblocks.integrations.transformers.cached import CachedModel, served
@@ -64,7 +65,7 @@ class Pool:
     other K and V than their attention; there the two share room, and each finds its own blocks only.
 
     Raises:
-        UnsupportedModel: the model cannot be served.
+        UnsupportedModel: the model cannot be served, or keeps states and was given stores.
         ValueError, TypeError: an argument that cannot be.
         OutOfMemory: the memory is not there.
 
@@ -112,6 +113,11 @@ class Pool:
         if not isinstance(model, PreTrainedConfig):
             paged = served(model)
             model = paged.model
+            if below and paged.keeps_states:
+                raise UnsupportedModel(
+                    f"{type(model).__name__} keeps states, without which K and V of a prefix are of no use; stores "
+                    "hold none yet, so make its pool without them"
+                )
             shape = paged.measure()
             dtype, device = dtype or model.dtype, device or model.device
             chunks = chunks and paged.attends_in_blocks
