@@ -30,7 +30,7 @@ cdef inline bint wants_checkpoint(const Core* c, const Seq* seq, int32_t i) noex
 
 cdef inline bint grow_states(Step* step, int64_t num_slots) noexcept nogil:
     """Room for as many rows as the step has room for, and for the slots that they write."""
-    cdef StateRow* rows = <StateRow*>regrow(step.states, step.capacity * sizeof(StateRow))
+    cdef StateRow* rows = <StateRow*>regrow(step.states, max(step.capacity, 1) * sizeof(StateRow))
     cdef int32_t* drafts
     if rows == NULL:
         return False
