@@ -59,9 +59,11 @@ def random_run(seed: int, faults: dict[Fault, float] | None = None, resets: floa
             lag=rng.choice([0, 0.3, 0.8]),
         )
         one_process(world, rng, prefixes, resets, seen)
-        if rng.random() < 0.9:  # else it dies in the middle of everything
+        if rng.random() < 0.9:
             world.settle()
             world.end()
+        else:  # it dies in the middle of everything
+            world.workers.stage.die()
         seen["spilled"] += sum(world.check_store(store) for store in stores)
     return seen
 

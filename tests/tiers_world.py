@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from faulty_store import Fault, FaultyStore
+from faulty_store import Fault, FaultyStore, StoreDied
 
 from kvblocks.config import Chunk, Window
 from kvblocks.errors import NoFreeBlocks
@@ -44,6 +44,7 @@ class Stage:
 
     def __init__(self) -> None:
         self.stopped: list[_Part] = []
+        self.is_dead = False
         self.current: _Part | None = None  # the part that runs on a thread of its own
 
     def stop(self) -> None:
@@ -54,6 +55,8 @@ class Stage:
         self.stopped.append(part)
         part.give_back.release()
         part.go_on.acquire()
+        if self.is_dead:
+            raise StoreDied("the process is gone")
 
     def run(self, work: Callable[[], None], *, may_stop: bool) -> None:
         if not may_stop:
@@ -61,6 +64,12 @@ class Stage:
             return
         part = _Part(work)
         self.resume(part)
+
+    def die(self) -> None:
+        """The process ends: calls that have stopped do nothing more."""
+        self.is_dead = True
+        while self.stopped:
+            self.resume(self.stopped.pop())
 
     def resume(self, part: "_Part") -> None:
         before, self.current = self.current, part
