@@ -91,21 +91,25 @@ def test_closed_workers_do_nothing_more() -> None:
     go.set()
     until(lambda: task.at_rest and threading.active_count() <= before)
     workers.start(task, [(0, job())])
-    assert threading.active_count() <= before
-
-
-def test_a_system_without_threads_does_no_work_and_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    workers, task = Workers([1]), Task()
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", start)
-        workers.start(task, [(0, iter([0]))])
     assert not task.ended
-    workers.start(task, [(0, iter([0]))])
-    until(lambda: task.ended)
-    workers.close()
+
+
+def test_a_system_without_threads_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And those that could be started end."""
+    before = threading.active_count()
+    start = threading.Thread.start
+    left = iter(range(3))
+
+    def scarce(self: threading.Thread) -> None:
+        if next(left, None) is None:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", scarce)
+        with pytest.raises(RuntimeError, match="can't start"):
+            Workers([2, 2])
+    until(lambda: threading.active_count() <= before)
 
 
 def engine(dtype: str = "float32", layout: str = "NHD", **fields: Any) -> CacheEngine:

@@ -219,7 +219,8 @@ class Tiers:
         self._spill_blocks = max(1, min(SPILLED, manager.host_blocks // 16))
         self._landed = 0  # the newest move of which that is known on all ranks
         self._may_spill = False
-        self._spilled_all = False  # whether nothing was left to spill, as far as is known
+        self._spilled_all = False  # whether nothing was left to spill, or no slot might be held any more
+        self._in_the_way = 0  # slots that were held then
         self._closed = False
         for store in given:
             store.register(engine.arena.buffer)
@@ -357,7 +358,7 @@ class Tiers:
             [in_time] = self._poll([self._clock() < end], agree)
             if self._closed or self.is_suspended or not self._may_spill or not in_time:
                 return False
-            if self._landed < offloaded or not self._spilled_all or self._spills():
+            if self._landed < offloaded or not self._spilled_all or self._in_the_way or self._spills():
                 self._spillers.wait(_POLL_SECONDS)
                 continue
             step_id = self._manager.prepare([], [], step)
@@ -558,6 +559,8 @@ class Tiers:
 
     def _begin_spill(self) -> None:
         """Begin to spill what has landed, unless nothing has since there was no more, and nothing was given back."""
+        if self._spilled_all and self._manager.num_background_slots < self._in_the_way:
+            self._spilled_all = False  # an admission or a release has let some go
         if self._spilled_all or self._closed or self.is_suspended:
             return
         if not self._may_spill or self._spills() >= SPILLS:
@@ -565,7 +568,7 @@ class Tiers:
         spill = self._manager.begin_spill(self._spill_blocks)
         if not len(spill.blocks):
             self._manager.end_spill(spill, [])
-            self._spilled_all = not self._manager.num_background_slots  # else these may have been in the way
+            self._spilled_all, self._in_the_way = True, self._manager.num_background_slots
             return
         spilling = Spilling(self._slots, spill.blocks, spill.nodes, self._stores)
         self._operations.append(_Spill(spill, spilling, self._clock() + self._deadline))

@@ -76,21 +76,34 @@ class Workers:
     """Threads in lanes: jobs go from lane to lane, each part of them on a thread of one lane.
 
     Args:
-        threads: of each lane. They are started when there is work, and do not keep the process from ending.
+        threads: of each lane. All are started at once, as a start waits for the thread; they do not keep the process
+            from ending.
+
+    Raises:
+        RuntimeError: the system has no threads to spare.
 
     Thread-safety: any thread.
     """
 
     def __init__(self, threads: Iterable[int]) -> None:
         self._progress = threading.Condition()
-        self._lanes = [_Lane(count) for count in threads]
+        self._counts = tuple(threads)
+        self._queues: list[SimpleQueue[tuple[Task, Job] | None]] = [SimpleQueue() for _ in self._counts]
         self._closed = False
+        try:
+            for number, count in enumerate(self._counts):
+                for _ in range(count):
+                    name = f"kvblocks-tiers-{number}"
+                    threading.Thread(target=self._work, args=(number,), name=name, daemon=True).start()
+        except RuntimeError:
+            self.close()
+            raise
 
     def start(self, task: Task, jobs: list[tuple[int, Job]]) -> None:
         """Queue jobs of a task, each for its first lane. None of them runs where the workers are closed."""
         task.expect(len(jobs))
         for lane, job in jobs:
-            self._queue(lane, task, job)
+            self._queues[lane].put((task, job))
 
     def wait(self, seconds: float) -> None:
         """Wait until a part of a job has ended, or so long."""
@@ -100,43 +113,16 @@ class Workers:
     def close(self) -> None:
         """Let threads end when what they run now is done. Queued jobs are dropped, and their tasks do not end."""
         self._closed = True
-        for lane in self._lanes:
-            for _ in range(lane.most):
-                lane.queue.put(None)
+        for queue, count in zip(self._queues, self._counts, strict=True):
+            for _ in range(count):
+                queue.put(None)
 
-    def _queue(self, number: int, task: Task, job: Job) -> None:
-        if self._closed:
-            return
-        lane = self._lanes[number]
-        lane.queue.put((task, job))
-        if lane.started < lane.most:
-            with lane.lock:
-                if lane.started == lane.most:
-                    return
-                lane.started += 1
-            try:
-                threading.Thread(target=self._work, args=(lane,), name=f"kvblocks-tiers-{number}", daemon=True).start()
-            except RuntimeError:  # the system has none to spare: those that are there do the work, or nobody
-                _log.exception("no thread could be started for work in the background")
-                with lane.lock:
-                    lane.started -= 1
-
-    def _work(self, lane: "_Lane") -> None:
-        while (found := lane.queue.get()) is not None and not self._closed:
+    def _work(self, lane: int) -> None:
+        while (found := self._queues[lane].get()) is not None and not self._closed:
             task, job = found
             following = task.run(job)
             if following is not None:
-                self._queue(following, task, job)
+                self._queues[following].put((task, job))
             del found, task, job  # an idle thread keeps nothing alive
             with self._progress:
                 self._progress.notify_all()
-
-
-class _Lane:
-    """A queue of jobs, None for a thread to end, and the threads at work on it."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.started = 0
-        self.lock = threading.Lock()  # of starting threads
-        self.queue: SimpleQueue[tuple[Task, Job] | None] = SimpleQueue()
