@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from manager_compiled import make_step
 from manager_hooks import hook, needs_hooks
 
-from kvblocks.config import Window
+from kvblocks.config import State, Window
 from kvblocks.errors import InvariantViolation
 from kvblocks.manager import BlockManager, Fetch, Spill, SpilledNode, StepArrays
 from kvblocks.replay import host_step
@@ -189,6 +190,29 @@ def test_a_step_without_rows_brings_everything_to_the_host() -> None:
     manager.audit()
     with pytest.raises(ValueError, match="at least one sequence"):
         BlockManager(4, BLOCK).prepare([], [], step)
+
+
+def test_steps_without_rows_beside_states() -> None:
+    options: dict[str, Any] = {"groups": (None, State(BLOCK)), "num_states": 4, "host_blocks": 8}
+    manager, step = BlockManager(6, BLOCK, **options), make_step(4, 64, 16)
+    for keep in (False, True, False, True):
+        manager.commit(manager.prepare([], [], step, keep_state=keep))
+    visit(manager, range(8), step)
+    flush(manager, step)
+    assert len(manager.begin_spill(8).blocks) == 2
+    manager.abort(manager.prepare([], [], step))
+    manager.audit()
+
+
+def test_a_fetch_plans_no_length_without_its_state() -> None:
+    """Blocks that nobody could go on from are not brought."""
+    options: dict[str, Any] = {"groups": (None, State(BLOCK)), "num_states": 4, "host_blocks": 32}
+    manager = BlockManager(6, BLOCK, **options)
+    fetch = manager.begin_fetch(range(13), num_blocks=3)
+    assert (len(fetch.blocks), fetch.num_tokens) == (0, 0)
+    manager.end_fetch(fetch, 0)
+    manager.release(fetch)
+    manager.audit()
 
 
 def test_without_a_host_pool() -> None:

@@ -22,7 +22,8 @@ static inline int kvb_fails(void) { return kvb_fail_in >= 0 && kvb_fail_in-- == 
 #endif
 static inline void *kvb_grab(size_t n) { return kvb_fails() ? NULL : malloc(n); }
 static inline void *kvb_grab_zeroed(size_t n, size_t width) { return kvb_fails() ? NULL : calloc(n, width); }
-static inline void *kvb_regrow(void *p, size_t n) { return kvb_fails() ? NULL : realloc(p, n); }
+/* Never to nothing, for which realloc frees `p` and gives NULL, as if it had failed. */
+static inline void *kvb_regrow(void *p, size_t n) { return kvb_fails() ? NULL : realloc(p, n ? n : 1); }
 /* n zeroed items; what is at least a huge page starts on one. Unmapped with the same sizes. */
 static void *kvb_map(size_t n, size_t width) {
     size_t size, slack, head, page;
