@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from mooncake_cluster import HOST, Master, lender, master
 from stopping import stop_process
+from test_cli_stores import found_by_the_second, reported
 
 from kvblocks.tiers import MooncakeStore, Status, Store
 from kvblocks.tiers import mooncake as mooncake_module
@@ -288,6 +289,13 @@ def test_no_master() -> None:
     with pytest.raises(ConnectionError, match=f"the master {HOST}:1 does not answer"):
         MooncakeStore(f"{HOST}:1", segment=0)
     assert time.monotonic() - begun < SLACK
+
+
+def test_the_command_finds_what_another_stored(cluster: Master, capsys: pytest.CaptureFixture[str]) -> None:
+    """Objects lie with a process that stays; the two that compute lend nothing."""
+    with lender(cluster, 64 * MIB):
+        first, second = (reported(capsys, "--store", f"mooncake://{cluster.address}?segment=0") for _ in range(2))
+    found_by_the_second(first, second)
 
 
 def test_what_it_exposes(cluster: Master) -> None:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvblocks.cli.extras import read_secret
 from kvblocks.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _verify(args: argparse.Namespace) -> int:
     from kvblocks.tiers.objects import fault_of, read_header
     from kvblocks.tiers.store import Status
 
-    secret = _secret(args.secret_file)
+    secret = read_secret(args.secret_file)
     try:
         read_folder(args.folder)  # a folder that is none is not made into one
         # Room for whatever is there: this lets nothing go.
@@ -141,15 +142,6 @@ def _rm(args: argparse.Namespace) -> int:
     else:
         print(f"{freed:,} bytes are free")
     return 0
-
-
-def _secret(file: str | None) -> bytes | None:
-    if file is None:
-        return None
-    try:
-        return Path(file).read_bytes()
-    except OSError as error:
-        raise UsageError(f"--secret-file {file} cannot be read: {error.strerror or error}") from None
 
 
 def _parts(key: str) -> tuple[str | None, int | None, str | None]:

@@ -1,4 +1,4 @@
-"""What the commands share: packages that are extras, and files that plots are written to.
+"""What the commands share: packages that are extras, files that plots are written to, and files that hold a secret.
 
 Imports rich and matplotlib only to ask them.
 """
@@ -12,7 +12,7 @@ from kvblocks.errors import UsageError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["check_plot", "need", "save_plot"]
+__all__ = ["check_plot", "need", "read_secret", "save_plot"]
 
 
 def need(command: str, package: str, what: str) -> None:
@@ -42,3 +42,13 @@ def save_plot(figure: "Figure", file: str) -> None:
         figure.savefig(file, dpi=150)
     except OSError as error:
         raise UsageError(f"cannot write {file}: {error.strerror or error}") from None
+
+
+def read_secret(file: str | None) -> bytes | None:
+    """What is in the file of `--secret-file`, None without one; raises UsageError where it cannot be read."""
+    if file is None:
+        return None
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise UsageError(f"--secret-file {file} cannot be read: {error.strerror or error}") from None

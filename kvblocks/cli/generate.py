@@ -22,8 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kvblocks import demo, smollm2
+from kvblocks.cli.stores import CommandStores, opened_stores
 from kvblocks.config import CacheConfig
-from kvblocks.errors import StoreInUse, UsageError
+from kvblocks.errors import UsageError
 from kvblocks.generation.request import Settings, check_request
 from kvblocks.generation.sampling import Choosers
 from kvblocks.generation.scheduler import Request, blocks_needed
@@ -32,13 +33,11 @@ from kvblocks.generation.verify import Verdict, verify
 from kvblocks.integrations.transformers import Pool, UnsupportedModel, longest_sequence
 from kvblocks.integrations.transformers import served as check_served
 from kvblocks.integrations.transformers.weights import file_version, state_version
-from kvblocks.tiers import DiskStore
 
 __all__ = ["run"]
 
 _GIVEN = ("prompt", "messages", "tokens")  # what a line of JSONL may be asked with
 _TINY, _SMOLLM2 = "tiny", "smollm2"  # what --model calls the models that need no path
-_CACHE_SIZE = 10 << 30  # bytes of a folder of cached blocks, where nobody says
 _ECHOED = 200  # characters of a prompt that are shown
 
 
@@ -72,8 +71,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError: a model, file, device or size that cannot be.
     """
-    if args.cache_size is not None and args.cache_dir is None:
-        raise UsageError("--cache-size is of the files in --cache-dir; give that too")
+    with opened_stores(args) as stores:
+        return _run(args, stores)
+
+
+def _run(args: argparse.Namespace, stores: CommandStores) -> int:
     chatter: Any = transformers.utils.logging
     chatter.set_verbosity_error()
     chatter.disable_progress_bar()
@@ -100,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     answers = [_Answer(text, request, []) for text, request in requests for _ in range(request.n)]
     config = _sizes(args, loaded, answers)
     with _progress() as progress:
-        report = _generate(args, loaded, config, [request for _, request in requests], answers, progress)
+        report = _generate(args, stores, loaded, config, [request for _, request in requests], answers, progress)
         if args.verify or (args.verify is None and built_in):
             task = progress.add_task("verifying", total=len(answers))
             for answer in answers:
@@ -314,6 +316,7 @@ def _as_size(num_bytes: int) -> str:
 
 def _generate(
     args: argparse.Namespace,
+    stores: CommandStores,
     loaded: _Loaded,
     config: CacheConfig,
     requests: list[Request],
@@ -322,30 +325,20 @@ def _generate(
 ) -> dict[str, Any]:
     """Fill the answers in; returns what there is to report, by name."""
     task = progress.add_task("generating", total=sum(answer.request.max_new_tokens for answer in answers))
-    store, pool = _store(args), None
+    pool = _pool(args, stores, loaded, config)
+    if stores.stores:
+        _say_what_stores_cannot_bring(pool, max(len(request.prompt) for request in requests))
     try:
-        pool = _pool(args, loaded, config, store)
-        return _on_pool(args, loaded, pool, requests, answers, lambda n: progress.advance(task, n))
+        return _on_pool(args, stores, loaded, pool, requests, answers, lambda n: progress.advance(task, n))
     finally:
-        idle = pool is None or pool.close()
-        if store is not None and idle:  # under a call that hangs it cannot be closed
-            store.close()
+        stores.hang = not pool.close()
 
 
-def _store(args: argparse.Namespace) -> DiskStore | None:
-    if args.cache_dir is None:
-        return None
-    try:
-        return DiskStore(args.cache_dir, _CACHE_SIZE if args.cache_size is None else args.cache_size)
-    except (StoreInUse, OSError, ValueError) as error:
-        raise UsageError(f"--cache-dir {args.cache_dir} cannot be used: {_first_line(error)}") from None
-
-
-def _pool(args: argparse.Namespace, loaded: _Loaded, config: CacheConfig, store: DiskStore | None) -> Pool:
+def _pool(args: argparse.Namespace, stores: CommandStores, loaded: _Loaded, config: CacheConfig) -> Pool:
     below: dict[str, Any] = {}
-    if store is not None:
+    if stores.stores:
         version = None if loaded.folder is None else file_version(loaded.folder)
-        below = {"stores": [store], "weights_version": version or state_version(loaded.model)}
+        below = {"stores": stores.stores, "weights_version": version or state_version(loaded.model)}
     try:
         return Pool(
             loaded.model,
@@ -354,14 +347,31 @@ def _pool(args: argparse.Namespace, loaded: _Loaded, config: CacheConfig, store:
             block_size=config.block_size,
             layout=args.layout,
             chunks=True,
+            secret=stores.secret,
             **below,
         )
+    except UnsupportedModel as error:
+        raise UsageError(f"--model {loaded.name} cannot be served: {error}") from None
     except (ValueError, MemoryError, ModuleNotFoundError) as error:
         raise UsageError(_first_line(error).replace("host_memory=", "--host-memory ")) from None
 
 
+def _say_what_stores_cannot_bring(pool: Pool, num_tokens: int) -> None:
+    """A prompt that is longer than what can be fetched at once is computed from there on, which may surprise."""
+    manager, arena = pool.manager, pool.engine.arena
+    found = (num_tokens - 1) // manager.block_size * manager.block_size
+    needed = manager.blocks_needed(found, reserve=1) if found else 0
+    fetched = manager.host_blocks // 4
+    if arena is not None and needed > fetched:
+        sys.stderr.write(
+            f"kvblocks generate: the longest prompt takes {needed} blocks, and stores bring {fetched} at most, a "
+            f"quarter of host memory; --host-memory {_as_size(4 * needed * arena.slot_bytes)} is enough for all of it\n"
+        )
+
+
 def _on_pool(
     args: argparse.Namespace,
+    stores: CommandStores,
     loaded: _Loaded,
     pool: Pool,
     requests: list[Request],
@@ -394,22 +404,30 @@ def _on_pool(
             raise UsageError(f"--model {loaded.name} cannot be served: {error}") from None
         seconds = time.perf_counter() - start
     whole = pool.flush()
-    tiers = pool.tiers
-    kept = None if tiers is None else tiers.stats()[0]
+    kept = [] if pool.tiers is None else pool.tiers.stats()
     if not whole:
-        sys.stderr.write(f"kvblocks generate: not all blocks could be kept in {args.cache_dir}: {kept}\n")
+        counts = "; ".join(f"{name}: {each}" for name, each in zip(stores.names, kept, strict=True))
+        sys.stderr.write(f"kvblocks generate: not all blocks could be kept in {counts}\n")
     for answer, stream in zip(answers, running, strict=True):
         answer.tokens, answer.finish = stream.tokens, stream.finish or ""
         answer.completion = loaded.decode(answer.tokens)
     stats, engine = running.scheduler.manager.stats(), running.scheduler.engine
     new_tokens = sum(len(answer.tokens) for answer in answers)
-    # What came from the disk came by way of the host pool.
-    from_disk = min(sum(running.scheduler.num_hit_by_store), stats.host_hit_tokens)
+    # What came from a store came by way of the host pool.
+    by_kind = stores.by_kind(running.scheduler.num_hit_by_store)
+    from_disk = min(by_kind["disk"], stats.host_hit_tokens)
+    from_store = min(by_kind["store"], stats.host_hit_tokens - from_disk)
+    loaded_by_kind = stores.by_kind([each.bytes_loaded for each in kept])
+    stored_by_kind = stores.by_kind([each.bytes_stored for each in kept])
     return {
         "model": loaded.name,
         "dtype": str(engine.dtype).removeprefix("torch."),
         "device": str(engine.device),
         "cache_dir": args.cache_dir,
+        "stores": [
+            {"name": name, "kind": kind, **dataclasses.asdict(each)}
+            for name, kind, each in zip(stores.names, stores.kinds, kept, strict=True)
+        ],
         "layout": engine.layout,
         "block_size": engine.block_size,
         "pool_bytes": engine.memory_bytes,
@@ -419,14 +437,15 @@ def _on_pool(
         "prompt_tokens": sum(len(request.prompt) for request in requests),
         "hit_tokens": running.scheduler.num_hit,
         "cached_tokens_device": stats.hit_tokens - stats.host_hit_tokens,
-        "cached_tokens_host": stats.host_hit_tokens - from_disk,
+        "cached_tokens_host": stats.host_hit_tokens - from_disk - from_store,
         "cached_tokens_disk": from_disk,
+        "cached_tokens_store": from_store,
         "host_bytes": 0 if engine.arena is None else engine.arena.memory_bytes,
         "readmitted_hit_tokens": running.scheduler.num_hit_again,
         "new_tokens": new_tokens,
         "forward_passes": num_passes,
-        "disk_bytes_loaded": 0 if kept is None else kept.bytes_loaded,
-        "disk_bytes_stored": 0 if kept is None else kept.bytes_stored,
+        **{f"{kind}_bytes_loaded": nbytes for kind, nbytes in loaded_by_kind.items()},
+        **{f"{kind}_bytes_stored": nbytes for kind, nbytes in stored_by_kind.items()},
         "seconds_to_first_token": first,
         "seconds": seconds,
         "tokens_per_second": new_tokens / seconds,
@@ -485,9 +504,9 @@ def _table(report: dict[str, Any]) -> Iterable[tuple[str, str]]:
     if report["host_bytes"]:
         yield "  of the device", f"{report['cached_tokens_device']:,}"
         yield "  of the host", f"{report['cached_tokens_host']:,}, of {report['host_bytes']:,} bytes"
-    if report["cache_dir"] is not None:
-        loaded, stored = (report[f"disk_bytes_{what}"] for what in ("loaded", "stored"))
-        yield "  of the disk", f"{report['cached_tokens_disk']:,}; {loaded:,} bytes read, {stored:,} written"
+    for kind in sorted({store["kind"] for store in report["stores"]}):
+        loaded, stored = (report[f"{kind}_bytes_{what}"] for what in ("loaded", "stored"))
+        yield f"  of the {kind}", f"{report[f'cached_tokens_{kind}']:,}; {loaded:,} bytes read, {stored:,} written"
     yield "answers", f"{report['new_tokens']:,} tokens in {report['forward_passes']:,} forward passes"
     if report["seconds_to_first_token"] is not None:
         yield "first token", f"after {report['seconds_to_first_token']:.3f} s"

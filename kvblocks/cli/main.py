@@ -86,8 +86,8 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--host-memory",
         type=_size,
         metavar="SIZE",
-        help="host memory for blocks that leave the cache and may come back (default: none; with --cache-dir a quarter "
-        "of --kv-memory). Of what is on disk, up to a quarter of it is taken for one prompt",
+        help="host memory for blocks that leave the cache and may come back (default: none; with --cache-dir or "
+        "--store a quarter of --kv-memory). Of what these have, up to a quarter of it is taken for one prompt",
     )
     add(
         "--cache-dir",
@@ -95,6 +95,20 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         help="folder where blocks are kept for later runs, with the same model and weights; see `kvblocks cache`",
     )
     add("--cache-size", type=_size, metavar="SIZE", help="of the files in --cache-dir, at most (default: 10GiB)")
+    add(
+        "--store",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a store that machines share, asked after --cache-dir: redis://HOST:PORT/DB, or "
+        "mooncake://HOST:PORT?segment=8GiB; may be given several times. See kvblocks.tiers.open_store",
+    )
+    add(
+        "--secret-file",
+        metavar="FILE",
+        help="a secret of 16 bytes or more, for names and checksums of what --cache-dir and --store keep; the same in "
+        "every process that is to find it",
+    )
     add("--block-size", type=_count, default=16, metavar="N", help="tokens in a block (default: %(default)s)")
     add("--layout", choices=LAYOUTS, default="NHD", help="of the cache (default: %(default)s)")
     add("--dtype", choices=("float16", "bfloat16", "float32", "float64"), help="default: what the model was saved in")
