@@ -29,6 +29,7 @@ QUICK = {
     "replay.py": ["--blocks", "131072", "--repeats", "3", "--limit", "20"],
     "scale.py": ["--blocks", "1000000", "--seqs", "10000"],
     "storage.py": ["--mebibytes", "32", "--layouts", "NHD", "--allocate", "1024"],
+    "states.py": [],
     "stores.py": ["--mebibytes", "64", "--repeats", "5"],
     "tiers.py": ["--mebibytes", "64", "--repeats", "3"],
 }

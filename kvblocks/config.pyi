@@ -202,15 +202,23 @@ class CacheConfig:
         v_head_dim: SupportsIndex | None = None,
         groups: Iterable[Group] | None = None,
         layers: Iterable[Iterable[LayerTensor]] | None = None,
+        num_states: SupportsIndex = 0,
     ) -> Self:
         """A config with as many whole blocks of `dtype` as fit into `memory_bytes`: bytes, or text such as "8GiB".
 
         Its own `memory_bytes(dtype)` is never more than was given, and with one block more it would be. To keep that
         true, memory for more than 2**31-1 blocks is an error: block ids are int32, and larger blocks use all of it.
 
+        Args:
+            memory_bytes: for blocks and states together.
+            dtype: of all tensors that have none of their own.
+            num_states: slots for what layers keep for a sequence, `state_bytes(dtype)` each, taken off first.
+
+        All others are as for the class.
+
         Raises:
-            TypeError, ValueError: as the class does, for `memory_bytes` outside 0..2**63-1, where not even one block
-                fits, and where more than 2**31-1 do.
+            TypeError, ValueError: as the class does, for `memory_bytes` outside 0..2**63-1, `num_states` outside
+                0..2**31-2, where not even one block fits, and where more than 2**31-1 do.
             TypeError: `dtype` cannot hold a cache, see `itemsize`.
             OverflowError: one block is more than 2**63-1 bytes.
         """

@@ -10,7 +10,7 @@ from typing import Self, SupportsIndex
 import torch
 
 from kvblocks.checks import Indices, checked_device, checked_dtype, checked_indices
-from kvblocks.config import CacheConfig, Group
+from kvblocks.config import CacheConfig, Group, LayerTensor
 from kvblocks.errors import OutOfMemory
 from kvblocks.manager import BlockManager
 from kvblocks.movement import first_outside
@@ -27,6 +27,7 @@ __all__ = ["CacheEngine"]
 _log = logging.getLogger("kvblocks")
 
 _ROUNDING = 2 << 20  # bytes; what torch rounds large CUDA allocations up to
+_STATE_STORAGES = 4  # one for each size of element: 1, 2, 4 and 8 bytes
 
 
 class CacheEngine:
@@ -116,25 +117,29 @@ class CacheEngine:
     @classmethod
     def for_device(
         cls,
-        num_kv_heads: SupportsIndex,
-        head_dim: SupportsIndex,
-        num_layers: SupportsIndex,
-        dtype: torch.dtype | str,
-        device: torch.device | str,
+        num_kv_heads: SupportsIndex | None = None,
+        head_dim: SupportsIndex | None = None,
+        num_layers: SupportsIndex | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
         *,
         memory: str | int = "90%",
         block_size: SupportsIndex = 16,
         v_head_dim: SupportsIndex | None = None,
         groups: Iterable[Group] | None = None,
+        layers: Iterable[Iterable[LayerTensor]] | None = None,
         layout: str = "HDN",
         host_blocks: SupportsIndex = 0,
+        num_states: SupportsIndex = 0,
     ) -> Self:
         """As many blocks as fit into a share of what is free on the device now; load the model before.
 
         Args:
-            num_kv_heads, head_dim, num_layers, block_size, v_head_dim, groups: as for `CacheConfig.for_memory`.
-            dtype, device, layout: as for `PagedKVCache`.
+            num_kv_heads, head_dim, num_layers, block_size, v_head_dim, groups, layers: as for `CacheConfig`; with
+                `layers` the first three and `v_head_dim` are left out.
+            dtype, device, layout: as for the class; the first two have no default.
             host_blocks: as for the class; on CPU their memory is not taken off what is free.
+            num_states: as for the class; their memory comes out of the share, before blocks are counted.
             memory: "90%" of the free memory, "8GiB", or bytes. The rest is left to activations and whoever else comes;
                 an INFO line of the logger "kvblocks" says how much that is.
 
@@ -143,11 +148,13 @@ class CacheEngine:
         and have not touched yet counts as taken.
 
         Raises:
-            OutOfMemory: not even one block fits.
+            OutOfMemory: not even one block fits, beside the states.
             ValueError: `memory` is not a size, or more than is free; or as for the others.
             NotImplementedError: the device does not say how much is free.
             TypeError, OverflowError: as for `CacheConfig.for_memory` and `PagedKVCache`.
         """
+        if dtype is None or device is None:
+            raise TypeError(f"{cls.__name__}.for_device() needs dtype and device; {dtype=} and {device=} were given")
         target = checked_device(device)
         if target.type not in ("cpu", "cuda"):
             raise NotImplementedError(f"{target} does not say how much memory is free; use CacheConfig.for_memory")
@@ -159,16 +166,19 @@ class CacheEngine:
             block_size=block_size,
             v_head_dim=v_head_dim,
             groups=groups,
+            layers=layers,
         )
+        slots = _checked_states(one, dtype, num_states)
+        states = slots * one.state_bytes(dtype)
         free, limit = free_memory(target)
         share = budget(memory, free)
-        # Each tensor of a CUDA device is rounded up.
-        usable = min(share, free - 2 * one.layers_per_group * _ROUNDING) if target.type == "cuda" else share
-        if usable < one.block_bytes(dtype):
+        usable = min(share, free - _most_storages(one) * _ROUNDING) if target.type == "cuda" else share
+        if usable < states + one.block_bytes(dtype):
+            beside = f" beside {slots} states of {one.state_bytes(dtype)} bytes" if slots else ""
             raise OutOfMemory(
                 f"{target} has {free} bytes free, and memory={memory!r} of them holds no block of "
-                f"{one.block_bytes(dtype)} bytes. The limit is {limit}",
-                one.block_bytes(dtype),
+                f"{one.block_bytes(dtype)} bytes{beside}. The limit is {limit}",
+                states + one.block_bytes(dtype),
                 free,
                 0,
             )
@@ -181,16 +191,19 @@ class CacheEngine:
             block_size=block_size,
             v_head_dim=v_head_dim,
             groups=one.groups,
+            layers=None if layers is None else one.layers,
+            num_states=slots,
         )
+        taken = config.memory_bytes(dtype) + states
         _log.info(
             "KV cache on %s: %.1f MB of the %.1f MB that are free (memory=%s), %.1f MB in reserve",
             target,
-            config.memory_bytes(dtype) / 1e6,
+            taken / 1e6,
             free / 1e6,
             memory,
-            (free - config.memory_bytes(dtype)) / 1e6,
+            (free - taken) / 1e6,
         )
-        return cls(config, dtype, target, layout=layout, host_blocks=host_blocks)
+        return cls(config, dtype, target, layout=layout, host_blocks=host_blocks, num_states=slots)
 
     @property
     def config(self) -> CacheConfig:
@@ -489,6 +502,12 @@ class CacheEngine:
         """`PagedKVCache.zero_blocks` in every layer; the ids are checked once, before anything is changed."""
         self._check_open()
         zero_blocks(self._caches[0], self._mover, ids)
+
+
+def _most_storages(config: CacheConfig) -> int:
+    """No more storages than these has an engine: a CUDA device rounds each up."""
+    of_layer = [sum(tensor.per == "token" for tensor in layer) for layer in config.layers]
+    return max(sum(of_layer[layer] for layer in group.layers) for group in config.groups) + _STATE_STORAGES
 
 
 def _checked_states(config: CacheConfig, dtype: torch.dtype | str, num_states: SupportsIndex) -> int:

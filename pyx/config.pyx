@@ -466,15 +466,23 @@ cdef class CacheConfig:
         v_head_dim=None,
         groups=None,
         layers=None,
+        num_states=0,
     ):
         """A config with as many whole blocks of `dtype` as fit into `memory_bytes`: bytes, or text such as "8GiB".
 
         Its own `memory_bytes(dtype)` is never more than was given, and with one block more it would be. To keep that
         true, memory for more than 2**31-1 blocks is an error: block ids are int32, and larger blocks use all of it.
 
+        Args:
+            memory_bytes: for blocks and states together.
+            dtype: of all tensors that have none of their own.
+            num_states: slots for what layers keep for a sequence, `state_bytes(dtype)` each, taken off first.
+
+        All others are as for the class.
+
         Raises:
-            TypeError, ValueError: as the class does, for `memory_bytes` outside 0..2**63-1, where not even one block
-                fits, and where more than 2**31-1 do.
+            TypeError, ValueError: as the class does, for `memory_bytes` outside 0..2**63-1, `num_states` outside
+                0..2**31-2, where not even one block fits, and where more than 2**31-1 do.
             TypeError: `dtype` cannot hold a cache, see `itemsize`.
             OverflowError: one block is more than 2**63-1 bytes.
         """
@@ -491,14 +499,16 @@ cdef class CacheConfig:
         if isinstance(memory_bytes, str):
             memory_bytes = parse_size(memory_bytes, "memory_bytes")
         cdef int64_t given = _bounded("memory_bytes", memory_bytes, 0, INT64_MAX)
+        states = _bounded("num_states", num_states, 0, INT32_MAX - 1) * (<CacheConfig?>config).state_bytes(dtype)
         cdef int64_t block_bytes = (<CacheConfig?>config).block_bytes(dtype)
         if block_bytes < 1:
             raise ValueError(f"{cls.__name__}.block_bytes({dtype}) is {block_bytes}; a block has at least one byte")
-        blocks = given // block_bytes
+        blocks = (given - states) // block_bytes
         if blocks < 1:
+            beside = f" beside num_states={num_states}, which are {states} bytes" if states else ""
             raise ValueError(
-                f"memory_bytes={given} holds no block: one of block_size={config.block_size} is {block_bytes} bytes; "
-                f"give at least that many or use a smaller block_size"
+                f"memory_bytes={given} holds no block{beside}: one of block_size={config.block_size} is {block_bytes} "
+                f"bytes; give at least that many or use a smaller block_size"
             )
         if blocks > INT32_MAX:
             raise ValueError(

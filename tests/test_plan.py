@@ -228,40 +228,6 @@ def test_state_is_set_aside_when_asked() -> None:
     assert "no bound" in planned.explain()
 
 
-def test_memory_for_sequences_with_state_and_blocks() -> None:
-    config = {
-        "model_type": "granitemoehybrid",
-        "num_hidden_layers": 3,
-        "hidden_size": 64,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "mamba_n_heads": 8,
-        "mamba_d_head": 16,
-        "mamba_n_groups": 1,
-        "mamba_d_state": 8,
-        "mamba_d_conv": 4,
-        "dtype": "bfloat16",
-    }
-    state = 2 * ((8 * 16 + 2 * 8) * 3 * 2 + 8 * 16 * 8 * 4)
-    block = 2 * (16 + 16) * 2 * 16
-    planned = plan(config, memory="1MiB", activations=1000, weights=500, seq_len=40, concurrency=5)
-    assert (planned.state_bytes, planned.block_bytes) == (state, block)
-    assert planned.sequence_bytes(40) == 3 * block + state
-    assert planned.memory_for(5, 40) == 5 * (3 * block + state) + 1500
-    assert f"memory needed: 5 sequences × {amount(3 * block + state)} + 500 B weights + 1,000 B activations = " in (
-        planned.explain()
-    )
-    assert amount(planned.memory_for(5, 40)) in planned.explain()
-    apart = plan(config, memory="1MiB", sequences=9)
-    assert apart.num_blocks == (2**20 - 9 * state) // block
-    assert apart.memory_for(5, 40) == 15 * block + 9 * state
-    assert apart.max_concurrency(1) == 9
-    beyond = plan(config, memory="1MiB", sequences=9, concurrency=10)
-    assert not beyond.fits
-    assert "state is set aside for 9 sequences only" in beyond.explain()
-
-
 def test_the_latent_cache_is_a_change_that_helps() -> None:
     planned = plan(DEEPSEEK_V3, memory="4GiB", mla="expanded", seq_len=8192)
     changes = {change.setting: change for change in smallest_changes(planned, 10)}

@@ -22,10 +22,10 @@ __all__ = ["add_plan_parser", "run"]
 _PLOT_DTYPES = ("bfloat16", "fp8", "int4")
 _PLOT_DTYPES_LLAMA_CPP = ("float16", "q8_0", "q4_0")
 _PLOT_POINTS = 200
-_ARGUMENTS = (
-    "memory gpu utilization seq_len concurrency weights weights_dtype activations sequences encoder_tokens dtype "
+_ARGUMENTS = "memory gpu utilization seq_len concurrency weights weights_dtype activations sequences checkpoints "
+_ARGUMENTS += (
+    "encoder_tokens dtype group_size scale_dtype zero_point block_size tp mla stored engine swa_full step_tokens"
 )
-_ARGUMENTS += "group_size scale_dtype zero_point block_size tp mla stored engine swa_full step_tokens"
 _NAMES = tuple(_ARGUMENTS.split())
 _EITHER = "|".join([*_NAMES, "pp"])
 _ARGUMENT = re.compile(rf"(?<![\w.])({_EITHER})=('[^']*'|\[[^\]]*\]|[^\s,;:)]+)")
@@ -62,6 +62,7 @@ def add_plan_parser(
     add("--weights-dtype", metavar="DTYPE", help="for --weights auto (default: the config's)")
     add("--activations", metavar="SIZE", help="set aside on each device")
     add("--sequences", type=count, metavar="N", help="set their fixed state aside before blocks are counted")
+    add("--checkpoints", type=int, metavar="N", help="states set aside for prefixes (default: one a sequence)")
     add("--encoder-tokens", type=int, default=0, metavar="N", help="that cross-attention keeps K and V for")
     stored = parser.add_argument_group("how it is stored")
     add = stored.add_argument

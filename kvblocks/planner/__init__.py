@@ -71,6 +71,7 @@ def plan(
     activations: int | str | None = None,
     utilization: float | str = 1.0,
     sequences: int | None = None,
+    checkpoints: int | None = None,
     encoder_tokens: int = 0,
     group_size: int | None = None,
     scale_dtype: Any = "float16",
@@ -108,7 +109,10 @@ def plan(
         weights_dtype: count the weights as the config describes them, in this dtype; None for the checkpoint's own.
         activations: bytes or a size set aside on each device.
         utilization: the share of the memory that is used, above 0 and at most 1 (0.9, or "90%").
-        sequences: how many have their fixed state set aside before blocks are counted; None for `concurrency`.
+        sequences: how many have their fixed state set aside before blocks are counted; None for `concurrency`, and
+            without one for as many of `seq_len` tokens (the model's longest, 32,768 at most) as fit.
+        checkpoints: states set aside beside those, from which prefixes are gone on from; None for one a sequence, its
+            newest. Prompts that many sequences begin with take one more each. A model without state or blocks has none.
         encoder_tokens: tokens of an encoder or an image, of which cross-attention keeps K and V in every sequence.
         group_size: numbers of one head that share a scale, in 8-bit and packed dtypes; None where scales are not kept
             per token.
@@ -191,6 +195,7 @@ def plan(
             seq_len=numbers["seq_len"],
             concurrency=numbers["concurrency"],
             sequences=numbers["sequences"],
+            checkpoints=None if checkpoints is None else checked_integer("checkpoints", checkpoints, 0, LONGEST),
             encoder_tokens=checked_integer("encoder_tokens", encoder_tokens, 0, LONGEST),
             max_groups=checked_integer("max_groups", max_groups, 1, LONGEST),
             step_tokens=steps,

@@ -78,6 +78,8 @@ def _changes(plan: Figures) -> Iterator[Change]:
             yield Change(
                 f"blocks of {count(size, 'token')} instead of {settings.block_size}", "block_size", size, factor
             )
+    if plan.stage.checkpoints(sequences) and plan.replaced(checkpoints=0).fits:
+        yield Change("no checkpoints of states, without which prompts find no prefix", "checkpoints", 0, 2)
     if settings.mla == "expanded" and settings.other_mla is not None:
         latent = plan.replaced(mla="latent", model=settings.other_mla, other_mla=settings.model)
         if latent.fits:

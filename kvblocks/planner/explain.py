@@ -93,6 +93,8 @@ def lines(plan: Figures) -> list[Line]:
         )
     if stage.state_bytes:
         found.append(Line("state per sequence", _state_terms(stage), f"{stage.state_bytes:,} B"))
+    if plan.num_states:
+        found.append(Line("states", _slot_terms(plan), count(plan.num_states, "slot")))
     found += _memory_lines(plan)
     found += _answers(plan)
     if plan.settings.gpu is not None:
@@ -201,6 +203,21 @@ def _state_terms(stage: Stage) -> str:
     return " + ".join(terms)
 
 
+def _slot_terms(plan: Figures) -> str:
+    """`8 sequences + 8 checkpoints`, with a word on where the number of sequences comes from."""
+    settings, terms = plan.settings, count(plan.running or 0, "sequence")
+    if settings.running is None:
+        terms += f" of {settings.usual_len:,} tokens, as many as fit"
+    return f"{terms} + {count(plan.checkpoints or 0, 'checkpoint')}"
+
+
+def _fixed_terms(plan: Figures, stage: Stage, running: int) -> list[str]:
+    """What is set aside for so many sequences on a stage, whatever their length."""
+    terms = [f"{count(running, 'sequence')} × {stage.state_bytes:,} B state"] if running and stage.state_bytes else []
+    checkpoints = stage.checkpoints(running)
+    return terms + ([f"{count(checkpoints, 'checkpoint')} × {stage.slot_bytes:,} B"] if checkpoints else [])
+
+
 def _memory_lines(plan: Figures) -> list[Line]:
     settings, stage = plan.settings, plan.stage
     found = []
@@ -213,14 +230,16 @@ def _memory_lines(plan: Figures) -> list[Line]:
     taken = [amount(settings.memory)]
     taken += [f"{amount(stage.weights)} weights"] if settings.weights else []
     taken += [f"{amount(settings.activations)} activations"] if settings.activations else []
-    if settings.reserved and stage.state_bytes:
-        taken.append(f"{count(settings.reserved, 'sequence')} × {stage.state_bytes:,} B state")
-    room = (stage.room or 0) - settings.reserved * stage.state_bytes
+    running = plan.running or 0
+    taken += _fixed_terms(plan, stage, running)
+    room = (stage.room or 0) - stage.fixed_bytes(running)
     found.append(Line("memory for the cache", " - ".join(taken) if len(taken) > 1 else "", amount(room)))
     paged = [one for one in plan.stages if one.block_bytes]
     if paged and plan.num_blocks is not None:
-        tight = min(paged, key=lambda one: one.num_blocks or 0)  # the stage that has the fewest, which may be another
-        room = (tight.room or 0) - settings.reserved * tight.state_bytes
+        tight = min(
+            paged, key=lambda one: one.num_blocks(running) or 0
+        )  # the stage that has the fewest, which may be another
+        room = (tight.room or 0) - tight.fixed_bytes(running)
         whole = f"{room:,} B / {tight.block_bytes:,} B, whole blocks"
         whole += f" of stage {plan.stages.index(tight)}" if tight.block_bytes != stage.block_bytes else ""
         found.append(Line("blocks", whole, f"{plan.num_blocks:,}"))
@@ -249,8 +268,10 @@ def _answers(plan: Figures) -> list[Line]:
             needed = plan.memory_for(sequences, length)
             besides = [amount(stage.weights) + " weights"] if stage.weights else []
             besides += [amount(settings.activations) + " activations"] if settings.activations else []
-            idle = (settings.sequences or 0) - sequences
-            besides += [f"{count(idle, 'more sequence')} × {stage.state_bytes:,} B state"] if idle > 0 else []
+            idle = max(0, (settings.sequences or 0) - sequences)
+            besides += [f"{count(idle, 'more sequence')} × {stage.state_bytes:,} B state"] if idle else []
+            checkpoints = stage.checkpoints(sequences + idle)
+            besides += [f"{count(checkpoints, 'checkpoint')} × {stage.slot_bytes:,} B"] if checkpoints else []
             terms = " + ".join([f"{count(sequences, 'sequence')} × {amount(each)}", *besides])
             found.append(Line("memory needed", terms, amount(needed)))
     if settings.memory is None:
@@ -323,7 +344,7 @@ def notes(plan: Figures) -> list[str]:
             f"note: figures are of pipeline stage {index}, layers {stage.layers[0].index} to {stage.layers[-1].index}, "
             f"which takes the most"
         )
-    if stage.state_bytes and settings.memory is not None and not settings.reserved:
+    if stage.state_bytes and settings.memory is not None and not plan.running:
         found.append("note: no state is set aside before blocks are counted; give sequences to do so")
     return found
 
@@ -399,6 +420,9 @@ def to_dict(plan: Figures) -> dict[str, Any]:
         "bytes_per_token": plan.bytes_per_token,
         "block_bytes": plan.block_bytes,
         "state_bytes": plan.state_bytes,
+        "sequences": plan.running,
+        "checkpoints": plan.checkpoints,
+        "num_states": plan.num_states,
         "groups": [
             {
                 "reach": reach_text(group.reach),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from kvblocks.config import CacheConfig, Group, LayerTensor
 from kvblocks.formats import Format, dtype_name, format_of, itemsize_of, narrower
@@ -55,7 +55,9 @@ class Settings:
         gpu: name of the card whose memory `memory` is; None where no card was named.
         gpus: number of cards; None for as many as the split takes.
         copies: copies of the model, each on its own devices; figures are those of one copy.
-        sequences: sequences whose state is set aside before blocks are counted.
+        sequences: sequences that run at once, whose state is set aside before blocks are counted; None for those that
+            are asked for.
+        checkpoints: states that are set aside beside those, for prefixes; None for one a sequence.
         encoder_tokens: tokens of an encoder or an image whose K and V cross-attention keeps.
         max_groups: layer groups at most; each has its own block table.
         step_tokens: tokens that one step writes for a sequence, at most.
@@ -85,6 +87,7 @@ class Settings:
     gpus: int | None = None
     copies: int = 1
     sequences: int | None = None
+    checkpoints: int | None = None
     encoder_tokens: int = 0
     max_groups: int = MOST_GROUPS
     step_tokens: int = 1
@@ -105,9 +108,14 @@ class Settings:
         return None if self.concurrency is None else math.ceil(self.concurrency / self.copies)
 
     @property
-    def reserved(self) -> int:
-        """Sequences whose state is set aside before blocks are counted."""
-        return (self.each or 0) if self.sequences is None else self.sequences
+    def running(self) -> int | None:
+        """Sequences that run at once, as far as that is asked for."""
+        return self.each if self.sequences is None else self.sequences
+
+    @property
+    def usual_len(self) -> int:
+        """The tokens of the sequences that run, where it is not said how many do: as asked for, else up to 32k."""
+        return self.seq_len or min(self.reference_len, 32768)
 
     def heads(self, heads: int, queries: int | None = None) -> tuple[int, int]:
         """How many of `heads` K and V heads the fullest device keeps, and all devices together, each copy counted.
@@ -157,10 +165,33 @@ class Stage:
         return self.cross_bytes + (0 if in_pages else sum(self.layer_states))
 
     @cached_property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot of the states of all layers; 0 where layers have none, or an engine has no slots."""
+        return sum(self.layer_states) if self.settings.engine == "kvblocks" else 0
+
+    def checkpoints(self, running: int) -> int:
+        """Checkpoints that are set aside beside the states of so many sequences.
+
+        One hangs on the block that ends where it stands: without blocks there are none.
+        """
+        if not self.slot_bytes or not self.paged:
+            return 0
+        return running if self.settings.checkpoints is None else self.settings.checkpoints
+
+    def fixed_bytes(self, running: int) -> int:
+        """Bytes set aside for so many sequences whatever their length: their state, and checkpoints."""
+        return running * self.state_bytes + self.checkpoints(running) * self.slot_bytes
+
+    @cached_property
     def layer_states(self) -> tuple[int, ...]:
         """Bytes of the state of each layer that keeps one."""
         sizes = (self._state([layer], LONGEST, "exact") for layer in self.layers)
         return tuple(size for size in sizes if size)
+
+    @cached_property
+    def cached_layers(self) -> tuple[Layer, ...]:
+        """The layers that keep something in blocks or in a slot of states, those of a `CacheConfig`."""
+        return tuple(layer for layer in self.layers if layer.kept or self._state([layer], LONGEST, "exact"))
 
     @cached_property
     def cross_bytes(self) -> int:
@@ -252,9 +283,11 @@ class Stage:
         """Bytes of the weights on one device, as if they split evenly."""
         return math.ceil(self.settings.weights / (self.settings.tp * len(self.settings.stages)))
 
-    @cached_property
-    def num_blocks(self) -> int | None:
-        """Blocks that fit, or that the sequences asked for take; None where neither is given, and for several pools."""
+    def num_blocks(self, running: int) -> int | None:
+        """Blocks that fit beside what is set aside for so many sequences, or that those asked for take.
+
+        None where neither a memory nor a number of sequences and tokens is given, and for several pools.
+        """
         s = self.settings
         if not self.layout.pooled and len(self.layout.groups) > 1:
             return None
@@ -265,7 +298,7 @@ class Stage:
             return self.layout.blocks(s.seq_len + self.extra_tokens) * s.each
         if not self.block_bytes:
             return 0
-        return max(0, min(LONGEST, (room - s.reserved * self.state_bytes) // self.block_bytes))
+        return max(0, min(LONGEST, (room - self.fixed_bytes(running)) // self.block_bytes))
 
     def fits(self, concurrency: int, seq_len: int) -> bool:
         """Whether so many sequences of so many tokens fit; True where no memory is given."""
@@ -274,7 +307,7 @@ class Stage:
         blocks = concurrency * self.layout.blocks(seq_len + self.extra_tokens)
         if blocks > LONGEST:
             return False
-        state = max(concurrency, self.settings.sequences or 0) * self.state_bytes
+        state = self.fixed_bytes(max(concurrency, self.settings.sequences or 0))
         within = self.settings.sequences is None or concurrency <= self.settings.sequences
         return within and self.paged_bytes(concurrency, seq_len) + state <= self.room
 
@@ -357,6 +390,39 @@ class Figures:
         """Fixed bytes of each sequence: convolution and recurrent state, and what cross-attention keeps."""
         return self.stage.state_bytes
 
+    @cached_property
+    def running(self) -> int | None:
+        """Sequences whose state is set aside before blocks are counted: as many as `sequences` or `concurrency` says.
+
+        Where neither was given, as many of `seq_len` tokens (by default the model's longest, 32,768 at most) as fit
+        together with their checkpoints, at least one; None without a memory. 0 where the model keeps no state or no
+        blocks, and for other engines.
+        """
+        s = self.settings
+        if s.running is not None:
+            return s.running
+        if s.engine != "kvblocks" or not any(stage.state_bytes and stage.paged for stage in self.stages):
+            return 0
+        return None if s.memory is None else max(1, self.max_concurrency(s.usual_len))
+
+    @property
+    def checkpoints(self) -> int | None:
+        """States that are set aside beside those of `running` sequences, from which prefix hits go on.
+
+        0 where the model keeps no state or no blocks; None where `running` is.
+        """
+        return None if self.running is None else max(stage.checkpoints(self.running) for stage in self.stages)
+
+    @property
+    def num_states(self) -> int | None:
+        """Slots for states that engine and manager need: one for each of `running` sequences, and the checkpoints.
+
+        0 where the model keeps no state or no blocks; None where `running` is.
+        """
+        if not any(stage.slot_bytes and stage.paged for stage in self.stages):
+            return 0
+        return None if self.running is None else self.running + (self.checkpoints or 0)
+
     def cache_bytes(self, num_tokens: int) -> int:
         """Bytes of one sequence of `num_tokens` tokens: exact, unpadded, state included.
 
@@ -388,7 +454,7 @@ class Figures:
     @property
     def num_blocks(self) -> int | None:
         """Blocks that fit into the memory, or that the sequences asked for take; None where neither was given."""
-        counts = [stage.num_blocks for stage in self.stages if stage.paged]
+        counts = [stage.num_blocks(self.running or 0) for stage in self.stages if stage.paged]
         if not counts:
             return 0
         return None if None in counts else min(count for count in counts if count is not None)
@@ -432,9 +498,9 @@ class Figures:
             TypeError, ValueError: not integers in 1..2**31-1.
         """
         count, length = _tokens("concurrency", concurrency, 1), _tokens("seq_len", seq_len, 1)
-        state = max(count, self.settings.sequences or 0)
+        running = max(count, self.settings.sequences or 0)
         return max(
-            stage.weights + self.settings.activations + stage.paged_bytes(count, length) + state * stage.state_bytes
+            stage.weights + self.settings.activations + stage.paged_bytes(count, length) + stage.fixed_bytes(running)
             for stage in self.stages
         )
 
@@ -508,17 +574,19 @@ class Figures:
         """
         if len(self.stages) > 1:
             raise ValueError("a plan with several pipeline stages has a cache for each: see stages")
-        ids = {layer.index: i for i, layer in enumerate(layer for layer in self.model.layers if layer.kept)}
+        ids = {layer.index: i for i, layer in enumerate(self.stage.cached_layers)}
         return tuple(ids.get(layer.index if layer.reads is None else layer.reads) for layer in self.model.layers)
 
     def cache_config(self, stage: int = 0) -> CacheConfig:
-        """The config for a `CacheEngine` on one device of a pipeline stage.
+        """The config for a `CacheEngine` on one device of a pipeline stage; give it `num_states=plan.num_states`.
 
-        Its `memory_bytes(plan.storage_dtype)` is `num_blocks * block_bytes` to the byte; with pipeline stages whose
-        layers are grouped differently these are the stage's own (`stages`). Its layers are those of the
-        model that keep something for every token, in order: `cache_layers` says which is which. K and V are "key" and
-        "value", other tensors (a latent, its rotated key, an indexer's keys) have the names that the plan gives them.
-        Packed numbers and their scales are bytes: then dims count them. State is not among them: `state_bytes`.
+        The engine's `memory_bytes` is `num_blocks * block_bytes` and `num_states` times the stage's `slot_bytes`, to
+        the byte, made with the dtype `storage_dtype`; with pipeline stages whose layers are grouped differently blocks
+        are the stage's own (`stages`). Its layers are those of the model that keep something for every token, or a
+        state, in order: `cache_layers` says which is which. K and V are "key" and "value", other tensors (a latent, its
+        rotated key, an indexer's keys) have the names that the plan gives them. Packed numbers and their scales are
+        bytes: then dims count them. A state is [heads, numbers of a head], that of a convolution [channels, columns],
+        in its own dtype. What cross-attention keeps is not among them.
 
         Raises:
             ValueError: another engine's plan, nothing to page, no number of blocks or none that fits, or a tensor that
@@ -528,12 +596,12 @@ class Figures:
         if self.settings.engine != "kvblocks":
             raise ValueError(f"engine={self.settings.engine!r}: a CacheEngine keeps what engine='kvblocks' counts")
         chosen = self.stages[stage]
-        layers = [layer for layer in chosen.layers if layer.kept]
-        if not layers:
+        layers = chosen.cached_layers
+        if not chosen.paged:
             raise ValueError(f"{self.model.name} keeps nothing that grows with the sequence; there is nothing to page")
         # One manager runs stages that are grouped alike; others have blocks of their own, and as many as they need.
         alike = len({tuple(g.reach for g in s.layout.groups) for s in self.stages if s.paged}) == 1
-        blocks = self.num_blocks if alike else chosen.num_blocks
+        blocks = self.num_blocks if alike else chosen.num_blocks(self.running or 0)
         if blocks is None:
             raise ValueError("how many blocks? Give plan(...) a memory, or a concurrency and a seq_len")
         if blocks < 1:
@@ -543,7 +611,7 @@ class Figures:
             Group(group.reach, tuple(ids[layer.index] for layer in group.layers)) for group in chosen.layout.groups
         )
         return CacheConfig(
-            layers=[self._tensors(layer) for layer in layers],
+            layers=[[*self._tensors(layer), *self._states(layer)] for layer in layers],
             num_gpu_blocks=blocks,
             block_size=self.block_size,
             groups=groups,
@@ -565,11 +633,30 @@ class Figures:
             own = format.is_dtype or kept.dtype is not None
             dim = kept.dim if own else kept.stored_in(format).vector_bytes(kept.dim)
             heads = self.settings.heads(kept.heads, kept.queries)[0]
-            try:
-                found.append(LayerTensor(_NAMES.get(kept.name, kept.name), (heads, dim), kept.dtype))
-            except TypeError as error:
-                raise ValueError(f"layer {layer.index} of {self.model.name} keeps {kept.name}: {error}") from None
+            found.append(self._tensor(layer, _NAMES.get(kept.name, kept.name), (heads, dim), kept.dtype, "token"))
         return found
+
+    def _states(self, layer: Layer) -> list[LayerTensor]:
+        """What a layer keeps for a sequence, on one device."""
+        found = []
+        for state in layer.states:
+            parts = [(self.settings.heads(units)[0], each) for units, each in state.kept_parts("exact")]
+            shape = parts[0] if len(parts) == 1 else (sum(units * each for units, each in parts),)
+            if state.kernel:
+                columns = state.kernel - 1
+                shape = (sum(units * each for units, each in parts) // max(1, columns), columns)
+            if math.prod(shape):
+                dtype = state.dtype or self.settings.state_dtype
+                found.append(self._tensor(layer, state.name, shape, dtype, "sequence"))
+        return found
+
+    def _tensor(
+        self, layer: Layer, name: str, shape: tuple[int, ...], dtype: str | None, per: Literal["token", "sequence"]
+    ) -> LayerTensor:
+        try:
+            return LayerTensor(name, shape, dtype, per)
+        except TypeError as error:
+            raise ValueError(f"layer {layer.index} of {self.model.name} keeps {name}: {error}") from None
 
     def with_dtype(self, dtype: Any, group_size: int | None = None) -> Self:
         """The plan with K and V in another dtype; int4 and int2 with a scale for each 32 numbers by default.
