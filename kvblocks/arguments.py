@@ -1,4 +1,4 @@
-"""The error of compiled classes that are called with wrong arguments. The compiler's own names `__cinit__` only.
+"""The error of compiled classes and their constructors called with wrong arguments: the compiler's own names no class.
 
 Imports nothing, so that compiled code can use it.
 """
@@ -20,7 +20,7 @@ def check_arguments(
     """Raise a TypeError that names the class if arguments are missing, too many, or of unknown names.
 
     Args:
-        name: of the class.
+        name: of the class, or of its constructor.
         needed: arguments without a default, and what was given for them or `MISSING`.
         more: positional arguments beyond those that are allowed.
         unknown: keyword arguments that do not exist, by name.

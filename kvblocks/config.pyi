@@ -5,7 +5,7 @@ from typing import Any, Literal, Self, SupportsIndex, TypeAlias
 import torch
 from typing_extensions import disjoint_base
 
-__all__ = ["CacheConfig", "Chunk", "Group", "LayerTensor", "State", "Window", "itemsize", "key_value"]
+__all__ = ["CacheConfig", "Chunk", "Group", "LayerTensor", "State", "Window", "blocks_held", "itemsize", "key_value"]
 
 _DType: TypeAlias = torch.dtype | str
 
@@ -40,6 +40,24 @@ class Chunk:
 
     size: int
     def __post_init__(self) -> None: ...
+
+def blocks_held(
+    reach: Window | Chunk | None, num_tokens: SupportsIndex, block_size: SupportsIndex, step_tokens: SupportsIndex = 1
+) -> int:
+    """Blocks of one layer group that a sequence holds at most on its way to `num_tokens` tokens.
+
+    Its steps may begin anywhere, and so a window lies anywhere against the borders of blocks. A chunk begins at a
+    multiple of its size.
+
+    Args:
+        reach: how far the group attends: None for everything, a `Window` or a `Chunk`.
+        num_tokens: of the sequence, 0 to 2**63-1.
+        block_size: tokens in a block, 1 to 2**31-1.
+        step_tokens: tokens that one step writes for the sequence, at most; 1 to 2**31-1.
+
+    Raises:
+        TypeError, ValueError: a number that is no integer or out of bounds, or another reach.
+    """
 
 @dataclass(frozen=True)
 class State:

@@ -12,9 +12,12 @@ from operator import index
 from kvblocks.arguments import MISSING, check_arguments
 from kvblocks.sizes import parse_size
 
+cimport cython
 from libc.stdint cimport INT32_MAX, INT64_MAX, int64_t
 
-__all__ = ["CacheConfig", "Chunk", "Group", "LayerTensor", "State", "Window", "itemsize", "key_value"]
+from core.reach cimport most_in_chunk, most_in_window
+
+__all__ = ["CacheConfig", "Chunk", "Group", "LayerTensor", "State", "Window", "blocks_held", "itemsize", "key_value"]
 
 
 # The dtypes that can hold K and V, and their bytes. float8_e8m0fnu cannot: it has neither a sign nor a zero.
@@ -126,6 +129,34 @@ class Chunk:
 
     def __post_init__(self):
         object.__setattr__(self, "size", _bounded("Chunk.size", self.size, 1, INT32_MAX))
+
+
+def blocks_held(reach, num_tokens, block_size, step_tokens=1):
+    """Blocks of one layer group that a sequence holds at most on its way to `num_tokens` tokens.
+
+    Its steps may begin anywhere, and so a window lies anywhere against the borders of blocks. A chunk begins at a
+    multiple of its size.
+
+    Args:
+        reach: how far the group attends: None for everything, a `Window` or a `Chunk`.
+        num_tokens: of the sequence, 0 to 2**63-1.
+        block_size: tokens in a block, 1 to 2**31-1.
+        step_tokens: tokens that one step writes for the sequence, at most; 1 to 2**31-1.
+
+    Raises:
+        TypeError, ValueError: a number that is no integer or out of bounds, or another reach.
+    """
+    cdef int64_t tokens = _bounded("num_tokens", num_tokens, 0, INT64_MAX)
+    cdef int64_t size = _bounded("block_size", block_size, 1, INT32_MAX)
+    cdef int64_t step = _bounded("step_tokens", step_tokens, 1, INT32_MAX)
+    cdef int64_t everything = tokens // size + (tokens % size != 0)
+    if reach is None:
+        return everything
+    if isinstance(reach, Window):
+        return min(everything, most_in_window(reach.size, step, size))
+    if isinstance(reach, Chunk):
+        return min(everything, most_in_chunk(reach.size, step, size))
+    raise TypeError(f"reach={_shown(reach)}; give None, a Window or a Chunk")
 
 
 @dataclass(frozen=True)
@@ -316,6 +347,15 @@ cdef tuple _checked_groups(object given, int64_t num_layers, tuple layers):
     return groups
 
 
+cdef dict _checked_call(type cls, str name, dict needed, dict numbers, object layers, tuple more, dict unknown):
+    """The numbers of a call of a constructor beside the class itself; a TypeError says what is wrong with the call.
+
+    They stand for layers that are all alike, and are needed without `layers`.
+    """
+    check_arguments(f"{cls.__name__}.{name}", needed | (numbers if layers is None else {}), more, unknown)
+    return {number: None if value is MISSING else value for number, value in numbers.items()}
+
+
 cdef class CacheConfig:
     """The shape of a paged KV cache, and the sizes that follow from it. Immutable, hashable, picklable.
 
@@ -410,18 +450,20 @@ cdef class CacheConfig:
         return 0
 
     @classmethod
+    @cython.binding(False)  # so that nobody is shown the signature that catches wrong calls
     def for_capacity(
         cls,
-        *,
-        max_seq_len,
-        max_batch_size,
-        num_kv_heads=None,
-        head_dim=None,
-        num_layers=None,
+        *more,
+        max_seq_len=MISSING,
+        max_batch_size=MISSING,
+        num_kv_heads=MISSING,
+        head_dim=MISSING,
+        num_layers=MISSING,
         block_size=16,
         v_head_dim=None,
         groups=None,
         layers=None,
+        **unknown,
     ):
         """A config whose pool holds `max_batch_size` sequences of `max_seq_len` tokens at once.
 
@@ -432,10 +474,11 @@ cdef class CacheConfig:
             TypeError, ValueError: as the class does, and for `max_seq_len` and `max_batch_size` likewise; also when
                 more than 2**31-1 blocks would be needed.
         """
+        needed = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
+        numbers = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        numbers = _checked_call(cls, "for_capacity", needed, numbers, layers, more, unknown)
         config = cls(
-            num_layers=num_layers,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
+            **numbers,
             num_gpu_blocks=1,
             block_size=block_size,
             v_head_dim=v_head_dim,
@@ -454,19 +497,21 @@ cdef class CacheConfig:
         return config.replace(num_gpu_blocks=blocks)
 
     @classmethod
+    @cython.binding(False)  # so that nobody is shown the signature that catches wrong calls
     def for_memory(
         cls,
-        *,
-        memory_bytes,
-        dtype,
-        num_kv_heads=None,
-        head_dim=None,
-        num_layers=None,
+        *more,
+        memory_bytes=MISSING,
+        dtype=MISSING,
+        num_kv_heads=MISSING,
+        head_dim=MISSING,
+        num_layers=MISSING,
         block_size=16,
         v_head_dim=None,
         groups=None,
         layers=None,
         num_states=0,
+        **unknown,
     ):
         """A config with as many whole blocks of `dtype` as fit into `memory_bytes`: bytes, or text such as "8GiB".
 
@@ -486,10 +531,11 @@ cdef class CacheConfig:
             TypeError: `dtype` cannot hold a cache, see `itemsize`.
             OverflowError: one block is more than 2**63-1 bytes.
         """
+        needed = {"memory_bytes": memory_bytes, "dtype": dtype}
+        numbers = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        numbers = _checked_call(cls, "for_memory", needed, numbers, layers, more, unknown)
         config = cls(
-            num_layers=num_layers,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
+            **numbers,
             num_gpu_blocks=1,
             block_size=block_size,
             v_head_dim=v_head_dim,

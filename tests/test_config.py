@@ -21,7 +21,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from kvblocks.config import CacheConfig, Chunk, Group, LayerTensor, Window, itemsize, key_value
+from kvblocks.config import CacheConfig, Chunk, Group, LayerTensor, State, Window, blocks_held, itemsize, key_value
 
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
@@ -290,10 +290,60 @@ def test_no_argument_is_given_by_its_place() -> None:
             make(*arguments)
         with pytest.raises(TypeError, match="positional"):
             make(*arguments, head_dim=128)
-    with pytest.raises(TypeError, match=r"for_capacity\(\) takes .* positional"):
+    needs = "; it needs max_seq_len, max_batch_size, num_layers, num_kv_heads, head_dim"
+    with pytest.raises(TypeError, match=r"^CacheConfig\.for_capacity\(\) takes no positional .* 5 were given" + needs):
         make.for_capacity(8, 128, 32, 4096, 8)
-    with pytest.raises(TypeError, match=r"for_memory\(\) takes .* positional"):
+    needs = "; it needs memory_bytes, dtype, num_layers, num_kv_heads, head_dim"
+    with pytest.raises(TypeError, match=r"^CacheConfig\.for_memory\(\) takes no positional .* 5 were given" + needs):
         make.for_memory(8, 128, 32, 2**30, "bfloat16")
+
+
+def test_constructors_name_what_is_missing_or_unknown() -> None:
+    class Mine(CacheConfig):
+        pass
+
+    alike = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 8}
+    for make, message, arguments in (
+        (
+            Mine.for_memory,
+            r"^Mine\.for_memory\(\) needs memory_bytes, dtype, num_layers$",
+            {"head_dim": 1, "num_kv_heads": 1},
+        ),
+        (
+            Mine.for_capacity,
+            r"\(\) has no argument colour; it needs max_seq_len, max_batch_size$",
+            {**alike, "colour": 1},
+        ),
+        (Mine.for_capacity, r"\(\) needs max_batch_size$", {"layers": [key_value(1, 8)], "max_seq_len": 5}),
+        (Mine.for_memory, "is given beside layers", {**alike, "layers": [], "memory_bytes": 5, "dtype": "int8"}),
+    ):
+        with pytest.raises(TypeError, match=message):
+            make(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((Window(4), -1, 16), ValueError, "num_tokens=-1 is outside 0"),
+        ((None, 2**63, 16), ValueError, "num_tokens=9223372036854775808 is outside"),
+        ((None, 1, 0), ValueError, "block_size=0 is outside 1"),
+        ((None, 1, 1, 0), ValueError, "step_tokens=0 is outside 1"),
+        ((None, 1.0, 1), TypeError, r"num_tokens=1\.0 is of type float"),
+        ((5, 1, 1), TypeError, "reach=5; give None, a Window or a Chunk"),
+        ((State(16), 1, 1), TypeError, "give None, a Window or a Chunk"),
+    ],
+)
+def test_what_blocks_held_cannot_count(arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        blocks_held(*arguments)
+
+
+def test_the_largest_numbers_of_blocks_held_do_not_wrap() -> None:
+    most = 2**31 - 1
+    assert blocks_held(None, 2**63 - 1, most) == -(-(2**63 - 1) // most)
+    for reach in (Window(most), Chunk(most)):
+        assert blocks_held(reach, 2**63 - 1, 1, most) == 2 * most - 1
+        assert blocks_held(reach, 2**63 - 1, most, most) == (3 if isinstance(reach, Window) else 2)
 
 
 # --- for_capacity and for_memory

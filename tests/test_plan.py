@@ -26,8 +26,9 @@ from kvblocks import (
     key_value,
     plan,
 )
+from kvblocks.config import blocks_held
 from kvblocks.formats import format_of
-from kvblocks.models.grouping import BlockGroup, Layout, PagedLayer, blocks_held, layer_groups, uniform_bytes
+from kvblocks.models.grouping import BlockGroup, Layout, PagedLayer, layer_groups, uniform_bytes
 from kvblocks.planner import UnknownModel, smallest_changes, uniform
 from kvblocks.planner.explain import lines
 from kvblocks.planner.text import amount

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
-from kvblocks.config import Chunk, Window
+from kvblocks.config import Chunk, blocks_held
 from kvblocks.formats import format_of
 from kvblocks.models.shapes import Kept, Layer, Reach
 
@@ -23,7 +23,6 @@ __all__ = [
     "BlockGroup",
     "Layout",
     "PagedLayer",
-    "blocks_held",
     "layer_groups",
     "model_groups",
     "paged_layers",
@@ -98,25 +97,6 @@ class Layout:
     def bytes_for(self, count: int, num_tokens: int) -> int:
         """Bytes that `count` sequences take."""
         return count * self.held_bytes(num_tokens)
-
-
-def blocks_held(reach: Reach, num_tokens: int, block_size: int, step_tokens: int = 1) -> int:
-    """Blocks of one group that a sequence holds at most on its way to `num_tokens` tokens.
-
-    A windowed group holds the blocks of the window's tokens and of those that a step writes, wherever the block borders
-    lie: `w - 1 + step` tokens touch at most `ceil((w - 2 + step) / block_size) + 1` blocks. A chunk starts at a
-    multiple of its size, so that only the offsets that such multiples have count.
-    """
-    everything = math.ceil(num_tokens / block_size)
-    if reach is None or not num_tokens:
-        return everything
-    reached = reach.size - 1 + step_tokens
-    if isinstance(reach, Window):
-        most = math.ceil((reached - 1) / block_size) + 1
-    else:
-        offset = block_size - math.gcd(reach.size, block_size)
-        most = math.ceil((offset + reached) / block_size)
-    return min(everything, most)
 
 
 def layer_groups(

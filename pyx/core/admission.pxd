@@ -6,6 +6,7 @@ from libc.stdlib cimport free
 from libc.string cimport memmove, memset
 
 from core.memory cimport MAX_GROUPS, grab, least_multiple
+from core.reach cimport most_in_chunk, most_in_window
 from core.text cimport Text
 from core.tree cimport kvb_prefetch, kvb_prefetch_write, node_at, tree_walk
 from core.states cimport hold_checkpoint
@@ -36,12 +37,6 @@ cdef struct Stride:     # how tokens are computed: from `base` on, `size` at a t
     int64_t[MAX_GROUPS + 1] bounds  # they hold no more blocks than this
 
 
-cdef inline int64_t most_in_reach(int64_t reach, int64_t offset, int64_t size, int64_t block_size) noexcept nogil:
-    """The most blocks that a step of `size` tokens holds in a group whose reach begins `reach` tokens before the end of
-    the first of them, at most `offset` tokens after the start of a block."""
-    return (offset + reach - 1 + size + block_size - 1) // block_size
-
-
 cdef inline void open_stride(const Core* c, int64_t base, int64_t size, Stride* s) noexcept nogil:
     cdef int32_t g, i
     cdef int64_t chunk, n = c.block_size
@@ -50,7 +45,7 @@ cdef inline void open_stride(const Core* c, int64_t base, int64_t size, Stride* 
     for g in range(c.num_groups):
         chunk = c.reaches[g].chunk
         if c.reaches[g].window:
-            s.bounds[0] += most_in_reach(c.reaches[g].window, n - 1, size, n)
+            s.bounds[0] += most_in_window(c.reaches[g].window, size, n)
         i = s.num_chunks
         while chunk and i and s.chunks[i - 1] < chunk:
             i -= 1
@@ -63,8 +58,8 @@ cdef inline void open_stride(const Core* c, int64_t base, int64_t size, Stride* 
         chunk = s.chunks[i]
         s.periods[i], s.bounds[i] = least_multiple(s.periods[i + 1], chunk), s.bounds[i + 1]
         for g in range(c.num_groups):
-            if c.reaches[g].chunk == chunk:     # chunks begin at multiples of what they and blocks have in common
-                s.bounds[i] += most_in_reach(chunk, n - chunk * n // least_multiple(chunk, n), size, n)
+            if c.reaches[g].chunk == chunk:
+                s.bounds[i] += most_in_chunk(chunk, size, n)
 
 
 cdef inline int64_t next_step(const Stride* s, int64_t position) noexcept nogil:
