@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from kvblocks.config import itemsize
+from kvblocks.config import LayerTensor, itemsize
 
-__all__ = ["Indices", "checked_device", "checked_dtype", "checked_indices", "dense", "has_memory", "once"]
+__all__ = ["Indices", "checked_device", "checked_dtype", "checked_indices", "dense", "dtype_of", "has_memory", "once"]
 
 _Made = TypeVar("_Made")
 
@@ -121,4 +121,10 @@ def checked_dtype(given: torch.dtype | str) -> torch.dtype:
     """A dtype, given as itself or by its name, that can hold a cache; TypeError for another."""
     itemsize(given)
     found: torch.dtype = given if isinstance(given, torch.dtype) else getattr(torch, given.removeprefix("torch."))
+    return found
+
+
+def dtype_of(tensor: LayerTensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a layer's tensor lies, where that of the cache is `dtype`."""
+    found: torch.dtype = dtype if tensor.dtype is None else getattr(torch, str(tensor.dtype))
     return found

@@ -4,6 +4,7 @@ from libc.stdint cimport int64_t
 
 
 cpdef int64_t itemsize(object dtype) except -1
+cpdef int64_t tensor_itemsize(object dtype) except -1
 
 
 cdef class CacheConfig:

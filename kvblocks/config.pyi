@@ -5,7 +5,18 @@ from typing import Any, Literal, Self, SupportsIndex, TypeAlias
 import torch
 from typing_extensions import disjoint_base
 
-__all__ = ["CacheConfig", "Chunk", "Group", "LayerTensor", "State", "Window", "blocks_held", "itemsize", "key_value"]
+__all__ = [
+    "CacheConfig",
+    "Chunk",
+    "Group",
+    "LayerTensor",
+    "State",
+    "Window",
+    "blocks_held",
+    "itemsize",
+    "key_value",
+    "tensor_itemsize",
+]
 
 _DType: TypeAlias = torch.dtype | str
 
@@ -15,6 +26,13 @@ def itemsize(dtype: _DType) -> int:
     Raises:
         TypeError: not a dtype that a cache can hold. These are the 8-bit floats that have a sign and a zero, int8,
             uint8, float16, bfloat16, float32 and float64.
+    """
+
+def tensor_itemsize(dtype: _DType) -> int:
+    """Bytes of one element of a `LayerTensor` that has a dtype of its own: as `itemsize`, and of int32 and int64.
+
+    Raises:
+        TypeError: another dtype.
     """
 
 @dataclass(frozen=True)
@@ -99,11 +117,12 @@ class LayerTensor:
         name: of the tensor, such as "key", "value" or "latent"; a layer has no two of one name. "key" and "value" are
             what attention reads: a layer that has both gives them the same heads and the same dtype.
         shape: of what is kept for a token, (heads, dim); or of what is kept for a sequence, any dims.
-        dtype: a `torch.dtype` or its name, kept as the name; None for the dtype of the cache.
+        dtype: a `torch.dtype` or its name, kept as the name: one that a cache can hold, int32 or int64; None for the
+            dtype of the cache.
         per: "token" or "sequence".
 
     Raises:
-        TypeError: a name that is not text, a shape that is not of integers, or a dtype that cannot hold a cache.
+        TypeError: a name that is not text, a shape that is not of integers, or another dtype.
         ValueError: an empty name, a number outside 1..2**31-1, a token's shape that is not (heads, dim), no dims, or
             another `per`.
 

@@ -7,7 +7,7 @@ from typing import Any
 from kvblocks.config import itemsize
 from kvblocks.sizes import checked_integer
 
-__all__ = ["LLAMA_CPP", "Format", "dtype_name", "format_of", "itemsize_of", "narrower"]
+__all__ = ["LLAMA_CPP", "Format", "dtype_name", "format_of", "narrower"]
 
 # Shorter names for what people call them, and the packed formats that are no dtype.
 _ALIASES = {"fp8": "float8_e4m3fn", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
@@ -129,8 +129,3 @@ def narrower(than: Format, engine: str = "kvblocks") -> list[Format]:
     names = _NARROWER_LLAMA_CPP if engine == "llama.cpp" else _NARROWER
     found = [format_of(name, 32) if name == "int4" else format_of(name) for name in names]
     return [candidate for candidate in found if candidate.bits < than.bits]
-
-
-def itemsize_of(name: str) -> int:
-    """Bytes of one number of what a model keeps beside K and V: int64 too, which K and V cannot be."""
-    return 8 if name == "int64" else itemsize(name)

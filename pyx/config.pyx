@@ -17,7 +17,18 @@ from libc.stdint cimport INT32_MAX, INT64_MAX, int64_t
 
 from core.reach cimport most_in_chunk, most_in_window
 
-__all__ = ["CacheConfig", "Chunk", "Group", "LayerTensor", "State", "Window", "blocks_held", "itemsize", "key_value"]
+__all__ = [
+    "CacheConfig",
+    "Chunk",
+    "Group",
+    "LayerTensor",
+    "State",
+    "Window",
+    "blocks_held",
+    "itemsize",
+    "key_value",
+    "tensor_itemsize",
+]
 
 
 # The dtypes that can hold K and V, and their bytes. float8_e8m0fnu cannot: it has neither a sign nor a zero.
@@ -33,6 +44,10 @@ cdef dict _ITEMSIZE = {
     "float32": 4,
     "float64": 8,
 }
+
+
+# What a tensor beside K and V can hold as well.
+cdef dict _INTEGERS = {"int32": 4, "int64": 8}
 
 
 # The numbers by which layers that are all alike, each with K and V, are given; `layers` takes their place.
@@ -80,6 +95,14 @@ cdef object _too_large(str name, list factors):
     return OverflowError(f"{name} = {terms} = {product} does not fit in 64 bits; at most {INT64_MAX} is counted")
 
 
+cdef str _dtype_name(object dtype):
+    """The name of a `torch.dtype`, or of one given by its name; "" for anything else."""
+    cdef type kind = type(dtype)
+    if isinstance(dtype, str) or (kind.__module__ == "torch" and kind.__name__ == "dtype"):
+        return str(dtype).removeprefix("torch.")
+    return ""
+
+
 cpdef int64_t itemsize(object dtype) except -1:
     """Bytes of one element of `dtype`: a `torch.dtype`, or its name with or without the leading "torch.".
 
@@ -87,18 +110,22 @@ cpdef int64_t itemsize(object dtype) except -1:
         TypeError: not a dtype that a cache can hold. These are the 8-bit floats that have a sign and a zero, int8,
             uint8, float16, bfloat16, float32 and float64.
     """
-    cdef type kind = type(dtype)
-    name = None
-    if isinstance(dtype, str):
-        name = dtype.removeprefix("torch.")
-    elif kind.__module__ == "torch" and kind.__name__ == "dtype":
-        name = str(dtype).removeprefix("torch.")
-    size = _ITEMSIZE.get(name)
+    size = _ITEMSIZE.get(_dtype_name(dtype))
     if size is None:
         raise TypeError(
             f"dtype={_shown(dtype)} cannot hold a cache; give a torch.dtype or its name: {', '.join(_ITEMSIZE)}"
         )
     return size
+
+
+cpdef int64_t tensor_itemsize(object dtype) except -1:
+    """Bytes of one element of a `LayerTensor` that has a dtype of its own: as `itemsize`, and of int32 and int64.
+
+    Raises:
+        TypeError: another dtype.
+    """
+    size = _INTEGERS.get(_dtype_name(dtype))
+    return itemsize(dtype) if size is None else size
 
 
 @dataclass(frozen=True)
@@ -218,11 +245,12 @@ class LayerTensor:
         name: of the tensor, such as "key", "value" or "latent"; a layer has no two of one name. "key" and "value" are
             what attention reads: a layer that has both gives them the same heads and the same dtype.
         shape: of what is kept for a token, (heads, dim); or of what is kept for a sequence, any dims.
-        dtype: a `torch.dtype` or its name, kept as the name; None for the dtype of the cache.
+        dtype: a `torch.dtype` or its name, kept as the name: one that a cache can hold, int32 or int64; None for the
+            dtype of the cache.
         per: "token" or "sequence".
 
     Raises:
-        TypeError: a name that is not text, a shape that is not of integers, or a dtype that cannot hold a cache.
+        TypeError: a name that is not text, a shape that is not of integers, or another dtype.
         ValueError: an empty name, a number outside 1..2**31-1, a token's shape that is not (heads, dim), no dims, or
             another `per`.
 
@@ -253,7 +281,7 @@ class LayerTensor:
         shape = tuple([_bounded("LayerTensor.shape", number, 1, INT32_MAX) for number in given])
         object.__setattr__(self, "shape", shape)
         if self.dtype is not None:
-            itemsize(self.dtype)
+            tensor_itemsize(self.dtype)
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
 
 
@@ -312,7 +340,7 @@ cdef object _tensor_bytes(object tensor, int64_t size):
     numbers = 1
     for number in tensor.shape:
         numbers *= number
-    return numbers * (size if tensor.dtype is None else itemsize(tensor.dtype))
+    return numbers * (size if tensor.dtype is None else tensor_itemsize(tensor.dtype))
 
 
 cdef tuple _checked_groups(object given, int64_t num_layers, tuple layers):

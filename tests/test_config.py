@@ -21,7 +21,18 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from kvblocks.config import CacheConfig, Chunk, Group, LayerTensor, State, Window, blocks_held, itemsize, key_value
+from kvblocks.config import (
+    CacheConfig,
+    Chunk,
+    Group,
+    LayerTensor,
+    State,
+    Window,
+    blocks_held,
+    itemsize,
+    key_value,
+    tensor_itemsize,
+)
 
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
@@ -705,6 +716,20 @@ def test_the_numbers_are_the_short_form_of_layers(shape: Shape, dtype: torch.dty
     assert CacheConfig.for_memory(memory_bytes=memory, dtype=dtype, **given) == config
     capacity = CacheConfig.for_capacity(max_seq_len=9, max_batch_size=2, **given)
     assert capacity == config.replace(num_gpu_blocks=2 * ceil_div(9, config.block_size))
+
+
+def test_ids_and_positions_are_tensors_of_their_own() -> None:
+    positions = LayerTensor("positions", (3, 1), torch.int64)
+    ids = LayerTensor("ids", (5,), "torch.int32", per="sequence")
+    assert (positions.dtype, ids.dtype) == ("int64", "int32")
+    config = CacheConfig(layers=[(*key_value(2, 8), positions, ids)], num_gpu_blocks=2)
+    assert (config.token_bytes("bfloat16"), config.state_bytes("bfloat16")) == (2 * 16 * 2 + 3 * 8, 5 * 4)
+    assert [tensor_itemsize(dtype) for dtype in (torch.int64, "int32", "bfloat16", torch.int8)] == [8, 4, 2, 1]
+    for count in (itemsize, config.token_bytes):  # K and V are neither
+        with pytest.raises(TypeError, match="dtype='int64' cannot hold a cache"):
+            count("int64")
+    with pytest.raises(TypeError, match="dtype='int16' cannot hold a cache"):
+        tensor_itemsize("int16")
 
 
 KV = key_value(2, 4)

@@ -187,3 +187,23 @@ def test_passes_find_the_state_of_their_own_tokens(seed: int) -> None:
         live = [seq for seq in live if seq not in gone]
         manager.audit()
     assert hits > 0
+
+
+@pytest.mark.parametrize("layout", ["HDN", "NHD"])
+def test_ids_and_positions_come_back_as_they_were(layout: str) -> None:
+    """Of 64 bits, which no float would hold."""
+    layer = (
+        *key_value(2, 8),
+        LayerTensor("positions", (3, 1), "int64"),
+        LayerTensor("last", (2,), "int64", "sequence"),
+    )
+    config = CacheConfig(layers=[layer], num_gpu_blocks=4, block_size=4)
+    engine = CacheEngine(config, "float16", "cpu", layout=layout, num_states=2)
+    keys, values = torch.randn(6, 2, 8).half(), torch.randn(6, 2, 8).half()
+    positions = torch.arange(18).view(6, 3, 1) + 2**62
+    engine[0].write(keys, values, positions, torch.arange(6))
+    engine.copy_blocks([(1, 3)])
+    assert torch.equal(engine[0].gather([0, 3], 6)[2], positions)
+    last = state_of(engine, 0)["last"]
+    last[1] = torch.tensor([2**63 - 1, -(2**63)])
+    assert (list(last.shape), last[1].tolist()) == ([2, 2], [2**63 - 1, -(2**63)])

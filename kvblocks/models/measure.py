@@ -1,7 +1,7 @@
 """What a model keeps, measured: built without memory, run for a few lengths, and read off its cache, layer by layer.
 
-For model types that no reader knows. A measurement counts only where what was read off also explains a length that it
-was not read off from, to the byte; what it cannot explain is an error. Imports torch and transformers when it runs.
+For model types that no reader knows. A measurement counts only if it also predicts, to the byte, what the model keeps
+at a length that it was not taken from; otherwise it is an error. Imports torch and transformers when it runs.
 """
 
 import re
@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from kvblocks.config import Window
+from kvblocks.config import Window, tensor_itemsize
 from kvblocks.errors import UnknownModel
-from kvblocks.formats import format_of, itemsize_of
+from kvblocks.formats import format_of
 from kvblocks.models.fields import (
     DECIDING,
     LAYERS,
@@ -255,7 +255,7 @@ def _bytes(layers: tuple[Layer, ...], tokens: int) -> int:
         total += sum(kept.entry_bytes(format) * _ENCODED for kept in layer.cross)
         for state in layer.states:
             numbers = sum(units * each for units, each in state.kept_parts("transformers"))
-            total += numbers * (2 if state.dtype is None else itemsize_of(state.dtype))
+            total += numbers * (2 if state.dtype is None else tensor_itemsize(state.dtype))
     return total
 
 

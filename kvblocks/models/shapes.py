@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from kvblocks.config import Chunk, Window
-from kvblocks.formats import Format, itemsize_of
+from kvblocks.config import Chunk, Window, tensor_itemsize
+from kvblocks.formats import Format
 
 __all__ = ["Kept", "Layer", "ModelCache", "Reach", "State", "Stored", "attention"]
 
@@ -46,7 +46,7 @@ class Kept:
         """Bytes of one entry, of `heads` heads where some are elsewhere."""
         heads = self.heads if heads is None else heads
         if self.dtype is not None:
-            return heads * self.dim * itemsize_of(self.dtype)
+            return heads * self.dim * tensor_itemsize(self.dtype)
         return heads * self.stored_in(format).vector_bytes(self.dim)
 
     def stored_in(self, format: Format) -> Format:

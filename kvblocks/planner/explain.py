@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvblocks.config import Chunk
-from kvblocks.formats import Format, itemsize_of
+from kvblocks.config import Chunk, tensor_itemsize
+from kvblocks.formats import Format
 from kvblocks.models.grouping import BlockGroup
 from kvblocks.models.shapes import Kept, Layer, Reach
 from kvblocks.planner.advice import smallest_changes
@@ -173,7 +173,7 @@ def _alike(kept: Sequence[Kept]) -> list[list[Kept]]:
 def _term(number: int, here: int, dtype: str | None, every: int, sizes: tuple[tuple[int, Format], ...]) -> str:
     dims, (_, format) = [dim for dim, _ in sizes], sizes[0]
     if dtype is not None:
-        numbers = f"{_sum(dims)} × {itemsize_of(dtype)} B"
+        numbers = f"{_sum(dims)} × {tensor_itemsize(dtype)} B"
     elif format.bits % 8 == 0 and format.group_size is None and format.values is None:
         numbers = f"{_sum(dims)} × {format.bits // 8} B"
     else:
@@ -192,7 +192,7 @@ def _state_terms(stage: Stage) -> str:
     for layer in stage.layers:
         for state in layer.states:
             size = sum(settings.heads(units)[0] * each for units, each in state.kept_parts("exact"))
-            key = (state.name, size, itemsize_of(state.dtype or settings.state_dtype or ""))
+            key = (state.name, size, tensor_itemsize(state.dtype or settings.state_dtype or ""))
             numbers[key] = numbers.get(key, 0) + 1
     terms = [
         f"{count(number, 'layer')} × {size:,} × {each} B ({name})" for (name, size, each), number in numbers.items()

@@ -10,8 +10,8 @@ from fractions import Fraction
 from functools import cached_property, lru_cache
 from typing import Any, Literal, Self
 
-from kvblocks.config import CacheConfig, Group, LayerTensor
-from kvblocks.formats import Format, dtype_name, format_of, itemsize_of, narrower
+from kvblocks.config import CacheConfig, Group, LayerTensor, tensor_itemsize
+from kvblocks.formats import Format, dtype_name, format_of, narrower
 from kvblocks.models.grouping import (
     MOST_GROUPS,
     BlockGroup,
@@ -208,7 +208,7 @@ class Stage:
                     raise ValueError(f"{state.name} follows the model's dtype, which is not known")
                 numbers = sum(self.settings.heads(units)[0] * each for units, each in state.kept_parts(stored))
                 part, whole = state.entries(num_tokens, stored)
-                total += numbers * part // whole * itemsize_of(dtype)
+                total += numbers * part // whole * tensor_itemsize(dtype)
         return total
 
     def cache_bytes(self, num_tokens: int) -> int:
@@ -351,7 +351,7 @@ class Figures:
 
     @property
     def dtype(self) -> str:
-        """Of K and V, as it was asked for."""
+        """The dtype of K and V, as it was asked for; "q8_0,q4_0" where V has one of its own."""
         format = self.settings.format
         return format.name if format.values is None else f"{format.name},{format.values.name}"
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvblocks.checks import Indices, checked_device, checked_dtype, checked_indices, has_memory, once
+from kvblocks.checks import Indices, checked_device, checked_dtype, checked_indices, dtype_of, has_memory, once
 from kvblocks.config import CacheConfig, Chunk, LayerTensor, Window, itemsize
 from kvblocks.errors import MovesPending
 from kvblocks.movement import BlockLayout, first_outside
@@ -219,7 +219,7 @@ class PagedKVCache:
         dtype, self.device, self.layout = kind
         self._sides = []
         for tensor, storage in zip(layer, storages, strict=True):
-            own = dtype if tensor.dtype is None else checked_dtype(tensor.dtype)
+            own = dtype_of(tensor, dtype)
             heads, dim = tensor.shape
             axes = (_KEY_AXES if tensor.name == "key" else _AXES)[self.layout]
             sizes = {"b": self.num_blocks, "h": heads, "d": dim, "t": self.block_size}
@@ -490,7 +490,7 @@ def _block_memory(
         pieces = []
         for tensor in (tensor for layer in group.layers for tensor in layers[layer] if tensor.per == "token"):
             heads, dim = tensor.shape
-            size = itemsize(dtype if tensor.dtype is None else tensor.dtype)
+            size = dtype_of(tensor, dtype).itemsize
             if layout == "X" and tensor.name == "key" and dim % (16 // size):
                 raise ValueError(
                     f"head_dim={dim} does not divide by {16 // size}: layout X packs 16 bytes of K, which are "

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvblocks.checks import Indices, checked_dtype, checked_indices
+from kvblocks.checks import Indices, checked_indices, dtype_of
 from kvblocks.config import CacheConfig, LayerTensor
 from kvblocks.movement import first_outside
 from kvblocks.storage.block_memory import BlockMemory
@@ -71,7 +71,7 @@ class StateSlots:
         kept = [[tensor for tensor in layer if tensor.per == "sequence"] for layer in config.layers]
         of_size: dict[int, list[LayerTensor]] = {}
         for tensor in (tensor for layer in kept for tensor in layer):
-            of_size.setdefault(_dtype_of(tensor, dtype).itemsize, []).append(tensor)
+            of_size.setdefault(dtype_of(tensor, dtype).itemsize, []).append(tensor)
         totals = [(sum(_elements(tensor) for tensor in of_size[size]) * size, size) for size in of_size]
         self._memory = BlockMemory(num_slots, [totals], device, prefault=prefault, name="slots for states")
         rows = {
@@ -82,7 +82,7 @@ class StateSlots:
         for layer in kept:
             tensors = {}
             for tensor in layer:
-                own = _dtype_of(tensor, dtype)
+                own = dtype_of(tensor, dtype)
                 low = taken[own.itemsize]
                 high = taken[own.itemsize] = low + _elements(tensor) * own.itemsize
                 tensors[tensor.name] = _view(rows[own.itemsize], low, high, own, tensor.shape)
@@ -114,10 +114,6 @@ class StateSlots:
 @torch.inference_mode(False)  # views made in inference mode could not be written outside of it
 def _view(rows: Tensor, low: int, high: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
     return rows.view(dtype)[:, low // dtype.itemsize : high // dtype.itemsize].view(len(rows), *shape)
-
-
-def _dtype_of(tensor: LayerTensor, dtype: torch.dtype) -> torch.dtype:
-    return dtype if tensor.dtype is None else checked_dtype(tensor.dtype)
 
 
 def _elements(tensor: LayerTensor) -> int:
