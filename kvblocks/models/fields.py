@@ -207,7 +207,7 @@ def refuse_no_objects(config: Mapping[str, Any]) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the warnings of transformers, of what matters to those who run a model. Call it once it is imported."""
+    """Silence transformers' warnings, which matter only to those who run the model. Import transformers before."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
 """Which layers share a block table, how large a block is then, and how many of them a sequence takes. Integers only.
 
 A block holds `block_size` tokens for the layers of one group; all groups draw from one pool, so a block is as large as
-the largest group needs. Layers of one reach form groups of equally many; how many is searched for exactly. Layers that
-keep more bytes than others take more room in their block, so that there are fewer of them in a group.
+the largest group needs. Layers of one reach form groups of equally many layers; the best number is found by trying all.
+Layers that keep more bytes than others take more room in their block, so that there are fewer of them in a group.
 
 Groups depend on the model alone, not on what is asked of it: a store that several processes share names its blocks by
 them. The planner, `kvblocks.generate` and `PagedCache` all ask `layer_groups`.
@@ -41,7 +41,7 @@ class PagedLayer:
     Args:
         index: the layer's index in the model.
         reach: how far it attends.
-        block_bytes: of one block of its tokens.
+        block_bytes: bytes that it takes in one block.
     """
 
     index: int
@@ -69,7 +69,7 @@ class Layout:
     Args:
         groups: by reach, the farthest first.
         block_size: tokens in a block.
-        step_tokens: that one step writes for a sequence.
+        step_tokens: tokens that one step writes for a sequence, at most.
     """
 
     groups: tuple[BlockGroup, ...]

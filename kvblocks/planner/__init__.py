@@ -109,10 +109,12 @@ def plan(
         weights_dtype: count the weights as the config describes them, in this dtype; None for the checkpoint's own.
         activations: bytes or a size set aside on each device.
         utilization: the share of the memory that is used, above 0 and at most 1 (0.9, or "90%").
-        sequences: how many have their fixed state set aside before blocks are counted; None for `concurrency`, and
-            without one for as many of `seq_len` tokens (the model's longest, 32,768 at most) as fit.
-        checkpoints: states set aside beside those, from which prefixes are gone on from; None for one a sequence, its
-            newest. Prompts that many sequences begin with take one more each. A model without state or blocks has none.
+        sequences: how many run at once and have their state set aside before blocks are counted. None for
+            `concurrency`; where that is None too, for as many of `seq_len` tokens (by default the model's longest,
+            32,768 at most) as fit.
+        checkpoints: copies of states set aside besides, from which later prompts can go on. None for one for each
+            sequence, its newest; add one for each prefix that many prompts share. A model that keeps no state, or
+            nothing for a token, has none.
         encoder_tokens: tokens of an encoder or an image, of which cross-attention keeps K and V in every sequence.
         group_size: numbers of one head that share a scale, in 8-bit and packed dtypes; None where scales are not kept
             per token.

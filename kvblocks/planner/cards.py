@@ -1,4 +1,4 @@
-"""Graphics cards by name, and the memory of one. Imports nothing of a model's.
+"""Graphics cards by name, and the memory of one. Knows nothing of models.
 
 To add a card, add a line to `CARDS`.
 """

@@ -21,7 +21,7 @@ class Split:
     Args:
         tp: devices over which heads are split.
         copies: of the model, on all devices together.
-        sequences: of the reference length at once, on all copies together.
+        sequences: that fit at once on all copies together, of the length that is asked for or the plan's default.
         plan: of one copy.
     """
 

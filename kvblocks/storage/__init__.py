@@ -1,7 +1,7 @@
-"""Memory for blocks: `block_memory` has that of all layers, `cache` the tensors of one, `state` slots for states,
-`host` slots of host memory.
+"""Where K, V and states lie, and what moves them.
 
-`movers` and `on_torch` move what lies in them.
+`block_memory` allocates the blocks of all layers, `cache` makes the tensors of one layer, `state` has slots for states,
+and `host` has slots of host memory. `movers` and `on_torch` move what lies in them.
 """
 
 from kvblocks.storage.cache import PagedKVCache
