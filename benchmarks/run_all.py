@@ -21,6 +21,7 @@ QUICK = {
     "layers.py": ["--quick"],
     "cuda.py": ["--quick"],
     "decode_step.py": ["--batches", "32", "256", "--rounds", "3"],
+    "first_token.py": ["--prompt", "256", "--repeats", "1"],
     "generate.py": ["--prompts", "4", "--new", "16", "--repeats", "1", "--long", "256", "--beam-prompt", "256"],
     "hybrid.py": [],
     "memory_footprint.py": ["--blocks", "262144"],

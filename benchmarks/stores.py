@@ -221,11 +221,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--inside", action="store_true", help="this is a network namespace for it already")
     options = parser.parse_args()
-    missing = "" if options.inside else mooncake_cluster.why_not()
-    if not options.inside and not missing:
-        os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
-        command = mooncake_cluster.inside([sys.executable, *sys.argv, "--inside"])
-        os.execvp(command[0], command)
+    missing = mooncake_cluster.run_inside()
     print(f"without Mooncake, which {missing}" if missing else "with Mooncake, over TCP")
     nbytes = options.mebibytes << 20
     rows = [row for each in SIZES.items() for row in measure(*each, nbytes, options.repeats, not missing)]

@@ -4,6 +4,7 @@ Run as a script, it is such a process: `python tests/mooncake_cluster.py MASTER 
 """
 
 import contextlib
+import os
 import shutil
 import socket
 import subprocess
@@ -39,6 +40,19 @@ def why_not() -> str:
     if subprocess.run(inside(["true"]), capture_output=True, timeout=30).returncode:
         return "needs to make a network namespace with two interfaces, which takes root and a kernel that lets it"
     return ""
+
+
+def run_inside() -> str:
+    """Run this script anew in a namespace of its own, with `--inside` behind its arguments. Where that cannot be, or it
+    is inside already, return: with what is missing, as `why_not`."""
+    if sys.argv[-1:] == ["--inside"]:
+        return ""
+    missing = why_not()
+    if not missing:
+        os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
+        command = inside([sys.executable, *sys.argv, "--inside"])
+        os.execvp(command[0], command)
+    return missing
 
 
 class Master:

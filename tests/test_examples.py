@@ -18,6 +18,7 @@ SHOWS = {
     "images": "2 of the images were left out",
     "sizing": "sequences of 8,192 tokens fit beside the weights",
     "smallest_engine": "all as without a cache",
+    "tensor_parallel": "block tables on each rank, the same block ids: True",
     "speculative_decoding": "the same tokens as one at a time: True",
     "two_layer_groups": "which attend to 8 tokens, hold 2",
 }
