@@ -9,13 +9,14 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from mmap import mmap
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mooncake_cluster import HOST, Master, lender, master
+from server_drill import drill
 from stopping import stop_process
 from test_cli_stores import found_by_the_second, reported
 
@@ -270,7 +271,7 @@ def test_a_master_that_is_stopped(own: Master) -> None:
         calls: list[tuple[Callable[[], Sequence[object]], object]] = [
             (lambda: get(store, *keys), [ERROR] * 3),
             (lambda: put(store, "new"), [ERROR]),
-            (lambda: store.lookup(keys), [False] * 3),
+            (lambda: store.lookup(keys), [None] * 3),
         ]
         for call, wanted in calls:
             answer, seconds = timed(call)
@@ -289,6 +290,18 @@ def test_no_master() -> None:
     with pytest.raises(ConnectionError, match=f"the master {HOST}:1 does not answer"):
         MooncakeStore(f"{HOST}:1", segment=0)
     assert time.monotonic() - begun < SLACK
+
+
+def test_breakers_of_a_master_that_is_killed_and_started_again(own: Master) -> None:
+    """It forgets all objects, and those who lent memory come back to it."""
+    with lender(own, 64 * MIB), MooncakeStore(own.address, segment=0) as store:
+        drill(store, own.kill, own.start, LIMIT, hangs=True, loses=True)
+
+
+def test_breakers_of_a_master_that_is_stopped(own: Master) -> None:
+    with lender(own, 64 * MIB), MooncakeStore(own.address, segment=0) as store:
+        fail, recover = partial(stop_process, own.process), partial(own.process.send_signal, signal.SIGCONT)
+        drill(store, fail, recover, LIMIT, hangs=True, loses=True)
 
 
 def test_the_command_finds_what_another_stored(cluster: Master, capsys: pytest.CaptureFixture[str]) -> None:

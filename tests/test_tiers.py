@@ -324,6 +324,19 @@ def test_an_answer_that_is_none_is_an_error(answer: Any) -> None:
     made.end()
 
 
+def test_lookups_that_fail_open_the_breaker() -> None:
+    """A server that refuses connections says so at once: that is no miss."""
+    store = Answers("1MiB")
+    store.answer = [None] * 12
+    made = world([store])
+    for _ in range(3):
+        assert not made.tiers.stats()[0].is_open
+        assert fetched(made, PROMPT).num_tokens == 0
+    assert made.tiers.stats()[0].is_open
+    assert made.tiers.stats()[0].errors == 3 * 12
+    made.end()
+
+
 def test_a_full_store_is_not_offered_more_for_a_while() -> None:
     store = MemoryStore(100)
     made = world([store])

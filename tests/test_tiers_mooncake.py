@@ -85,19 +85,21 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Client:
         (1, CORRUPT, ERROR, True, ERROR),
         (4, OK, ERROR, False, ERROR),
         (8, CORRUPT, ERROR, False, ERROR),
-        (-1, ERROR, ERROR, False, ERROR),
-        (-200, ERROR, FULL, False, ERROR),
-        (-600, CORRUPT, ERROR, False, ERROR),
+        (-1, ERROR, ERROR, None, ERROR),
+        (-200, ERROR, FULL, None, ERROR),
+        (-600, CORRUPT, ERROR, None, ERROR),
         (-703, MISSING, ERROR, False, ERROR),
         (-704, MISSING, ERROR, False, MISSING),
-        (-706, ERROR, ERROR, False, ERROR),
+        (-706, ERROR, ERROR, None, ERROR),
         (-707, MISSING, ERROR, False, ERROR),
-        (-800, ERROR, ERROR, False, ERROR),
-        (-900, ERROR, ERROR, False, ERROR),
-        (-901, ERROR, ERROR, False, ERROR),
+        (-800, ERROR, ERROR, None, ERROR),
+        (-900, ERROR, ERROR, None, ERROR),
+        (-901, ERROR, ERROR, None, ERROR),
     ],
 )
-def test_every_answer(code: int, loaded: Status, stored: Status, found: bool, deleted: Status, client: Client) -> None:
+def test_every_answer(
+    code: int, loaded: Status, stored: Status, found: bool | None, deleted: Status, client: Client
+) -> None:
     with MooncakeStore("h:1", segment=0, lease=0) as store:
         client.answer = [code]
         assert store.load(["a"], [bytearray(4)]) == [loaded]
@@ -112,7 +114,7 @@ def test_answers_that_are_none(answer: Any, client: Client) -> None:
     with MooncakeStore("h:1", segment=0) as store:
         assert store.load(["a", "b"], [bytearray(4)] * 2) == [ERROR, ERROR]
         assert store.store(["a", "b"], [b"four"] * 2) == [ERROR, ERROR]
-        assert store.lookup(["a", "b"]) == [False, False]
+        assert store.lookup(["a", "b"]) == [None, None]
         assert store.delete(["a", "b"]) == [ERROR, ERROR]
 
 

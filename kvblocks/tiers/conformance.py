@@ -295,7 +295,7 @@ def check_a_store_that_is_full(subject: Subject) -> None:
             _require(
                 not there or target == _content(i, size), "a store that was full gave other bytes than were stored"
             )
-            held += there
+            held += there is True
         _require(
             8 <= held < count, f"of {count} objects of {size} bytes a store of {subject.capacity} bytes has {held}"
         )

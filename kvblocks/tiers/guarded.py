@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import TypeVar
 
 from kvblocks.tiers.store import Status, Store
@@ -20,6 +21,7 @@ FULL_SECONDS = 10.0  # after which a store that was full is given objects again
 
 _LOADED = (Status.OK, Status.MISSING, Status.CORRUPT)
 _STORED = (Status.OK, Status.FULL)
+_FOUND = (False, True)  # None is an answer too, of a store that fails
 
 _log = logging.getLogger("kvblocks")
 
@@ -131,9 +133,9 @@ class _Breaker:
 class GuardedStore:
     """A store behind breakers, one for each kind of call.
 
-    Three calls in a row that raise, or answer ERROR or TIMEOUT for an object, or take longer than `deadline`, open the
-    breaker: for a second there is no such call, then one shows how the store is, and if it fails the pause doubles, up
-    to a minute. MISSING, CORRUPT and FULL are no failures.
+    Three calls in a row that raise, or answer ERROR, TIMEOUT or None for an object, or take longer than `deadline`,
+    open the breaker: for a second there is no such call, then one shows how the store is, and if it fails the pause
+    doubles, up to a minute. MISSING, CORRUPT and FULL are no failures.
 
     Args:
         store: to call.
@@ -167,12 +169,12 @@ class GuardedStore:
 
     def lookup(self, keys: Sequence[str]) -> list[bool]:
         """As `Store.lookup`; nothing is there where the store fails."""
-        found = self._call(self._lookups, len(keys), (False, True), lambda: self.store.lookup(keys))
-        return [False] * len(keys) if found is None else found
+        found = self._call(self._lookups, len(keys), (bool, NoneType), _FOUND, lambda: self.store.lookup(keys))
+        return [False] * len(keys) if found is None else [there is True for there in found]
 
     def load(self, keys: Sequence[str], buffers: Sequence[memoryview]) -> list[Status]:
         """As `Store.load`; ERROR where the store fails."""
-        found = self._call(self._loads, len(keys), _LOADED, lambda: self.store.load(keys, buffers))
+        found = self._call(self._loads, len(keys), (Status,), _LOADED, lambda: self.store.load(keys, buffers))
         if found is None:
             return [Status.ERROR] * len(keys)
         self.count(misses=found.count(Status.MISSING), corrupt=found.count(Status.CORRUPT))
@@ -180,7 +182,7 @@ class GuardedStore:
 
     def put(self, keys: Sequence[str], buffers: Sequence[memoryview]) -> list[Status]:
         """As `Store.store`; ERROR where the store fails."""
-        found = self._call(self._puts, len(keys), _STORED, lambda: self.store.store(keys, buffers))
+        found = self._call(self._puts, len(keys), (Status,), _STORED, lambda: self.store.store(keys, buffers))
         if found is None:
             return [Status.ERROR] * len(keys)
         kept = [buffer.nbytes for buffer, status in zip(buffers, found, strict=True) if status is Status.OK]
@@ -207,11 +209,17 @@ class GuardedStore:
             return TierStats(**(vars(self._counts) | {"is_open": is_open}))
 
     def _call(
-        self, breaker: _Breaker, count: int, sound: Sequence[_T], call: Callable[[], list[_T]]
+        self,
+        breaker: _Breaker,
+        count: int,
+        kinds: tuple[type, ...],
+        sound: Sequence[object],
+        call: Callable[[], Sequence[_T]],
     ) -> list[_T] | None:
         """What the store answers to `count` keys; None where it is not asked, raises, or gives what is no answer.
 
         Args:
+            kinds: of what is an answer.
             sound: answers of a store that works.
         """
         number = breaker.begin()
@@ -221,7 +229,7 @@ class GuardedStore:
         reason = ""
         try:
             given = call()
-            if len(given) == count and all(isinstance(each, type(sound[0])) for each in given):
+            if len(given) == count and all(isinstance(each, kinds) for each in given):
                 answer = list(given)
             else:
                 reason = f"it answered {given!r:.80} to {count} keys"

@@ -8,6 +8,7 @@ import math
 import socket
 import time
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -130,11 +131,12 @@ class MooncakeStore(Store):
                 raise ValueError(f"Mooncake does not register {len(view)} bytes at {place[0]:#x}: it answered {code}")
             self._registered[place] = view
 
-    def lookup(self, keys: Sequence[str]) -> list[bool]:
+    def lookup(self, keys: Sequence[str]) -> list[bool | None]:
         codes, failed = self._ask("batch_is_exist", checked_keys(keys))
-        for code in filter(lambda code: code < 0, codes):
+        unknown = [code < 0 and code not in GONE for code in codes]
+        for code in compress(codes, unknown):
             failed(code)
-        return [code == 1 for code in codes]
+        return [None if failure else code == 1 for failure, code in zip(unknown, codes, strict=True)]
 
     def load(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[Status]:
         found, views = checked_batch(keys, buffers, writable=True)

@@ -93,7 +93,7 @@ class RedisStore(Store):
         except (TypeError, ValueError, redis.exceptions.RedisError) as error:
             raise ValueError(f"redis does not take the options of {name}: {error}") from None
 
-    def lookup(self, keys: Sequence[str]) -> list[bool]:
+    def lookup(self, keys: Sequence[str]) -> list[bool | None]:
         found = [key.encode() for key in checked_keys(keys)]
         shares = [found[i : i + LOOKUP_KEYS] for i in range(0, len(found), LOOKUP_KEYS)]
         answers = [bytearray(len(share)) for share in shares]
@@ -110,7 +110,7 @@ class RedisStore(Store):
         requests = [(_command(b"EVAL", LOOKUP, b"%d" % len(share), *share), None, 0) for share in shares]
         statuses = self._batch(requests, read)
         return [
-            status is Status.OK and flag == ord("1")
+            flag == ord("1") if status is Status.OK else None
             for status, answer in zip(statuses, answers, strict=True)
             for flag in answer
         ]

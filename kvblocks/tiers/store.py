@@ -52,7 +52,7 @@ class Store(ABC):
     a store, which must not follow a slash or two dots in it as a path.
 
     `load` and `store` answer for each object by itself, in the order of the keys: a fault of the medium is a `Status`
-    of the objects concerned, never an exception. Exceptions are for calls that are wrong:
+    of the objects concerned, and None of a `lookup`, never an exception. Exceptions are for calls that are wrong:
 
     Raises:
         ValueError: not as many keys as buffers, a key of another length, an empty buffer or one that is not contiguous,
@@ -90,8 +90,9 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def lookup(self, keys: Sequence[str]) -> list[bool]:
-        """Whether each object is there: only a hint, as it may be evicted before it is loaded."""
+    def lookup(self, keys: Sequence[str]) -> Sequence[bool | None]:
+        """Whether each object is there: only a hint, as it may be evicted before it is loaded. None where the medium
+        failed, so that nobody knows."""
 
     @abstractmethod
     def load(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[Status]:
