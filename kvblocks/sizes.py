@@ -4,6 +4,7 @@ Imports nothing but the standard library.
 """
 
 import re
+import reprlib
 from decimal import Decimal
 from fractions import Fraction
 from operator import index
@@ -19,6 +20,7 @@ __all__ = [
     "parse_length",
     "parse_share",
     "parse_size",
+    "shown",
 ]
 
 HEADER_BYTES = 4096  # before the bytes of a block, in a host slot and in whatever a store keeps
@@ -29,6 +31,13 @@ _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGTP", 1)}
 _UNITS |= {f"{prefix}{rest}": 1024**power for power, prefix in enumerate("KMGTP", 1) for rest in ("", "IB")}
 
 
+def shown(value: object) -> str:
+    """A short repr for an error: whatever the value is, this neither fails nor fills the screen."""
+    if isinstance(value, int) and abs(value) >> 128:
+        return f"<an int of {value.bit_length()} bits>"  # past 4300 digits str() itself raises
+    return reprlib.repr(value)
+
+
 def checked_integer(name: str, value: SupportsIndex, low: int | None = None, high: int | None = None) -> int:
     """`value` as an int of Python's, in low..high where these are given.
 
@@ -37,14 +46,15 @@ def checked_integer(name: str, value: SupportsIndex, low: int | None = None, hig
         ValueError: it is out of bounds.
     """
     bounds = "" if low is None else f" in {low}..{high}"
+    # A bool is an int to Python, and a bool tensor has an __index__: neither is ever meant as a size.
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
+        raise TypeError(f"{name}={shown(value)} is a bool; give an integer{bounds}")
     try:
-        if isinstance(value, bool):
-            raise TypeError
         number = index(value)
     except TypeError:
-        raise TypeError(f"{name}={value!r:.60} is of type {type(value).__name__}; give an integer{bounds}") from None
+        raise TypeError(f"{name}={shown(value)} is of type {type(value).__name__}; give an integer{bounds}") from None
     if low is not None and high is not None and not low <= number <= high:
-        raise ValueError(f"{name}={number} is outside {low}..{high}")
+        raise ValueError(f"{name}={shown(number)} is outside {low}..{high}")
     return number
 
 

@@ -4,13 +4,11 @@ No tensors, no allocation, no bookkeeping of blocks; imports `kvblocks.sizes` an
 torch dtype by name.
 """
 
-import reprlib
 from copyreg import __newobj_ex__
 from dataclasses import dataclass
-from operator import index
 
 from kvblocks.arguments import MISSING, check_arguments
-from kvblocks.sizes import parse_size
+from kvblocks.sizes import checked_integer, parse_size, shown
 
 cimport cython
 from libc.stdint cimport INT32_MAX, INT64_MAX, int64_t
@@ -54,30 +52,11 @@ cdef dict _INTEGERS = {"int32": 4, "int64": 8}
 cdef tuple _ALIKE = ("num_layers", "num_kv_heads", "head_dim", "v_head_dim")
 
 
-cdef str _shown(object value):
-    """A short repr for an error: whatever the value is, this neither fails nor fills the screen."""
-    if isinstance(value, int) and abs(value) >> 128:
-        return f"<an int of {value.bit_length()} bits>"  # past 4300 digits str() itself raises
-    return reprlib.repr(value)
-
-
 cdef int64_t _bounded(str name, object value, int64_t low, int64_t high) except? -1:
     """`value` as an integer in `low..high`: TypeError for anything but an integer, ValueError outside."""
-    number = value
-    if type(value) is not int:
-        # A bool is an int to Python, and a bool tensor has an __index__: neither is ever meant as a size.
-        kind = str(getattr(value, "dtype", ""))
-        if isinstance(value, bool) or kind == "bool" or kind == "torch.bool":
-            raise TypeError(f"{name}={_shown(value)} is a bool; give an integer in {low}..{high}")
-        try:
-            number = index(value)
-        except TypeError:
-            raise TypeError(
-                f"{name}={_shown(value)} is of type {type(value).__name__}; give an integer in {low}..{high}"
-            ) from None
-    if number < low or number > high:
-        raise ValueError(f"{name}={_shown(number)} is outside {low}..{high}")
-    return number
+    if type(value) is int and low <= value <= high:
+        return value
+    return checked_integer(name, value, low, high)
 
 
 cdef int64_t _times(int64_t a, int64_t b) noexcept nogil:
@@ -113,7 +92,7 @@ cpdef int64_t itemsize(object dtype) except -1:
     size = _ITEMSIZE.get(_dtype_name(dtype))
     if size is None:
         raise TypeError(
-            f"dtype={_shown(dtype)} cannot hold a cache; give a torch.dtype or its name: {', '.join(_ITEMSIZE)}"
+            f"dtype={shown(dtype)} cannot hold a cache; give a torch.dtype or its name: {', '.join(_ITEMSIZE)}"
         )
     return size
 
@@ -183,7 +162,7 @@ def blocks_held(reach, num_tokens, block_size, step_tokens=1):
         return min(everything, most_in_window(reach.size, step, size))
     if isinstance(reach, Chunk):
         return min(everything, most_in_chunk(reach.size, step, size))
-    raise TypeError(f"reach={_shown(reach)}; give None, a Window or a Chunk")
+    raise TypeError(f"reach={shown(reach)}; give None, a Window or a Chunk")
 
 
 @dataclass(frozen=True)
@@ -222,18 +201,18 @@ class Group:
 
     def __post_init__(self):
         if self.reach is not None and not isinstance(self.reach, (Window, Chunk)):
-            raise TypeError(f"Group.reach={_shown(self.reach)}; give None, a Window or a Chunk")
+            raise TypeError(f"Group.reach={shown(self.reach)}; give None, a Window or a Chunk")
         if isinstance(self.layers, (str, bytes)):
-            raise TypeError(f"Group.layers={_shown(self.layers)}; give the ids of the layers")
+            raise TypeError(f"Group.layers={shown(self.layers)}; give the ids of the layers")
         try:
             given = tuple(self.layers)
         except TypeError:
-            raise TypeError(f"Group.layers={_shown(self.layers)}; give the ids of the layers") from None
+            raise TypeError(f"Group.layers={shown(self.layers)}; give the ids of the layers") from None
         layers = tuple([_bounded("Group.layers", layer, 0, INT32_MAX - 1) for layer in given])
         if not layers:
             raise ValueError("Group.layers is empty; a group has at least one layer")
         if len(set(layers)) < len(layers):
-            raise ValueError(f"Group.layers={_shown(layers)} names a layer twice")
+            raise ValueError(f"Group.layers={shown(layers)} names a layer twice")
         object.__setattr__(self, "layers", layers)
 
 
@@ -266,18 +245,18 @@ class LayerTensor:
 
     def __post_init__(self):
         if not isinstance(self.name, str):
-            raise TypeError(f"LayerTensor.name={_shown(self.name)} is of type {type(self.name).__name__}; give text")
+            raise TypeError(f"LayerTensor.name={shown(self.name)} is of type {type(self.name).__name__}; give text")
         if not self.name:
             raise ValueError("LayerTensor.name is empty; a tensor of a layer is found by its name")
         if self.per not in ("token", "sequence"):
-            raise ValueError(f"LayerTensor.per={_shown(self.per)} is neither 'token' nor 'sequence'")
+            raise ValueError(f"LayerTensor.per={shown(self.per)} is neither 'token' nor 'sequence'")
         try:
             given = () if isinstance(self.shape, (str, bytes)) else tuple(self.shape)
         except TypeError:
             given = ()
         if not given or (self.per == "token" and len(given) != 2):
             wanted = "(heads, dim)" if self.per == "token" else "a tuple of sizes"
-            raise (ValueError if given else TypeError)(f"LayerTensor.shape={_shown(self.shape)}; give {wanted}")
+            raise (ValueError if given else TypeError)(f"LayerTensor.shape={shown(self.shape)}; give {wanted}")
         shape = tuple([_bounded("LayerTensor.shape", number, 1, INT32_MAX) for number in given])
         object.__setattr__(self, "shape", shape)
         if self.dtype is not None:
@@ -304,12 +283,12 @@ cdef tuple _checked_layers(object given):
     try:
         layers = tuple([tuple(layer) for layer in given])
     except TypeError:
-        raise TypeError(f"layers={_shown(given)}; give the LayerTensor objects of each layer") from None
+        raise TypeError(f"layers={shown(given)}; give the LayerTensor objects of each layer") from None
     for i, layer in enumerate(layers):
         named = {}
         for tensor in layer:
             if not isinstance(tensor, LayerTensor):
-                raise TypeError(f"layers[{i}] holds {_shown(tensor)} of type {type(tensor).__name__}; "
+                raise TypeError(f"layers[{i}] holds {shown(tensor)} of type {type(tensor).__name__}; "
                                 "give LayerTensor objects")
             if tensor.name in named:
                 raise ValueError(f"layers[{i}] names {tensor.name!r} twice; a tensor is found by its name")
@@ -322,7 +301,7 @@ cdef tuple _checked_layers(object given):
                 raise ValueError(f"layers[{i}] has {key!r} and {value!r}; attention reads heads of one number and "
                                  "dtype: make them alike, or name them otherwise")
     if not any([tensor.per == "token" for layer in layers for tensor in layer]):
-        raise ValueError(f"layers={_shown(layers)} keep nothing for a token, so there are no blocks; give a layer that "
+        raise ValueError(f"layers={shown(layers)} keep nothing for a token, so there are no blocks; give a layer that "
                          "does")
     return layers
 
@@ -351,11 +330,11 @@ cdef tuple _checked_groups(object given, int64_t num_layers, tuple layers):
     try:
         groups = tuple(given)
     except TypeError:
-        raise TypeError(f"groups={_shown(given)}; give Group objects, or None for one group of all layers") from None
+        raise TypeError(f"groups={shown(given)}; give Group objects, or None for one group of all layers") from None
     seen = set()
     for group in groups:
         if not isinstance(group, Group):
-            raise TypeError(f"groups holds {_shown(group)} of type {type(group).__name__}; give Group objects")
+            raise TypeError(f"groups holds {shown(group)} of type {type(group).__name__}; give Group objects")
         for layer in group.layers:
             if layer >= num_layers:
                 raise ValueError(
@@ -454,7 +433,7 @@ cdef class CacheConfig:
         else:
             for name, value in zip(_ALIKE, (num_layers, num_kv_heads, head_dim, v_head_dim), strict=True):
                 if value is not None and value is not MISSING:
-                    raise TypeError(f"{name}={_shown(value)} is given beside layers, which say it; give one of the two")
+                    raise TypeError(f"{name}={shown(value)} is given beside layers, which say it; give one of the two")
             self._take_layers(_checked_layers(layers))
         self.num_gpu_blocks = _bounded("num_gpu_blocks", num_gpu_blocks, 1, INT32_MAX)
         self.block_size = _bounded("block_size", block_size, 1, INT32_MAX)

@@ -611,7 +611,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "memory of many letters": ({"memory": "x" * 5000}, ValueError, r"^memory='x{0,60} is not a size; give one"),
     "memory of another CPU": ({"memory": "cpu:1"}, ValueError, "memory='cpu:1': there is one CPU; give 'cpu'"),
     "memory negative": ({"memory": -1}, ValueError, r"memory=-1 is outside 0\.\."),
-    "memory bool": ({"memory": True}, TypeError, "memory=True is of type bool"),
+    "memory bool": ({"memory": True}, TypeError, "memory=True is a bool"),
     "memory huge": ({"memory": 2**63}, ValueError, "is outside"),
     "memory of no device": ({"memory": "cuda"}, ValueError, "finds no CUDA device|CUDA"),
     "block_size": ({"block_size": 0}, ValueError, r"block_size=0 is outside 1\.\."),
@@ -638,7 +638,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "utilization nan": ({"utilization": math.nan}, ValueError, "utilization=nan is outside"),
     "group_size": ({"group_size": 32}, ValueError, "bfloat16 has no scales"),
     "group_size zero": ({"dtype": "int4", "group_size": 0}, ValueError, "group_size=0 is below 1"),
-    "group_size bool": ({"dtype": "int4", "group_size": True}, TypeError, "group_size=True is of type bool"),
+    "group_size bool": ({"dtype": "int4", "group_size": True}, TypeError, "group_size=True is a bool"),
     "scale_dtype": (
         {"dtype": "int4", "group_size": 8, "scale_dtype": "int8"},
         ValueError,

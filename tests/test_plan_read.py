@@ -107,7 +107,7 @@ def test_files_that_are_no_configs(content: str | bytes, error: type[Exception],
             "num_attention_heads=8 does not divide by num_kv_heads=3",
         ),
         ({"num_layers": 2, "num_kv_heads": 1.0, "head_dim": 1}, TypeError, "num_kv_heads=1.0 is of type float"),
-        ({"num_layers": 2, "num_kv_heads": 1, "head_dim": True}, TypeError, "head_dim=True is of type bool"),
+        ({"num_layers": 2, "num_kv_heads": 1, "head_dim": True}, TypeError, "head_dim=True is a bool"),
     ],
 )
 def test_what_names_no_model(model: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
