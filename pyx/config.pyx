@@ -736,12 +736,12 @@ cdef class CacheConfig:
     def __repr__(self):
         numbers = ("num_layers", "num_kv_heads", "head_dim", "layers", "num_gpu_blocks", "block_size")
         arguments = self._arguments()
-        shown = [
+        given = [
             f"{name}={arguments[name]!r}"
             for name in (*numbers, "v_head_dim", "groups")
             if arguments.get(name) is not None
         ]
-        return f"{type(self).__qualname__}({', '.join(shown)})"
+        return f"{type(self).__qualname__}({', '.join(given)})"
 
     def __reduce__(self):
         # __newobj_ex__ goes past a subclass's __init__, and its attributes travel as state, as for any object.
