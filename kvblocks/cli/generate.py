@@ -1,6 +1,6 @@
 """The command `kvblocks generate`: load a model, continue prompts over the paged cache, verify, report.
 
-It is a face on `kvblocks.generate`. Imports torch, transformers and rich.
+The work is done by `kvblocks.generate`. Imports torch, transformers and rich.
 """
 
 import argparse

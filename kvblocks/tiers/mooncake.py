@@ -176,7 +176,7 @@ class MooncakeStore(Store):
             time.sleep(RETRY_SECONDS)
 
     def stats(self) -> StoreStats:
-        """None of it: what the fleet holds, the master tells on its metrics port."""
+        """Every field is None: what the fleet holds, only the master knows; it has a metrics port."""
         with self._calls.one():
             return StoreStats(objects=None, bytes_used=None, capacity=None, evictions=None)
 

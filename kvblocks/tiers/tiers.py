@@ -133,7 +133,7 @@ class Tiers:
     Args:
         manager: with `host_blocks`.
         engine: of the same blocks, with as many `host_blocks`.
-        stores: asked in this order. They stay their owner's to close, after `close`.
+        stores: asked in this order. Whoever made them closes them, after `close`.
         namespace: of model, weights and layout, as `namespace_of(engine, ...)` gives it.
         secret: as of `ObjectFormat`: without it, who can write a store decides what the model answers.
         shard: the part of the model's layers and heads that this rank's blocks hold, as `shard_name` gives it.
@@ -248,7 +248,7 @@ class Tiers:
 
     @property
     def namespace(self) -> str:
-        """Under which blocks are shared now."""
+        """The namespace under which blocks are shared now."""
         return self._namespace
 
     @property
