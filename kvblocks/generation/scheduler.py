@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from kvblocks.config import CacheConfig
 from kvblocks.engine import CacheEngine
-from kvblocks.errors import NoFreeBlocks
+from kvblocks.errors import NoFreeBlocks, NoFreeStates
 from kvblocks.generation.request import Request, Token, check_request
 from kvblocks.generation.sampling import Choice, Chooser, Choosers
 from kvblocks.integrations.transformers import (
@@ -32,7 +32,6 @@ from kvblocks.integrations.transformers import (
     served,
 )
 from kvblocks.integrations.transformers.backend import adapters
-from kvblocks.integrations.transformers.states import SequenceStates
 from kvblocks.manager import BlockManager
 from kvblocks.step.buffers import StepBuffers
 from kvblocks.tiers import Ticket, Tiers
@@ -83,9 +82,10 @@ class Scheduler:
     Both queues go by priority, then by arrival. The first request always gets on, so all of them end. A prompt that
     begins as one does that is being computed waits until it can take over what they share.
 
-    States of layers (linear attention, Mamba, convolutions) are held for each running sequence, in memory that is no
-    part of the pool and that no admission counts. They are lost with a preemption, and none is kept for another prompt:
-    a model that has some finds no prefixes, and computes what was preempted from the first token on.
+    Of a model that keeps states (linear attention, Mamba, convolutions) each running sequence has a slot of the pool,
+    so no more run at once than there are slots. A pass over a prompt ends where its state is to be kept as a checkpoint,
+    at the prompt's last multiple of `manager.state_every` tokens: there later prompts that begin alike go on, and this
+    one, if it was preempted.
 
     Args:
         model: a decoder-only transformers model, what torch.compile or PEFT made of one, or what `served` made of
@@ -100,6 +100,7 @@ class Scheduler:
             the model's generation config.
         tokenizer: transformers' of the model, where stop strings are asked for.
         pool: whose engine and manager to use; `config` is its `config` then, and `layout` and `watermark` are its own.
+            A model that keeps states needs one.
 
     Raises:
         ValueError: a model that cannot be served, or a number out of range.
@@ -136,9 +137,6 @@ class Scheduler:
         self._adapted = bool(adapters(model))
         # What the model hands to caches may be other K and V than what attention gets; then neither finds the other's.
         self._salt = b"" if self._paged.as_cached() else b"attention:"
-        # K and V of a prefix are of no use without its state, and states are lost with a preemption.
-        self._max_hit = 0 if self._paged.keeps_states else None
-        self._states = SequenceStates()
         self._choose = choose
         self._choosers = None if choose is not None else Choosers(model, tokenizer)
         self._has_windows = any(group.reach is not None for group in config.groups)
@@ -147,11 +145,15 @@ class Scheduler:
         if pool is not None:
             pool.check(self._paged)
             self.engine, self.manager = pool.engine, pool.manager
-            self._tiers = pool.tiers if self._max_hit is None else None
+            self._tiers = pool.tiers
         else:
+            if self._paged.keeps_states:
+                raise ValueError(f"{type(model).__name__} keeps states, for which a pool has slots: give pool=")
             self.engine = CacheEngine(config, model.dtype, model.device, layout=layout)
             self.manager = BlockManager.for_config(config, max_seqs=_MOST_HELD, watermark=watermark)
             self._tiers = None
+        if self.manager.num_states:
+            self.max_seqs = min(self.max_seqs, self.manager.num_states)
         self._pool = pool
         self.buffers = self._buffers_for(1)
         self._waiting: list[tuple[tuple[int, int], _Sequence]] = []  # a heap; who was cancelled is skipped
@@ -192,7 +194,8 @@ class Scheduler:
                     "not taken here: use model.generate with kvblocks.integrations.transformers.PagedCache"
                 )
         if request.n > min(self.max_seqs, _MOST_HELD):
-            raise ValueError(f"n={request.n} answers run together, and max_seqs={self.max_seqs} sequences can")
+            states = f", with {self.manager.num_states} slots for states" if self.manager.num_states else ""
+            raise ValueError(f"n={request.n} answers run together, and max_seqs={self.max_seqs} sequences can{states}")
         if self._choosers is not None:
             choosers: Sequence[Chooser | None] = self._choosers.make(request) or [None]
         else:
@@ -242,7 +245,7 @@ class Scheduler:
             if sequence.running:
                 self._running.remove(sequence)
             self.num_held -= 1
-            self._free([sequence])
+            self.manager.free(sequence.handle)
         return True
 
     @property
@@ -259,7 +262,8 @@ class Scheduler:
     def step(self) -> list[Token]:
         """One forward pass: at most one new token for each running sequence, none for those still in their prompt.
 
-        If the pass fails, the step is aborted: no sequence has moved, and the call may be repeated.
+        If the pass fails, the step is aborted: no sequence has moved, and the call may be repeated. One whose state the
+        pass may have written is preempted, and goes on from its checkpoint.
 
         Raises:
             RuntimeError: the scheduler is closed.
@@ -279,8 +283,7 @@ class Scheduler:
             ends = accumulate(each.query_len for each in scheduled)
             last_tokens = [end - 1 for each, end in zip(scheduled, ends, strict=True) if each.samples]
             wanted = torch.tensor(last_tokens, dtype=torch.int64, device=self.model.device)
-            self._states.open([each.sequence.handle for each in scheduled])
-            logits = self._paged.forward(self.engine, self.buffers, wanted, self._states)
+            logits = self._paged.forward(self.engine, self.buffers, wanted)
             leaders = [each.sequence for each in scheduled if each.samples]
             answers = [sequence for leader in leaders for sequence in (leader, *leader.followers)]
             if len(answers) > len(leaders):
@@ -288,12 +291,10 @@ class Scheduler:
                 logits = logits.repeat_interleave(counts, 0)
             choices = self._chosen(logits, answers) if answers else []
         except BaseException:
-            self.manager.abort(step_id)
-            self._states.abort()
+            self._put_back(self.manager.abort(step_id))
             raise
         # From here on the K and V of this pass count, and full blocks can be hit by other prompts.
         self.manager.commit(step_id)
-        self._states.commit()
         for sequence in answers:
             self._fork(sequence)
         return self._append(answers, choices)
@@ -359,7 +360,8 @@ class Scheduler:
                     return
             if not self._has_fetched(sequence):
                 return
-            if self._num_rows() + len(sequence.followers) >= self.max_seqs:
+            without_state = self._running and self.manager.num_states and not self.manager.num_free_states
+            if without_state or self._num_rows() + len(sequence.followers) >= self.max_seqs:
                 if not self._gives_way(sequence):
                     return
                 continue
@@ -393,30 +395,30 @@ class Scheduler:
 
     def _preempt(self) -> _Sequence:
         """Let the last of those who run wait."""
-        last = self._running.pop()
+        last = self._running[-1]
         self.manager.preempt(last.handle)
-        self._states.drop([last.handle])
-        last.running = False
-        self._num_following -= len(last.followers)
-        self._queue(last)
+        self._put_back([last.handle])
         return last
 
-    def _free(self, sequences: Sequence[_Sequence]) -> None:
-        handles = [sequence.handle for sequence in sequences]
-        self.manager.free(handles)
-        self._states.drop(handles)
+    def _put_back(self, handles: Sequence[int]) -> None:
+        """Let sequences that run wait: they are preempted."""
+        for sequence in [sequence for sequence in self._running if sequence.handle in handles]:
+            self._running.remove(sequence)
+            sequence.running = False
+            self._num_following -= len(sequence.followers)
+            self._queue(sequence)
 
     def _queue(self, sequence: _Sequence) -> None:
         heappush(self._waiting, (_order(sequence), sequence))
 
     def _let_in(self, sequence: _Sequence, reserve: int | None) -> None:
         if sequence.handle:
-            self.num_hit_again += self.manager.resume(sequence.handle, reserve=reserve, max_hit=self._max_hit)
+            self.num_hit_again += self.manager.resume(sequence.handle, reserve=reserve)
         else:
             salt, extra = sequence.request.salt, sequence.request.extra
             fetched = None if sequence.ticket is None else sequence.ticket.fetch
             sequence.handle, hit = self.manager.admit(
-                sequence.prompt, salt=salt, extra=extra, reserve=reserve, max_hit=self._max_hit, fetched=fetched
+                sequence.prompt, salt=salt, extra=extra, reserve=reserve, fetched=fetched
             )
             self.num_hit += hit
             self.num_held += 1 + len(sequence.followers)
@@ -462,27 +464,37 @@ class Scheduler:
 
     def _awaits(self, waiting: _Sequence, computing: Mapping[tuple[bytes, bytes], Sequence[_Sequence]]) -> bool:
         """Whether a sequence that runs is about to compute much that this one's prompt begins with."""
-        if self._max_hit == 0:
-            return False
-        alike = max(
-            (_common(waiting, other) for other in computing.get(_beginning(waiting), ()) if other.running), default=0
+        useful = max(
+            (self._shared(waiting, other) for other in computing.get(_beginning(waiting), ()) if other.running),
+            default=0,
         )
-        useful = min(alike, len(waiting.prompt) - 1) // self.manager.block_size * self.manager.block_size
         if useful < _WORTH_WAITING:
             return False
         there = self.manager.match(waiting.prompt, salt=waiting.request.salt, extra=waiting.request.extra)
         return useful - there >= _WORTH_WAITING
 
+    def _shared(self, waiting: _Sequence, other: _Sequence) -> int:
+        """How many tokens of a sequence can be found once another one's prompt is computed."""
+        alike = min(_common(waiting, other), len(waiting.prompt) - 1)
+        if self.manager.num_states:
+            checkpoint = self.manager.next_checkpoint(other.handle)
+            return checkpoint if checkpoint <= alike else 0
+        return alike // self.manager.block_size * self.manager.block_size
+
     def _schedule(self) -> list[_Scheduled]:
-        """Share the tokens of a pass out: one to each who decodes, what is left to prompts, the oldest first."""
+        """Share the tokens of a pass out: one to each who decodes, what is left to prompts, the oldest first.
+
+        A prompt goes as far as its checkpoint first, where layers keep states.
+        """
         lengths = self.manager.lengths([sequence.handle for sequence in self._running])
         missing = (lengths.num_tokens - lengths.num_computed).tolist()
         budget = self.max_batch_tokens - missing.count(1)
         scheduled = []
-        for sequence, num_missing in zip(self._running, missing, strict=True):
+        for sequence, num_missing, computed in zip(self._running, missing, lengths.num_computed.tolist(), strict=True):
             query_len = num_missing
             if num_missing > 1:
-                query_len = min(num_missing, budget)
+                checkpoint = self.manager.next_checkpoint(sequence.handle)
+                query_len = min(num_missing, budget, checkpoint - computed if checkpoint else budget)
                 budget -= query_len
             if query_len:
                 scheduled.append(_Scheduled(sequence, query_len, samples=query_len == num_missing))
@@ -497,10 +509,10 @@ class Scheduler:
             try:
                 handles = [each.sequence.handle for each in scheduled]
                 return scheduled, self.manager.prepare(handles, [each.query_len for each in scheduled], self.buffers)
-            except NoFreeBlocks:
+            except (NoFreeBlocks, NoFreeStates) as error:
                 if len(self._running) == 1:
                     [only] = scheduled
-                    if not self._has_windows or only.query_len == 1:
+                    if not self._has_windows or only.query_len == 1 or isinstance(error, NoFreeStates):
                         raise
                     scheduled = [_Scheduled(only.sequence, only.query_len // 2, samples=False)]
                     continue
@@ -565,7 +577,6 @@ class Scheduler:
         if not leader.followers:
             return
         handles = self.manager.fork(leader.handle, len(leader.followers))
-        self._states.fork(leader.handle, handles)
         for sequence, handle in zip(leader.followers, handles, strict=True):
             sequence.leader, sequence.handle, sequence.running = None, handle, True
             insort(self._running, sequence, key=_order)
@@ -593,7 +604,7 @@ class Scheduler:
         if handles:
             self.manager.append(handles, ongoing)
         if ended:
-            self._free(ended)
+            self.manager.free([sequence.handle for sequence in ended])
             self.num_held -= len(ended)
             for sequence in ended:
                 sequence.ended = True
@@ -604,7 +615,7 @@ class Scheduler:
 
 def blocks_needed(config: CacheConfig, num_tokens: int, max_batch_tokens: int) -> int:
     """The blocks that a sequence holds at most, alone, in passes of up to so many tokens; the manager's answer."""
-    manager = BlockManager.for_config(config.replace(num_gpu_blocks=1), max_seqs=1)
+    manager = _asked(config)
     return max(manager.blocks_needed(num_tokens, reserve=reserve) for reserve in (1, max_batch_tokens))
 
 
@@ -613,7 +624,7 @@ def most_tokens(config: CacheConfig) -> int:
 
     Where every layer has a window or a chunk, that may be far more than the pool holds at once.
     """
-    manager = BlockManager.for_config(config.replace(num_gpu_blocks=1), max_seqs=1)
+    manager = _asked(config)
     low, high = 0, LONGEST
     while low < high:
         middle = (low + high + 1) // 2
@@ -622,6 +633,11 @@ def most_tokens(config: CacheConfig) -> int:
         else:
             high = middle - 1
     return low
+
+
+def _asked(config: CacheConfig) -> BlockManager:
+    """A manager that is only asked how many blocks are needed."""
+    return BlockManager(1, config.block_size, groups=[group.reach for group in config.groups], max_seqs=1)
 
 
 def _give_back(manager: BlockManager, unfinished: dict[int, _Sequence], tiers: Tiers | None) -> None:

@@ -56,8 +56,8 @@ def generate(
         max_new_tokens: of each prompt that is no `Request`; by default as the generation config says, else 64.
         stop_tokens: ids that end an answer; the one that does is its last token. None: the end-of-sequence ids of the
             model's generation config. An empty list: none.
-        memory: for K and V, in bytes or like "64MiB"; by default what the prompts need at once, at most `max_seqs`.
-            States of linear attention, Mamba and convolutions take memory beside it, for each sequence that runs.
+        memory: for K and V, and for states, in bytes or like "64MiB"; by default what the prompts need at once, at most
+            `max_seqs`: of states one for each that runs and one for its checkpoint. `Pool` says how memory is shared.
         host_memory: for blocks that have left the pool and may come back, as of `Pool`; by default none.
         num_blocks: blocks in the pool, instead of `memory`.
         block_size, layout: of the cache.
@@ -109,10 +109,14 @@ def generate(
     else:
         if memory is None and num_blocks is None:
             num_blocks = _needed(block_of(runs, block_size), requests, max_seqs, max_batch_tokens)
+        num_states = None
+        if runs.keeps_states and memory is None:
+            num_states = 2 * max(1, min(max_seqs, sum(request.n for request in requests)))
         pool = Pool(
             runs,
             memory=memory,
             num_blocks=num_blocks,
+            num_states=num_states,
             host_memory=host_memory,
             block_size=block_size,
             layout=layout,

@@ -23,7 +23,6 @@ from kvblocks.engine import CacheEngine
 from kvblocks.errors import UnsupportedModel
 from kvblocks.integrations.transformers.layer import cache_layers
 from kvblocks.integrations.transformers.layers import KVShape, ModelLayer, cache_argument, model_layers
-from kvblocks.integrations.transformers.states import SequenceStates
 from kvblocks.step.buffers import StepBuffers
 from kvblocks.storage.cache import PagedKVCache
 
@@ -161,16 +160,13 @@ class PagedModel:
         _measured[self.model] = measured
         return measured
 
-    def forward(
-        self, engine: CacheEngine, step: StepBuffers, wanted: Tensor, states: SequenceStates | None = None
-    ) -> Tensor:
+    def forward(self, engine: CacheEngine, step: StepBuffers, wanted: Tensor) -> Tensor:
         """One forward pass over the tokens of a prepared step; their K and V are written into the cache on the way.
 
         Args:
             engine: a layer for each of the model's that writes K and V.
-            step: filled by `BlockManager.prepare`; its copies have been done.
+            step: filled by `BlockManager.prepare`; its moves have been made.
             wanted: int64 [n], the tokens of the step whose logits are asked for.
-            states: of the sequences, opened for them; read and made where `keeps_states`.
 
         Returns:
             logits [n, vocabulary], of the model's dtype.

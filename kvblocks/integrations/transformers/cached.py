@@ -34,7 +34,7 @@ from kvblocks.integrations.transformers.layers import (
     check_splits,
 )
 from kvblocks.integrations.transformers.passes import Pass
-from kvblocks.integrations.transformers.states import Fields, SequenceStates
+from kvblocks.integrations.transformers.states import Fields, LayerStates, SlotStates
 from kvblocks.step.buffers import StepBuffers
 
 __all__ = ["CachedModel", "served"]
@@ -73,37 +73,52 @@ class CachedModel:
         self._call = model
         self._arguments = frozenset(inspect.signature(self.model.forward).parameters)
         self._cache_argument = cache_argument(self.model.forward)
+        self._slots: tuple[CacheEngine, SlotStates] | None = None
 
-    @torch.inference_mode()
     def measure(self) -> KVShape:
         """What the layers hand to their cache: two rows of two tokens are run through the model, the first time.
 
         Raises:
             UnsupportedModel: a layer does what the cache cannot serve, or a token's logits depend on the one after it.
         """
+        return self._measure()[0]
+
+    def states(self) -> tuple[LayerStates, ...]:
+        """The states of each layer that keeps any; measured with `measure`."""
+        return self._measure()[1]
+
+    @torch.inference_mode()
+    def _measure(self) -> tuple[KVShape, tuple[LayerStates, ...]]:
         if self.model in _measured:
             return _measured[self.model]
         state = _Measured()
         ids = torch.tensor([[0, 1], [0, 2]], device=self.model.device)
-        first, second = self._run(state, ids, 0, [0])[0][:, 0].float()
+        with torch.autocast(ids.device.type, enabled=False):  # states are kept as they are without it, or wider
+            logits, held = self._run(state, ids, 0, [0])
+        first, second = logits[:, 0].float()
         if not torch.allclose(first, second, rtol=0, atol=0.01 * float(first.abs().max()), equal_nan=True):
             raise UnsupportedModel(f"{type(self.model).__name__} attends to later tokens too, which come after a pass")
         writing = [layer for layer in self.layers if layer.writes]
-        shape = KVShape.of([state.shapes[layer.index] for layer in writing], [layer.index_dim for layer in writing])
-        _measured[self.model] = shape
-        return shape
+        layers = tuple(LayerStates.of(fields) for fields in held)
+        shape = KVShape.of(
+            [state.shapes[layer.index] for layer in writing],
+            [layer.index_dim for layer in writing],
+            [layer.flat() for layer in layers],
+        )
+        _measured[self.model] = shape, layers
+        return shape, layers
 
     def as_cached(self) -> bool:
         """As `PagedModel.as_cached`; here all goes through a cache."""
         return True
 
-    def forward(
-        self, engine: CacheEngine, step: StepBuffers, wanted: Tensor, states: SequenceStates | None = None
-    ) -> Tensor:
+    def forward(self, engine: CacheEngine, step: StepBuffers, wanted: Tensor) -> Tensor:
         """As `PagedModel.forward`, in one pass of the model for each length and number of new tokens among the rows.
 
-        Models of Mamba 1 (Jamba, Zamba) go on from a state by one token in a pass of their own.
+        Models of Mamba 1 (Jamba, Zamba) go on from a state by one token in a pass of their own. States are read from
+        the slots of the step, and written there when the pass of their rows is over.
         """
+        kept = self._slots_of(engine) if self.keeps_states else None
         lens = step.seq_lens[: step.num_seqs].tolist()
         starts = step.query_start_loc[: step.num_seqs + 1].tolist()
         alike: dict[tuple[int, int], list[int]] = {}
@@ -117,7 +132,8 @@ class CachedModel:
         found: dict[int, Tensor] = {}
         for (before, count), rows in alike.items():
             firsts = torch.tensor([starts[row] for row in rows], device=engine.device)[:, None]
-            held = states.stacked(rows) if states is not None and self.keeps_states and before else None
+            slots = None if step.state_slots is None else step.state_slots[rows]
+            held = kept.read(slots) if kept is not None and slots is not None and before else None
             each = 1 if before and self._one_by_one else count
             for first in range(0, count, each):
                 tokens = firsts + torch.arange(first, first + each, device=engine.device)
@@ -125,14 +141,20 @@ class CachedModel:
                     (number, line, at - first) for line, row in enumerate(rows) for number, at in asked.get(row, ())
                 ]
                 here = [(number, line, at) for number, line, at in here if 0 <= at < each]
-                kept = sorted({at for _, _, at in here})
+                columns = sorted({at for _, _, at in here})
                 state = _Stepping(self.model.config, engine, self._pass(engine, step, rows, tokens, before + first))
-                logits, held = self._run(state, step.input_ids[tokens], before + first, kept, held)
-                found.update((number, logits[line, kept.index(at)]) for number, line, at in here)
-            if states is not None:
-                states.put(rows, held or [])
+                logits, held = self._run(state, step.input_ids[tokens], before + first, columns, held)
+                found.update((number, logits[line, columns.index(at)]) for number, line, at in here)
+            if kept is not None and slots is not None and held is not None:
+                kept.write(slots, held)
         ordered = [found[number] for number in range(len(found))]
         return torch.stack(ordered) if ordered else torch.empty(0, device=engine.device)
+
+    def _slots_of(self, engine: CacheEngine) -> SlotStates:
+        if self._slots is None or self._slots[0] is not engine:
+            caches = [cache for cache in engine.states if cache is not None]
+            self._slots = engine, SlotStates(self.states(), caches)
+        return self._slots[1]
 
     def _pass(self, engine: CacheEngine, step: StepBuffers, rows: list[int], tokens: Tensor, before: int) -> Pass:
         groups = step.num_groups
@@ -252,7 +274,7 @@ class _Measured:
         """A pass is all that there is."""
 
 
-_measured: "WeakKeyDictionary[PreTrainedModel, KVShape]" = WeakKeyDictionary()
+_measured: "WeakKeyDictionary[PreTrainedModel, tuple[KVShape, tuple[LayerStates, ...]]]" = WeakKeyDictionary()
 
 
 def served(model: Any) -> PagedModel | CachedModel:

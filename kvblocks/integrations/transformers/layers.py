@@ -6,7 +6,7 @@ Knows no cache and no attention. Imports transformers.
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,8 +31,8 @@ from kvblocks.formats import format_of
 from kvblocks.models.architectures import MODEL_TYPES
 from kvblocks.models.grouping import PagedLayer, layer_groups
 from kvblocks.models.read import read
-from kvblocks.models.shapes import Kept, Reach
-from kvblocks.sizes import checked_bytes
+from kvblocks.models.shapes import Kept, Layer, Reach
+from kvblocks.sizes import checked_bytes, checked_size
 from kvblocks.storage.host import slot_bytes
 
 __all__ = [
@@ -43,7 +43,9 @@ __all__ = [
     "cache_groups",
     "check_prompts",
     "check_splits",
+    "checkpoints_every",
     "filling",
+    "flat",
     "host_slots",
     "keeps_offsets",
     "kv_shape",
@@ -51,11 +53,15 @@ __all__ = [
     "model_layers",
     "one_block",
     "placeholder_tokens",
+    "slots_for",
 ]
 
 
 _BFLOAT16 = format_of("bfloat16")
 _MOST_SLOTS = 2**31 - 2  # that a manager counts
+_EVERY = 256  # tokens between checkpoints
+_RUNNING = 64  # sequences that have a slot for their state beside those of checkpoints
+_FEWEST_STATES = 2  # slots: of one sequence and its checkpoint
 OLDEST = (5, 24)  # of transformers: the caches of earlier versions are asked in another way
 
 
@@ -78,6 +84,7 @@ class KVShape(NamedTuple):
     Attributes:
         layers: (num_kv_heads, head_dim, v_head_dim) of each layer that has a cache; None where all are alike.
         index_dims: dim of the index keys of each layer that has a cache, 0 for none; empty where no layer has any.
+        states: what each layer that has states keeps for a sequence: a tensor of one dimension for each dtype.
     """
 
     num_layers: int
@@ -86,6 +93,7 @@ class KVShape(NamedTuple):
     v_head_dim: int
     layers: tuple[tuple[int, int, int], ...] | None = None
     index_dims: tuple[int, ...] = ()
+    states: tuple[tuple[LayerTensor, ...], ...] = ()
 
     @property
     def of_layers(self) -> tuple[tuple[int, int, int], ...]:
@@ -93,14 +101,20 @@ class KVShape(NamedTuple):
         return self.layers or (self[1:4],) * self.num_layers
 
     @classmethod
-    def of(cls, layers: Sequence[tuple[int, int, int]], index_dims: Sequence[int] = ()) -> "KVShape":
+    def of(
+        cls,
+        layers: Sequence[tuple[int, int, int]],
+        index_dims: Sequence[int] = (),
+        states: Sequence[tuple[LayerTensor, ...]] = (),
+    ) -> "KVShape":
         heads, head_dim, v_head_dim = (max(sizes) for sizes in zip(*layers, strict=True))
         unequal = tuple(layers) if len(set(layers)) > 1 else None
-        return cls(len(layers), heads, head_dim, v_head_dim, unequal, tuple(index_dims) if any(index_dims) else ())
+        dims = tuple(index_dims) if any(index_dims) else ()
+        return cls(len(layers), heads, head_dim, v_head_dim, unequal, dims, tuple(states))
 
     @property
     def tensors(self) -> tuple[tuple[LayerTensor, ...], ...]:
-        """What each layer keeps, as `CacheConfig(layers=...)` takes it."""
+        """What each layer keeps for a token, as `CacheConfig(layers=...)` takes it."""
         return tuple(
             (*key_value(*sizes), *([LayerTensor("index", (1, dim))] if dim else []))
             for sizes, dim in zip(self.of_layers, self.index_dims or (0,) * self.num_layers, strict=True)
@@ -387,9 +401,10 @@ def kv_shape(config: PreTrainedConfig) -> KVShape:
     Raises:
         UnsupportedModel: the config lacks a number; or as for `model_layers`.
     """
-    layers = [layer for layer in model_layers(config) if layer.writes]
+    described = model_layers(config)
+    layers = [layer for layer in described if layer.writes]
     shapes = [(key.stored_heads or key.heads, key.dim, value.dim) for key, value, *_ in _kept(config, layers)]
-    return KVShape.of(shapes, [layer.index_dim for layer in layers])
+    return KVShape.of(shapes, [layer.index_dim for layer in layers], _states(config, described))
 
 
 _LOOPED = {"inkling2_loop_text": "inkling2_text"}  # model types whose layers are those of another, some of them again
@@ -397,6 +412,41 @@ _LOOPED = {"inkling2_loop_text": "inkling2_text"}  # model types whose layers ar
 
 def _kept(config: PreTrainedConfig, layers: Sequence[ModelLayer]) -> list[tuple[Kept, ...]]:
     """What each of the layers, all that write, keeps for a token: K, V, and index keys where it has some."""
+    kept = [layer.kept for layer in _read(config) if layer.kept]
+    if len(kept) != len(layers):
+        raise UnsupportedModel(
+            f"{type(text_config(config)).__name__} says what {len(kept)} layers cache, and transformers' own cache has "
+            f"{len(layers)} layers with K and V"
+        )
+    return kept
+
+
+def _states(config: PreTrainedConfig, layers: Sequence[ModelLayer]) -> list[tuple[LayerTensor, ...]]:
+    """What each of the layers that have states keeps for a sequence, as `flat` has it."""
+    found = []
+    for layer, said in zip(layers, _read(config) if any(layer.states for layer in layers) else (), strict=False):
+        if not layer.states:
+            continue
+        if not said.states:
+            raise UnsupportedModel(
+                f"{type(text_config(config)).__name__} does not say what states layer {layer.index} keeps, which has "
+                "some in transformers' own cache; make a kvblocks.Pool of the model"
+            )
+        parts = [(state.dtype, state.kept_parts("transformers")) for state in said.states]
+        found.append(flat([(dtype, sum(units * each for units, each in sizes)) for dtype, sizes in parts]))
+    return found
+
+
+def flat(states: Iterable[tuple[str | None, int]]) -> tuple[LayerTensor, ...]:
+    """Tensors of one dimension, one for each dtype, that hold all states of a layer: (dtype, numbers) of each."""
+    numbers: dict[str | None, int] = {}
+    for dtype, count in states:
+        numbers[dtype] = numbers.get(dtype, 0) + count
+    return tuple(LayerTensor(f"state_{dtype or 'own'}", (n,), dtype, per="sequence") for dtype, n in numbers.items())
+
+
+def _read(config: PreTrainedConfig) -> list[Layer]:
+    """What a config says of the layers that transformers' own cache has, in its order."""
     text = text_config(config)
     fields: Any = text
     if text.model_type in _LOOPED:
@@ -405,33 +455,63 @@ def _kept(config: PreTrainedConfig, layers: Sequence[ModelLayer]) -> list[tuple[
     elif text.model_type not in MODEL_TYPES:  # its code came with its weights: its fields mean what they usually do
         fields = {**text.to_dict(), "model_type": "deepseek_v3" if getattr(text, "kv_lora_rank", None) else "llama"}
     try:
-        once = [layer.kept for layer in read(fields).read("expanded").layers]
-        kept = [of_layer for of_layer in [*once, *(once[index] for index in _repeated(text))] if of_layer]
+        once = read(fields).read("expanded").layers
     except UnknownModel as problem:
         raise UnsupportedModel(f"{type(text).__name__} does not say what its layers cache: {problem}") from None
-    if len(kept) != len(layers):
-        raise UnsupportedModel(
-            f"{type(text).__name__} says what {len(kept)} layers cache, and transformers' own cache has {len(layers)} "
-            "layers with K and V"
-        )
-    return kept
+    return [*once, *(once[index] for index in _repeated(text))]
 
 
 def one_block(shape: KVShape, block_size: int, groups: Sequence[Group]) -> CacheConfig:
-    """The sizes of a cache of one block."""
-    return CacheConfig(layers=shape.tensors, num_gpu_blocks=1, block_size=block_size, groups=groups)
+    """The sizes of a cache of one block. The layers with states come after those with K and V, as layers of their own."""
+    return CacheConfig(layers=(*shape.tensors, *shape.states), num_gpu_blocks=1, block_size=block_size, groups=groups)
 
 
-def filling(config: CacheConfig, memory: int | str, dtype: torch.dtype) -> CacheConfig:
-    """The config with as many blocks as `memory`, in bytes or text such as "1GiB", holds in `dtype`.
+def filling(
+    config: CacheConfig, memory: int | str, dtype: torch.dtype, *, every: int = 0, num_states: int | None = None
+) -> tuple[CacheConfig, int]:
+    """The config with as many blocks as `memory` holds in `dtype`, and slots for states beside them.
+
+    Args:
+        memory: of all blocks and slots, in bytes or text such as "1GiB".
+        every, num_states: as for `slots_for`; an explicit number is kept.
 
     Raises:
         ValueError, TypeError: it is no size, or holds no block.
     """
-    num_blocks = checked_bytes("memory", memory) // config.block_bytes(dtype)
+    num_bytes, each = checked_bytes("memory", memory), config.state_bytes(dtype)
+    if num_states is None:
+        num_states = slots_for(config, num_bytes, dtype, every)
+    num_blocks = (num_bytes - num_states * each) // config.block_bytes(dtype)
     if num_blocks < 1:
-        raise ValueError(f"memory={memory!r} holds no block; one is {config.block_bytes(dtype)} bytes")
-    return config.replace(num_gpu_blocks=num_blocks)
+        beside = f", beside {num_states} states of {each} bytes" if each else ""
+        raise ValueError(f"memory={memory!r} holds no block; one is {config.block_bytes(dtype)} bytes{beside}")
+    return config.replace(num_gpu_blocks=num_blocks), num_states
+
+
+def slots_for(config: CacheConfig, num_bytes: int, dtype: torch.dtype, every: int) -> int:
+    """Slots for states in a pool of so many bytes; 0 where no layer keeps any.
+
+    There is one for a checkpoint at each `every` tokens that the bytes could hold, and 64 for sequences that run, as
+    far as a quarter of the bytes goes, but at least 2.
+    """
+    each = config.state_bytes(dtype)
+    if not each:
+        return 0
+    tokens = num_bytes // config.block_bytes(dtype) * config.block_size
+    return max(_FEWEST_STATES, min(tokens // every + _RUNNING, num_bytes // 4 // each))
+
+
+def checkpoints_every(block_size: int, every: int | None = None) -> int:
+    """Tokens from one checkpoint of a state to the next: a multiple of the block size, by default about 256.
+
+    Raises:
+        ValueError, TypeError: `every` is none.
+    """
+    if every is None:
+        return -(-_EVERY // block_size) * block_size
+    if checked_size("state_every", every) % block_size:
+        raise ValueError(f"state_every={every} is not a multiple of block_size={block_size}")
+    return every
 
 
 def host_slots(config: CacheConfig, host_memory: int | str | None, dtype: torch.dtype) -> int:

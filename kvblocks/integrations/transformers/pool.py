@@ -19,14 +19,17 @@ from kvblocks.integrations.transformers.blocks import Blocks
 from kvblocks.integrations.transformers.cached import CachedModel, served
 from kvblocks.integrations.transformers.layers import (
     cache_groups,
+    checkpoints_every,
     filling,
     host_slots,
     kv_shape,
     one_block,
+    slots_for,
     text_config,
 )
 from kvblocks.integrations.transformers.weights import adapter_digest, model_name
 from kvblocks.manager import BlockManager
+from kvblocks.sizes import checked_size
 from kvblocks.storage.host import slot_bytes
 from kvblocks.tiers import Store, Tiers
 from kvblocks.tiers.names import namespace_of
@@ -41,8 +44,13 @@ class Pool:
 
     Args:
         model: a transformers model, or its config; a config names no device, and says less about shapes.
-        memory: for K and V, in bytes or like "64MiB", "1.5GB" (the default: "64MiB").
-        num_blocks: blocks in the pool, instead of `memory`.
+        memory: for K and V, and for states, in bytes or like "64MiB", "1.5GB" (the default: "64MiB").
+        num_blocks: blocks in the pool, instead of `memory`, which counts no states.
+        num_states: slots for states, where layers keep some (linear attention, Mamba, convolutions): one for each
+            sequence that runs, and one for each checkpoint, from which later prompts and preempted sequences go on.
+            By default there is one for each `state_every` tokens that the memory could hold, and 64 more, in a quarter
+            of the memory at most, but at least 2; with `num_blocks` in a third of what the blocks take.
+        state_every: tokens from one possible checkpoint to the next, a multiple of `block_size`; by default 256.
         block_size, layout: of the cache.
         host_memory: for blocks that the pool has no more room for, in bytes or like "1GiB"; by default none. What is
             about to be evicted is copied there, and comes back when it is asked for again.
@@ -66,7 +74,7 @@ class Pool:
 
     Raises:
         UnsupportedModel: the model cannot be served, or keeps states and was given stores.
-        ValueError, TypeError: an argument that cannot be.
+        ValueError, TypeError: an argument that cannot be, or that is of states where the model keeps none.
         OutOfMemory: the memory is not there.
 
     Example:
@@ -88,6 +96,8 @@ class Pool:
         *,
         memory: int | str | None = None,
         num_blocks: int | None = None,
+        num_states: int | None = None,
+        state_every: int | None = None,
         host_memory: int | str | None = None,
         block_size: int = 16,
         layout: str = "NHD",
@@ -128,16 +138,27 @@ class Pool:
             device = device or "cpu"
         # Else chunked layers keep windows: `PagedCache` does not know where a padded row's chunks begin.
         one = one_block(shape, block_size, cache_groups(_config(model), chunks=chunks))
+        every = checkpoints_every(block_size, state_every)
+        if num_states is not None:
+            checked_size("num_states", num_states)
+        if not shape.states and (num_states is not None or state_every is not None):
+            raise ValueError(f"num_states={num_states}, state_every={state_every}, but the model keeps no states")
         if num_blocks is None:
-            config = filling(one, "64MiB" if memory is None else memory, dtype)
+            memory = "64MiB" if memory is None else memory
+            config, num_states = filling(one, memory, dtype, every=every, num_states=num_states)
         else:
             config = one.replace(num_gpu_blocks=num_blocks)
+            if num_states is None:
+                num_states = slots_for(one, config.memory_bytes(dtype) * 4 // 3, dtype, every)
         if below and host_memory is None:
             host_memory = max(config.memory_bytes(dtype) // 4, _FEWEST_SLOTS * slot_bytes(config.block_bytes(dtype)))
         slots = host_slots(config, host_memory, dtype)
-        engine = CacheEngine(config, dtype, device, layout=layout, host_blocks=slots)
+        engine = CacheEngine(config, dtype, device, layout=layout, host_blocks=slots, num_states=num_states or 0)
         self._of: weakref.ref[Any] = weakref.ref(model)
-        self.blocks = Blocks.of(BlockManager.for_config(config, watermark=watermark, host_blocks=slots), engine)
+        manager = BlockManager.for_config(
+            config, watermark=watermark, host_blocks=slots, num_states=num_states or 0, every=every
+        )
+        self.blocks = Blocks.of(manager, engine)
         self._digests: tuple[Any, bytes] = (None, b"")
         if below and weights_version is not None:
             self._name = model_name(model)
@@ -208,7 +229,7 @@ class Pool:
                 f"the model is {paged.model.dtype} on {paged.model.device}, and the pool {self.engine.dtype} on "
                 f"{self.engine.device}; make the pool when the model is where it stays"
             )
-        for layer, (tensors, kept) in enumerate(zip(shape.tensors, self.config.layers, strict=True)):
+        for layer, (tensors, kept) in enumerate(zip(shape.tensors, self.config.layers, strict=False)):
             made, held = (
                 (*key.shape, value.shape[1], *(tensor.shape[1] for tensor in more))
                 for key, value, *more in (tensors, kept)

@@ -4,13 +4,19 @@ Transformers' own layers hold and update them, [rows, ...] each. A pass works on
 taken back, and rows can share what none of them writes. Imports torch.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Fields", "SequenceStates", "States"]
+from kvblocks.config import LayerTensor
+from kvblocks.integrations.transformers.layers import flat
+from kvblocks.storage import StateCache
+
+__all__ = ["Fields", "LayerStates", "SlotStates", "States"]
 
 # Of transformers' layers, by the number of a state: its tensor, what else may be known of it, and what is so or not.
 _TENSORS = ("conv_states", "recurrent_states")
@@ -115,64 +121,105 @@ def _rows(held: Tensor | None, indices: Sequence[int], axis: int) -> Tensor | No
     return None if held is None else held.index_select(axis, torch.tensor(indices, device=held.device))
 
 
-class SequenceStates:
-    """The states of sequences of a block manager, by handle: of a batch for a pass, of each by itself between two.
+@dataclass(frozen=True)
+class LayerStates:
+    """The states of one layer as any pass leaves them, whatever its length.
 
-    Sequences may share tensors, as no pass writes those that it was given.
+    Attributes:
+        tensors: (field, number of the state, shape without rows, dtype) of each.
+        others: what else the fields of transformers' layer hold.
     """
 
-    def __init__(self) -> None:
-        self._held: dict[int, list[Fields]] = {}
-        self._made: dict[int, list[Fields]] = {}  # by the pass under way
-        self._seqs: Sequence[int] = ()
+    tensors: tuple[tuple[str, int, tuple[int, ...], torch.dtype], ...]
+    others: Fields
 
-    def open(self, seqs: Sequence[int]) -> None:
-        """A pass begins: row i of its step is sequence `seqs[i]`."""
-        self._seqs, self._made = seqs, {}
+    @classmethod
+    def of(cls, fields: Fields) -> "LayerStates":
+        """Those of a layer that a pass has been in."""
+        return cls(
+            tuple(
+                (name, number, tuple(held.shape[1:]), held.dtype)
+                for name in _TENSORS
+                for number, held in fields[name].items()
+                if held is not None
+            ),
+            {name: dict(values) for name, values in fields.items() if name not in _TENSORS},
+        )
 
-    def stacked(self, rows: Sequence[int]) -> list[Fields]:
-        """What `States.hold` takes for these rows of the step, none of which is at its beginning; as copies."""
-        held = [self._held[self._seqs[row]] for row in rows]
-        stacked = []
-        for of_layer in zip(*held, strict=True):
-            fields: Fields = {name: dict(values) for name, values in of_layer[0].items()}
-            for name in _TENSORS:
-                fields[name] = {
-                    number: None if first is None else torch.cat([of_row[name][number] for of_row in of_layer])
-                    for number, first in of_layer[0][name].items()
-                }
-            stacked.append(fields)
-        return stacked
+    def fits(self, other: "LayerStates") -> bool:
+        """Whether nothing is lost where these states are kept as those of `other` are."""
+        return len(self.tensors) == len(other.tensors) and all(
+            mine[:3] == its[:3] and torch.promote_types(mine[3], its[3]) == its[3]
+            for mine, its in zip(self.tensors, other.tensors, strict=True)
+        )
 
-    def put(self, rows: Sequence[int], fields: Sequence[Fields]) -> None:
-        """What a pass has made of these rows, as `States.held` gives it."""
-        for line, row in enumerate(rows):
-            made = [{name: dict(values) for name, values in of_layer.items()} for of_layer in fields]
-            for of_layer in made:
-                for name in _TENSORS:
-                    for number, tensor in of_layer[name].items():
-                        of_layer[name][number] = None if tensor is None else tensor[line : line + 1]
-            self._made[self._seqs[row]] = made
+    def flat(self) -> tuple[LayerTensor, ...]:
+        """What a slot has to hold of them."""
+        return flat((str(dtype).removeprefix("torch."), math.prod(shape)) for _, _, shape, dtype in self.tensors)
 
-    def commit(self) -> None:
-        """The pass counts."""
-        self._held.update(self._made)
-        self._made = {}
 
-    def abort(self) -> None:
-        """It never was."""
-        self._made = {}
+class SlotStates:
+    """The states of a model's layers in the slots of an engine.
 
-    def fork(self, parent: int, children: Sequence[int]) -> None:
-        """Let each child go on from where its parent is."""
-        if parent in self._held:
-            self._held.update(dict.fromkeys(children, self._held[parent]))
+    Args:
+        layers: those that have states, in order.
+        caches: theirs, which have room for them.
 
-    def drop(self, seqs: Sequence[int]) -> None:
-        """Forget these: they have ended, or begin anew."""
-        for seq in seqs:
-            self._held.pop(seq, None)
+    Raises:
+        ValueError: they have not.
+    """
 
-    def __len__(self) -> int:
-        """Sequences that have states."""
-        return len(self._held)
+    def __init__(self, layers: Sequence[LayerStates], caches: Sequence[StateCache]) -> None:
+        self._layers = layers
+        self._views: list[list[Tensor]] = []  # [slots, ...] of each state, by layer
+        if len(layers) != len(caches):
+            raise ValueError(f"{len(layers)} layers of the model have states, and the pool has room for {len(caches)}")
+        for number, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
+            taken = dict.fromkeys(cache.tensors, 0)
+            self._views.append([])
+            for _, _, shape, dtype in layer.tensors:
+                count = math.prod(shape)
+                fitting = [
+                    name
+                    for name, tensor in cache.tensors.items()
+                    if tensor.dtype == dtype and taken[name] + count <= tensor.shape[1]
+                ]
+                if not fitting:
+                    raise ValueError(
+                        f"layer {number} of those with states keeps {list(shape)} of {dtype}, and the pool has "
+                        f"{cache!r}; make the pool of the model: kvblocks.Pool(model, ...)"
+                    )
+                low = taken[fitting[0]]
+                taken[fitting[0]] += count
+                with torch.inference_mode(False):
+                    view = cache[fitting[0]][:, low : low + count].unflatten(1, shape)
+                self._views[-1].append(view)
+
+    def read(self, slots: Tensor) -> list[Fields]:
+        """What `States.hold` takes, of rows whose states lie in `slots` [rows]; copies."""
+        read = []
+        for layer, views in zip(self._layers, self._views, strict=True):
+            fields: Fields = {name: dict(values) for name, values in layer.others.items()}
+            fields.update({name: dict.fromkeys(fields[_FLAGS[0]]) for name in _TENSORS})
+            for (name, number, _, _), view in zip(layer.tensors, views, strict=True):
+                fields[name][number] = view.index_select(0, slots)
+            read.append(fields)
+        return read
+
+    def write(self, slots: Tensor, fields: Sequence[Fields], rows: Tensor | None = None) -> None:
+        """Put what a pass has made, as `States.held` gives it, into `slots` [n].
+
+        Args:
+            rows: [n] of the states, whose rows these are; None for all, in order.
+
+        Raises:
+            ValueError: they are others than those that slots hold; nothing was written.
+        """
+        for of_layer, layer in zip(fields, self._layers, strict=True):
+            made = LayerStates.of(of_layer)
+            if not made.fits(layer):
+                raise ValueError(f"a layer's states are {made.tensors} after this pass, and slots hold {layer.tensors}")
+        for of_layer, layer, views in zip(fields, self._layers, self._views, strict=True):
+            for (name, number, _, dtype), view in zip(layer.tensors, views, strict=True):
+                held = of_layer[name][number].to(dtype)
+                view.index_copy_(0, slots, held if rows is None else held[rows])
