@@ -25,12 +25,12 @@ from core.pool cimport Block, Pool, pool_free, pool_step, Step
 from core.sequences cimport (
     BAD_ACCEPTED, BAD_COUNT, BAD_QUERY, BAD_TOKEN, BAD_TRIM, COMPUTED_UNKNOWN, EXTRA_SIZE, IN_STEP, IS_PIN,
     IS_PREEMPTED, IS_SEQUENCE, LATER_STEP, NO_BLOCKS, NO_MEMORY, NO_SLOTS, NO_STEP, NOT_ENOUGH_TOKENS, NOT_NEWEST,
-    LOST_STATE, NO_STATES, NOT_OLDEST, NOT_PREEMPTED, NOT_UNKNOWN, NOTHING_TO_PIN, OUT_OF_REACH, SIZE_ACCEPTED,
-    SIZE_TOKENS, STALE, STEP_BLOCKS, STEP_GROUPS, STEP_LIMIT, STEP_SEQS, STEP_STATES, STEP_TOKENS, TOO_LONG, TWICE,
+    LOST_STATE, NO_STATES, NOT_OLDEST, NOT_PREEMPTED, NOT_UNKNOWN, NOTHING_TO_PIN, OUT_OF_REACH, OWN_STATE,
+    SIZE_ACCEPTED, SIZE_TOKENS, STALE, STEP_BLOCKS, STEP_GROUPS, STEP_LIMIT, STEP_SEQS, STEP_STATES, STEP_TOKENS, TOO_LONG, TWICE,
     UNMOVED, WATERMARK, blocks_for, Core, core_append, core_extend, core_forget_resume, core_fork, core_free,
     core_preempt, core_reorder,
     core_reset, core_set_tokens, core_take_back, core_trim, core_unpin, Counters, Fault, find, has_room, Marks,
-    num_loading, Seq,
+    num_loading, Seq, standing_on,
 )
 from core.admission cimport (
     Cached, core_admit, core_pin, core_resume, hit_limit, late_rows, longest_hit, most_ever, plan_admission,
@@ -720,6 +720,21 @@ cdef class BlockManager:
             raise self.error(&f)
         return last
 
+    def state_slot(self, seq):
+        """The slot on which a sequence stands, -1 where it stands on none: before its first pass, where its caller keeps
+        its state, and where no group keeps a state."""
+        cdef Fault f
+        cdef int64_t handle = as_int(seq, "seq")
+        cdef int32_t slot = -1
+        cdef const Seq* found
+        with self.lock:
+            found = find(&self.core, handle, 0, &f)
+            if found != NULL and self.core.pool.states.num_slots:
+                slot = standing_on(&self.core, found) - 1
+        if found == NULL:
+            raise self.error(&f)
+        return slot
+
     @property
     def num_free_host_blocks(self):
         """Host slots that hold nothing."""
@@ -1029,7 +1044,8 @@ cdef class BlockManager:
     def trim(self, seq, num_tokens):
         """Drop tokens from the end until `num_tokens` are left, and blocks that none of them needs.
 
-        Where a group keeps a state, which cannot go back, a sequence that loses computed tokens is preempted.
+        Where a group keeps a state, which cannot go back, a sequence that loses computed tokens is preempted, unless the
+        caller keeps its state (see `prepare`).
 
         Raises:
             ValueError: `num_tokens` is not 0 to the present number, or the sequence is in an open step.
@@ -1044,7 +1060,7 @@ cdef class BlockManager:
 
     # Steps
 
-    def prepare(self, seqs, query_lens, StepArrays step not None, *, keep_state=False):
+    def prepare(self, seqs, query_lens, StepArrays step not None, *, keep_state=False, own_state=False):
         """Reserve the next `query_lens[i]` tokens of sequence i and fill `step` for one forward pass over them.
 
         Args:
@@ -1059,6 +1075,11 @@ cdef class BlockManager:
             keep_state: give each prepared token a slot for the state after it, in `step.state_drafts`, so that `commit`
                 can keep the state after the last accepted one. The pass reads the slot of `step.state_slots` first,
                 and writes to none but those of its tokens.
+            own_state: the caller keeps the states of all rows outside of the slots, from here on as long as they run, so
+                that no `abort`, `trim` or rejected token takes one along, and none waits for a slot. `step.state_slots`
+                says from which slot a row goes on, -1 where that is known to the caller or there is none yet. Where the
+                pass of a row ends on a multiple of `every`, and a slot can be had, `step.state_drafts` has it at the
+                row's last token: the caller writes the state there before `commit`, which makes it a checkpoint.
 
         Returns:
             The step's id, for `commit` or `abort`.
@@ -1067,13 +1088,13 @@ cdef class BlockManager:
             NoFreeBlocks: `.needed` by the whole batch, `.free` to be had.
             NoFreeStates: the same for slots of states.
             MovesPending: what an earlier step has to move was not moved.
-            ValueError: a sequence has not as many tokens left, is preempted, or comes twice; the step is too small; or
-                `max_open_steps` are open.
+            ValueError: a sequence has not as many tokens left, is preempted, or comes twice; its state is the caller's, and
+                `own_state` was left out; the step is too small; or `max_open_steps` are open.
         """
         cdef Ints s = unopened(), q = unopened()
         cdef Fault f
         cdef int64_t step_id = 0
-        cdef bint closed, keep = boolean(keep_state, "keep_state")
+        cdef bint closed, keep = boolean(keep_state, "keep_state"), own = boolean(own_state, "own_state")
         try:
             open_ints(seqs, "seqs", &s)
             open_ints(query_lens, "query_lens", &q)
@@ -1081,10 +1102,12 @@ cdef class BlockManager:
                 raise ValueError("seqs is empty: a step needs at least one sequence")
             if not q.scalar and q.size != s.size:
                 raise ValueError(f"query_lens has {q.size} elements for {s.size} seqs")
-            if keep and self.core.pool.states.num_slots == 0:
-                raise ValueError("keep_state=True, but no group of the manager is a State")
+            if (keep or own) and self.core.pool.states.num_slots == 0:
+                raise ValueError(f"{keep_state=}, {own_state=}, but no group of the manager is a State")
+            if keep and own:
+                raise ValueError("keep_state=True keeps states in slots, and own_state=True does not; give one")
             with self.lock:
-                step_id = core_prepare(&self.core, &s, &q, &step.arrays, keep, &f)
+                step_id = core_prepare(&self.core, &s, &q, &step.arrays, keep, own, &f)
         finally:
             close_ints(&s)
             close_ints(&q)
@@ -1155,7 +1178,7 @@ cdef class BlockManager:
         Returns:
             Handles of sequences that were preempted, as their state has seen tokens that do not count: where groups
             keep a state, those of which not all tokens were accepted though `prepare` was called without `keep_state`,
-            and those of which a later step was aborted. `resume` starts them again at their newest checkpoint.
+            and those of which a later step was aborted; none with `own_state`. `resume` starts them again at their newest checkpoint.
 
         Raises:
             MovesPending: what the step has to move was not moved.
@@ -1818,6 +1841,7 @@ cdef class BlockManager:
             STEP_STATES: f"the step has no arrays for states, and the manager has {v} slots; make it with states=True",
             LOST_STATE: f"the state of sequence {v} (at {i}) was lost with a pass that was aborted; it is preempted "
             f"once open step {b} is closed",
+            OWN_STATE: f"the state of sequence {v} (at {i}) is kept by the caller, and in no slot; give own_state=True",
             STEP_LIMIT: f"{v} steps are open, of max_open_steps={b}; commit or abort one",
             COMPUTED_UNKNOWN: f"sequence {v} (at {i}) has a computed placeholder at {b}; set_tokens first",
             NO_STEP: f"step {v} is not open; none is",

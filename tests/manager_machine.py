@@ -305,6 +305,7 @@ class ManagerMachine(RuleBasedStateMachine):
             assert subject.num_free_states == model.num_free_states
             checkpoints = [subject.next_checkpoint(handle) for handle in handles]
             assert checkpoints == [model.next_checkpoint(handle) for handle in handles]
+            assert [subject.state_slot(h) for h in handles] == [model.state_slot(h) for h in handles]
             if self.honest:
                 self.check_states()
         subject.audit()
@@ -706,10 +707,12 @@ class ManagerMachine(RuleBasedStateMachine):
 
     # Steps
 
-    def run(self, seqs: Any, lens: Any, which: int = 0, keep: bool = False) -> Any:
+    def run(self, seqs: Any, lens: Any, which: int = 0, keep: bool = False, own: bool = False) -> Any:
         """Prepare in both; where it succeeds, launch the device's part: moves, copies, then the pass."""
         subject_step, model_step = self.steps[which]
-        more: dict[str, Any] = {"keep_state": True} if keep else {}
+        if self.stateful and not keep and not own and any(self.is_own(seq) for seq in np.atleast_1d(seqs).tolist()):
+            own = self.rng.randint(0, 5) > 0
+        more: dict[str, Any] = {"keep_state": True} if keep else {"own_state": True} if own else {}
         expected = outcome(self.model.prepare, seqs, lens, model_step, **more)
         got = outcome(self.subject.prepare, seqs, lens, subject_step, **more)
         self.same(f"prepare({seqs}, {lens}, {more})", expected, got, (NoFreeBlocks, NoFreeStates, ValueError))
@@ -732,7 +735,7 @@ class ManagerMachine(RuleBasedStateMachine):
             if aborted:  # the pass was not launched, and the copies that it was to read go nowhere
                 self.compare()
                 return Raised(ValueError, ())
-            self.play(expected, plain(np.atleast_1d(np.asarray(seqs))), view, subject_step.needs)
+            self.play(expected, plain(np.atleast_1d(np.asarray(seqs))), view, subject_step.needs, own)
         self.compare()
         return expected
 
@@ -801,7 +804,12 @@ class ManagerMachine(RuleBasedStateMachine):
             assert expected.kind in (MovesPending, NoFreeBlocks, NoFreeStates, ValueError)
             self.compare_steps(subject_step, model_step)
 
-    def play(self, step_id: int, handles: list[int], step: StepView, needs: int) -> None:
+    def is_own(self, handle: int) -> bool:
+        """Whether the state of a sequence is its caller's."""
+        sequence = self.model.sequences.get(handle)
+        return sequence is not None and sequence.state is None and sequence.num_prepared > 0
+
+    def play(self, step_id: int, handles: list[int], step: StepView, needs: int, own: bool = False) -> None:
         """Launch a pass: what it reads is checked when it runs, which is at once unless there are moves to wait for."""
         written = {slot // self.block_size for slots in step.slot_mapping for slot in slots[: step.num_tokens]}
         written |= {target for _, target in step.copies}
@@ -829,9 +837,12 @@ class ManagerMachine(RuleBasedStateMachine):
         def run() -> None:
             self.device.copy_blocks(step.copies)
             for row in rows if self.stateful else []:
-                if self.honest:
+                if self.honest and row.state >= 0:
                     what = f"sequence {row.handle} in step {step_id}"
                     self.device.check_state(row.state, row.contents, row.start, what)
+                if own:
+                    self.device.states.update(dict.fromkeys(row.drafts, row.contents[-1]))
+                    continue
                 self.device.states.update(zip(row.drafts, row.contents[row.start :], strict=bool(row.drafts)))
                 if not row.drafts:
                     self.device.states[row.state] = row.contents[-1]
@@ -928,6 +939,21 @@ class ManagerMachine(RuleBasedStateMachine):
         batch = self.with_more()
         result = self.run(batch, self.query_lens(batch, 4), self.rng.randint(0, 1), keep=self.rng.randint(0, 3) > 0)
         if not isinstance(result, Raised) and len(self.runs) == 1 and self.rng.randint(0, 3):
+            self.commit_part()
+
+    @action(5, when=lambda self: self.runnable, states=True)
+    def carry(self) -> None:
+        """Passes over sequences whose states the caller keeps, to a checkpoint or not, of which not all counts."""
+        batch = self.some(self.runnable)
+        sequences = [self.model.sequences[handle] for handle in batch]
+        ends = [self.model.next_checkpoint(s.handle) or len(s.tokens) for s in sequences]
+        to_checkpoint = [end - s.num_prepared for end, s in zip(ends, sequences, strict=True)]
+        lens = self.query_lens(batch) if self.coin() else to_checkpoint
+        if isinstance(self.run(batch, lens, self.rng.randint(0, 1), own=True), Raised) or self.coin():
+            return
+        if self.coin():
+            self.close("abort", -1)
+        elif len(self.runs) == 1:
             self.commit_part()
 
     @action(5, when=lambda self: self.going, states=True)

@@ -179,7 +179,7 @@ class Seq:
     preempted: bool = False
     freed: bool = False  # its handle is gone, its blocks stay until its last open step closes
     needs: int = 0  # the newest move that names a block of its table
-    state: int | None = None  # the slot that stands at `num_prepared`; none at 0
+    state: int | None = None  # the slot that stands at `num_prepared`; none at 0, and where the caller keeps the state
     lost: bool = False  # an aborted pass wrote that slot: to be preempted once no open step has the sequence
     checkpoint: int | None = None  # the slot of the newest checkpoint that it left
 
@@ -223,6 +223,7 @@ class Row:
     slots: list[list[int]]  # of each group
     states: list[int] = field(default_factory=list)  # slots that the pass writes: one, or one for each token
     keeps: bool = False  # one for each token
+    own: bool = False  # none, but where it ends on the grid: the caller keeps the state, and writes it there
     before: int | None = None  # the slot that an abort goes back to
     returns: bool = True  # whether it can: there is such a slot, or the row began at 0
 
@@ -391,6 +392,10 @@ class ModelManager:
         last = len(sequence.tokens) // self.every * self.every if self.every else 0
         return last if last > sequence.num_prepared else 0
 
+    def state_slot(self, seq: int) -> int:
+        slot = self._sequence(seq).state
+        return -1 if slot is None else slot
+
     @property
     def num_background_slots(self) -> int:
         return sum(holds > 0 for holds in self.holds)
@@ -542,7 +547,7 @@ class ModelManager:
             raise ValueError(f"num_tokens={num_tokens} is outside 0..{len(sequence.tokens)}")
         if self._steps_of(sequence):
             raise ValueError("the sequence is in an open step")
-        if self.every and num_tokens < sequence.num_computed:
+        if self.every and sequence.state is not None and num_tokens < sequence.num_computed:
             self._preempt(sequence)
         for g in range(len(self.groups)):
             needed = range(self._first_row(g, num_tokens), self._blocks_for(num_tokens))
@@ -553,13 +558,17 @@ class ModelManager:
     # Steps
 
     @public
-    def prepare(self, seqs: Any, query_lens: Any, step: ModelStep, *, keep_state: bool = False) -> int:
+    def prepare(
+        self, seqs: Any, query_lens: Any, step: ModelStep, *, keep_state: bool = False, own_state: bool = False
+    ) -> int:
         batch = self._batch(seqs)
         lens = _ints("query_lens", query_lens)
         if not batch and not self.host_blocks:
             raise ValueError("a step needs a sequence, unless it is there for its moves")
-        if keep_state and not self.every:
+        if (keep_state or own_state) and not self.every:
             raise ValueError("no group keeps a state")
+        if keep_state and own_state:
+            raise ValueError("the manager and the caller cannot both keep the states")
         if len(lens) != len(batch):
             raise ValueError(f"{len(batch)} sequences but {len(lens)} query lengths")
         if len(self.steps) >= self.max_open_steps:
@@ -584,14 +593,18 @@ class ModelManager:
             raise ValueError(f"{sum(lens)} tokens, the step has room for {step.max_tokens}")
         if needed > self.num_free_blocks:
             raise NoFreeBlocks("not enough free blocks for the step", needed, self.num_free_blocks)
-        taken = self._plan_states(batch, lens, keep_state) if self.every else []
+        taken = []
+        if self.every:
+            taken = self._plan_own(batch, lens) if own_state else self._plan_states(batch, lens, keep_state)
         if self.moves_handed > self.moves_marked:
             raise MovesPending("blocks were not copied", self.moves_handed)
 
         self.last_step_id += 1
         rows = [self._prepare_row(sequence, n, in_place) for sequence, n in zip(batch, lens, strict=True)]
         step.state_slots, step.state_zero, step.state_copies, step.state_drafts = [], [], [], []
-        if self.every:
+        if own_state:
+            self._prepare_own(rows, taken, step)
+        elif self.every:
             self._prepare_states(rows, taken, keep_state, step)
         opened = OpenStep(self.last_step_id, rows)
         self.steps.append(opened)
@@ -650,6 +663,8 @@ class ModelManager:
             self._slide(row.sequence)
         for row in step.rows:
             self._leave_checkpoint(row)
+            for slot in row.states if row.own else []:
+                self._drop_state(slot)
         for block in step.waiting:
             self._set_free(block, None)
         return self._close(step)
@@ -1496,6 +1511,8 @@ class ModelManager:
         """
         if any(sequence.lost for sequence in batch):
             raise ValueError("the state of a sequence is lost")
+        if any(sequence.state is None and sequence.num_prepared for sequence in batch):
+            raise ValueError("the caller keeps the state of a sequence")
         standing = [sequence.state for sequence in batch]
         last = {sequence.state: sequence for sequence in batch}
         taken = list(lens)
@@ -1544,6 +1561,28 @@ class ModelManager:
         for i, slot in enumerate(row.states):
             self.state_slots[slot].at = row.start + i + 1 if keep else row.end
         step.state_slots.append(row.before if keep and row.before is not None else row.states[0])
+
+    def _plan_own(self, batch: list[Seq], lens: list[int]) -> list[int]:
+        """A slot for each row that ends on the grid and will be published, as far as there are any."""
+        if any(sequence.lost for sequence in batch):
+            raise ValueError("the state of a sequence is lost")
+        spare = self.num_free_states
+        taken = []
+        for sequence, query_len in zip(batch, lens, strict=True):
+            on_grid = (sequence.num_prepared + query_len) % self.every == 0
+            taken.append(int(on_grid and self.prefix_caching and sequence.may_publish and spare > 0))
+            spare -= taken[-1]
+        return taken
+
+    def _prepare_own(self, rows: list[Row], taken: list[int], step: ModelStep) -> None:
+        for row, count in zip(rows, taken, strict=True):
+            row.own, row.before = True, row.sequence.state
+            row.states = [self._take_state() for _ in range(count)]
+            for slot in row.states:
+                self.state_slots[slot].at = row.end
+            row.sequence.state = None
+            step.state_slots.append(-1 if row.before is None else row.before)
+            step.state_drafts += [-1] * (row.query_len - 1) + (row.states or [-1])
 
     def _take_state(self) -> int:
         if self.state_unused:
@@ -1600,6 +1639,7 @@ class ModelManager:
             for slot in reversed(row.states):
                 self._drop_state(slot)
             row.sequence.state = row.before
+            row.states = []
 
     def _settle_state(self, row: Row, count: int) -> None:
         """So many tokens of a row's pass count: let go of the slots that are not needed any more."""
@@ -1608,6 +1648,11 @@ class ModelManager:
             return
         if row.before is not None:
             self._drop_state(row.before)
+        if row.own:
+            for slot in row.states if count < row.query_len else []:
+                self._drop_state(slot)
+            row.states = [] if count < row.query_len else row.states
+            return
         kept = row.states[count - 1] if row.keeps else row.states[0]
         if count < row.query_len:
             row.sequence.state = kept
@@ -1846,6 +1891,7 @@ class ModelManager:
         named += [row.before for row in rows]
         # Of a row that keeps drafts the sequence, or the row that came after, stands on the last slot.
         named += [slot for row in rows if row.keeps for slot in row.states[:-1]]
+        named += [slot for row in rows if row.own for slot in row.states]
         hung = {node.state: node for node in nodes if node.state is not None}
         idle = [slot for slot in hung if self.state_slots[slot].refs == 0]
         _require(11, sorted(idle) == sorted(self.state_idle), "the queue of checkpoints is wrong")
@@ -1861,7 +1907,7 @@ class ModelManager:
                 _require(11, slot.at == _depth(slot.node) * self.block_size, f"checkpoint {number} is not its node's")
                 _require(11, slot.at % self.every == 0, f"checkpoint {number} is off the grid")
         for s in sequences:
-            _require(11, (s.state is None) == (s.num_prepared == 0), f"{s.handle} has no state, or one too early")
+            _require(11, s.state is None or s.num_prepared > 0, f"{s.handle} has a state too early")
             if s.state is not None and not s.lost:
                 _require(11, self.state_slots[s.state].at == s.num_prepared, f"{s.handle} has another state")
         for row in rows:

@@ -213,8 +213,8 @@ class TrimKeepsTheState(ModelManager):
 class CopiesAreNoMoves(ModelManager):
     """A step whose states were never copied can be committed."""
 
-    def prepare(self, seqs: Any, query_lens: Any, step: ModelStep, *, keep_state: bool = False) -> int:
-        step_id = super().prepare(seqs, query_lens, step, keep_state=keep_state)
+    def prepare(self, seqs: Any, query_lens: Any, step: ModelStep, **options: bool) -> int:
+        step_id = super().prepare(seqs, query_lens, step, **options)
         if not step.copies:
             self.moves_marked = self.moves_handed
         return step_id
@@ -234,6 +234,50 @@ class FailedPrepareTakesASlot(ModelManager):
         return super()._plan_states(batch, lens, keep)
 
 
+class OwnStateGoesOverItsCheckpoint(ModelManager):
+    """The caller is told to write the state after a pass to the slot that the pass went on from."""
+
+    def _prepare_own(self, rows: list[Row], taken: list[int], step: ModelStep) -> None:
+        super()._prepare_own(rows, taken, step)
+        for row in rows:
+            if row.states and row.before is not None:
+                step.state_drafts[step.state_drafts.index(row.states[0])] = row.before
+
+
+class PartOfAnOwnPassIsPublished(ModelManager):
+    """The state after all tokens of a pass is hung on the node of those that count."""
+
+    def _settle_state(self, row: Row, count: int) -> None:
+        states = row.states
+        if row.own and 0 < count < row.query_len and states:
+            self.state_slots[states[0]].at = row.start + count
+            self.state_slots[states[0]].refs += 1
+        super()._settle_state(row, count)
+        if row.own and 0 < count < row.query_len:
+            row.states = states
+
+
+class OwnAbortKeepsTheSlot(ModelManager):
+    def _return_state(self, row: Row) -> None:
+        if row.own:
+            row.states = []
+        super()._return_state(row)
+
+
+class OwnStateIsTakenForZero(ModelManager):
+    """A sequence whose state the caller keeps gets a slot of zeros, in a step that does not say so."""
+
+    def _plan_states(self, batch: list[Seq], lens: list[int], keep: bool) -> list[int]:
+        prepared = [sequence.num_prepared for sequence in batch]
+        for sequence in batch:
+            sequence.num_prepared *= sequence.state is not None
+        try:
+            return super()._plan_states(batch, lens, keep)
+        finally:
+            for sequence, count in zip(batch, prepared, strict=True):
+                sequence.num_prepared = count
+
+
 # Seen in what slots of states hold, without a right manager to compare with.
 MISREAD: list[type[ModelManager]] = [
     CheckpointIsWritten,
@@ -249,6 +293,9 @@ MISREAD: list[type[ModelManager]] = [
     LastDraftIsKept,
     TrimKeepsTheState,
     ResetKeepsCheckpoints,
+    OwnStateGoesOverItsCheckpoint,
+    PartOfAnOwnPassIsPublished,
+    OwnStateIsTakenForZero,
 ]
 OTHERS: list[type[ModelManager]] = [
     AbortKeepsTheNewSlot,
@@ -259,6 +306,7 @@ OTHERS: list[type[ModelManager]] = [
     CheckpointOutlivesItsBlock,
     CopiesAreNoMoves,
     FailedPrepareTakesASlot,
+    OwnAbortKeepsTheSlot,
 ]
 
 

@@ -59,7 +59,7 @@ cdef inline bint audit_rows(Core* c, int32_t* counts, StateFinding* out) noexcep
                 slot = step.drafts[row.first + k]
                 if slot < 0 or slot >= s.fresh or s.slots[slot].refs != 1 or s.slots[slot].node:
                     return torn(out, b"an open step writes a state that others find; slot:", slot)
-                if k < row.count - 1:
+                if k < row.count - 1 or step.own:
                     counts[slot] += 1
     return True
 
@@ -82,8 +82,8 @@ cdef inline bint audit_states(Core* c, int32_t* counts, StateFinding* out) noexc
             counts[n] += 1
         if seq.kind == UNUSED or seq.kind == PIN:
             continue
-        if (n < 0) != (seq.num_prepared == 0):
-            return torn(out, b"a sequence has no state, or one before it has computed tokens; slot:", i)
+        if n >= 0 and seq.num_prepared == 0:
+            return torn(out, b"a sequence has a state before it has computed tokens; slot:", i)
         if n >= 0 and not s.standing[i].lost and s.slots[n].at != seq.num_prepared:
             return torn(out, b"a sequence stands on a state of other tokens; slot:", i)
         if s.standing[i].lost and seq.open_steps == 0:

@@ -51,6 +51,7 @@ cdef struct Step:
     Py_ssize_t capacity
     Py_ssize_t draft_capacity
     bint keeps          # the state after each token
+    bint own            # the caller keeps the states of its rows
     int32_t wait_head   # blocks that wait for it, -1: none
     int32_t wait_tail
 

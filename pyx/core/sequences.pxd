@@ -38,7 +38,7 @@ cdef enum Problem:
     SIZE_TOKENS, BAD_QUERY, NOT_ENOUGH_TOKENS, STEP_SEQS, STEP_TOKENS, STEP_BLOCKS, STEP_LIMIT
     COMPUTED_UNKNOWN, UNMOVED, NO_STEP, NOT_OLDEST, NOT_NEWEST, SIZE_ACCEPTED, BAD_ACCEPTED, LATER_STEP, NOT_UNKNOWN
     BAD_TRIM, OUT_OF_REACH, STEP_GROUPS, NOTHING_TO_PIN, NO_BLOCKS, WATERMARK, NO_SLOTS, NO_MEMORY
-    NO_STATES, LOST_STATE, STEP_STATES
+    NO_STATES, LOST_STATE, OWN_STATE, STEP_STATES
 
 
 cdef struct Marks:      # the extra bytes of the tokens that are added to a batch
@@ -511,7 +511,7 @@ cdef inline bint core_trim(Core* c, int64_t handle, int64_t num_tokens, Fault* f
         return fail(f, BAD_TRIM, 0, num_tokens, seq.text.num_tokens)
     if seq.open_steps:
         return fail(f, IN_STEP, 0, handle, seq.last_step)
-    if num_tokens < seq.num_computed and c.pool.states.num_slots:
+    if num_tokens < seq.num_computed and c.pool.states.num_slots and standing_on(c, seq):
         preempt(c, seq)     # its state cannot go back
     if num_tokens < seq.num_computed and c.reach_ends:
         for g in range(c.num_groups):

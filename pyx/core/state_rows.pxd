@@ -13,7 +13,7 @@ from core.states cimport (
 )
 from core.host cimport slot_at
 from core.pool cimport Step, StepRow
-from core.sequences cimport LOST_STATE, NO_MEMORY, NO_STATES, Core, fail, Fault, preempt, Seq
+from core.sequences cimport LOST_STATE, NO_MEMORY, NO_STATES, OWN_STATE, Core, fail, Fault, preempt, Seq
 from kvblocks.step_arrays cimport Arrays
 
 
@@ -44,6 +44,60 @@ cdef inline bint grow_states(Step* step, int64_t num_slots) noexcept nogil:
     return True
 
 
+cdef inline bint plan_own(Core* c, Step* step, Fault* f) noexcept nogil:
+    """Note which rows take a slot for what the caller writes there: those that end on the grid and will be published,
+    as far as slots are left. No effect."""
+    cdef States* s = &c.pool.states
+    cdef Py_ssize_t i
+    cdef int64_t spare = states_free(s)
+    cdef const Seq* seq
+    cdef StateRow* row
+    if not grow_states(step, step.num_rows):
+        return fail(f, NO_MEMORY, 0, 0, 0)
+    step.keeps = False
+    for i in range(step.num_rows):
+        seq, row = &c.seqs[step.rows[i].slot], &step.states[i]
+        if s.standing[step.rows[i].slot].lost:
+            return fail(f, LOST_STATE, i, seq.handle, seq.last_step)
+        row.before = s.standing[step.rows[i].slot].slot - 1
+        row.returns, row.in_place = True, False
+        row.count = (
+            spare > 0 and c.caching and seq.publishing and (seq.num_prepared + step.rows[i].count) % s.every == 0
+        )
+        spare -= row.count
+    return True
+
+
+cdef inline void prepare_own(Core* c, Step* step, Arrays* a) noexcept nogil:
+    """Let sequences go from their slots, which the pass may read, and give each row its slot."""
+    cdef States* s = &c.pool.states
+    cdef Py_ssize_t i
+    cdef int64_t j, first = 0, token = 0
+    cdef int32_t slot
+    cdef StateRow* row
+    cdef const StepRow* tokens
+    for i in range(step.num_rows):
+        row, tokens = &step.states[i], &step.rows[i]
+        row.first = first
+        first += row.count
+        s.standing[tokens.slot].slot = 0
+        a.state_slots[i] = row.before
+        for j in range(tokens.count):
+            a.state_drafts[token + j] = -1
+        token += tokens.count
+        if row.count:
+            slot = step.drafts[row.first] = state_take(s)
+            s.slots[slot].at = tokens.start + tokens.count
+            a.state_drafts[token - 1] = slot
+
+
+cdef inline void leave_own(Core* c, Step* step, Py_ssize_t i) noexcept nogil:
+    """What a row wrote for the caller is a checkpoint by now, or nothing."""
+    cdef StateRow* row = &step.states[i]
+    if row.count:
+        state_release(&c.pool.states, step.drafts[row.first])
+
+
 cdef inline bint plan_states(Core* c, Step* step, int64_t num_tokens, bint keep, Fault* f) noexcept nogil:
     """Note how many slots each row takes. No effect.
 
@@ -62,6 +116,8 @@ cdef inline bint plan_states(Core* c, Step* step, int64_t num_tokens, bint keep,
     for i in range(step.num_rows):
         if s.standing[step.rows[i].slot].lost:
             return fail(f, LOST_STATE, i, c.seqs[step.rows[i].slot].handle, c.seqs[step.rows[i].slot].last_step)
+        if s.standing[step.rows[i].slot].slot == 0 and c.seqs[step.rows[i].slot].num_prepared:
+            return fail(f, OWN_STATE, i, c.seqs[step.rows[i].slot].handle, 0)
         slot = s.standing[step.rows[i].slot].slot - 1
         step.states[i].before = slot
         if slot >= 0:
@@ -164,6 +220,7 @@ cdef inline void return_state(Core* c, Step* step, Py_ssize_t i, bint launched) 
         return
     for j in range(row.count - 1, -1, -1):
         state_release(s, step.drafts[row.first + j])
+    row.count = 0
     standing.slot = row.before + 1
     if not row.returns:
         s.slots[row.before].refs += 1
@@ -187,6 +244,11 @@ cdef inline void settle_state(Core* c, Step* step, Py_ssize_t i, int32_t count) 
         return
     if row.returns and row.before >= 0:
         state_release(s, row.before)
+    if step.own:
+        if count < step.rows[i].count:
+            leave_own(c, step, i)
+            row.count = 0
+        return
     kept = slots[count - 1] if step.keeps else slots[0]
     if count < step.rows[i].count:
         standing.slot = kept + 1
@@ -209,7 +271,7 @@ cdef inline void leave_checkpoint(Core* c, Step* step, Py_ssize_t i) noexcept no
     cdef Standing* standing = &s.standing[step.rows[i].slot]
     cdef StateRow* row = &step.states[i]
     cdef int32_t end = seq.num_computed, j = 0, slot, older
-    if end % s.every or <int64_t>seq.published * c.block_size != end or end <= step.rows[i].start or standing.lost:
+    if row.count == 0 or end % s.every or <int64_t>seq.published * c.block_size != end or end <= step.rows[i].start or standing.lost:
         return
     if step.keeps:
         j = end - step.rows[i].start - 1
@@ -235,6 +297,8 @@ cdef inline void leave_checkpoints(Core* c, Step* step) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(step.num_rows):
         leave_checkpoint(c, step, i)
+        if step.own:
+            leave_own(c, step, i)
 
 
 cdef inline void preempt_lost(Core* c, const Step* step) noexcept nogil:

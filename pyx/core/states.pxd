@@ -27,7 +27,7 @@ cdef struct StateSlot:
 
 
 cdef struct Standing:   # of a sequence or a pin
-    int32_t slot        # 1 + the slot that it stands on, or holds; 0: none
+    int32_t slot        # 1 + the slot that it stands on, or holds; 0: none, which after computed tokens is the caller's
     int32_t checkpoint  # 1 + the slot of the newest checkpoint that it left; 0: none
     uint8_t lost        # an aborted pass wrote its slot: it is preempted once no open step has it
 

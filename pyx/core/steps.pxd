@@ -21,7 +21,8 @@ from core.sequences cimport (
     grow_table, mark, note_peak, needs_of, release_rows, row_at, Seq, take_for, touch, wait_for,
 )
 from core.state_rows cimport (
-    leave_checkpoints, pad_states, plan_states, prepare_states, preempt_lost, return_states, settle_states,
+    leave_checkpoints, pad_states, plan_own, plan_states, prepare_own, prepare_states, preempt_lost, return_states,
+    settle_states,
 )
 from core.arrays cimport GROUPS_AT_ONCE, fill_many_slots, fill_pages, fill_slots, fill_tokens, pad_after, sync_row
 from kvblocks.step_arrays cimport Arrays
@@ -94,7 +95,7 @@ cdef inline bint grow_step(Step* step, Py_ssize_t capacity, int32_t num_groups) 
 
 
 cdef inline bint plan_step(
-    Core* c, const Ints* seqs, const Ints* query_lens, Arrays* a, Step* step, bint keep, Fault* f
+    Core* c, const Ints* seqs, const Ints* query_lens, Arrays* a, Step* step, bint keep, bint own, Fault* f
 ) noexcept nogil:
     """Check a batch, find the memory for it, and note in step.rows what is to be done. No effect."""
     cdef Py_ssize_t i, n = seqs.size
@@ -149,7 +150,10 @@ cdef inline bint plan_step(
     needed += num_copies
     if needed > available:
         return fail(f, NO_BLOCKS, 0, needed, available)
-    if c.pool.states.num_slots and not plan_states(c, step, num_tokens, keep, f):
+    step.own = own
+    if c.pool.states.num_slots and not (
+        plan_own(c, step, f) if own else plan_states(c, step, num_tokens, keep, f)
+    ):
         return False
     if c.pool.moves.handed > c.pool.moves.marked:
         return fail(f, UNMOVED, 0, c.pool.moves.handed, c.pool.moves.marked)
@@ -181,10 +185,10 @@ cdef inline void check_written(const Core* c, const StepRow* row) noexcept nogil
 
 
 cdef inline int64_t core_prepare(
-    Core* c, const Ints* seqs, const Ints* query_lens, Arrays* a, bint keep, Fault* f
+    Core* c, const Ints* seqs, const Ints* query_lens, Arrays* a, bint keep, bint own, Fault* f
 ) noexcept nogil:
     """Reserve the next tokens of each sequence and fill the arrays; the step's id, 0 after a fault. With `keep` the
-    states after each token are kept until `commit`."""
+    states after each token are kept until `commit`; with `own` the caller keeps those of all rows."""
     cdef Py_ssize_t i, num_copies = 0, num_moved
     cdef int64_t j, needs = 0
     cdef int32_t end, num_tokens = 0, longest_query = 0, longest_seq = 0
@@ -195,7 +199,7 @@ cdef inline int64_t core_prepare(
         fail(f, STEP_LIMIT, 0, c.pool.num_steps, c.pool.max_steps)
         return 0
     step = pool_step(&c.pool, c.pool.num_steps)
-    if not plan_step(c, seqs, query_lens, a, step, keep, f):
+    if not plan_step(c, seqs, query_lens, a, step, keep, own, f):
         return 0
     c.last_step_id += 1
     c.pool.num_steps += 1
@@ -241,9 +245,12 @@ cdef inline int64_t core_prepare(
     if a.state_slots != NULL:
         a.num_state_copies = a.num_state_zero = 0
         if c.pool.states.num_slots:
-            prepare_states(c, step, a)
+            if own:
+                prepare_own(c, step, a)
+            else:
+                prepare_states(c, step, a)
             num_moved += a.num_state_copies + a.num_state_zero
-        pad_states(a, step.num_rows if c.pool.states.num_slots else 0, num_tokens if keep else 0)
+        pad_states(a, step.num_rows if c.pool.states.num_slots else 0, num_tokens if keep or own else 0)
     c.pool.moves.noted += num_moved
     if num_moved:
         needs = c.pool.moves.noted
