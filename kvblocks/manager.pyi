@@ -339,7 +339,8 @@ class BlockManager:
         """
     def state_slot(self, seq: int) -> int:
         """The slot on which a sequence stands, -1 where it stands on none: before its first pass, where its caller keeps
-        its state, and where no group keeps a state."""
+        its state, and where no group keeps a state.
+        """
     @property
     def num_background_slots(self) -> int:
         """Host slots that fetches and spills hold, at most a quarter of all."""

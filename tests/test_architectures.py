@@ -16,15 +16,17 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import kvblocks
+from kvblocks import Pool
 from kvblocks.generation.request import LogitsProcessor, Request
 from kvblocks.integrations.transformers import PagedCache, UnsupportedModel
-from kvblocks.integrations.transformers.layers import model_layers
+from kvblocks.integrations.transformers.layers import goes_on_by_one, model_layers
 
 # These tensors are tiny, and threads would only wait for each other.
 torch.set_num_threads(1)
 
 NEW = 6
 LENGTHS = (21, 14)  # of the prompts; both longer than every window and chunk
+EVERY = 16  # tokens between checkpoints of states: no answer passes the one after that of its prompt, which would go
 IDENTICAL = "identical"
 
 
@@ -55,9 +57,11 @@ def batch() -> tuple[Tensor, Tensor]:
     return ids * mask, mask
 
 
-def generate(model: PreTrainedModel, ids: Tensor, mask: Tensor, past: Any, new: int = NEW) -> tuple[Tensor, Tensor]:
+def generate(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, past: Any, new: int = NEW, **options: Any
+) -> tuple[Tensor, Tensor]:
     """New tokens [rows, new] and their scores [rows, new, vocabulary], greedy."""
-    options: dict[str, Any] = {"do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    options |= {"do_sample": False, "output_scores": True, "return_dict_in_generate": True}
     made: Any = model
     out = made.generate(
         ids, attention_mask=mask, past_key_values=past, max_new_tokens=new, use_cache=True, pad_token_id=0, **options
@@ -87,9 +91,33 @@ def through_cache(model: PreTrainedModel, expected: tuple[Tensor, Tensor]) -> st
     return outcome
 
 
-def through_prompts(model: PreTrainedModel, expected: tuple[Tensor, Tensor]) -> str:
+def alone(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
+    """What each prompt gives by itself, without padding."""
+    ids, mask = batch()
+    prompts = [line[held.bool()][None] for line, held in zip(ids, mask, strict=True)]
+    return [generate(model, ids, torch.ones_like(ids), DynamicCache(config=model.config)) for ids in prompts]
+
+
+def keeps_states(model: PreTrainedModel) -> bool:
+    return any(layer.states for layer in model_layers(model.config))
+
+
+def stateful(model: PreTrainedModel) -> Pool:
+    """A pool with checkpoints on a fine grid."""
+    return Pool(model, num_blocks=128, block_size=4, num_states=8, state_every=EVERY)
+
+
+def empty(pool: Pool) -> None:
+    pool.manager.audit()
+    assert pool.manager.num_free_blocks == pool.manager.num_blocks
+    assert pool.manager.num_free_states == pool.manager.num_states
+
+
+def through_prompts(model: PreTrainedModel, expected: tuple[Tensor, Tensor], each: list[tuple[Tensor, Tensor]]) -> str:
     """With hits: the first prompt was computed before, without padding; the second after it, with more of it."""
     ids, mask = batch()
+    if keeps_states(model):
+        return through_states(model, expected, each)
     extended = torch.cat([torch.zeros(1, 3, dtype=ids.dtype), ids[1:]], 1)
     held = PagedCache(model.config, num_blocks=128, block_size=4)
     try:
@@ -99,21 +127,36 @@ def through_prompts(model: PreTrainedModel, expected: tuple[Tensor, Tensor]) -> 
             generate(model, prompt, given, held, 1)
     except UnsupportedModel as error:
         return str(error)
-    found = held.begin(ids, mask)
-    if any(layer.states for layer in model_layers(model.config)):
-        assert found == 0
-        assert held.manager.stats().hit_tokens == 0
-    else:
-        assert held.manager.stats().hit_tokens > 0
+    held.begin(ids, mask)
+    assert held.manager.stats().hit_tokens > 0
     outcome = check(generate(model, ids, mask, held), expected)
-    held.manager.audit()
     held.close()
-    assert held.manager.num_free_blocks == held.manager.num_blocks
+    empty(held.pool)
     return outcome
 
 
-def through_generate(model: PreTrainedModel) -> str:
-    """Two ragged rows, in chunks; expected is what each gives alone, as there is no padding here."""
+def through_states(model: PreTrainedModel, expected: tuple[Tensor, Tensor], each: list[tuple[Tensor, Tensor]]) -> str:
+    """With hits at a checkpoint, which is left where a pass over the prompt ends on the grid."""
+    ids, mask = batch()
+    held = PagedCache(model.config, pool=stateful(model))
+    # A scan of Mamba 1 begins at no state, in transformers' own chunks too.
+    goes_on = not goes_on_by_one(type(model))
+    try:
+        assert held.begin(ids[:1, :17]) == 0
+    except UnsupportedModel as error:
+        return str(error)
+    generate(model, ids[:1, :17], mask[:1, :17], held, 1, **({"prefill_chunk_size": EVERY} if goes_on else {}))
+    assert held.begin(ids[:1]) == (EVERY if goes_on else 0)
+    outcome = check(generate(model, ids[:1], mask[:1], held), each[0])
+    assert held.begin(ids, mask) == 0  # no column is on the grid of both rows
+    check(generate(model, ids, mask, held), expected)
+    held.close()
+    empty(held.pool)
+    return outcome
+
+
+def through_generate(model: PreTrainedModel, each: list[tuple[Tensor, Tensor]]) -> str:
+    """Two ragged rows, in chunks, as there is no padding here; twice, where states are found again at checkpoints."""
     ids, mask = batch()
     prompts = [line[held.bool()] for line, held in zip(ids, mask, strict=True)]
     seen: list[list[Tensor]] = [[] for _ in prompts]
@@ -128,16 +171,21 @@ def through_generate(model: PreTrainedModel) -> str:
     requests = [
         Request(tuple(prompt.tolist()), NEW, logits_processors=(keep(number),)) for number, prompt in enumerate(prompts)
     ]
+    options: dict[str, Any] = {"block_size": 4}
+    again = False
     try:
-        with kvblocks.generate(model, requests, block_size=4, max_batch_tokens=9) as run:
-            tokens = run.run()
-            run.scheduler.manager.audit()
-            assert run.scheduler.manager.num_free_blocks == run.scheduler.manager.num_blocks
+        if keeps_states(model):
+            again, options = True, {"pool": stateful(model)}
+        for told in range(1 + again):
+            with kvblocks.generate(model, requests, max_batch_tokens=9, **options) as run:
+                tokens = run.run()
+                empty(run.pool)
+                assert run.scheduler.num_hit == told * sum((length - 1) // EVERY * EVERY for length in LENGTHS)
+            for got, scores, expected in zip(tokens, seen, each, strict=True):
+                check((torch.tensor([got]), torch.stack(scores)[None]), expected)
+                scores.clear()
     except UnsupportedModel as error:
         return str(error)
-    for prompt, got, scores in zip(prompts, tokens, seen, strict=True):
-        expected = generate(model, prompt[None], torch.ones_like(prompt[None]), DynamicCache(config=model.config))
-        check((torch.tensor([got]), torch.stack(scores)[None]), expected)
     return IDENTICAL
 
 
@@ -157,8 +205,9 @@ def test_generates_what_transformers_own_cache_generates(name: str) -> None:
         outcome.cache = outcome.prompts = outcome.generate = f"not with DynamicCache either: {reason(error)}"
         return
     outcome.cache = through_cache(model, expected)
-    outcome.prompts = through_prompts(model, expected) if outcome.cache == IDENTICAL else outcome.cache
-    outcome.generate = through_generate(model)
+    each = alone(model)
+    outcome.prompts = through_prompts(model, expected, each) if outcome.cache == IDENTICAL else outcome.cache
+    outcome.generate = through_generate(model, each)
 
 
 def test_most_are_served_and_the_others_say_why() -> None:

@@ -10,6 +10,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 import kvblocks
 from kvblocks import Pool
+from kvblocks.generation.request import Request
+from kvblocks.generation.scheduler import Scheduler
 from kvblocks.generation.streams import Generation
 from kvblocks.generation.verify import verify
 from kvblocks.integrations.transformers import CachedModel, PagedCache, PagedModel, UnsupportedModel, served
@@ -51,21 +53,26 @@ def answer(name: str, ids: tuple[int, ...], **options: Any) -> list[int]:
     return tokens
 
 
+def pool_of(name: str, **options: Any) -> Pool:
+    """Checkpoints at every second block."""
+    states = {"num_states": 12, "state_every": 8} if name in WITH_STATES else {}
+    return Pool(model_of(name), block_size=4, **{"num_blocks": 96, **states, **options})
+
+
 def spent(run: Generation) -> None:
     """Nothing is held any more: no blocks, no states."""
-    scheduler = run.scheduler
-    scheduler.manager.audit()
-    assert scheduler.manager.num_free_blocks == scheduler.manager.num_blocks
-    assert len(scheduler._states) == 0
+    manager = run.scheduler.manager
+    manager.audit()
+    assert manager.num_free_blocks == manager.num_blocks
+    assert manager.num_free_states == manager.num_states
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("chunk", [7, 64])
 def test_preempted_and_of_many_lengths(name: str, chunk: int) -> None:
     prompts = [prompt(5 + 4 * (number % 4), number) for number in range(6)]
-    with kvblocks.generate(
-        model_of(name), prompts, num_blocks=16, block_size=4, max_batch_tokens=chunk, **QUIET
-    ) as run:
+    pool = pool_of(name, num_blocks=16)
+    with kvblocks.generate(model_of(name), prompts, pool=pool, max_batch_tokens=chunk, **QUIET) as run:
         assert run.run() == [answer(name, tuple(ids)) for ids in prompts]
         assert run.scheduler.manager.stats().preemptions > 0
         spent(run)
@@ -73,22 +80,108 @@ def test_preempted_and_of_many_lengths(name: str, chunk: int) -> None:
 
 
 @pytest.mark.parametrize("name", WITH_STATES)
-def test_a_prefix_is_computed_anew_as_its_state_is_gone(name: str) -> None:
-    pool = Pool(model_of(name), num_blocks=64, block_size=4)
-    chat = prompt(21, 1)
-    for turn in range(2):
-        [tokens] = kvblocks.generate(model_of(name), [chat], pool=pool, max_batch_tokens=13, **QUIET).run()
-        assert tokens == answer(name, tuple(chat))
-        chat += tokens + prompt(3, 2 + turn)
+def test_a_chat_goes_on_from_checkpoints(name: str) -> None:
+    """Each turn finds what the one before has left: of its prompt, or of its answer where that passed the grid."""
+    pool = pool_of(name)
+    chat, hits = prompt(21, 1), []
+    for turn in range(3):
+        with kvblocks.generate(model_of(name), [chat], pool=pool, max_batch_tokens=13, **QUIET) as run:
+            assert run.run() == [answer(name, tuple(chat))]
+            hits.append(run.scheduler.num_hit)
+            spent(run)
+        chat += run[0].tokens + prompt(3, 2 + turn)
+    assert hits == [0, 24, 32]
     held = PagedCache(model_of(name).config, pool=pool)
     ids = torch.tensor([chat])
-    assert held.begin(ids) == 0
+    # A scan of Mamba 1 begins at no state, so that `model.generate` cannot go on from one.
+    assert held.begin(ids) == (0 if name == "jamba" else 48)
     made: Any = model_of(name)
     out = made.generate(ids, attention_mask=torch.ones_like(ids), cache=held, max_new_tokens=NEW, do_sample=False)
     assert out[0, len(chat) :].tolist() == answer(name, tuple(chat))
     held.close()
-    assert pool.manager.stats().hit_tokens == 0
-    assert pool.manager.num_free_blocks == 64
+    pool.manager.audit()
+    assert pool.manager.num_free_blocks == 96
+    assert pool.manager.num_free_states == 12
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1", "jamba"])
+def test_the_preempted_go_on_from_their_checkpoints(name: str) -> None:
+    prompts = [prompt(17, number) for number in range(4)]
+    pool = pool_of(name, num_blocks=22)
+    with kvblocks.generate(model_of(name), prompts, pool=pool, **QUIET) as run:
+        assert run.run() == [answer(name, tuple(ids)) for ids in prompts]
+        assert run.scheduler.manager.stats().preemptions > 0
+        assert run.scheduler.num_hit_again > 0
+        spent(run)
+
+
+def test_requests_wait_for_states_as_for_blocks() -> None:
+    """With one slot one runs at a time, and nothing is left for checkpoints."""
+    for num_states in (1, 2):
+        prompts = [prompt(17, number % 2) for number in range(3)]
+        pool = pool_of("qwen3_next", num_states=num_states)
+        with kvblocks.generate(model_of("qwen3_next"), prompts, pool=pool, **QUIET) as run:
+            late = run.add(prompt(9, 5), priority=1)
+            assert run.scheduler.max_seqs == num_states
+            assert run.run() == [answer("qwen3_next", tuple(ids)) for ids in prompts]
+            assert late.tokens == answer("qwen3_next", tuple(prompt(9, 5)))
+            spent(run)
+    with pytest.raises(ValueError, match=r"n=3 answers run together, and max_seqs=2 sequences can, with 2 slots for"):
+        kvblocks.generate(model_of("qwen3_next"), [prompt(9, 1)], pool=pool, temperature=1.0, n=3, **QUIET)
+
+
+def test_what_others_hold_of_the_states_is_waited_for() -> None:
+    """Slots that are not the scheduler's own are not there for it."""
+    pool = pool_of("qwen3_next", num_states=2)
+    [tokens] = kvblocks.generate(model_of("qwen3_next"), [prompt(9, 1)], pool=pool, **QUIET).run()
+    pin = pool.manager.pin(prompt(9, 1) + tokens)
+    prompts = [prompt(11, number) for number in range(3)]
+    with kvblocks.generate(model_of("qwen3_next"), prompts, pool=pool, **QUIET) as run:
+        assert run.run() == [answer("qwen3_next", tuple(ids)) for ids in prompts]
+    pool.manager.unpin(pin)
+    spent(run)
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "lfm3"])
+def test_tenants_find_their_own_states_only(name: str) -> None:
+    pool, ids = pool_of(name, state_every=16), prompt(21, 1)
+    for told, salts in enumerate([[b"a", b"b", b""], [b"b", b"", b"a"]]):
+        requests = [Request(tuple(ids), NEW, salt=salt) for salt in salts]
+        with kvblocks.generate(model_of(name), requests, pool=pool, **QUIET) as run:
+            assert run.run() == [answer(name, tuple(ids))] * 3
+            assert run.scheduler.num_hit == told * 3 * 16
+            spent(run)
+    with kvblocks.generate(model_of(name), [Request(tuple(ids), NEW, salt=b"c")], pool=pool, **QUIET) as run:
+        assert run.run() == [answer(name, tuple(ids))]
+        assert run.scheduler.num_hit == 0
+
+
+def test_equal_prompts_wait_for_the_checkpoint_that_one_of_them_leaves() -> None:
+    pool, ids = pool_of("qwen3_next", state_every=64, num_blocks=128), prompt(80, 1)
+    with kvblocks.generate(model_of("qwen3_next"), [ids] * 3, pool=pool, max_batch_tokens=100, **QUIET) as run:
+        assert run.run() == [answer("qwen3_next", tuple(ids))] * 3
+        assert run.scheduler.num_hit == 128
+        spent(run)
+
+
+def test_the_memory_of_states_is_counted() -> None:
+    made = model_of("qwen3_next")
+    for memory in ("96KiB", "1MiB"):
+        pool = Pool(made, memory=memory, block_size=4)
+        assert 2 <= pool.manager.num_states <= max(2, pool.engine.num_blocks)
+        limit = 1024 * int(memory[:-3]) * (1 if memory.endswith("KiB") else 1024)
+        assert limit - pool.engine.config.block_bytes(made.dtype) < pool.engine.memory_bytes <= limit
+    assert pool.manager.state_every == 256
+    with pytest.raises(ValueError, match=r"holds no block; one is \d+ bytes, beside 2 states of \d+ bytes"):
+        Pool(made, memory="8KiB")
+    with pytest.raises(ValueError, match=r"state_every=6 is not a multiple of block_size=4"):
+        Pool(made, num_blocks=8, block_size=4, state_every=6)
+    with pytest.raises(ValueError, match=r"num_states=0 "):
+        Pool(made, num_blocks=8, num_states=0)
+    with pytest.raises(ValueError, match=r"num_states=3, state_every=None, but the model keeps no states"):
+        Pool(model_of("deepseek_v32"), num_blocks=8, num_states=3)
+    with pytest.raises(ValueError, match=r"Qwen3NextForCausalLM keeps states, for which a pool has slots: give pool="):
+        Scheduler(made, pool.config)
 
 
 def test_index_keys_of_a_prefix_are_found_with_it() -> None:
@@ -114,9 +207,8 @@ def test_answers_to_one_prompt_go_on_apart_and_are_preempted(name: str) -> None:
         kvblocks.generate(model_of(name), [ids], temperature=1.0, seed=seed, **QUIET).run()[0] for seed in (1, 2, 3)
     ]
     for blocks in (64, 9):
-        with kvblocks.generate(
-            model_of(name), [ids], temperature=1.0, seed=1, n=3, block_size=4, num_blocks=blocks, **QUIET
-        ) as run:
+        pool = pool_of(name, num_blocks=blocks)
+        with kvblocks.generate(model_of(name), [ids], temperature=1.0, seed=1, n=3, pool=pool, **QUIET) as run:
             assert run.run() == alone
             assert (run.scheduler.manager.stats().preemptions > 0) == (blocks == 9)
             spent(run)
@@ -135,7 +227,7 @@ def test_a_pass_that_fails_may_be_repeated(name: str) -> None:
     hook = part.feed_forward.register_forward_pre_hook(fail)
     try:
         prompts = [prompt(9, 1), prompt(14, 2)]
-        with kvblocks.generate(made, prompts, block_size=4, max_batch_tokens=11, **QUIET) as run:
+        with kvblocks.generate(made, prompts, pool=pool_of(name), max_batch_tokens=11, **QUIET) as run:
             while run.scheduler.num_unfinished:
                 failing[0] = True
                 with pytest.raises(RuntimeError, match="in the middle"):
@@ -170,7 +262,7 @@ def test_new_weights_are_for_states_too() -> None:
         run.step()
         run.step()
         run.reset_prefix_cache()
-        assert len(run.scheduler._states) == 0
+        assert run.scheduler.manager.num_free_states == run.scheduler.manager.num_states
         assert run.run() == [answer(name, tuple(ids))]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from kvblocks import NoFreeBlocks
+from kvblocks import NoFreeBlocks, Pool
 from kvblocks.integrations.transformers import PagedCache
 
 # These tensors are tiny, and threads would only wait for each other.
@@ -62,6 +62,7 @@ def empty(held: PagedCache) -> None:
     held.manager.audit()
     held.close()
     assert held.manager.num_free_blocks == held.manager.num_blocks
+    assert held.manager.num_free_states == held.manager.num_states
 
 
 def generate(name: str, held: Any, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
@@ -80,12 +81,21 @@ def test_beams_and_several_answers_of_padded_prompts(name: str) -> None:
     made = []
     for past in (held, own(name)):
         if isinstance(past, PagedCache) and name != "qwen4_exp_text":  # which keeps offsets of positions
-            assert past.begin(ids, mask) == 0
+            # States are of rows, so of these models every row is told.
+            told = [matrix.repeat_interleave(3, 0) if name in WITH_STATES else matrix for matrix in (ids, mask)]
+            assert past.begin(*told) == 0
         else:
             past.reset()
         torch.manual_seed(5)
         made.append(generate(name, past, ids, mask, **drawn))
     assert torch.equal(*made)
+    if name in WITH_STATES:
+        held.begin(ids, mask)
+        with pytest.raises(
+            ValueError, match=r"the batch has 6 rows, and begin was told 2; of a model that keeps states"
+        ):
+            generate(name, held, ids, mask, **drawn)
+        assert held.get_seq_length() == 0
     empty(held)
 
 
@@ -217,26 +227,79 @@ def test_assisted_generation(name: str) -> None:
     empty(held)
 
 
+def stateful(name: str, **options: Any) -> Pool:
+    """Checkpoints at every second block."""
+    return Pool(model_of(name), block_size=4, **{"num_blocks": 96, "num_states": 12, "state_every": 8, **options})
+
+
 @pytest.mark.parametrize("name", WITH_STATES)
-def test_what_others_computed_is_not_found_without_its_state(name: str) -> None:
-    ids = tokens(1, 13)
-    first = paged(name)
-    second = PagedCache(model_of(name).config, pool=first.pool)
+def test_a_prefix_is_found_where_a_pass_has_left_its_states(name: str) -> None:
+    """Of all rows, where these end at one column; and where there are none, or others began meanwhile, all is right."""
+    pool = stateful(name)
+    first, second = (PagedCache(model_of(name).config, pool=pool) for _ in range(2))
+    ids = tokens(2, 13)
     assert first.begin(ids) == 0
-    made = forward(name, first, ids)
-    first.tell(torch.cat([ids, made.argmax(-1, keepdim=True)], 1))
-    longer = torch.cat([ids, tokens(1, 4, 1)], 1)
-    assert second.begin(longer) == first.begin(longer) == 0
-    theirs = own(name)
-    expected = forward(name, theirs, longer)
-    same(forward(name, second, longer), expected)
-    same(forward(name, first, longer), expected)  # the pass of the other has come to its end
-    expected = forward(name, theirs, tokens(1, 1, 2))
-    same(forward(name, second, tokens(1, 1, 2)), expected)
-    same(forward(name, first, tokens(1, 1, 2)), expected)
-    assert first.manager.stats().hit_tokens == 0
-    second.close()
-    empty(first)
+    forward(name, first, ids[:, :8])
+    same(forward(name, first, ids[:, 8:]), forward(name, own(name), ids))
+    longer = torch.cat([ids, tokens(2, 4, 1)], 1)
+    expected = forward(name, own(name), longer)
+    assert second.begin(longer[:, :9]) == 0  # one column alone is not computed from states that were found
+    assert second.begin(longer) == 8
+    same(forward(name, second, longer[:, 8:]), expected)
+    same(forward(name, first, longer[:, 13:]), expected)  # the pass of the other has come to its end
+    mixed = torch.cat([longer[:1], tokens(1, 17, 7)])
+    assert second.begin(mixed) == 0
+    same(forward(name, second, mixed), forward(name, own(name), mixed))
+    assert second.begin(longer, salt=b"another tenant") == 0
+    assert second.begin(longer, reuse=False) == 0
+    # A checkpoint does not change with what goes on from it, nor with a pass that fails.
+    assert second.begin(longer[1:]) == 8
+    forward(name, second, longer[1:, 8:12])
+    second.abort()
+    same(forward(name, second, longer[1:, 8:]), expected[1:])
+    assert first.begin(longer[1:]) == 8
+    same(forward(name, first, longer[1:, 8:]), expected[1:])
+    second.reset_prefix_cache()
+    assert first.begin(longer) == 0
+    first.close()
+    pool.manager.audit()
+    assert pool.manager.num_free_states == 12
+
+
+@pytest.mark.parametrize("name", WITH_STATES)
+def test_a_chat_goes_on_in_its_rows(name: str) -> None:
+    """Where the next prompts begin with all that the rows hold, their states are those that are needed."""
+    held = paged(name)
+    ids = tokens(2, 11)
+    for turn in range(3):
+        mask = torch.ones_like(ids)
+        assert held.begin(ids) == (0 if turn == 0 else ids.shape[1] - 4)
+        out = generate(name, held, ids, mask, max_new_tokens=5, do_sample=False)
+        assert torch.equal(out, generate(name, own(name), ids, mask, max_new_tokens=5, do_sample=False))
+        held.tell(out)
+        ids = torch.cat([out, tokens(2, 3, turn)], 1)
+    other = ids.clone()
+    other[1, 4] += 1
+    assert held.begin(other) == 0
+    mask = torch.ones_like(other)
+    out = generate(name, held, other, mask, max_new_tokens=5, do_sample=False)
+    assert torch.equal(out, generate(name, own(name), other, mask, max_new_tokens=5, do_sample=False))
+    empty(held)
+
+
+@pytest.mark.parametrize("name", WITH_STATES)
+def test_prompts_in_chunks_leave_states_behind(name: str) -> None:
+    """With beams too, and from a pool that the cache made by itself."""
+    held = paged(name, num_blocks=384)
+    ids = tokens(1, 262)
+    mask = torch.ones_like(ids)
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "num_beams": 2}
+    expected = generate(name, own(name), ids, mask, **options)
+    for found in (0, 256):
+        assert held.begin(ids.repeat_interleave(2, 0)) == found
+        assert torch.equal(generate(name, held, ids, mask, **options, prefill_chunk_size=128), expected)
+    assert 0 < held.engine.num_states == held.manager.num_states
+    empty(held)
 
 
 def test_index_keys_lie_in_blocks_and_count_in_memory() -> None:
@@ -258,8 +321,6 @@ def test_index_keys_lie_in_blocks_and_count_in_memory() -> None:
 
 @pytest.mark.parametrize("layout", ["NHD", "HND", "HDN", "X"])
 def test_index_keys_in_every_layout(layout: str) -> None:
-    from kvblocks import Pool
-
     pool = Pool(model_of("deepseek_v32"), num_blocks=32, block_size=4, layout=layout)
     held, theirs = PagedCache(model_of("deepseek_v32").config, pool=pool), own("deepseek_v32")
     for number, columns in enumerate((9, 3, 1)):

@@ -83,9 +83,9 @@ class Scheduler:
     begins as one does that is being computed waits until it can take over what they share.
 
     Of a model that keeps states (linear attention, Mamba, convolutions) each running sequence has a slot of the pool,
-    so no more run at once than there are slots. A pass over a prompt ends where its state is to be kept as a checkpoint,
-    at the prompt's last multiple of `manager.state_every` tokens: there later prompts that begin alike go on, and this
-    one, if it was preempted.
+    so no more run at once than there are slots. A pass over a prompt ends where its state is kept as a checkpoint, at
+    the prompt's last multiple of `manager.state_every` tokens: there later prompts that begin alike go on, and this one
+    if it was preempted.
 
     Args:
         model: a decoder-only transformers model, what torch.compile or PEFT made of one, or what `served` made of

@@ -23,6 +23,7 @@ from kvblocks.engine import CacheEngine
 from kvblocks.errors import UnsupportedModel
 from kvblocks.integrations.transformers.layer import cache_layers
 from kvblocks.integrations.transformers.layers import KVShape, ModelLayer, cache_argument, model_layers
+from kvblocks.integrations.transformers.states import LayerStates
 from kvblocks.step.buffers import StepBuffers
 from kvblocks.storage.cache import PagedKVCache
 
@@ -132,6 +133,10 @@ class PagedModel:
             UnsupportedModel: a layer does what the cache cannot serve.
         """
         return self._measure()[0]
+
+    def states(self) -> tuple[LayerStates, ...]:
+        """The states of each layer that keeps any: none is."""
+        return ()
 
     def as_cached(self) -> bool:
         """Whether attention gets the very K and V that the model hands to a cache, so that one may find the other's."""
@@ -276,6 +281,9 @@ class _Handed:
 
     def enter(self, layer: ModelLayer, call: str) -> None:
         """No such model gets here: see `check_model`."""
+
+    def check_batch(self, batch: int) -> None:
+        """Nor does it come to this."""
 
 
 def _same(attended: tuple[Tensor, Tensor] | None, cached: tuple[Tensor, Tensor] | None) -> bool:

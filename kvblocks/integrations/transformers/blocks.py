@@ -4,7 +4,7 @@ Knows rows only as far as `Sharing` says. Imports torch, the manager, storage an
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 from weakref import WeakValueDictionary
@@ -12,11 +12,14 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
-from kvblocks.config import Group
+from kvblocks.config import Group, State
 from kvblocks.engine import CacheEngine
-from kvblocks.integrations.transformers.layers import KVShape, filling, one_block
+from kvblocks.errors import UnsupportedModel
+from kvblocks.integrations.transformers.layers import KVShape, checkpoints_every, filling, one_block, slots_beside
 from kvblocks.integrations.transformers.passes import Ids, Prompt
+from kvblocks.integrations.transformers.states import LayerStates, SlotStates
 from kvblocks.manager import BlockManager
+from kvblocks.models.shapes import Reach
 from kvblocks.step.buffers import StepBuffers
 from kvblocks.tiers import Tiers
 
@@ -66,6 +69,8 @@ class Sizes:
         shape: layers, heads and dims as the model's config has them; raises where it does not say.
         dtype, device: those that were asked for.
         groups: the layers by how far they attend.
+        keeps_states: whether layers keep states. There are slots for checkpoints of these where `shape` has them.
+        num_states: slots for them, once it is known.
         index_dims: of each layer the dim of its index keys, 0 for none.
         likely_dtype: of K and V where none was asked for.
     """
@@ -80,6 +85,8 @@ class Sizes:
     device: torch.device | None
     likely_dtype: torch.dtype
     groups: tuple[Group, ...]
+    keeps_states: bool = False
+    num_states: int | None = None
 
 
 class Blocks:
@@ -101,6 +108,7 @@ class Blocks:
         self._engine = engine
         self._buffers: StepBuffers | None = None
         self._round = 0
+        self.slots: SlotStates | None = None  # states in slots of the engine, once a pass has shown what they are
         if manager is not None:
             self._of_manager[id(manager)] = self
 
@@ -127,11 +135,19 @@ class Blocks:
         if self._manager is None:
             assert self._sizes is not None
             sizes = self._sizes
-            if sizes.num_blocks is None:
-                self._size(sizes.shape(), sizes.dtype or sizes.likely_dtype)
+            if sizes.num_blocks is None or sizes.keeps_states:
+                try:
+                    self._size(sizes.shape(), sizes.dtype or sizes.likely_dtype)
+                except UnsupportedModel:  # the first K and V will say
+                    if sizes.num_blocks is None:
+                        raise
             assert sizes.num_blocks is not None
-            groups = [group.reach for group in sizes.groups]
-            self._manager = BlockManager(sizes.num_blocks, sizes.block_size, groups=groups)
+            groups: list[Reach | State] = [group.reach for group in sizes.groups]
+            if sizes.num_states:
+                groups.append(State(checkpoints_every(sizes.block_size)))
+            self._manager = BlockManager(
+                sizes.num_blocks, sizes.block_size, groups=groups, num_states=sizes.num_states or 0
+            )
             self._of_manager[id(self._manager)] = self
         return self._manager
 
@@ -152,19 +168,34 @@ class Blocks:
                 f"{sizes.device or device}; give PagedCache the model's dtype and device"
             )
         shape = self._shape(seen)
-        if sizes.num_blocks is None:
+        if self._manager is None:
             self._size(shape, dtype)
         assert sizes.num_blocks is not None
+        if not sizes.num_states:
+            shape = shape._replace(states=())
         config = one_block(shape, sizes.block_size, sizes.groups).replace(num_gpu_blocks=sizes.num_blocks)
-        if sizes.memory is not None and config.memory_bytes(dtype) > sizes.memory:
+        num_states = sizes.num_states or 0
+        needed = config.memory_bytes(dtype) + num_states * config.state_bytes(dtype)
+        if sizes.memory is not None and needed > sizes.memory:
             raise ValueError(
                 f"{sizes.num_blocks} blocks of {shape[1]} heads of {dtype} K [{shape[2]}] and V [{shape[3]}] are "
-                f"{config.memory_bytes(dtype)} bytes, and memory={sizes.memory}; the blocks were counted by the "
+                f"{needed} bytes, and memory={sizes.memory}; the blocks were counted by the "
                 "config, which has another shape or dtype: give num_blocks, or dtype"
             )
         # NHD: a token's heads lie together, as transformers makes them and attention kernels read them.
-        self._engine = CacheEngine(config, dtype, device, layout="NHD")
+        self._engine = CacheEngine(config, dtype, device, layout="NHD", num_states=num_states)
         return self._engine
+
+    def slots_for(self, states: Sequence[LayerStates]) -> SlotStates:
+        """The slots of the engine, which is there, for these states; the same for all caches.
+
+        Raises:
+            ValueError: the engine has no room for such states.
+        """
+        if self.slots is None:
+            caches = [cache for cache in self.allocated().states if cache is not None]
+            self.slots = SlotStates(states, caches)
+        return self.slots
 
     @property
     def is_allocated(self) -> bool:
@@ -197,17 +228,24 @@ class Blocks:
             return KVShape(sizes.num_layers, *seen, index_dims=sizes.index_dims)
         if seen is None or seen in (said.layers or ()):
             return said
-        if said.layers is None:  # all are as the first shows
-            return KVShape(sizes.num_layers, *seen, index_dims=sizes.index_dims)
-        heads, k_dim, v_dim = (max(sides) for sides in zip(said[1:4], seen, strict=True))
-        return KVShape(sizes.num_layers, heads, k_dim, v_dim, index_dims=sizes.index_dims)
+        largest = seen  # all are as the first shows
+        if said.layers is not None:
+            heads, k_dim, v_dim = (max(sides) for sides in zip(said[1:4], seen, strict=True))
+            largest = heads, k_dim, v_dim
+        return KVShape(sizes.num_layers, *largest, index_dims=sizes.index_dims, states=said.states)
 
     def _size(self, shape: KVShape, dtype: torch.dtype) -> None:
+        """Settle how many blocks and slots there are, as far as that was left open."""
         sizes = self._sizes
         assert sizes is not None
-        assert sizes.memory is not None
         one = one_block(shape, sizes.block_size, sizes.groups)
-        sizes.num_blocks = filling(one, sizes.memory, dtype).num_gpu_blocks
+        every = checkpoints_every(sizes.block_size)
+        if sizes.num_blocks is None:
+            assert sizes.memory is not None
+            config, sizes.num_states = filling(one, sizes.memory, dtype, every=every)
+            sizes.num_blocks = config.num_gpu_blocks
+        elif sizes.num_states is None:
+            sizes.num_states = slots_beside(one.replace(num_gpu_blocks=sizes.num_blocks), dtype, every)
 
     def move(self, step: StepBuffers) -> None:
         if self._engine is not None:  # without it nothing has been written that could be copied
@@ -216,6 +254,15 @@ class Blocks:
                 self.tiers.poll()
             elif self._engine.arena is not None:
                 self.manager.landed(self._engine.landed())
+
+    def bring(self, device: torch.device) -> None:
+        """Make the moves that are noted, without a pass: what `admit` has found is there then."""
+        step = self.buffers(1, 1, 1, device)
+        step_id = self.manager.prepare([], [], step)
+        try:
+            self.move(step)
+        finally:
+            self.manager.abort(step_id)
 
     def admit(self, prompt: Prompt, *, max_hit: int | None, fetches: bool) -> tuple[int, int]:
         """`BlockManager.admit` of a prompt.
@@ -254,7 +301,8 @@ class Blocks:
         wanted = (num_seqs, num_tokens, num_blocks)
         if old is None or old.device != device or any(map(int.__gt__, wanted, had)):
             sizes = [size if need <= size else max(need, 2 * size) for need, size in zip(wanted, had, strict=True)]
-            self._buffers = old = StepBuffers(*sizes, device=device, groups=len(self.manager.groups))
+            groups, states = len(self.manager.groups), self.manager.num_states > 0
+            self._buffers = old = StepBuffers(*sizes, device=device, groups=groups, states=states)
         return old
 
     def begin(self, rows: Sharing) -> None:

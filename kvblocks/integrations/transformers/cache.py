@@ -25,8 +25,10 @@ from kvblocks.integrations.transformers.layers import (
     cache_groups,
     check_prompts,
     counts_padding,
+    goes_on_by_one,
     keeps_offsets,
     kv_shape,
+    model_class,
     model_layers,
     placeholder_tokens,
     text_config,
@@ -51,12 +53,14 @@ class PagedCache(Cache):
     Beams share the blocks of what they have in common, and `begin` finds what earlier prompts have computed already.
 
     Index keys of sparse attention lie in the blocks beside K and V. States of convolutions, linear attention and Mamba
-    are kept beside the blocks, one of each for a row, in memory that `memory` does not count. They belong to all that
-    is in a row: `begin` finds nothing for a model with states, and recurrent ones cannot be cropped.
+    are kept for each row by transformers' own layers; recurrent ones cannot be cropped. A prefix is of use where its
+    states are there too. So the pool has slots, which `memory` counts, for checkpoints: the states at multiples of
+    `manager.state_every` tokens of a prompt, where a pass over it ended there. `kvblocks.generate` leaves them by
+    itself, `model.generate` with `prefill_chunk_size=cache.manager.state_every`.
 
     Args:
         config: the model's.
-        memory: for K and V and index keys, in bytes or like "64MiB", "1.5GB" (the default: "64MiB").
+        memory: for K and V, index keys and checkpoints, in bytes or like "64MiB", "1.5GB" (the default: "64MiB").
         num_blocks: blocks in the pool, instead of `memory`.
         block_size: tokens in a block.
         dtype, device: of K and V; by default those of the first K and V that come.
@@ -119,8 +123,8 @@ class PagedCache(Cache):
             sizes = _sizes(config, described, groups, memory, num_blocks, block_size, dtype, device)
             pool = Pool.over(config, Blocks(sizes))
         if pool.blocks.is_allocated:
-            if len(pool.engine) != writing:
-                raise ValueError(f"engine has {len(pool.engine)} layers, and {writing} of the model's cache K and V")
+            if (held := len(pool.engine.get_all_caches())) != writing:
+                raise ValueError(f"engine has {held} layers, and {writing} of the model's cache K and V")
             _check_groups(described, pool.engine)
         self._fill(config, described, Rows(pool.blocks), pool)
 
@@ -130,6 +134,7 @@ class PagedCache(Cache):
         self._state = state
         self._finalizer = weakref.finalize(self, rows.clear)
         layers, rows.states = cache_layers(config, state, described)
+        rows.goes_on = not goes_on_by_one(model_class(config))
         rows.parts = frozenset(
             (layer.index, part)
             for layer in described
@@ -182,7 +187,7 @@ class PagedCache(Cache):
         `update` never sees an id, so this is how the cache knows which tokens have been computed before, and which
         rows of a batch are the same prompt. Afterwards `get_seq_length()` columns are there, of every row the first;
         the model is run over the rest, as `generate` does by itself. Rows that were expanded (beams, return sequences)
-        count once.
+        count once; but of a model that keeps states, which are of rows, every row is told.
 
         Args:
             input_ids: [rows, columns].
@@ -194,6 +199,10 @@ class PagedCache(Cache):
 
         Returns:
             The number of columns that need not be computed.
+
+        Of a model that keeps states all rows must be found up to the same column, each at a checkpoint, or as all that
+        it holds since the last `begin` and `tell`. Models of Mamba 1 (Jamba, Zamba), which `model.generate` cannot let
+        go on from a state, and those with index keys beside states, find nothing.
 
         Positions must count from 0 at each row's first token, as `generate` numbers them. A model that takes none, and
         may count padding, reuses only what had as much of it.
@@ -491,6 +500,7 @@ def _sizes(
         None if device is None else checked_device(device),
         likely if isinstance(likely, torch.dtype) else torch.get_default_dtype(),
         groups,
+        any(layer.states for layer in described),
     )
 
 

@@ -6,7 +6,6 @@ together, without padding. Scheduling is not here. Imports transformers.
 
 import inspect
 import logging
-import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +31,7 @@ from kvblocks.integrations.transformers.layers import (
     ModelLayer,
     cache_argument,
     check_splits,
+    goes_on_by_one,
 )
 from kvblocks.integrations.transformers.passes import Pass
 from kvblocks.integrations.transformers.states import Fields, LayerStates, SlotStates
@@ -65,9 +65,7 @@ class CachedModel:
         self.layers = check_state(self.model)
         check_splits(self.model.config)
         self.keeps_states = any(layer.states for layer in self.layers)
-        # The scan of Mamba 1 begins at no state, so what comes after one goes through its recurrent form.
-        home = sys.modules[type(self.model).__module__]
-        self._one_by_one = self.keeps_states and hasattr(home, "mamba_selective_scan")
+        self._one_by_one = goes_on_by_one(type(self.model))
         if self.model.training:
             raise UnsupportedModel(f"{type(self.model).__name__} is in training mode; call model.eval()")
         self._call = model
@@ -242,6 +240,9 @@ class _Stepping:
     def enter(self, layer: ModelLayer, call: str) -> None:
         """A pass is all that there is."""
 
+    def check_batch(self, batch: int) -> None:
+        """It has all rows."""
+
 
 class _Measured:
     """What the layers make of two tokens: heads, dim of K, dim of V."""
@@ -272,6 +273,9 @@ class _Measured:
 
     def enter(self, layer: ModelLayer, call: str) -> None:
         """A pass is all that there is."""
+
+    def check_batch(self, batch: int) -> None:
+        """It has all rows."""
 
 
 _measured: "WeakKeyDictionary[PreTrainedModel, tuple[KVShape, tuple[LayerStates, ...]]]" = WeakKeyDictionary()

@@ -52,6 +52,9 @@ class LayerState(Protocol):
     def enter(self, layer: ModelLayer, call: str) -> None:
         """The layer reads or writes what it keeps beside K and V; one that does so again is in another pass."""
 
+    def check_batch(self, batch: int) -> None:
+        """Raise where the pass cannot have so many rows."""
+
 
 class CacheState:
     """What the cache and its layers have in common. It does not refer to the cache, which is free to go."""
@@ -122,6 +125,16 @@ class CacheState:
         run.indexed.add(layer.index)
         self._finish(run)
         return read
+
+    def check_batch(self, batch: int) -> None:
+        """Stop rows that stand for the same prompt: states are read before it is known how many rows there are."""
+        told = self.rows.num_told
+        if told not in (0, batch):
+            self.rows.abort()
+            raise ValueError(
+                f"the batch has {batch} rows, and begin was told {told}; of a model that keeps states tell begin every "
+                "row, also those of beams and of several answers: ids.repeat_interleave(n, 0)"
+            )
 
     def _finish(self, run: Pass) -> None:
         if (len(run.written), len(run.indexed)) == (self.num_layers, self.num_indexed) and not self.rows.states:
@@ -277,11 +290,13 @@ class StateLayer(LinearAttentionLayer):
 
     def update_conv_state(self, conv_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         _check_gradient(conv_states)
+        self._state.check_batch(len(conv_states))
         states: Tensor = super().update_conv_state(conv_states, *args, **kwargs)
         return states
 
     def update_recurrent_state(self, recurrent_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         _check_gradient(recurrent_states)
+        self._state.check_batch(len(recurrent_states))
         states: Tensor = super().update_recurrent_state(recurrent_states, *args, **kwargs)
         return states
 

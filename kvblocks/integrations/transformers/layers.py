@@ -46,14 +46,16 @@ __all__ = [
     "checkpoints_every",
     "filling",
     "flat",
+    "goes_on_by_one",
     "host_slots",
     "keeps_offsets",
     "kv_shape",
     "longest_sequence",
+    "model_class",
     "model_layers",
     "one_block",
     "placeholder_tokens",
-    "slots_for",
+    "slots_beside",
 ]
 
 
@@ -189,7 +191,7 @@ def model_layers(config: PreTrainedConfig) -> tuple[ModelLayer, ...]:
         raise UnsupportedModel(f"{name} is of an encoder-decoder; only decoder-only models are served")
     if getattr(text, "cross_attention_layers", None):
         raise UnsupportedModel(f"{name} has layers of cross-attention, whose K and V belong to no token")
-    kind_of_model = _model_class(config)  # its module also names the kinds of layers that only it has
+    kind_of_model = model_class(config)  # its module also names the kinds of layers that only it has
     try:
         kinds: Sequence[Any] = DynamicCache(config=text).layers
     except Exception as error:  # whatever a config lacks that transformers' own cache asks for
@@ -329,6 +331,11 @@ def cache_argument(forward: Callable[..., Any]) -> str:
     raise UnsupportedModel(f"{forward.__qualname__} takes no cache, so the model keeps its K and V elsewhere, or none")
 
 
+def goes_on_by_one(kind: type[Any] | None) -> bool:
+    """Whether a model's layers go on from a state by one token in a pass only: the scan of Mamba 1 begins at none."""
+    return kind is not None and hasattr(sys.modules.get(kind.__module__), "mamba_selective_scan")
+
+
 def _looks_ahead(text: Any) -> bool:
     bidirectional = getattr(text, "use_bidirectional_attention", None) in (True, "all")
     return bidirectional or not getattr(text, "is_causal", True)
@@ -339,7 +346,7 @@ def keeps_offsets(config: PreTrainedConfig) -> bool:
 
     For a prompt of which a part is found, transformers takes the offset of the prompt before, whatever that was.
     """
-    kind = _model_class(config)
+    kind = model_class(config)
     home = None if kind is None else sys.modules.get(kind.__module__)
     parts = [] if home is None else [part for part in vars(home).values() if isinstance(part, type)]
     return any(hasattr(part, "get_rope_index") for part in parts)
@@ -356,7 +363,7 @@ def placeholder_tokens(config: PreTrainedConfig) -> dict[int, str]:
     return found
 
 
-def _model_class(config: PreTrainedConfig) -> type[Any] | None:
+def model_class(config: PreTrainedConfig) -> type[Any] | None:
     """The class that transformers makes of a config, where it knows one that generates."""
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         known = mapping.get(type(config), None)
@@ -367,7 +374,7 @@ def _model_class(config: PreTrainedConfig) -> type[Any] | None:
 
 def counts_padding(config: PreTrainedConfig) -> bool:
     """Whether padding may shift the positions of a row's tokens: the model takes no positions, or is not known."""
-    kind = _model_class(config)
+    kind = model_class(config)
     return kind is None or "position_ids" not in inspect.signature(kind.forward).parameters
 
 
@@ -438,9 +445,14 @@ def _states(config: PreTrainedConfig, layers: Sequence[ModelLayer]) -> list[tupl
 
 
 def flat(states: Iterable[tuple[str | None, int]]) -> tuple[LayerTensor, ...]:
-    """Tensors of one dimension, one for each dtype, that hold all states of a layer: (dtype, numbers) of each."""
+    """Tensors of one dimension, one for each dtype, that hold all states of a layer: (dtype, numbers) of each.
+
+    Token ids are kept as bytes.
+    """
     numbers: dict[str | None, int] = {}
     for dtype, count in states:
+        if dtype == "int64":
+            dtype, count = "uint8", 8 * count
         numbers[dtype] = numbers.get(dtype, 0) + count
     return tuple(LayerTensor(f"state_{dtype or 'own'}", (n,), dtype, per="sequence") for dtype, n in numbers.items())
 
@@ -462,7 +474,7 @@ def _read(config: PreTrainedConfig) -> list[Layer]:
 
 
 def one_block(shape: KVShape, block_size: int, groups: Sequence[Group]) -> CacheConfig:
-    """The sizes of a cache of one block. The layers with states come after those with K and V, as layers of their own."""
+    """The sizes of a cache of one block. Layers with states come after those with K and V, as layers of their own."""
     return CacheConfig(layers=(*shape.tensors, *shape.states), num_gpu_blocks=1, block_size=block_size, groups=groups)
 
 
@@ -499,6 +511,11 @@ def slots_for(config: CacheConfig, num_bytes: int, dtype: torch.dtype, every: in
         return 0
     tokens = num_bytes // config.block_bytes(dtype) * config.block_size
     return max(_FEWEST_STATES, min(tokens // every + _RUNNING, num_bytes // 4 // each))
+
+
+def slots_beside(config: CacheConfig, dtype: torch.dtype, every: int) -> int:
+    """Slots for states where the blocks are given: `slots_for` the bytes of which these are three quarters."""
+    return slots_for(config, config.memory_bytes(dtype) * 4 // 3, dtype, every)
 
 
 def checkpoints_every(block_size: int, every: int | None = None) -> int:

@@ -50,6 +50,7 @@ class Pass:
         written: layers that have written.
         indexed: layers that have given their index keys.
         index_keys: by layer those that came before their K and V, [rows of the batch, count, dim].
+        checkpoints: (row, slot) of each row whose states are to be kept in that slot after the pass.
         saved: the rows as they were, None where the pass made them.
     """
 
@@ -63,6 +64,7 @@ class Pass:
     gathered_at: Tensor | None = None
     padding: Tensor | None = None
     step_id: int | None = None
+    checkpoints: Sequence[tuple[int, int]] = ()
     saved: list[Row] | None = None
     written: set[int] = field(default_factory=set)
     indexed: set[int] = field(default_factory=set)

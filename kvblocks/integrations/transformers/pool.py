@@ -24,7 +24,7 @@ from kvblocks.integrations.transformers.layers import (
     host_slots,
     kv_shape,
     one_block,
-    slots_for,
+    slots_beside,
     text_config,
 )
 from kvblocks.integrations.transformers.weights import adapter_digest, model_name
@@ -128,11 +128,11 @@ class Pool:
                     f"{type(model).__name__} keeps states, without which K and V of a prefix are of no use; stores "
                     "hold none yet, so make its pool without them"
                 )
-            shape = paged.measure()
+            shape, states = paged.measure(), paged.states()
             dtype, device = dtype or model.dtype, device or model.device
             chunks = chunks and paged.attends_in_blocks
         else:
-            shape = kv_shape(model)
+            shape, states = kv_shape(model), ()
             likely = getattr(text_config(model), "dtype", None) or getattr(model, "dtype", None)
             dtype = dtype or (likely if isinstance(likely, torch.dtype) else torch.get_default_dtype())
             device = device or "cpu"
@@ -149,7 +149,7 @@ class Pool:
         else:
             config = one.replace(num_gpu_blocks=num_blocks)
             if num_states is None:
-                num_states = slots_for(one, config.memory_bytes(dtype) * 4 // 3, dtype, every)
+                num_states = slots_beside(config, dtype, every)
         if below and host_memory is None:
             host_memory = max(config.memory_bytes(dtype) // 4, _FEWEST_SLOTS * slot_bytes(config.block_bytes(dtype)))
         slots = host_slots(config, host_memory, dtype)
@@ -159,6 +159,8 @@ class Pool:
             config, watermark=watermark, host_blocks=slots, num_states=num_states or 0, every=every
         )
         self.blocks = Blocks.of(manager, engine)
+        if states:
+            self.blocks.slots_for(states)
         self._digests: tuple[Any, bytes] = (None, b"")
         if below and weights_version is not None:
             self._name = model_name(model)
@@ -239,6 +241,10 @@ class Pool:
                     f"layer {layer} of the model keeps (heads, dim of K, V and index keys) {made}, and the pool holds "
                     f"{held}; make the pool of the model, not of its config or in a PagedCache"
                 )
+        if paged.keeps_states:
+            if not self.manager.num_states:
+                raise ValueError(f"the pool has no slots for the states of this {type(model).__name__}; make one of it")
+            self.blocks.slots_for(paged.states())
         if owner is not model:
             self._of = weakref.ref(model)
 

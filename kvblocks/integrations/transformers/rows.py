@@ -15,9 +15,12 @@ from torch import Tensor
 
 from kvblocks.integrations.transformers.blocks import Blocks
 from kvblocks.integrations.transformers.passes import Ids, Pass, Prompt, Row
-from kvblocks.integrations.transformers.states import States
+from kvblocks.integrations.transformers.states import LayerStates, States
 from kvblocks.tiers.names import PRIVATE_SALT
 
+# Columns that follow those whose states are found: of one alone models think that it was generated, and do not take the
+# states of one row for several.
+_AFTER_STATES = 2
 _MOST_RECORDED = 6  # passes between two crops, where layers have windows: a manager has 8 steps open by default
 
 __all__ = ["Rows"]
@@ -42,6 +45,7 @@ class Rows:
         self._recorded: list[Pass] = []
         self._prompts: list[Prompt] = []
         self._skipped = 0  # columns of the told prompts that need not be computed
+        self.goes_on = True  # whether a pass of several columns may go on from states
         self._resets = 0  # of the manager's prefix cache, when these rows were begun
 
     # Passes
@@ -115,6 +119,9 @@ class Rows:
         """The running pass is done: its tokens count."""
         done, self.running, self.blocks.running = self.running, None, None
         assert done is not None
+        self.states.keep()
+        if done.checkpoints:
+            self._keep_states(done)
         self.columns += done.count
         if done.step_id is None:
             return
@@ -124,6 +131,13 @@ class Rows:
             self.blocks.recorded = self
         else:
             self.blocks.manager.commit(done.step_id)
+
+    def _keep_states(self, done: Pass) -> None:
+        """Put what a pass has made of states into the slots of its checkpoints."""
+        fields = self.states.minimal()
+        kept = self.blocks.slots_for([LayerStates.of(of_layer) for of_layer in fields])
+        rows, slots = torch.tensor(done.checkpoints, device=done.slots.device).unbind(1)
+        kept.write(slots, fields, rows * self.factor)
 
     def settle(self, columns: int | None = None) -> None:
         """No pass before this is cut any more; those that were recorded keep the first `columns` columns, or all."""
@@ -204,16 +218,23 @@ class Rows:
         num_blocks = max(1, *(-(-row.at(after) // block_size) for row in self.rows))
         groups = len(manager.groups)
         step_id, slots, tables = None, torch.empty(groups, 0, dtype=torch.int64, device=device), None
+        checkpoints: list[tuple[int, int]] = []
         if taking:
             widest = max(-(-row.total // block_size) for row, _ in taking)  # a told prompt has its blocks reserved
             step = self.blocks.buffers(len(taking), sum(news), widest, device)
-            step_id = manager.prepare([row.handle for row, _ in taking], [new for _, new in taking], step)
+            # States stay in transformers' layers, as a pass that has failed must leave no trace.
+            own = {"own_state": True} if manager.num_states else {}
+            step_id = manager.prepare([row.handle for row, _ in taking], [new for _, new in taking], step, **own)
             slots = step.slot_mapping.view(groups, -1)[:, : step.num_tokens]
             tables = step.block_table.view(groups, step.max_seqs, -1)[:, : step.num_seqs, :num_blocks]
             tables = tables.clamp(min=0)  # padding is gathered too, and masked afterwards
         try:
             if step_id is not None:
                 self.blocks.move(step)
+                if step.state_drafts is not None:
+                    last = step.state_drafts[(step.query_start_loc[1 : step.num_seqs + 1] - 1).long()].tolist()
+                    numbers = [number for number, new in enumerate(news) if new]
+                    checkpoints = [(row, slot) for row, slot in zip(numbers, last, strict=True) if slot >= 0]
             if tables is None or len(taking) < len(self.rows):
                 tables = self._tables(num_blocks, device)
             for row, new in taking:
@@ -234,7 +255,9 @@ class Rows:
             if step_id is not None:
                 manager.abort(step_id)
             raise
-        return Pass(batch, self.factor, self.columns, count, slots, tables, chosen, gathered_at, padding, step_id)
+        return Pass(
+            batch, self.factor, self.columns, count, slots, tables, chosen, gathered_at, padding, step_id, checkpoints
+        )
 
     def _tables(self, num_blocks: int, device: torch.device) -> Tensor:
         """The block tables of all rows, those too that take no part in the step; 0 pads."""
@@ -247,6 +270,11 @@ class Rows:
     def _blocks(self, row: Row) -> npt.NDArray[np.int32]:
         """[groups, blocks] of a row; -1 where they are out of reach."""
         return np.atleast_2d(self.blocks.manager.block_table(row.handle))
+
+    @property
+    def num_told(self) -> int:
+        """Prompts that `begin` was told, 0 where it was not called."""
+        return len(self._prompts)
 
     def held_blocks(self) -> int:
         """Blocks that the rows hold, each counted once."""
@@ -275,18 +303,24 @@ class Rows:
         # What was computed before a reset belongs to other weights, in these rows too.
         stale = self._resets != manager.num_resets
         self._resets = manager.num_resets
-        new = stale or bool(self.states)  # a state is of all that a row holds
-        kept = [None if new else self._continued(number, prompt) for number, prompt in enumerate(prompts)]
+        if stale:
+            kept: list[Row | None] = [None] * len(prompts)
+        elif self.states:
+            kept = self._continued_whole(prompts) if reuse else [None] * len(prompts)
+        else:
+            kept = [self._continued(number, prompt) for number, prompt in enumerate(prompts)]
         gone = [row.handle for row, keep in zip(self.rows, kept, strict=False) if keep is None]
         gone += [row.handle for row in self.rows[len(prompts) :]]
         self.rows = [row for row in kept if row is not None]
         self._prompts, self.columns, self.factor, self._skipped = [], 0, 1, 0
         manager.free(gone)
-        self.states.clear()
-        most = 0 if self.states else None  # K and V of a prefix are of no use without its state
+        if None in kept:
+            self.states.clear()
+        columns = self._columns_with_states(prompts) if reuse and self.states and None in kept else 0
         try:
             for number, (row, prompt) in enumerate(zip(kept, prompts, strict=True)):
                 if row is None:
+                    most = max(0, columns - prompt.pad) if self.states else None
                     handle, cached = self.blocks.admit(prompt, max_hit=most, fetches=reuse and not self.states)
                     row = Row(handle, prompt.pad, cached)
                     self.rows.insert(number, row)
@@ -294,8 +328,15 @@ class Rows:
                     self._extend(row.handle, prompt, row.computed)
                     row.pad = prompt.pad
                 row.total = row.known = row.real = len(prompt.ids)
+            if columns and any(row.pad + row.computed != columns for row in self.rows):
+                # What was admitted first has evicted what was found for the others.
+                self.clear()
+                self.begin(prompts, reuse=False)
+                return
             self._prompts = list(prompts)
             self._align(reuse)
+            if columns:
+                self._take_states()
             self._skipped = self.columns
         except BaseException:
             self.clear()
@@ -305,7 +346,7 @@ class Rows:
         """Start from the column to which all rows are computed, with what windows reach before it."""
         while True:
             found = min(row.pad + row.computed for row in self.rows) if reuse else 0
-            self.columns = self._before_images(found)
+            self.columns = self._before_images(found, self._prompts)
             lacking = [n for n, row in enumerate(self.rows) if self._first_held(row) > row.at(self.columns)]
             if not lacking:
                 return
@@ -325,12 +366,12 @@ class Rows:
         extra = [(position - start, value) for position, value in prompt.extra if position >= start]
         self.blocks.manager.extend([handle], prompt.ids[start:], [len(prompt.ids) - start], extra=[extra])
 
-    def _before_images(self, columns: int) -> int:
+    def _before_images(self, columns: int, prompts: Sequence[Prompt]) -> int:
         """The most columns, `columns` at most, that end inside of no row's image."""
         while True:
             inside = [
                 prompt.pad + first
-                for prompt in self._prompts
+                for prompt in prompts
                 for first, end in prompt.whole
                 if prompt.pad + first < columns < prompt.pad + end
             ]
@@ -346,6 +387,55 @@ class Rows:
             if reach is not None and gone:
                 first = max(first, gone * self.blocks.manager.block_size + reach.size - 1)
         return first
+
+    def _continued_whole(self, prompts: Sequence[Prompt]) -> list[Row | None]:
+        """The rows, where each prompt goes on from all that its row has computed: else states are of other tokens."""
+        columns = self.columns
+        new: list[Row | None] = [None] * len(prompts)
+        told = len(self.rows) == len(self._prompts) == len(prompts) and self.factor == 1
+        if not told or not columns or not self.goes_on or self._before_images(columns, prompts) < columns:
+            return new
+        for row, old, prompt in zip(self.rows, self._prompts, prompts, strict=True):
+            count = row.computed
+            if not 0 < count <= min(row.real, len(prompt.ids) - _AFTER_STATES) or prompt.pad + count != columns:
+                return new
+            marks = [[mark for mark in extra if mark[0] < count] for extra in (old.extra, prompt.extra)]
+            if old.salt != prompt.salt or marks[0] != marks[1]:
+                return new
+            if (self.blocks.manager.tokens(row.handle)[:count] != prompt.ids[:count]).any():
+                return new
+        for row in self.rows:
+            self.blocks.manager.trim(row.handle, row.computed)
+        return [replace(row, total=row.computed) for row in self.rows]
+
+    def _columns_with_states(self, prompts: Sequence[Prompt]) -> int:
+        """The most columns after which the states of every row are there: each has a checkpoint where these end."""
+        if self.blocks.slots is None or self.states.has_positions or not self.goes_on:
+            return 0
+        columns = prompts[0].pad + len(prompts[0].ids) - _AFTER_STATES
+        while columns > 0:
+            columns = self._before_images(columns, prompts)
+            ends = []
+            for prompt in prompts:
+                most = max(0, columns - prompt.pad)
+                found = self.blocks.manager.match(prompt.ids, salt=prompt.salt, extra=prompt.extra, max_hit=most)
+                if not found:
+                    return 0
+                ends.append(prompt.pad + found)
+            if min(ends) == columns:
+                return columns
+            columns = min(ends)
+        return 0
+
+    def _take_states(self) -> None:
+        """The states of the checkpoints that all rows stand on."""
+        manager, engine = self.blocks.manager, self.blocks.allocated()
+        handles = [row.handle for row in self.rows]
+        if manager.lengths(handles).num_loading.any():
+            self.blocks.bring(engine.device)
+        slots = torch.tensor([manager.state_slot(handle) for handle in handles], device=engine.device)
+        assert self.blocks.slots is not None
+        self.states.hold(self.blocks.slots.read(slots), [])
 
     def _continued(self, number: int, prompt: Prompt) -> Row | None:
         """The row of that number, cut to what it has of a prompt; None where the prefix cache has more of it."""
@@ -410,6 +500,8 @@ class Rows:
                 f"{columns} columns would be left, but windows have moved on: at least {first} must be. To cut more, "
                 "call activate_past_recording() before the pass that is to be cut"
             )
+        if not columns and self.states:
+            self.clear()
         self.settle(columns)
         for row in self.rows:
             length = row.at(columns)

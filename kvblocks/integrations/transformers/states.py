@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvblocks.config import LayerTensor
 from kvblocks.integrations.transformers.layers import flat
@@ -50,6 +51,10 @@ class States:
             for name in _TENSORS:
                 tensors = getattr(layer, name)
                 tensors.update({number: held.clone() for number, held in tensors.items() if held is not None})
+
+    def keep(self) -> None:
+        """The pass that has begun counts, and is not taken back any more."""
+        self._saved = None
 
     def restore(self) -> None:
         """Take the pass back that has begun, if one has."""
@@ -105,6 +110,22 @@ class States:
                         )
                     of_layer["conv_states"][number] = held[..., max(0, left - width) : left]
         self.hold(fields, [held if held is None else held[..., : columns - dropped] for held in positions])
+
+    def minimal(self) -> list[Fields]:
+        """`held`, without what was recorded only to be cropped."""
+        fields = self.held()[0]
+        for of_layer in fields:
+            for number, held in of_layer["conv_states"].items():
+                if held is not None:
+                    width = of_layer["conv_kernel_size"][number]
+                    held = held[..., max(0, held.shape[-1] - width) :]
+                    of_layer["conv_states"][number] = pad(held, (width - held.shape[-1], 0))
+        return fields
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether layers may hold the positions of all columns beside."""
+        return bool(self._indexed)
 
     def clear(self) -> None:
         """Hold nothing, of no rows."""
@@ -171,18 +192,18 @@ class SlotStates:
 
     def __init__(self, layers: Sequence[LayerStates], caches: Sequence[StateCache]) -> None:
         self._layers = layers
-        self._views: list[list[Tensor]] = []  # [slots, ...] of each state, by layer
+        self._views: list[list[Tensor]] = []  # [slots, numbers] of each state, by layer
         if len(layers) != len(caches):
             raise ValueError(f"{len(layers)} layers of the model have states, and the pool has room for {len(caches)}")
         for number, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
             taken = dict.fromkeys(cache.tensors, 0)
             self._views.append([])
             for _, _, shape, dtype in layer.tensors:
-                count = math.prod(shape)
+                kept, count = _kept(dtype, shape)
                 fitting = [
                     name
                     for name, tensor in cache.tensors.items()
-                    if tensor.dtype == dtype and taken[name] + count <= tensor.shape[1]
+                    if tensor.dtype == kept and taken[name] + count <= tensor.shape[1]
                 ]
                 if not fitting:
                     raise ValueError(
@@ -192,8 +213,7 @@ class SlotStates:
                 low = taken[fitting[0]]
                 taken[fitting[0]] += count
                 with torch.inference_mode(False):
-                    view = cache[fitting[0]][:, low : low + count].unflatten(1, shape)
-                self._views[-1].append(view)
+                    self._views[-1].append(cache[fitting[0]][:, low : low + count])
 
     def read(self, slots: Tensor) -> list[Fields]:
         """What `States.hold` takes, of rows whose states lie in `slots` [rows]; copies."""
@@ -201,8 +221,8 @@ class SlotStates:
         for layer, views in zip(self._layers, self._views, strict=True):
             fields: Fields = {name: dict(values) for name, values in layer.others.items()}
             fields.update({name: dict.fromkeys(fields[_FLAGS[0]]) for name in _TENSORS})
-            for (name, number, _, _), view in zip(layer.tensors, views, strict=True):
-                fields[name][number] = view.index_select(0, slots)
+            for (name, number, shape, dtype), view in zip(layer.tensors, views, strict=True):
+                fields[name][number] = view.index_select(0, slots).view(dtype).unflatten(1, shape)
             read.append(fields)
         return read
 
@@ -221,5 +241,11 @@ class SlotStates:
                 raise ValueError(f"a layer's states are {made.tensors} after this pass, and slots hold {layer.tensors}")
         for of_layer, layer, views in zip(fields, self._layers, self._views, strict=True):
             for (name, number, _, dtype), view in zip(layer.tensors, views, strict=True):
-                held = of_layer[name][number].to(dtype)
-                view.index_copy_(0, slots, held if rows is None else held[rows])
+                held = of_layer[name][number] if rows is None else of_layer[name][number][rows]
+                view.index_copy_(0, slots, held.to(dtype).flatten(1).view(view.dtype))
+
+
+def _kept(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[torch.dtype, int]:
+    """How a state lies in a slot: the dtype, and numbers of it."""
+    count = math.prod(shape)
+    return (dtype, count) if dtype.is_floating_point else (torch.uint8, count * dtype.itemsize)
