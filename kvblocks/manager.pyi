@@ -338,8 +338,8 @@ class BlockManager:
         position lies past the prepared tokens, or no group keeps a state.
         """
     def state_slot(self, seq: int) -> int:
-        """The slot on which a sequence stands, -1 where it stands on none: before its first pass, where its caller keeps
-        its state, and where no group keeps a state.
+        """The slot on which a sequence stands, -1 for none: before its first pass, where its caller keeps its state, and
+        where no group keeps one.
         """
     @property
     def num_background_slots(self) -> int:
@@ -503,9 +503,9 @@ class BlockManager:
             keep_state: give each prepared token a slot for the state after it, in `step.state_drafts`, so that `commit`
                 can keep the state after the last accepted one. The pass reads the slot of `step.state_slots` first,
                 and writes to none but those of its tokens.
-            own_state: the caller keeps the states of all rows outside of the slots, from here on as long as they run, so
-                that no `abort`, `trim` or rejected token takes one along, and none waits for a slot. `step.state_slots`
-                says from which slot a row goes on, -1 where that is known to the caller or there is none yet. Where the
+            own_state: the caller keeps the states of all rows outside of the slots, from here on as long as they run:
+                no `abort`, `trim` or rejected token takes one along, and no row waits for a slot. `step.state_slots`
+                says from which slot a row goes on, -1 where the caller has its state or there is none yet. Where the
                 pass of a row ends on a multiple of `every`, and a slot can be had, `step.state_drafts` has it at the
                 row's last token: the caller writes the state there before `commit`, which makes it a checkpoint.
 
@@ -516,8 +516,8 @@ class BlockManager:
             NoFreeBlocks: `.needed` by the whole batch, `.free` to be had.
             NoFreeStates: the same for slots of states.
             MovesPending: what an earlier step has to move was not moved.
-            ValueError: a sequence has not as many tokens left, is preempted, or comes twice; its state is the caller's, and
-                `own_state` was left out; the step is too small; or `max_open_steps` are open.
+            ValueError: a sequence has not as many tokens left, is preempted, or comes twice; the caller keeps its state,
+                and `own_state` was left out; the step is too small; or `max_open_steps` are open.
         """
     def landed(self, number: int) -> None:
         """Say that all moves up to `number` are done: nothing that names their blocks or slots has to wait for them.
@@ -546,7 +546,8 @@ class BlockManager:
         Returns:
             Handles of sequences that were preempted, as their state has seen tokens that do not count: where groups
             keep a state, those of which not all tokens were accepted though `prepare` was called without `keep_state`,
-            and those of which a later step was aborted; none with `own_state`. `resume` starts them again at their newest checkpoint.
+            and those of which a later step was aborted; none with `own_state`. `resume` starts them again at
+            their newest checkpoint.
 
         Raises:
             MovesPending: what the step has to move was not moved.
@@ -569,8 +570,8 @@ class BlockManager:
     def trim(self, seq: int, num_tokens: int) -> None:
         """Drop tokens from the end until `num_tokens` are left, and blocks that none of them needs.
 
-        Where a group keeps a state, which cannot go back, a sequence that loses computed tokens is preempted, unless the
-        caller keeps its state (see `prepare`).
+        Where a group keeps a state, which cannot go back, a sequence that loses computed tokens is preempted, unless
+        the caller keeps its state (see `prepare`).
 
         Raises:
             ValueError: `num_tokens` is not 0 to the present number, or the sequence is in an open step.

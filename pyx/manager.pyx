@@ -26,8 +26,8 @@ from core.sequences cimport (
     BAD_ACCEPTED, BAD_COUNT, BAD_QUERY, BAD_TOKEN, BAD_TRIM, COMPUTED_UNKNOWN, EXTRA_SIZE, IN_STEP, IS_PIN,
     IS_PREEMPTED, IS_SEQUENCE, LATER_STEP, NO_BLOCKS, NO_MEMORY, NO_SLOTS, NO_STEP, NOT_ENOUGH_TOKENS, NOT_NEWEST,
     LOST_STATE, NO_STATES, NOT_OLDEST, NOT_PREEMPTED, NOT_UNKNOWN, NOTHING_TO_PIN, OUT_OF_REACH, OWN_STATE,
-    SIZE_ACCEPTED, SIZE_TOKENS, STALE, STEP_BLOCKS, STEP_GROUPS, STEP_LIMIT, STEP_SEQS, STEP_STATES, STEP_TOKENS, TOO_LONG, TWICE,
-    UNMOVED, WATERMARK, blocks_for, Core, core_append, core_extend, core_forget_resume, core_fork, core_free,
+    SIZE_ACCEPTED, SIZE_TOKENS, STALE, STEP_BLOCKS, STEP_GROUPS, STEP_LIMIT, STEP_SEQS, STEP_STATES, STEP_TOKENS,
+    TOO_LONG, TWICE, UNMOVED, WATERMARK, blocks_for, Core, core_append, core_extend, core_forget_resume, core_fork, core_free,
     core_preempt, core_reorder,
     core_reset, core_set_tokens, core_take_back, core_trim, core_unpin, Counters, Fault, find, has_room, Marks,
     num_loading, Seq, standing_on,
@@ -721,8 +721,8 @@ cdef class BlockManager:
         return last
 
     def state_slot(self, seq):
-        """The slot on which a sequence stands, -1 for none: before its first pass, where its caller keeps its state, and
-        where no group keeps one."""
+        """The slot on which a sequence stands, -1 for none: before its first pass, where the caller keeps its state,
+        and where no group keeps one."""
         cdef Fault f
         cdef int64_t handle = as_int(seq, "seq")
         cdef int32_t slot = -1
@@ -1088,8 +1088,8 @@ cdef class BlockManager:
             NoFreeBlocks: `.needed` by the whole batch, `.free` to be had.
             NoFreeStates: the same for slots of states.
             MovesPending: what an earlier step has to move was not moved.
-            ValueError: a sequence has not as many tokens left, is preempted, or comes twice; the caller keeps its state,
-                and `own_state` was left out; the step is too small; or `max_open_steps` are open.
+            ValueError: a sequence has not as many tokens left, is preempted, or comes twice; the caller keeps its
+                state, and `own_state` was left out; the step is too small; or `max_open_steps` are open.
         """
         cdef Ints s = unopened(), q = unopened()
         cdef Fault f

@@ -179,6 +179,7 @@ def through_generate(model: PreTrainedModel, each: list[tuple[Tensor, Tensor]]) 
         for told in range(1 + again):
             with kvblocks.generate(model, requests, max_batch_tokens=9, **options) as run:
                 tokens = run.run()
+                assert run.pool is not None
                 empty(run.pool)
                 assert run.scheduler.num_hit == told * sum((length - 1) // EVERY * EVERY for length in LENGTHS)
             for got, scores, expected in zip(tokens, seen, each, strict=True):

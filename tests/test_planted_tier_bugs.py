@@ -34,14 +34,14 @@ class MovesOfAnAbortedStepAreLost(ModelManager):
 class MovesAreKnownToTheirStepOnly(ModelManager):
     """The next step may be prepared, in other arrays, before the moves of the last one are on their way."""
 
-    def prepare(self, seqs: Any, query_lens: Any, step: ModelStep, *, keep_state: bool = False) -> int:
+    def prepare(self, seqs: Any, query_lens: Any, step: ModelStep, **options: bool) -> int:
         self.moves_marked = self.moves_handed
-        return super().prepare(seqs, query_lens, step, keep_state=keep_state)
+        return super().prepare(seqs, query_lens, step, **options)
 
 
 class PassDoesNotWaitForItsLoads(ModelManager):
-    def prepare(self, seqs: Any, query_lens: Any, step: ModelStep, *, keep_state: bool = False) -> int:
-        step_id = super().prepare(seqs, query_lens, step, keep_state=keep_state)
+    def prepare(self, seqs: Any, query_lens: Any, step: ModelStep, **options: bool) -> int:
+        step_id = super().prepare(seqs, query_lens, step, **options)
         step.needs = 0
         return step_id
 
@@ -57,8 +57,8 @@ class WriterDoesNotWait(ModelManager):
 
 
 class OffloadsRunBeforeLoads(ModelManager):
-    def prepare(self, seqs: Any, query_lens: Any, step: ModelStep, *, keep_state: bool = False) -> int:
-        step_id = super().prepare(seqs, query_lens, step, keep_state=keep_state)
+    def prepare(self, seqs: Any, query_lens: Any, step: ModelStep, **options: bool) -> int:
+        step_id = super().prepare(seqs, query_lens, step, **options)
         step.moves.sort(key=lambda move: move.loads)
         return step_id
 

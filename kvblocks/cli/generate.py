@@ -23,7 +23,6 @@ from rich.table import Table
 
 from kvblocks import demo, smollm2
 from kvblocks.cli.stores import CommandStores, opened_stores
-from kvblocks.config import CacheConfig
 from kvblocks.errors import UsageError
 from kvblocks.generation.request import Settings, check_request
 from kvblocks.generation.sampling import Choosers
@@ -32,6 +31,7 @@ from kvblocks.generation.streams import block_of, generate
 from kvblocks.generation.verify import Verdict, verify
 from kvblocks.integrations.transformers import Pool, UnsupportedModel, longest_sequence
 from kvblocks.integrations.transformers import served as check_served
+from kvblocks.integrations.transformers.layers import FEWEST_STATES, checkpoints_every, slots_for
 from kvblocks.integrations.transformers.weights import file_version, state_version
 
 __all__ = ["run"]
@@ -100,9 +100,9 @@ def _run(args: argparse.Namespace, stores: CommandStores) -> int:
         except ValueError as error:
             raise UsageError(f"{entry['where']}: {_first_line(error)}") from None
     answers = [_Answer(text, request, []) for text, request in requests for _ in range(request.n)]
-    config = _sizes(args, loaded, answers)
+    _check_sizes(args, loaded, answers)
     with _progress() as progress:
-        report = _generate(args, stores, loaded, config, [request for _, request in requests], answers, progress)
+        report = _generate(args, stores, loaded, [request for _, request in requests], answers, progress)
         if args.verify or (args.verify is None and built_in):
             task = progress.add_task("verifying", total=len(answers))
             for answer in answers:
@@ -262,8 +262,8 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _sizes(args: argparse.Namespace, loaded: _Loaded, answers: list[_Answer]) -> CacheConfig:
-    """The cache that --kv-memory pays for, once the longest sequence is known to fit the model and it."""
+def _check_sizes(args: argparse.Namespace, loaded: _Loaded, answers: list[_Answer]) -> None:
+    """Whether the longest sequence fits the model and the cache that --kv-memory pays for."""
     longest = max(answers, key=lambda answer: len(answer.request.prompt) + answer.request.max_new_tokens)
     num_new = longest.request.max_new_tokens
     num_tokens = len(longest.request.prompt) + num_new - 1
@@ -288,14 +288,20 @@ def _sizes(args: argparse.Namespace, loaded: _Loaded, answers: list[_Answer]) ->
     except UnsupportedModel as error:
         raise UsageError(f"--model {loaded.name} cannot be served: {error}") from None
     needed = blocks_needed(block, num_tokens, 1)
-    given = args.kv_memory // block.block_bytes(dtype)
+    each = block.state_bytes(dtype)
+    num_states = slots_for(block, args.kv_memory, dtype, checkpoints_every(args.block_size))
+    given = max(0, args.kv_memory - num_states * each) // block.block_bytes(dtype)
     if given < needed:
+        beside = f" beside {num_states} states of {each:,} bytes" if each else ""
+        least = needed * block.block_bytes(dtype)
+        if each:
+            least = max(least + FEWEST_STATES * each, -(-least * 4 // 3))
         raise UsageError(
-            f"--kv-memory {_as_size(args.kv_memory)} holds {given} blocks of {args.block_size} tokens; {what}, needs "
-            f"{needed}: give at least {_as_size(needed * block.block_bytes(dtype))}"
+            f"--kv-memory {_as_size(args.kv_memory)} holds {given} blocks of {args.block_size} tokens{beside}; {what}, "
+            f"needs {needed}: give at least {_as_size(least)}"
         )
     try:
-        return block.replace(num_gpu_blocks=given)
+        block.replace(num_gpu_blocks=given)
     except ValueError as error:
         raise UsageError(f"--kv-memory {_as_size(args.kv_memory)} is too much: {error}") from None
 
@@ -318,14 +324,13 @@ def _generate(
     args: argparse.Namespace,
     stores: CommandStores,
     loaded: _Loaded,
-    config: CacheConfig,
     requests: list[Request],
     answers: list[_Answer],
     progress: Progress,
 ) -> dict[str, Any]:
     """Fill the answers in; returns what there is to report, by name."""
     task = progress.add_task("generating", total=sum(answer.request.max_new_tokens for answer in answers))
-    pool = _pool(args, stores, loaded, config)
+    pool = _pool(args, stores, loaded)
     if stores.stores:
         _say_what_stores_cannot_bring(pool, max(len(request.prompt) for request in requests))
     try:
@@ -334,7 +339,7 @@ def _generate(
         stores.hang = not pool.close()
 
 
-def _pool(args: argparse.Namespace, stores: CommandStores, loaded: _Loaded, config: CacheConfig) -> Pool:
+def _pool(args: argparse.Namespace, stores: CommandStores, loaded: _Loaded) -> Pool:
     below: dict[str, Any] = {}
     if stores.stores:
         version = None if loaded.folder is None else file_version(loaded.folder)
@@ -342,9 +347,9 @@ def _pool(args: argparse.Namespace, stores: CommandStores, loaded: _Loaded, conf
     try:
         return Pool(
             loaded.model,
-            num_blocks=config.num_gpu_blocks,
+            memory=args.kv_memory,
             host_memory=args.host_memory,
-            block_size=config.block_size,
+            block_size=args.block_size,
             layout=args.layout,
             chunks=True,
             secret=stores.secret,

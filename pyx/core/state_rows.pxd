@@ -271,7 +271,9 @@ cdef inline void leave_checkpoint(Core* c, Step* step, Py_ssize_t i) noexcept no
     cdef Standing* standing = &s.standing[step.rows[i].slot]
     cdef StateRow* row = &step.states[i]
     cdef int32_t end = seq.num_computed, j = 0, slot, older
-    if row.count == 0 or end % s.every or <int64_t>seq.published * c.block_size != end or end <= step.rows[i].start or standing.lost:
+    if row.count == 0 or end <= step.rows[i].start or standing.lost:
+        return
+    if end % s.every or <int64_t>seq.published * c.block_size != end:
         return
     if step.keeps:
         j = end - step.rows[i].start - 1

@@ -36,6 +36,7 @@ from kvblocks.sizes import checked_bytes, checked_size
 from kvblocks.storage.host import slot_bytes
 
 __all__ = [
+    "FEWEST_STATES",
     "KVShape",
     "ModelLayer",
     "cache_argument",
@@ -56,6 +57,7 @@ __all__ = [
     "one_block",
     "placeholder_tokens",
     "slots_beside",
+    "slots_for",
 ]
 
 
@@ -63,7 +65,7 @@ _BFLOAT16 = format_of("bfloat16")
 _MOST_SLOTS = 2**31 - 2  # that a manager counts
 _EVERY = 256  # tokens between checkpoints
 _RUNNING = 64  # sequences that have a slot for their state beside those of checkpoints
-_FEWEST_STATES = 2  # slots: of one sequence and its checkpoint
+FEWEST_STATES = 2  # slots: of one sequence and its checkpoint
 OLDEST = (5, 24)  # of transformers: the caches of earlier versions are asked in another way
 
 
@@ -510,7 +512,7 @@ def slots_for(config: CacheConfig, num_bytes: int, dtype: torch.dtype, every: in
     if not each:
         return 0
     tokens = num_bytes // config.block_bytes(dtype) * config.block_size
-    return max(_FEWEST_STATES, min(tokens // every + _RUNNING, num_bytes // 4 // each))
+    return max(FEWEST_STATES, min(tokens // every + _RUNNING, num_bytes // 4 // each))
 
 
 def slots_beside(config: CacheConfig, dtype: torch.dtype, every: int) -> int:

@@ -231,8 +231,9 @@ class Rows:
         try:
             if step_id is not None:
                 self.blocks.move(step)
-                if step.state_drafts is not None:
-                    last = step.state_drafts[(step.query_start_loc[1 : step.num_seqs + 1] - 1).long()].tolist()
+                every = manager.state_every
+                if step.state_drafts is not None and any((row.computed + new) % every == 0 for row, new in taking):
+                    last = step.state_drafts[step.query_start_loc[1 : step.num_seqs + 1].long() - 1].tolist()
                     numbers = [number for number, new in enumerate(news) if new]
                     checkpoints = [(row, slot) for row, slot in zip(numbers, last, strict=True) if slot >= 0]
             if tables is None or len(taking) < len(self.rows):

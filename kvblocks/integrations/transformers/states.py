@@ -222,7 +222,7 @@ class SlotStates:
             fields: Fields = {name: dict(values) for name, values in layer.others.items()}
             fields.update({name: dict.fromkeys(fields[_FLAGS[0]]) for name in _TENSORS})
             for (name, number, shape, dtype), view in zip(layer.tensors, views, strict=True):
-                fields[name][number] = view.index_select(0, slots).view(dtype).unflatten(1, shape)
+                fields[name][number] = view.index_select(0, slots).view(dtype).view(-1, *shape)
             read.append(fields)
         return read
 
