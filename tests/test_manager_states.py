@@ -229,6 +229,60 @@ def test_rejected_tokens_without_drafts_take_the_state_along() -> None:
     manager.audit()
 
 
+def own(manager: BlockManager, seqs: Any, lens: Any, step: StepBuffers) -> tuple[int, list[int], list[int]]:
+    """A step whose rows' states the caller keeps: its id, where they are read, and where each token's is to be put."""
+    step_id = prepared(manager, seqs, lens, step, own_state=True)
+    assert step.state_drafts is not None
+    return step_id, slots(step), step.state_drafts[: step.num_tokens].tolist()
+
+
+def test_states_that_the_caller_keeps_take_slots_on_the_grid_alone() -> None:
+    manager, step = made(num_states=2)
+    seq, _ = manager.admit(range(14))
+    assert manager.state_slot(seq) == -1
+    step_id, read, written = own(manager, seq, 5, step)
+    assert (read, written) == ([-1], [-1] * 5)
+    assert manager.abort(step_id) == []
+    for count, given in ((5, [-1] * 5), (3, [-1, -1, 0])):
+        step_id, read, written = own(manager, seq, count, step)
+        assert (read, written, zeroed(step), copied(step)) == ([-1], given, [], [])
+        assert manager.commit(step_id) == []
+    assert manager.num_free_states == 2  # nobody holds the checkpoint
+    assert manager.match(range(14)) == 8
+    step_id, _, _ = own(manager, seq, 6, step)
+    assert manager.commit(step_id, [4]) == []
+    manager.trim(seq, 9)  # no state is lost
+    assert manager.lengths(seq).num_computed.tolist() == [9]
+    with pytest.raises(ValueError, match=r"the state of sequence \d+ \(at 0\) is kept by the caller, and in no slot; give"):
+        manager.extend(seq, [1], 1)
+        manager.prepare(seq, 1, step)
+    other, cached = manager.admit(range(14))
+    assert (cached, manager.state_slot(other), manager.num_free_states) == (8, 0, 1)
+    step_id, read, written = own(manager, [other, *manager.fork(seq)], [6, 1], step)
+    assert (read, written, manager.state_slot(other)) == ([0, -1], [-1] * 7, -1)
+    assert manager.num_free_states == 1  # an abort goes back to it
+    manager.abort(step_id)
+    assert manager.state_slot(other) == 0
+    manager.audit()
+    for options in ({"keep_state": True}, {"own_state": 1}):
+        with pytest.raises((ValueError, TypeError)):
+            manager.prepare(seq, 1, step, **{"own_state": True, **options})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"keep_state=False, own_state=True, but no group"):
+        BlockManager(8, BLOCK).prepare(1, 1, step, own_state=True)
+
+
+def test_without_a_slot_the_caller_leaves_no_checkpoint() -> None:
+    manager, step = made(num_states=1)
+    seq, _ = manager.admit(range(8))
+    computed(manager, seq, 8, step)
+    late, _ = manager.admit(range(100, 108))
+    step_id, _, written = own(manager, late, 8, step)
+    assert written == [-1] * 8
+    assert manager.commit(step_id) == []
+    assert manager.match(range(100, 109)) == 0
+    manager.audit()
+
+
 def test_a_trim_of_computed_tokens_preempts() -> None:
     manager, step = made()
     seq, _ = manager.admit(range(12))
