@@ -338,8 +338,8 @@ class BlockManager:
         position lies past the prepared tokens, or no group keeps a state.
         """
     def state_slot(self, seq: int) -> int:
-        """The slot on which a sequence stands, -1 for none: before its first pass, where its caller keeps its state, and
-        where no group keeps one.
+        """The slot on which a sequence stands, -1 for none: before its first pass, where the caller keeps its state,
+        and where no group keeps one.
         """
     @property
     def num_background_slots(self) -> int:
@@ -516,8 +516,8 @@ class BlockManager:
             NoFreeBlocks: `.needed` by the whole batch, `.free` to be had.
             NoFreeStates: the same for slots of states.
             MovesPending: what an earlier step has to move was not moved.
-            ValueError: a sequence has not as many tokens left, is preempted, or comes twice; the caller keeps its state,
-                and `own_state` was left out; the step is too small; or `max_open_steps` are open.
+            ValueError: a sequence has not as many tokens left, is preempted, or comes twice; the caller keeps its
+                state, and `own_state` was left out; the step is too small; or `max_open_steps` are open.
         """
     def landed(self, number: int) -> None:
         """Say that all moves up to `number` are done: nothing that names their blocks or slots has to wait for them.

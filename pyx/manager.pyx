@@ -27,8 +27,8 @@ from core.sequences cimport (
     IS_PREEMPTED, IS_SEQUENCE, LATER_STEP, NO_BLOCKS, NO_MEMORY, NO_SLOTS, NO_STEP, NOT_ENOUGH_TOKENS, NOT_NEWEST,
     LOST_STATE, NO_STATES, NOT_OLDEST, NOT_PREEMPTED, NOT_UNKNOWN, NOTHING_TO_PIN, OUT_OF_REACH, OWN_STATE,
     SIZE_ACCEPTED, SIZE_TOKENS, STALE, STEP_BLOCKS, STEP_GROUPS, STEP_LIMIT, STEP_SEQS, STEP_STATES, STEP_TOKENS,
-    TOO_LONG, TWICE, UNMOVED, WATERMARK, blocks_for, Core, core_append, core_extend, core_forget_resume, core_fork, core_free,
-    core_preempt, core_reorder,
+    TOO_LONG, TWICE, UNMOVED, WATERMARK, blocks_for, Core, core_append, core_extend, core_forget_resume, core_fork,
+    core_free, core_preempt, core_reorder,
     core_reset, core_set_tokens, core_take_back, core_trim, core_unpin, Counters, Fault, find, has_room, Marks,
     num_loading, Seq, standing_on,
 )
