@@ -1,6 +1,6 @@
 """PagedCache: a transformers cache whose K and V lie in the blocks of a pool.
 
-What its rows are is in `rows`, and how K and V go in and out in `layer`; here is the face that transformers sees.
+Here is what transformers and users call. The rows of a batch are kept in `rows`; `layer` moves K and V in and out.
 """
 
 import weakref
