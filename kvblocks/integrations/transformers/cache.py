@@ -200,9 +200,9 @@ class PagedCache(Cache):
         Returns:
             The number of columns that need not be computed.
 
-        Of a model that keeps states all rows must be found up to the same column, each at a checkpoint, or as all that
-        it holds since the last `begin` and `tell`. Models of Mamba 1 (Jamba, Zamba), which `model.generate` cannot let
-        go on from a state, and those with index keys beside states, find nothing.
+        Of a model that keeps states all rows must be found up to the same column: rows without padding at checkpoints,
+        others as all that they hold since the last `begin` and `tell`. Models of Mamba 1 (Jamba, Zamba), which
+        `model.generate` cannot let go on from a state, and those with index keys beside states, find nothing.
 
         Positions must count from 0 at each row's first token, as `generate` numbers them. A model that takes none, and
         may count padding, reuses only what had as much of it.
@@ -308,9 +308,10 @@ class PagedCache(Cache):
         _check_ids("input_ids", ids[held])
         pads = [int(line.argmax()) for line in held]
         check_prompts(self._state.config, padded=any(pads), positions_given=positions_given)
+        # States may have seen padding: not every model hides it from them in every pass.
+        shifts = counts_padding(self._state.config) or bool(self._state.rows.states)
         if self._crosses(ids.shape[1]):
-            salt = PRIVATE_SALT + np.random.default_rng().bytes(16) + salt
-        shifts = counts_padding(self._state.config)
+            salt, shifts = PRIVATE_SALT + np.random.default_rng().bytes(16), False  # nobody shares it
         more = [()] * len(ids) if extra is None else list(extra)
         if len(more) != len(ids):
             raise ValueError(f"extra is for {len(more)} rows, input_ids has {len(ids)}")
@@ -326,7 +327,7 @@ class PagedCache(Cache):
             Prompt(
                 line[left:],
                 left,
-                salt + b"%d" % left if shifts and left else salt,
+                b"padded by %d: " % left + salt if shifts and left else salt,
                 [(column - left, value) for column, value in pairs],
                 runs_of(self._state.config, line[left:]),
             )

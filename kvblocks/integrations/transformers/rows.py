@@ -321,7 +321,7 @@ class Rows:
         try:
             for number, (row, prompt) in enumerate(zip(kept, prompts, strict=True)):
                 if row is None:
-                    most = max(0, columns - prompt.pad) if self.states else None
+                    most = columns if self.states else None
                     handle, cached = self.blocks.admit(prompt, max_hit=most, fetches=reuse and not self.states)
                     row = Row(handle, prompt.pad, cached)
                     self.rows.insert(number, row)
@@ -329,7 +329,7 @@ class Rows:
                     self._extend(row.handle, prompt, row.computed)
                     row.pad = prompt.pad
                 row.total = row.known = row.real = len(prompt.ids)
-            if columns and any(row.pad + row.computed != columns for row in self.rows):
+            if columns and any(row.computed != columns for row in self.rows):
                 # What was admitted first has evicted what was found for the others.
                 self.clear()
                 self.begin(prompts, reuse=False)
@@ -413,19 +413,18 @@ class Rows:
         """The most columns after which the states of every row are there: each has a checkpoint where these end."""
         if self.blocks.slots is None or self.states.has_positions or not self.goes_on:
             return 0
-        columns = prompts[0].pad + len(prompts[0].ids) - _AFTER_STATES
+        if any(prompt.pad for prompt in prompts):
+            return 0
+        columns = len(prompts[0].ids) - _AFTER_STATES
         while columns > 0:
             columns = self._before_images(columns, prompts)
-            ends = []
-            for prompt in prompts:
-                most = max(0, columns - prompt.pad)
-                found = self.blocks.manager.match(prompt.ids, salt=prompt.salt, extra=prompt.extra, max_hit=most)
-                if not found:
-                    return 0
-                ends.append(prompt.pad + found)
-            if min(ends) == columns:
+            least = min(
+                self.blocks.manager.match(prompt.ids, salt=prompt.salt, extra=prompt.extra, max_hit=columns)
+                for prompt in prompts
+            )
+            if least == columns:
                 return columns
-            columns = min(ends)
+            columns = least
         return 0
 
     def _take_states(self) -> None:
