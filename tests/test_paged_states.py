@@ -266,6 +266,21 @@ def test_a_prefix_is_found_where_a_pass_has_left_its_states(name: str) -> None:
     assert pool.manager.num_free_states == 12
 
 
+def test_what_was_computed_beside_padding_is_nobody_elses() -> None:
+    """Not every model hides padding from its states in every pass."""
+    pool = stateful("falcon_h1")
+    first, second = (PagedCache(model_of("falcon_h1").config, pool=pool) for _ in range(2))
+    ids, mask = padded([24, 16])
+    first.begin(ids, mask)
+    forward("falcon_h1", first, ids)  # it ends on the grid in both rows
+    first.crop(0)  # and counts
+    more = torch.cat([ids, tokens(2, 5, 1)], 1)
+    wider = torch.cat([mask, torch.ones_like(more[:, 24:])], 1)
+    assert second.begin(more[:1]) == 24
+    assert second.begin(more[1:, 8:]) == second.begin(more[1:, 8:], salt=b"8") == second.begin(more, wider) == 0
+    assert second.begin(more[1:], wider[1:]) == 8  # what is padding in every row is left out
+
+
 @pytest.mark.parametrize("name", WITH_STATES)
 def test_a_chat_goes_on_in_its_rows(name: str) -> None:
     """Where the next prompts begin with all that the rows hold, their states are those that are needed."""
