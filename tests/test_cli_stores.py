@@ -133,6 +133,7 @@ def test_a_prompt_that_is_longer_than_what_is_fetched_at_once(
             "--store cannot be used: 'user' is no kind of store; give a URL that begins",
         ),
         (["--store", ""], "'' is no kind of store"),
+        (["--cache-dir", ""], "cannot be used: path is empty"),
         (["--store", "redis://u:hunter2@[h"], "--store cannot be used: "),
         (["--store", "redis://u:hunter2@h?size=1GiB"], "'redis://h' has an option 'size'"),
         (["--store", "mooncake://127.0.0.1:1"], "lacks the memory that this process lends"),

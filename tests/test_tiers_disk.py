@@ -606,6 +606,7 @@ def test_reading_and_removing_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
+        (ValueError, "path is empty", {"path": ""}),
         (ValueError, "capacity=0 must be 1 to", {"capacity": 0}),
         (ValueError, "capacity='much' is not a size", {"capacity": "much"}),
         (TypeError, "capacity is a float", {"capacity": 1.5}),

@@ -6,7 +6,7 @@ Imports the stores, which need no torch.
 import argparse
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from urllib.parse import urlsplit
 
 from kvblocks.cli.extras import read_secret
@@ -68,15 +68,16 @@ def opened_stores(args: argparse.Namespace) -> Iterator[CommandStores]:
             "source"
         )
     opened = CommandStores(secret)
-    try:
+    with ExitStack() as closing:
         if args.cache_dir is not None:
-            opened.add(_folder(args), args.cache_dir)
+            opened.add(closing.enter_context(_folder(args)), args.cache_dir)
         for url in args.store:
-            opened.add(_from_url(url), _without_secrets(url))
-        yield opened
-    finally:
-        for store in opened.stores if not opened.hang else ():
-            store.close()
+            opened.add(closing.enter_context(_from_url(url)), _without_secrets(url))
+        try:
+            yield opened
+        finally:
+            if opened.hang:
+                closing.pop_all()
 
 
 def _folder(args: argparse.Namespace) -> Store:

@@ -114,7 +114,7 @@ class DiskStore(Store):
     Raises:
         StoreInUse: another store has the folder open.
         OSError: the folder cannot be made, read or written.
-        ValueError, TypeError: `capacity` or `threads` is not as above.
+        ValueError, TypeError: `path` is empty, or `capacity` or `threads` is not as above.
 
     Example:
         >>> with DiskStore("/var/cache/kv", "10GiB") as store:
@@ -127,6 +127,8 @@ class DiskStore(Store):
     def __init__(
         self, path: str | os.PathLike[str], capacity: str | SupportsIndex, *, threads: SupportsIndex = 4
     ) -> None:
+        if not os.fspath(path):
+            raise ValueError('path is empty; give the name of a folder, "." for the one that is current')
         self._capacity = checked_bytes("capacity", capacity)
         self._threads = index(threads)
         if not 1 <= self._threads <= 256:

@@ -3,7 +3,6 @@
 How replies are read is in `kvblocks.tiers.resp`. Imports redis, an extra, only when a store is made.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -16,6 +15,7 @@ __all__ = ["RedisStore"]
 
 AHEAD_BYTES = 16 << 20  # of payload that a batch may have on its way: enough for the network, little for the server
 REQUEST_BYTES = 512  # that a request and its reply take beside the payload
+LONGEST_SECONDS = 1_000_000  # of a timeout: not every number is one that sockets take
 LOOKUP_KEYS = 1024  # of one script: the server does nothing else while it runs
 LOOKUP = (
     b"local found = {} for i, key in ipairs(KEYS) do found[i] = redis.call('EXISTS', key) end "
@@ -286,6 +286,6 @@ def _checked_url(url: str) -> str:
 
 
 def _seconds(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
-        raise ValueError(f"{name}={value!r} must be seconds, more than 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value <= LONGEST_SECONDS):
+        raise ValueError(f"{name}={value!r} must be seconds, more than 0 and at most {LONGEST_SECONDS:,}")
     return float(value)
