@@ -266,6 +266,27 @@ def test_new_weights_are_for_states_too() -> None:
         assert run.run() == [answer(name, tuple(ids))]
 
 
+@pytest.mark.parametrize("name", ["qwen3_next", "lfm3"])
+def test_between_the_passes_of_a_cache_on_the_same_pool(name: str) -> None:
+    """The last pass of a cache that keeps states, or records windows, is open until something else begins."""
+    made: Any = model_of(name)
+    pool, ids = pool_of(name), torch.tensor([prompt(17, 1)])
+    held = PagedCache(made.config, pool=pool)
+    held.activate_past_recording()
+    held.begin(ids)
+    out = made.generate(ids, attention_mask=torch.ones_like(ids), cache=held, max_new_tokens=3, do_sample=False)
+    with kvblocks.generate(made, [prompt(9, 2)], pool=pool, **QUIET) as run:
+        run.step()
+        assert held.get_seq_length() == 19
+        with torch.inference_mode():
+            made(out[:, 19:], cache=held, use_cache=True)
+        assert run.run() == [answer(name, tuple(prompt(9, 2)))]
+    assert out[0, 17:].tolist() == answer(name, tuple(prompt(17, 1)))[:3]
+    held.tell(out)
+    held.close()
+    spent(run)
+
+
 def test_served_by_gathering() -> None:
     for name in NAMES:
         with pytest.raises(UnsupportedModel, match="keeps more than the K and V that attention reads: index keys, or"):

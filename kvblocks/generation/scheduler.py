@@ -194,7 +194,8 @@ class Scheduler:
                     "not taken here: use model.generate with kvblocks.integrations.transformers.PagedCache"
                 )
         if request.n > min(self.max_seqs, _MOST_HELD):
-            states = f", with {self.manager.num_states} slots for states" if self.manager.num_states else ""
+            few = self.max_seqs == self.manager.num_states
+            states = f", with {self.manager.num_states} slots for states" if few else ""
             raise ValueError(f"n={request.n} answers run together, and max_seqs={self.max_seqs} sequences can{states}")
         if self._choosers is not None:
             choosers: Sequence[Chooser | None] = self._choosers.make(request) or [None]
@@ -269,6 +270,8 @@ class Scheduler:
             RuntimeError: the scheduler is closed.
         """
         self._check_open()
+        if self._pool is not None:
+            self._pool.blocks.begin(None)  # steps are committed in order, and caches may have one open
         if self._tiers is not None:
             self._tiers.poll()
             self._fetch_ahead(self._tiers)

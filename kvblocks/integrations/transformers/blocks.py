@@ -305,8 +305,11 @@ class Blocks:
             self._buffers = old = StepBuffers(*sizes, device=device, groups=groups, states=states)
         return old
 
-    def begin(self, rows: Sharing) -> None:
-        """Make these the rows whose pass runs; that of others, still running, has failed."""
+    def begin(self, rows: Sharing | None) -> None:
+        """Make these the rows whose pass runs; that of others, still running, has failed, if it is not at its end.
+
+        None for a step that is no cache's.
+        """
         if self.running is not None and self.running is not rows:
             self.running.drop()
         if self.recorded is not None and self.recorded is not rows:
