@@ -14,7 +14,7 @@ from kvblocks.config import CacheConfig, Group, LayerTensor
 from kvblocks.errors import OutOfMemory
 from kvblocks.manager import BlockManager
 from kvblocks.movement import first_outside
-from kvblocks.moves import HostMoves, move_stream
+from kvblocks.moves import HostMoves, MovePlaces, move_stream
 from kvblocks.sizes import budget, checked_integer
 from kvblocks.step import StepBuffers
 from kvblocks.storage.block_memory import free_memory
@@ -44,9 +44,11 @@ class CacheEngine:
         host_blocks: slots of host memory for blocks that leave the device and come back, as many as the manager has; 0
             for none. On a CUDA device the memory is pinned at once, and moves need Triton.
         num_states: slots for what layers keep once for a sequence, as many as the manager has; 0 where none keeps any.
+        host_states: slots of host memory for checkpoints of these, as many as the manager has; needs `host_blocks`.
 
     Attributes:
         arena: the slots of host memory, a `HostArena`; None without `host_blocks`.
+        state_arena: those for checkpoints; None without `host_states`.
         states: of each layer its `StateCache`, None where it keeps nothing for a sequence.
 
     With several layer groups the layers of all groups share memory, as a block of the pool belongs to one group at a
@@ -83,6 +85,7 @@ class CacheEngine:
         prefault: bool = False,
         host_blocks: SupportsIndex = 0,
         num_states: SupportsIndex = 0,
+        host_states: SupportsIndex = 0,
     ) -> None:
         if not isinstance(config, CacheConfig):
             raise TypeError(f"config is a {type(config).__name__}; give a CacheConfig")
@@ -90,6 +93,12 @@ class CacheEngine:
         self._reaches = tuple(group.reach for group in config.groups)
         slots = checked_integer("host_blocks", host_blocks, 0, 2**31 - 1)
         self.num_states = _checked_states(config, dtype, num_states)
+        checkpoints = checked_integer("host_states", host_states, 0, 2**31 - 1)
+        if checkpoints and not (slots and self.num_states):
+            raise ValueError(
+                f"host_states={checkpoints} needs num_states= and host_blocks=, each at least 1: checkpoints of the "
+                "device are copied there, and go with their blocks"
+            )
         caches, self._mover, self._memory = PagedKVCache.for_config(
             config, dtype, device, layout=layout, prefault=prefault
         )
@@ -104,7 +113,8 @@ class CacheEngine:
             (None,) * config.num_layers if self._states is None else tuple(self._states.caches)
         )
         self.arena = HostArena(slots, config.block_bytes(dtype)) if slots else None
-        self._host = None if self.arena is None else self._moves_to(self.arena)
+        self.state_arena = HostArena(checkpoints, config.state_bytes(dtype)) if checkpoints else None
+        self._host = None if self.arena is None else self._moves_to(self.arena, self.state_arena)
         self._closed: str | None = None
         _log.info(
             "KV cache on %s: %d blocks x %d layers = %.1f MB",
@@ -369,15 +379,16 @@ class CacheEngine:
             ends = (block, slot) if to_slots else (slot, block)
             host.run(torch.stack([kind, torch.full_like(block, index), *ends], 1))
 
-    def _moves_to(self, arena: HostArena) -> HostMoves:
-        pieces = [(storage.data_ptr(), width, width) for storage, width in self._memory.storages]
-        found = move_stream(pieces, self._memory.sizes, self.num_blocks, arena, self.device)
-        return HostMoves(found, arena, self._memory)
+    def _moves_to(self, arena: HostArena, state_arena: HostArena | None = None) -> HostMoves:
+        places = [MovePlaces(self._memory, self.num_blocks, arena)]
+        if self._states is not None and state_arena is not None:
+            places.append(MovePlaces(self._states.memory, self.num_states, state_arena))
+        return HostMoves(move_stream(places, self.device), places)
 
     def move(self, step: StepBuffers) -> None:
         """Do all that a step needs moved before its pass, and mark it as done. Call it right after `prepare`, always.
 
-        What is moved is `step.moves`, between device blocks and host slots, and then `step.copies`: a block that others
+        What is moved is `step.moves`, between device and host slots, and then `step.copies`: a block that others
         hold too, or that is published, is copied before the step writes to it. Slots for states are set to zero and
         copied after these, behind the passes launched so far: launch each pass before the next call. A second call
         moves nothing; moves of a step that was aborted are made all the same.
@@ -459,15 +470,16 @@ class CacheEngine:
                 f"the step has {len(moves)} moves between device and host, and the engine no host memory: make it with "
                 "host_blocks="
             )
-        groups, slots = len(self._config.groups), self.arena.num_slots
-        kinds = moves[:, 0] != 0
-        blocks, in_host = torch.where(kinds, moves[:, 3], moves[:, 2]), torch.where(kinds, moves[:, 2], moves[:, 3])
-        columns = (("kind", moves[:, 0], 2), ("group", moves[:, 1], groups))
-        for name, column, count in (*columns, ("block", blocks, self.num_blocks), ("slot", in_host, slots)):
-            ids = column.to(torch.int64)
-            bad = first_outside(ids.data_ptr(), len(ids), 0, count - 1)
-            if bad >= 0:
-                raise ValueError(f"step.moves[{bad}] names {name} {int(ids[bad])}, which is outside 0..{count - 1}")
+        groups = len(self._config.groups)
+        _check_column("kind", moves[:, 0], 2)
+        _check_column("group", moves[:, 1], groups + (self.state_arena is not None))
+        kinds, states = moves[:, 0] != 0, moves[:, 1] == groups
+        on_device, in_host = torch.where(kinds, moves[:, 3], moves[:, 2]), torch.where(kinds, moves[:, 2], moves[:, 3])
+        _check_column("block", on_device.where(~states, 0), self.num_blocks)
+        _check_column("slot", in_host.where(~states, 0), self.arena.num_slots)
+        if self.state_arena is not None:
+            _check_column("state", on_device.where(states, 0), self.num_states)
+            _check_column("slot for a state", in_host.where(states, 0), self.state_arena.num_slots)
 
     def _check_manager(self, manager: BlockManager) -> None:
         if manager.groups != self._reaches:
@@ -484,6 +496,12 @@ class CacheEngine:
         if manager.host_blocks > slots:
             raise ValueError(
                 f"the manager has host_blocks={manager.host_blocks} and the engine {slots}; make both with one number"
+            )
+        checkpoints = 0 if self.state_arena is None else self.state_arena.num_slots
+        if manager.host_states > checkpoints:
+            raise ValueError(
+                f"the manager has host_states={manager.host_states} and the engine {checkpoints}; make both with one "
+                "number"
             )
         if manager.num_states > self.num_states or (manager.num_states == 0) != (self.num_states == 0):
             raise ValueError(
@@ -508,6 +526,14 @@ def _most_storages(config: CacheConfig) -> int:
     """No more storages than these has an engine: a CUDA device rounds each up."""
     of_layer = [sum(tensor.per == "token" for tensor in layer) for layer in config.layers]
     return max(sum(of_layer[layer] for layer in group.layers) for group in config.groups) + _STATE_STORAGES
+
+
+def _check_column(name: str, column: torch.Tensor, count: int) -> None:
+    """Whether what each move names is 0 to count - 1."""
+    ids = column.to(torch.int64)
+    bad = first_outside(ids.data_ptr(), len(ids), 0, count - 1)
+    if bad >= 0:
+        raise ValueError(f"step.moves[{bad}] names {name} {int(ids[bad])}, which is outside 0..{count - 1}")
 
 
 def _checked_states(config: CacheConfig, dtype: torch.dtype | str, num_states: SupportsIndex) -> int:

@@ -139,7 +139,9 @@ class StepArrays:
         """Moves between device and host that come with this step, in the order in which they are to be done.
 
         int32 [n, 4]: kind (0: from a device block to a host slot, 1: from a host slot to a device block), layer group,
-        source, target. None once they are marked. They are the manager's: an aborted step's are to be done as well.
+        source, target. The number after that of the last group stands for states: source and target are then slots
+        for states, of the device and of the host, each numbered from 0. None once they are marked. They are the
+        manager's: an aborted step's are to be done as well.
         """
     @property
     def fills(self) -> int:
@@ -256,6 +258,8 @@ class BlockManager:
         write_ahead: blocks that one `prepare` has copied to the host at most, 1 to 2**20.
         num_states: slots for states, 0 to 2**31 - 2, where one of the groups is a `State`: a sequence takes one at its
             first `prepare`, and what is left keeps checkpoints. 0 elsewhere.
+        host_states: slots for checkpoints in host memory, beside `host_blocks`. What a sequence leaves, or what was
+            hit, is copied there, and goes with its block as it does on the device; a hit loads it back.
 
     With a `State` a sequence that stands at a multiple of `every` tokens goes on in a copy of its state, as far as
     there are slots, and what it leaves behind is a checkpoint of that prefix once its blocks are published: hits end at
@@ -288,6 +292,7 @@ class BlockManager:
         host_blocks: int = 0,
         write_ahead: int = 256,
         num_states: int = 0,
+        host_states: int = 0,
     ) -> Self: ...
     @classmethod
     def for_config(
@@ -303,6 +308,7 @@ class BlockManager:
         host_blocks: int = 0,
         write_ahead: int = 256,
         num_states: int = 0,
+        host_states: int = 0,
     ) -> Self:
         """A manager of the blocks of a cache: `num_blocks`, `block_size` and `groups` are the config's.
 
@@ -318,10 +324,16 @@ class BlockManager:
         """Number of the newest move that is marked as made, or ordered before whatever reads the blocks."""
     @property
     def host_blocks(self) -> int:
-        """Slots in the host pool."""
+        """Slots for blocks in the host pool."""
+    @property
+    def host_states(self) -> int:
+        """Slots for checkpoints in the host pool."""
     @property
     def num_free_host_blocks(self) -> int:
-        """Host slots that hold nothing."""
+        """Host slots that hold no block."""
+    @property
+    def num_free_host_states(self) -> int:
+        """Host slots for checkpoints that hold none."""
     @property
     def state_every(self) -> int:
         """`State.every` of the group that keeps a state, 0 where none does."""
@@ -343,7 +355,7 @@ class BlockManager:
         """
     @property
     def num_background_slots(self) -> int:
-        """Host slots that fetches and spills hold, at most a quarter of all."""
+        """Host slots that fetches and spills hold, at most a quarter of those of blocks and of those of checkpoints."""
     @property
     def groups(self) -> tuple[Window | Chunk | None, ...]: ...
     @property
@@ -410,7 +422,7 @@ class BlockManager:
             tiers: whether to say how many tokens lie where, as a `Found`.
 
         `admit` finds as many, or fewer where windows or chunks let a prompt be longer than the pool and what follows
-        the longest hit would not fit.
+        the longest hit would not fit, and where no slot is free into which its checkpoint could be loaded.
         """
     @overload
     def match(
@@ -428,7 +440,7 @@ class BlockManager:
             tiers: whether to say how many tokens lie where, as a `Found`.
 
         `admit` finds as many, or fewer where windows or chunks let a prompt be longer than the pool and what follows
-        the longest hit would not fit.
+        the longest hit would not fit, and where no slot is free into which its checkpoint could be loaded.
         """
     def blocks_needed(self, num_tokens: int, *, reserve: SupportsIndex | None = None, max_new_tokens: int = 1) -> int:
         """Blocks that a prompt needs to be computed and answered, alone and with nothing cached.

@@ -1,4 +1,4 @@
-"""HostMoves: copies of blocks between a device and slots of host memory, in the order that the manager gives.
+"""HostMoves: copies of blocks and states between a device and slots of host memory, in the order of the manager.
 
 On CUDA they run on a stream of their own, beside that of the passes, and the host waits for neither. Streams and events
 are used through `MoveStream` alone: on the CPU moves are done when a call returns, on CUDA when the stream has reached
@@ -9,6 +9,7 @@ the kernels.
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,9 +18,25 @@ from torch import Tensor
 from kvblocks.kernels import kernels
 from kvblocks.movement import move_blocks
 from kvblocks.sizes import HEADER_BYTES
+from kvblocks.storage.block_memory import BlockMemory
 from kvblocks.storage.host import HostArena
 
-__all__ = ["HostMoves", "MoveStream", "move_stream"]
+__all__ = ["HostMoves", "MovePlaces", "MoveStream", "move_stream"]
+
+
+@dataclass(frozen=True)
+class MovePlaces:
+    """Between what moves go: the blocks of all layer groups and their host slots, or the same for states.
+
+    Attributes:
+        memory: of the blocks.
+        count: blocks that there are.
+        arena: the slots.
+    """
+
+    memory: BlockMemory
+    count: int
+    arena: HostArena
 
 
 class MoveStream(Protocol):
@@ -52,25 +69,24 @@ class HostMoves:
 
     Args:
         stream: where they run.
-        arena: the slots, kept alive until the last move is done.
-        memory: what else is kept alive so long.
+        memory: what is kept alive until the last move is done.
 
     A step enqueues the same few operations however many moves it has: the stream follows the current one, does the
     moves that the pass waits for, then the others, and the current stream waits for those that it needs.
     """
 
-    def __init__(self, stream: MoveStream, arena: HostArena, memory: object = None) -> None:
-        self.arena = arena
+    def __init__(self, stream: MoveStream, memory: object) -> None:
         self._stream = stream
         self._marks: deque[tuple[int, Any]] = deque()  # of moves up to a number, oldest first
         self._landed = 0
-        weakref.finalize(self, _finish, stream, arena, memory)
+        weakref.finalize(self, _finish, stream, memory)
 
     def enqueue(self, moves: Tensor, first: int, last: int, needs: int) -> None:
         """Do moves, those that the next pass needs before the others.
 
         Args:
-            moves: int32 [n, 4]: kind (0 from a block to a slot, 1 back), group, source, target, which must exist.
+            moves: int32 [n, 4]: kind (0 from a block to a slot, 1 back), group, source, target, which must exist. The
+                group after the last one is that of states.
             first, last: the range of this step's numbers, both included; not every number in it has a move here.
             needs: the newest move that the pass waits for, at most `last`; 0 for none.
         """
@@ -114,21 +130,11 @@ class HostMoves:
         return max(min(count, len(moves)), int(loads[-1]) + 1 if len(loads) else 0)
 
 
-def move_stream(
-    pieces: Sequence[tuple[int, int, int]],
-    sizes: Sequence[int],
-    num_blocks: int,
-    arena: HostArena,
-    device: torch.device,
-) -> MoveStream:
-    """The stream for moves between the blocks of a device and the slots of an arena.
+def move_stream(places: Sequence[MovePlaces], device: torch.device) -> MoveStream:
+    """The stream for moves between a device and host memory.
 
     Args:
-        pieces: of each part of a block, in order: its address in block 0, and in bytes the stride between blocks and
-            its length.
-        sizes: bytes of a block that each group uses, from its beginning.
-        num_blocks: number of blocks.
-        arena: the slots.
+        places: of blocks, then of states if these are moved; groups number through them.
         device: where the blocks lie.
 
     Raises:
@@ -136,39 +142,54 @@ def move_stream(
         ValueError: a CUDA device, and an arena that is not pinned.
     """
     if device.type == "cpu":
-        return CpuStream(pieces, sizes, num_blocks, arena)
+        return CpuStream(places)
     if device.type != "cuda":
         raise NotImplementedError(f"blocks are not moved between {device} and host memory; use CPU or CUDA")
-    if not arena.pinned:
-        raise ValueError(f"{arena} is not pinned, so {device} cannot reach it; leave pinned out, or set it")
-    return CudaStream(pieces, sizes, arena, device)
+    for place in places:
+        if not place.arena.pinned:
+            raise ValueError(f"{place.arena} is not pinned, so {device} cannot reach it; leave pinned out, or set it")
+    return CudaStream(places, device)
+
+
+def _apart(moves: Tensor, places: Sequence[MovePlaces]) -> list[Tensor]:
+    """The moves of each of the places, with groups that number from 0 there."""
+    if len(places) == 1:
+        return [moves]
+    parts, first = [], 0
+    for place in places:
+        end = first + len(place.memory.sizes)
+        own = moves[(moves[:, 1] >= first) & (moves[:, 1] < end)]
+        own[:, 1] -= first
+        parts.append(own)
+        first = end
+    return parts
 
 
 class CpuStream:
     """Compiled copies, which are done when a call returns."""
 
-    def __init__(
-        self, pieces: Sequence[tuple[int, int, int]], sizes: Sequence[int], num_blocks: int, arena: HostArena
-    ) -> None:
-        self._pieces = torch.tensor(pieces, dtype=torch.int64)
-        self._sizes = torch.tensor(sizes, dtype=torch.int64)
-        self._num_blocks, self._arena = num_blocks, arena
+    def __init__(self, places: Sequence[MovePlaces]) -> None:
+        self._places = places
+        self._pieces = [torch.tensor(place.memory.pieces, dtype=torch.int64) for place in places]
+        self._sizes = [torch.tensor(place.memory.sizes, dtype=torch.int64) for place in places]
 
     def follow(self) -> None: ...
 
     def run(self, moves: Tensor) -> None:
-        move_blocks(
-            self._pieces.data_ptr(),
-            len(self._pieces),
-            self._num_blocks,
-            self._arena.address + HEADER_BYTES,
-            self._arena.slot_bytes,
-            self._arena.num_slots,
-            self._sizes.data_ptr(),
-            len(self._sizes),
-            moves.data_ptr(),
-            len(moves),
-        )
+        parts = _apart(moves, self._places)
+        for place, pieces, sizes, part in zip(self._places, self._pieces, self._sizes, parts, strict=True):
+            move_blocks(
+                pieces.data_ptr(),
+                len(pieces),
+                place.count,
+                place.arena.address + HEADER_BYTES,
+                place.arena.slot_bytes,
+                place.arena.num_slots,
+                sizes.data_ptr(),
+                len(sizes),
+                part.data_ptr(),
+                len(part),
+            )
 
     def mark(self) -> None: ...
 
@@ -181,22 +202,16 @@ class CpuStream:
 
 
 class CudaStream:
-    """A stream of its own; one copy and one launch for each `run`."""
+    """A stream of its own; one copy and one launch for each `run`, two where it moves blocks and states."""
 
-    def __init__(
-        self,
-        pieces: Sequence[tuple[int, int, int]],
-        sizes: Sequence[int],
-        arena: HostArena,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, places: Sequence[MovePlaces], device: torch.device) -> None:
         module = kernels("slots")
         if module is None:
             raise NotImplementedError(
                 "on CUDA a Triton kernel moves blocks to the host, and Triton is not installed; `pip install triton`"
             )
-        self._kernels, self._arena, self._device = module, arena, device
-        self._chunks = module.Chunks.of(pieces, sizes, device)
+        self._kernels, self._places, self._device = module, places, device
+        self._chunks = [module.Chunks.of(place.memory.pieces, place.memory.sizes, device) for place in places]
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.follow()  # the current stream, on which the tables and the blocks were filled
 
@@ -206,8 +221,11 @@ class CudaStream:
     def run(self, moves: Tensor) -> None:
         # torch reuses pinned memory only after the copies out of it, and the table only on this stream.
         with torch.cuda.stream(self._stream):
-            table = moves.pin_memory().to(self._device, non_blocking=True)
-            self._kernels.move_blocks(self._chunks, self._arena.address + HEADER_BYTES, self._arena.slot_bytes, table)
+            for place, chunks, part in zip(self._places, self._chunks, _apart(moves, self._places), strict=True):
+                if len(part):
+                    table = part.pin_memory().to(self._device, non_blocking=True)
+                    address = place.arena.address + HEADER_BYTES
+                    self._kernels.move_blocks(chunks, address, place.arena.slot_bytes, table)
 
     def mark(self) -> torch.cuda.Event:
         event: torch.cuda.Event = self._stream.record_event()
@@ -224,5 +242,5 @@ class CudaStream:
         self._stream.synchronize()
 
 
-def _finish(stream: MoveStream, arena: HostArena, memory: object) -> None:
+def _finish(stream: MoveStream, memory: object) -> None:
     stream.finish()

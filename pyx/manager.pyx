@@ -20,7 +20,9 @@ from core.text cimport (
 )
 from core.tree cimport NODE_HEAD, hash_extra, Line, node_at, Tree, tree_walk
 from core.states cimport Standing, States, states_free, StateSlot
-from core.host cimport DIGEST_BYTES, FETCHED, FETCHING, Host, count_moves, host_free, Move, Shadow, Slot, Work
+from core.host cimport (
+    DIGEST_BYTES, FETCHED, FETCHING, LOAD, Host, count_moves, host_free, Move, Shadow, Slot, SlotPool, Work,
+)
 from core.pool cimport Block, Pool, pool_free, pool_step, Step
 from core.sequences cimport (
     BAD_ACCEPTED, BAD_COUNT, BAD_QUERY, BAD_TOKEN, BAD_TRIM, COMPUTED_UNKNOWN, EXTRA_SIZE, IN_STEP, IS_PIN,
@@ -28,12 +30,12 @@ from core.sequences cimport (
     LOST_STATE, NO_STATES, NOT_OLDEST, NOT_PREEMPTED, NOT_UNKNOWN, NOTHING_TO_PIN, OUT_OF_REACH, OWN_STATE,
     SIZE_ACCEPTED, SIZE_TOKENS, STALE, STEP_BLOCKS, STEP_GROUPS, STEP_LIMIT, STEP_SEQS, STEP_STATES, STEP_TOKENS,
     TOO_LONG, TWICE, UNMOVED, WATERMARK, blocks_for, Core, core_append, core_extend, core_forget_resume, core_fork,
-    core_free, core_preempt, core_reorder,
-    core_reset, core_set_tokens, core_take_back, core_trim, core_unpin, Counters, Fault, find, has_room, Marks,
-    num_loading, Seq, standing_on,
+    core_free, core_preempt, core_reorder, core_reset, core_set_tokens, core_take_back, core_trim, core_unpin, Counters,
+    Fault, find, has_room, Marks, num_loading, Seq, standing_on,
 )
 from core.admission cimport (
-    Cached, core_admit, core_pin, core_resume, hit_limit, late_rows, longest_hit, most_ever, plan_admission,
+    DEVICE, HOST, Cached, core_admit, core_pin, core_resume, hit_limit, late_rows, longest_hit, most_ever,
+    plan_admission,
 )
 from core.background cimport (
     NAMED, OF_ROOT, Begun, core_begin_fetch, core_begin_spill, core_end_fetch, core_end_spill, core_release, free_work,
@@ -367,7 +369,9 @@ cdef class StepArrays:
         """Moves between device and host that come with this step, in the order in which they are to be done.
 
         int32 [n, 4]: kind (0: from a device block to a host slot, 1: from a host slot to a device block), layer group,
-        source, target. None once they are marked. They are the manager's: an aborted step's are to be done as well.
+        source, target. The number after that of the last group stands for states: source and target are then slots
+        for states, of the device and of the host, each numbered from 0. None once they are marked. They are the
+        manager's: an aborted step's are to be done as well.
         """
         return (<BlockManager>self.manager).handed_out(self.arrays.last_move) if self.manager is not None else (
             np.empty((0, 4), np.int32)
@@ -501,6 +505,8 @@ cdef class BlockManager:
         write_ahead: blocks that one `prepare` has copied to the host at most, 1 to 2**20.
         num_states: slots for states, 0 to 2**31 - 2, where one of the groups is a `State`: a sequence takes one at its
             first `prepare`, and what is left keeps checkpoints. 0 elsewhere.
+        host_states: slots for checkpoints in host memory, beside `host_blocks`. What a sequence leaves, or what was
+            hit, is copied there, and goes with its block as it does on the device; a hit loads it back.
 
     With a `State` a sequence that stands at a multiple of `every` tokens goes on in a copy of its state, as far as
     there are slots, and what it leaves behind is a checkpoint of that prefix once its blocks are published: hits end at
@@ -531,7 +537,7 @@ cdef class BlockManager:
     def __cinit__(
         self, num_blocks=_MISSING, block_size=_MISSING, *more, groups=(None,), max_seqs=65536, max_nodes=None,
         max_open_steps=8, prefix_caching=True, watermark=0.0, host_blocks=0, write_ahead=256,
-        num_states=0, **unknown,
+        num_states=0, host_states=0, **unknown,
     ):
         check_arguments("BlockManager", {"num_blocks": num_blocks, "block_size": block_size}, more, unknown, 2)
         cdef Core* c = &self.core
@@ -545,6 +551,7 @@ cdef class BlockManager:
         if max_nodes is not None:
             nodes = <int32_t>bounded(max_nodes, "max_nodes", 0, MAX_INT32 - 1)
         cdef int32_t states = <int32_t>bounded(num_states, "num_states", 0, MAX_INT32 - 1)
+        cdef int32_t checkpoints = <int32_t>bounded(host_states, "host_states", 0, MAX_INT32 - 1)
         self.groups = checked_groups(groups, c, states, size)
         if isinstance(watermark, bool) or not isinstance(watermark, (int, float)):
             raise TypeError(f"watermark must be a number, not {type(watermark).__name__}")
@@ -553,6 +560,16 @@ cdef class BlockManager:
         cdef bint caching = boolean(prefix_caching, "prefix_caching")
         if slots and not caching:
             raise ValueError(f"{host_blocks=} needs prefix_caching=True: host slots keep published blocks")
+        if checkpoints and not (slots and states):
+            raise ValueError(
+                f"{host_states=} needs num_states= and host_blocks=, each at least 1: checkpoints of the device are "
+                "copied there, and go with their blocks"
+            )
+        if checkpoints and max(<int64_t>blocks + states, <int64_t>slots + checkpoints) > MAX_INT32 - 1:
+            raise ValueError(
+                f"{num_blocks=} and {num_states=}, or {host_blocks=} and {host_states=}, are more than {MAX_INT32 - 1} "
+                "together"
+            )
         self.slots = c.max_seqs = <int32_t>bounded(max_seqs, "max_seqs", 1, SLOT_MASK + 1)
         p.max_steps = <int32_t>bounded(max_open_steps, "max_open_steps", 1, 1024)
         c.block_size = t.block_size = size
@@ -592,9 +609,9 @@ cdef class BlockManager:
                 f"no memory to keep books of num_blocks={blocks} blocks of block_size={size} tokens{beside}"
             )
         if slots:
-            open_host(c, slots, ahead)
+            open_host(c, slots, checkpoints, states if checkpoints else 0, ahead)
         if states:
-            open_states(c, states)
+            open_states(c, states, checkpoints > 0)
         node_at(t, 0).hash = t.seal
         node_at(t, 0).uses = 1
         # A block that is larger is hashed only once a text has filled it: then `make_key` makes the rest.
@@ -682,8 +699,13 @@ cdef class BlockManager:
 
     @property
     def host_blocks(self):
-        """Slots in the host pool."""
-        return self.core.pool.host.num_slots
+        """Slots for blocks in the host pool."""
+        return self.core.pool.host.blocks.num_slots
+
+    @property
+    def host_states(self):
+        """Slots for checkpoints in the host pool."""
+        return self.core.pool.host.checkpoints.num_slots
 
     @property
     def state_every(self):
@@ -737,15 +759,21 @@ cdef class BlockManager:
 
     @property
     def num_free_host_blocks(self):
-        """Host slots that hold nothing."""
+        """Host slots that hold no block."""
         with self.lock:
-            return host_free(&self.core.pool.host)
+            return host_free(&self.core.pool.host.blocks)
+
+    @property
+    def num_free_host_states(self):
+        """Host slots for checkpoints that hold none."""
+        with self.lock:
+            return host_free(&self.core.pool.host.checkpoints)
 
     @property
     def num_background_slots(self):
-        """Host slots that fetches and spills hold, at most a quarter of all."""
+        """Host slots that fetches and spills hold, at most a quarter of those of blocks and of those of checkpoints."""
         with self.lock:
-            return self.core.pool.host.num_held
+            return self.core.pool.host.blocks.num_held + self.core.pool.host.checkpoints.num_held
 
     @property
     def num_free_blocks(self):
@@ -832,7 +860,7 @@ cdef class BlockManager:
             tiers: whether to say how many tokens lie where, as a `Found`.
 
         `admit` finds as many, or fewer where windows or chunks let a prompt be longer than the pool and what follows
-        the longest hit would not fit.
+        the longest hit would not fit, and where no slot is free into which its checkpoint could be loaded.
         """
         cdef int64_t longest = optional(max_hit, "max_hit")
         cdef Prompt prompt
@@ -846,7 +874,7 @@ cdef class BlockManager:
                 raise MemoryError(f"no memory to match {prompt.text.num_tokens} tokens")
             with nogil, self.lock:
                 hit = tree_walk(&self.core.pool.tree, &prompt.text, hit_limit(&self.core, &prompt.text, longest), path)
-                hit = longest_hit(&self.core, path, hit, host)
+                hit = longest_hit(&self.core, path, hit, HOST if host else DEVICE)
                 late = late_rows(&self.core, path, hit) if apart and host else 0
         finally:
             free(path)
@@ -1629,6 +1657,7 @@ cdef class BlockManager:
     cdef object handed_out(self, int64_t last_move):
         """The moves of the step whose newest move this is, int32 [n, 4]; none once they are marked."""
         cdef const Host* h = &self.core.pool.host
+        cdef const Move* move
         cdef int32_t i, n = 0, room = -1
         cdef int32_t[:, ::1] out
         while n > room:
@@ -1638,8 +1667,11 @@ cdef class BlockManager:
             with self.lock:
                 n = h.num_moves if self.core.pool.moves.marked < last_move == self.core.pool.moves.handed else 0
                 for i in range(n if n <= room else 0):
-                    out[i, 0], out[i, 1] = h.moves[i].kind, h.moves[i].group
-                    out[i, 2], out[i, 3] = h.moves[i].source, h.moves[i].target
+                    move = &h.moves[i]
+                    out[i, 0], out[i, 1], out[i, 2], out[i, 3] = move.kind, move.group, move.source, move.target
+                    if move.group == self.core.num_groups:
+                        out[i, 2] -= h.checkpoints.first if move.kind == LOAD else h.first_state
+                        out[i, 3] -= h.first_state if move.kind == LOAD else h.checkpoints.first
         return array[:n]
 
     cdef int add_tokens(self, seqs, tokens, counts, extra) except -1:
@@ -1894,7 +1926,7 @@ cdef tuple checked_groups(object given, Core* c, int32_t num_states, int32_t blo
     return groups
 
 
-cdef int open_states(Core* c, int32_t slots) except -1:
+cdef int open_states(Core* c, int32_t slots, bint offers) except -1:
     """Map what slots for states need, untouched; `close_states` gives it back, also after an error."""
     cdef States* s = &c.pool.states
     s.num_slots, s.oldest, s.newest = slots, -1, -1
@@ -1903,7 +1935,11 @@ cdef int open_states(Core* c, int32_t slots) except -1:
     s.of_node = <int32_t*>map_zeroed(<size_t>c.pool.tree.max_nodes + 1, sizeof(int32_t))
     s.standing = <Standing*>map_zeroed(c.max_seqs, sizeof(Standing))
     s.preempted = <int64_t*>map_zeroed(c.max_seqs, sizeof(int64_t))
-    if s.slots == NULL or s.stack == NULL or s.of_node == NULL or s.standing == NULL or s.preempted == NULL:
+    s.offers = <int32_t*>map_zeroed(slots, sizeof(int32_t)) if offers else NULL
+    if (
+        s.slots == NULL or s.stack == NULL or s.of_node == NULL or s.standing == NULL or s.preempted == NULL
+        or offers and s.offers == NULL
+    ):
         raise MemoryError(f"no memory to keep books of num_states={slots} slots")
     c.pool.host.states = s
     return 0
@@ -1918,44 +1954,60 @@ cdef void close_states(Core* c, int32_t max_seqs) noexcept:
     unmap(s.of_node, <size_t>c.pool.tree.max_nodes + 1, sizeof(int32_t))
     unmap(s.standing, max_seqs, sizeof(Standing))
     unmap(s.preempted, max_seqs, sizeof(int64_t))
+    unmap(s.offers, s.num_slots, sizeof(int32_t))
 
 
-cdef int open_host(Core* c, int32_t slots, int32_t write_ahead) except -1:
-    """Map what a host pool needs, untouched; `close_host` gives it back, also after an error."""
+cdef int open_pool(SlotPool* p, int32_t first, int32_t slots) except -1:
+    p.first = p.fresh = first
+    p.num_slots, p.oldest, p.newest = slots, -1, -1
+    p.stack = <int32_t*>map_zeroed(slots, sizeof(int32_t))
+    if p.stack == NULL and slots:
+        raise MemoryError(f"no memory to keep books of {slots} host slots")
+    return 0
+
+
+cdef int open_host(Core* c, int32_t blocks, int32_t checkpoints, int32_t states, int32_t write_ahead) except -1:
+    """Map what a host pool for `blocks` and `checkpoints` needs, the latter from so many `states` of the device,
+    untouched; `close_host` gives it back, also after an error."""
     cdef Host* h = &c.pool.host
-    cdef int32_t blocks = c.pool.num_blocks
-    h.num_slots, h.write_ahead, h.oldest, h.newest = slots, write_ahead, -1, -1
-    h.horizon = max(8192, blocks // 16)
+    cdef int32_t slots = blocks + checkpoints, on_device = c.pool.num_blocks + states
+    h.num_slots, h.write_ahead = slots, write_ahead
+    h.width = c.num_groups + (checkpoints > 0)
+    h.first_state, h.num_states = c.pool.num_blocks, states
+    h.horizon = max(8192, c.pool.num_blocks // 16)
+    open_pool(&h.blocks, 0, blocks)
+    open_pool(&h.checkpoints, blocks, checkpoints)
     h.slots = <Slot*>map_zeroed(slots, sizeof(Slot))
-    h.stack = <int32_t*>map_zeroed(slots, sizeof(int32_t))
-    h.slot_of = <int32_t*>map_zeroed((<size_t>c.pool.tree.max_nodes + 1) * c.num_groups, sizeof(int32_t))
-    h.shadows = <Shadow*>map_zeroed(blocks, sizeof(Shadow))
-    h.loads = <int32_t*>map_zeroed(blocks, sizeof(int32_t))
-    h.moves = <Move*>map_zeroed(<size_t>blocks + write_ahead, sizeof(Move))
+    h.slot_of = <int32_t*>map_zeroed((<size_t>c.pool.tree.max_nodes + 1) * h.width, sizeof(int32_t))
+    h.shadows = <Shadow*>map_zeroed(on_device, sizeof(Shadow))
+    h.loads = <int32_t*>map_zeroed(on_device, sizeof(int32_t))
+    h.moves = <Move*>map_zeroed(<size_t>on_device + write_ahead, sizeof(Move))
     h.needs = <int64_t*>map_zeroed(c.max_seqs, sizeof(int64_t))
     h.spills = <int32_t*>map_zeroed(slots, sizeof(int32_t))
     h.places = <int32_t*>map_zeroed(<size_t>c.pool.tree.max_nodes + 1, sizeof(int32_t))
     h.digests = <char*>map_zeroed(<size_t>c.pool.tree.max_nodes + 1, DIGEST_BYTES)
     c.pool.tree.named = <uint8_t*>map_zeroed(<size_t>c.pool.tree.max_nodes + 1, 1)
     if (
-        h.slots == NULL or h.stack == NULL or h.slot_of == NULL or h.shadows == NULL or h.loads == NULL
+        h.slots == NULL or h.slot_of == NULL or h.shadows == NULL or h.loads == NULL
         or h.moves == NULL or h.needs == NULL or h.spills == NULL or h.places == NULL or h.digests == NULL
         or c.pool.tree.named == NULL
     ):
-        raise MemoryError(f"no memory to keep books of host_blocks={slots} slots")
+        raise MemoryError(f"no memory to keep books of host_blocks={blocks} and host_states={checkpoints} slots")
     return 0
 
 
 cdef void close_host(Core* c, int32_t max_seqs) noexcept:
     cdef Host* h = &c.pool.host
+    cdef size_t on_device = <size_t>c.pool.num_blocks + h.num_states
     if h.num_slots == 0:
         return
     unmap(h.slots, h.num_slots, sizeof(Slot))
-    unmap(h.stack, h.num_slots, sizeof(int32_t))
-    unmap(h.slot_of, (<size_t>c.pool.tree.max_nodes + 1) * c.num_groups, sizeof(int32_t))
-    unmap(h.shadows, c.pool.num_blocks, sizeof(Shadow))
-    unmap(h.loads, c.pool.num_blocks, sizeof(int32_t))
-    unmap(h.moves, <size_t>c.pool.num_blocks + h.write_ahead, sizeof(Move))
+    unmap(h.blocks.stack, h.blocks.num_slots, sizeof(int32_t))
+    unmap(h.checkpoints.stack, h.checkpoints.num_slots, sizeof(int32_t))
+    unmap(h.slot_of, (<size_t>c.pool.tree.max_nodes + 1) * h.width, sizeof(int32_t))
+    unmap(h.shadows, on_device, sizeof(Shadow))
+    unmap(h.loads, on_device, sizeof(int32_t))
+    unmap(h.moves, on_device + h.write_ahead, sizeof(Move))
     unmap(h.needs, max_seqs, sizeof(int64_t))
     unmap(h.spills, h.num_slots, sizeof(int32_t))
     unmap(h.places, <size_t>c.pool.tree.max_nodes + 1, sizeof(int32_t))

@@ -61,6 +61,7 @@ class Device:
     slots: dict[int, tuple[int, int]] = field(default_factory=dict)
     host: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # what each host slot holds, token by token
     states: dict[int, int] = field(default_factory=dict)  # what each slot of states has seen: one exact prefix
+    host_states: dict[int, int] = field(default_factory=dict)  # the same of slots in host memory
     names: dict[tuple[Any, ...], int] = field(default_factory=dict)
     fresh: Iterator[int] = field(default_factory=count)
 
@@ -92,7 +93,11 @@ class Device:
                 self.slots[target * self.block_size + offset] = found
 
     def move(self, move: Any) -> None:
-        """A block to a host slot, or back: all that lies there, whatever it is."""
+        """A block, or a state, to a host slot or back: all that lies there, whatever it is."""
+        if move.group == len(self.groups):
+            origin, end = (self.host_states, self.states) if move.loads else (self.states, self.host_states)
+            end[move.target] = origin.get(move.source, -2)
+            return
         block = move.target if move.loads else move.source
         places = range(block * self.block_size, (block + 1) * self.block_size)
         if move.loads:

@@ -219,6 +219,9 @@ class ManagerMachine(RuleBasedStateMachine):
         if self.states or (self.states is None and choice([True, False, False])):
             config["groups"] = (*self.groups, State(self.block_size * choice([1, 1, 2, 3])))
             config["num_states"] = choice([1, 3, 5, 9, 20, 40])
+            if "host_blocks" in config:
+                config["num_states"] = choice([1, 2, 3, 3, 5, 9, 40])
+                config["host_states"] = choice([0, 1, 4, 8, 16, 40])
         self.open(num_blocks, config)
 
     def open(self, num_blocks: int, config: dict[str, Any]) -> None:
@@ -280,6 +283,7 @@ class ManagerMachine(RuleBasedStateMachine):
         )
         assert abs(subject.usage - model.usage) < 1e-9
         assert subject.num_free_host_blocks == model.num_free_host_blocks
+        assert subject.num_free_host_states == model.num_free_host_states
         assert subject.num_background_slots == model.num_background_slots
         assert tuple(subject.stats()) == tuple(model.stats()), f"expected {model.stats()}, got {subject.stats()}"
         handles = list(model.sequences)
@@ -314,12 +318,13 @@ class ManagerMachine(RuleBasedStateMachine):
         """The slots of sequences and of checkpoints hold what they are said to, once all passes have run."""
         if self.streams.passes:
             return
+        loads = self.model.load_of_block[self.model.num_blocks :]
         for handle, sequence in self.model.sequences.items():
-            if sequence.state is not None and not sequence.lost:
+            if sequence.state is not None and not sequence.lost and sequence.needs <= self.streams.landed:
                 contents = self.device.identities(self.truths[handle])
                 self.device.check_state(sequence.state, contents, sequence.num_prepared, f"sequence {handle}")
         for slot, state in enumerate(self.model.state_slots):
-            if state.node is not None:
+            if state.node is not None and loads[slot] <= self.streams.landed:
                 contents = self.device.identities(self.truth_of(state.node))
                 self.device.check_state(slot, contents, len(contents), "a checkpoint")
 
@@ -340,11 +345,19 @@ class ManagerMachine(RuleBasedStateMachine):
         for slot, (node, g) in self.model.home.items():
             if self.model.move_of_slot[slot] <= self.streams.landed:
                 expected = self.content_of(node, g)
-                assert self.device.host.get(slot) == expected, f"host slot {slot} holds another prefix"
+                assert self.in_host_slot(slot) == expected, f"host slot {slot} holds another prefix"
+
+    def in_host_slot(self, slot: int) -> Content:
+        """What lies in a host slot. Those for states come after those for blocks."""
+        first = self.model.host_blocks
+        if slot < first:
+            return self.device.host.get(slot, JUNK)
+        return [(len(self.groups), self.device.host_states.get(slot - first, -2))]
 
     def content_of(self, node: Node, g: int) -> Content:
-        """What a block or a slot of a node holds."""
-        return [(g, name) for name in self.device.identities(self.truth_of(node))[-self.block_size :]]
+        """What a block or a slot of a node holds; of a state that is the last token that it has seen."""
+        size = self.block_size if g < len(self.groups) else 1
+        return [(g, name) for name in self.device.identities(self.truth_of(node))[-size:]]
 
     def compare_steps(self, subject_step: Any, model_step: ModelStep) -> None:
         got, expected = self.driver.read(subject_step), read_model_step(model_step)
@@ -730,7 +743,7 @@ class ManagerMachine(RuleBasedStateMachine):
                     self.note_preempted(self.both_uncopied("abort", expected))
                     self.next_is_refused(which)
                 if self.host or not aborted:
-                    self.launch_moves(view, model_step.last_move, after)
+                    self.launch_moves(view, model_step.last_move, after, model_step.needs, aborted)
                     self.both_uncopied("mark_moved", model_step.last_move)
             if aborted:  # the pass was not launched, and the copies that it was to read go nowhere
                 self.compare()
@@ -739,26 +752,26 @@ class ManagerMachine(RuleBasedStateMachine):
         self.compare()
         return expected
 
-    def launch_moves(self, step: StepView, last_move: int, after: list[Work]) -> None:
+    def launch_moves(self, step: StepView, last_move: int, after: list[Work], needs: int, aborted: bool) -> None:
         """Loads first, which are numbered before copies-on-write, and offloads last."""
         first_offload = last_move + 1 - sum(not move.loads for move in step.moves)
         number = self.model.moves_marked
         for move in step.moves:
             if move.loads:
-                named = {
-                    block
-                    for _, rows in self.runs
-                    for row in rows
-                    for block in self.device.reached(row.tables, row.start)
-                }
-                assert move.target not in named, f"a load writes block {move.target}, which an open step names"
+                open_rows = [row for _, rows in self.runs for row in rows]
+                named = {block for row in open_rows for block in self.device.reached(row.tables, row.start)}
+                if move.group == len(self.groups):
+                    named = {slot for row in open_rows for slot in [row.state, *row.drafts]}
+                assert move.target not in named, f"a load writes {move}, which an open step names"
             first, last = (number + 1, number) if move.loads else (first_offload, first_offload)
             self.streams.launch_move(partial(self.device.move, move), after, first, last)
             first_offload += not move.loads
         self.streams.launch_move(lambda: None, after, last_move, last_move)
         if self.stateful:
             zeroed = [slot for slot in step.state_zero if slot >= 0]
-            self.streams.launch_pass(partial(self.device.copy_states, zeroed, step.state_copies), 0)
+            work = self.streams.launch_pass(partial(self.device.copy_states, zeroed, step.state_copies), needs)
+            if aborted:  # no pass comes after it
+                self.closed.append(work)
 
     @action(2, when=lambda self: self.host)
     def landed(self) -> None:
@@ -1005,6 +1018,37 @@ class ManagerMachine(RuleBasedStateMachine):
             self.both("match", [*tokens, 0, *added[:more]], **identity)
             known = self.truths[first[0]].tokens
             self.both("match", [*known[: self.rng.randint(1, len(known))], 0], **identity)
+
+    @action(10, when=lambda self: self.host and self.model.free_slots, states=True)
+    def come_back(self) -> None:
+        """A conversation leaves a checkpoint, others push it out of the device, and it goes on."""
+        tokens, identity = self.rng.choice(self.visits) if self.visits and self.coin() else self.a_prompt()
+        tokens = [*tokens, *self.some_tokens(max(0, self.model.every - len(tokens)))]
+        self.visits = [*self.visits[-7:], (tokens, identity)]
+        self.answer(tokens, identity)
+        self.flush()
+        for _ in range(self.rng.choice([0, 1, 2, min(self.model.num_states, 6)])):
+            mark = {"salt": b"", "extra": [(0, self.rng.randbytes(2))]}
+            self.answer(self.some_tokens(min(self.max_prompt, self.model.every + 1)), mark)
+        if self.coin():
+            self.time_passes()
+        self.both("match", [*tokens, 0], **identity, tiers=self.coin())
+        self.answer([*tokens, *self.some_tokens(self.rng.randint(1, self.block_size))], identity)
+
+    def answer(self, tokens: list[int], identity: dict[str, Any]) -> None:
+        """A prompt is computed, with a stop at its last grid point, and most often leaves."""
+        admitted = self.both_admit(tokens, identity, self.bounds() if self.coin() else {})
+        if isinstance(admitted, Raised):
+            self.make_room()
+            return
+        handle, _ = admitted
+        for which in range(2 if self.rng.randint(0, 5) else 0):
+            if handle not in self.runnable or isinstance(self.run_to_checkpoint([handle], which), Raised):
+                break
+            self.close(*(("abort", -1) if self.rng.randint(0, 7) == 0 else ("commit", 0)))
+        if self.rng.randint(0, 4) and handle in self.handles:
+            del self.truths[handle]
+            self.both("free", handle)
 
     @action(6, when=lambda self: self.runnable)
     def prefill(self) -> None:

@@ -76,7 +76,10 @@ class Found(NamedTuple):
 
 
 class Move(NamedTuple):
-    """A block of one group that is to be copied: loaded from a host slot, or else offloaded to one."""
+    """A block of one group that is to be copied: loaded from a host slot, or else offloaded to one.
+
+    The group after the last one is the state: source and target are slots for states.
+    """
 
     loads: bool
     group: int
@@ -141,7 +144,7 @@ class Node:
     parent: "Node | None"
     key: BlockKey
     blocks: list[int | None]  # for each group the one that hangs here
-    slots: list[int | None]  # and the host slot
+    slots: list[int | None]  # and the host slot; where states go to the host, then that of a checkpoint
     digest: bytes | None = None  # its name outside of this process, once somebody has said it
     children: dict[BlockKey, "Node"] = field(default_factory=dict)
     state: int | None = None  # the slot of a checkpoint: the state after the last token of this block
@@ -277,10 +280,13 @@ class ModelManager:
         host_blocks: int = 0,
         write_ahead: int = 256,
         num_states: int = 0,
+        host_states: int = 0,
         checking: bool = True,
     ) -> None:
         if host_blocks and not prefix_caching:
             raise ValueError("host blocks are for the prefix cache")
+        if host_states and not (host_blocks and num_states):
+            raise ValueError("a checkpoint in host memory goes with a block, and comes from a slot of the device")
         self.groups = tuple(reach for reach in groups if not isinstance(reach, State))
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -310,16 +316,20 @@ class ModelManager:
         self.moves_noted = self.moves_handed = self.moves_marked = self.moves_landed = 0
 
         # A host slot is unused, or hangs on a node.
-        self.host_blocks = host_blocks
+        # Those for states are numbered after those for blocks.
+        self.host_blocks, self.host_states = host_blocks, host_states
         self.write_ahead = write_ahead
         self.host_unused = list(reversed(range(host_blocks)))  # a stack
         self.host_slots: list[int] = []  # those that hang on nodes, least recently used first
+        self.host_states_unused = list(reversed(range(host_blocks, host_blocks + host_states)))
+        self.host_checkpoints: list[int] = []  # the same of slots for states
         self.passed: list[int] = []  # hang on nodes, and were passed over by an eviction because they are held
         self.home: dict[int, tuple[Node, int]] = {}  # slot -> its node and group
-        self.move_of_block = [0] * num_blocks  # the newest move that names it: who writes it waits for that
-        self.group_of_slot = [0] * host_blocks
-        self.load_of_block = [0] * num_blocks  # the newest load of what it holds: who reads it waits for that
-        self.move_of_slot = [0] * host_blocks
+        # Of blocks, and after them of slots for states.
+        self.move_of_block = [0] * (num_blocks + num_states)  # the newest move that names it: who writes it waits
+        self.load_of_block = [0] * (num_blocks + num_states)  # the newest load of what it holds: who reads it waits
+        self.group_of_slot = [0] * (host_blocks + host_states)
+        self.move_of_slot = [0] * (host_blocks + host_states)
         self.loading: list[tuple[int, int]] = []  # (block, slot) of loads that are noted and not handed out
         self.examined = 0  # leading blocks of `idle` that were offloaded, or need not be
         self.slid: set[int] = set()  # cached blocks that went out of a window
@@ -333,12 +343,13 @@ class ModelManager:
         self.state_idle: list[int] = []  # checkpoints that nobody holds, least recently used first
         # A checkpoint goes with the block of this group: nobody could hit it then.
         self.anchor = self.groups.index(None) if None in self.groups else 0
+        self.offered: list[int] = []  # slots of checkpoints that are to be offloaded, if they still are some
 
         # Work in the background: it holds slots, which are not evicted, and not free before they are let go.
         self.num_begun = self.num_resets = 0
         self.fetches: list[ModelFetch] = []  # not released
         self.spills: list[ModelSpill] = []  # open
-        self.holds = [0] * host_blocks
+        self.holds = [0] * (host_blocks + host_states)
         self.known: set[int] = set()  # slots whose blocks are there outside of this process too
         self.spill_queue: list[int] = []  # slots that an offload has filled, the first one first; some have lost theirs
 
@@ -382,6 +393,10 @@ class ModelManager:
     @property
     def num_free_host_blocks(self) -> int:
         return len(self.host_unused)
+
+    @property
+    def num_free_host_states(self) -> int:
+        return len(self.host_states_unused)
 
     @property
     def num_free_states(self) -> int:
@@ -611,7 +626,9 @@ class ModelManager:
         self._fill(step, rows)
         copies = len(step.copies) + len(step.state_copies) + len(step.state_zero)
         self.moves_noted += copies
-        step.needs = self.moves_noted if copies else max([row.sequence.needs for row in rows], default=0)
+        waits = [row.sequence.needs for row in rows]
+        waits += [self.move_of_block[self.num_blocks + slot] for row in rows for slot in row.states]
+        step.needs = self.moves_noted if copies else max(waits, default=0)
         if step.needs <= self.moves_landed:
             step.needs = 0
         step.moves = self._noted_loads() + self._offload_ahead(everything=not rows)
@@ -745,7 +762,8 @@ class ModelManager:
             raise ValueError("nothing of this prefix is published")
         handle = self._new_handle()
         rows = self._hold_path(path, Seq(handle, ids, salt, marks))
-        self.pins[handle] = rows, path[-1], self._hold_checkpoint(path[-1])
+        sequence = Seq(handle, ids, salt, marks)
+        self.pins[handle] = rows, path[-1], self._hold_checkpoint(path[-1], sequence) if self.every else None
         return handle
 
     @public
@@ -779,8 +797,11 @@ class ModelManager:
         self.idle.clear()
         self.examined = 0
         self.num_resets += 1
-        self.host_unused += [slot for slot in self.host_slots if not self.holds[slot]]
-        self.host_slots.clear()
+        for slots in (self.host_slots, self.host_checkpoints):
+            for slot in slots:
+                if not self.holds[slot]:
+                    self._unused_of(slot).append(slot)
+            slots.clear()
         self.passed.clear()
         self.home.clear()
         self.known.clear()
@@ -819,7 +840,7 @@ class ModelManager:
         local = len(self._find(ids, salt, marks, most, host=True))
         limit = min(most, max(below, local))
         path = self._walk(ids, salt, marks, limit)
-        room = self.host_blocks // 4 - self.num_background_slots
+        room, room_for_states = self._room_for_work()
         held_before = {slot for slot, holds in enumerate(self.holds) if holds}
 
         def plan(length: int) -> tuple[list[tuple[int, int]], list[int]]:
@@ -833,14 +854,17 @@ class ModelManager:
                     there.append(slot)
                 elif i >= len(path) or path[i].blocks[g] is None:
                     missing.append((i, g))
-            return missing, there
+            state = self._host_state(path[length - 1]) if 0 < length <= len(path) else None
+            return missing, there if state is None else [*there, state]
 
         def fits(length: int) -> bool:
-            if length and self.every and (length > len(path) or path[length - 1].state is None):
+            if not self._has_state(path[:length], True) or (self.every and length > len(path)):
                 return False  # a hit ends at a checkpoint
             missing, there = plan(length)
             new = [slot for slot in there if slot not in held_before]
-            return len(missing) + len(new) <= room and all(i < below for i, _ in missing)
+            states = sum(slot >= self.host_blocks for slot in new)
+            blocks = len(missing) + len(new) - states
+            return blocks <= room and states <= room_for_states and all(i < below for i, _ in missing)
 
         self.num_begun += 1
         fetch = ModelFetch(self.num_begun, local * self.block_size, path=list(path))
@@ -863,7 +887,7 @@ class ModelManager:
         for index in range(len(path), length):
             key = self._block_key(ids, marks, index)
             parent = fetch.path[-1] if fetch.path else self._root(salt)
-            node = parent.children[key] = Node(parent, key, [None] * len(self.groups), [None] * len(self.groups))
+            node = parent.children[key] = self._new_node(parent, key)
             fetch.path.append(node)
         del fetch.path[length:]
         if len(path) > length:
@@ -897,6 +921,8 @@ class ModelManager:
             for g in range(len(self.groups)):
                 if index >= self._first_row(g, len(served) * self.block_size):
                     self._use_slot(path[index], g)
+        if served and self.host_states:
+            self._use_slot(served[-1], len(self.groups))
         fetch.ended = True
         fetch.path = []
         for _, _, slot in fetch.blocks:
@@ -937,7 +963,7 @@ class ModelManager:
         place: dict[int, int] = {}  # of nodes in `nodes`
         tree_nodes: list[Node] = []
         looked = 0
-        room = self.host_blocks // 4 - self.num_background_slots
+        room = self._room_for_work()[0]
         for slot in self.spill_queue[:SPILL_LOOK]:
             if len(rows) >= most or sum(self.holds[row[0]] == 0 for row in rows) >= room:
                 break
@@ -1003,6 +1029,11 @@ class ModelManager:
         for node, digest in zip(spill.tree_nodes, digests or [], strict=False):
             node.digest = digest
 
+    def _room_for_work(self) -> tuple[int, int]:
+        """Slots that the background may hold besides those that it does: of blocks, and of states."""
+        states = sum(holds > 0 for holds in self.holds[self.host_blocks :])
+        return self.host_blocks // 4 - self.num_background_slots + states, self.host_states // 4 - states
+
     def _take_landed(self, count: int) -> list[int]:
         """Up to so many slots that no move still names, the free ones first."""
         taken: list[int] = []
@@ -1024,10 +1055,15 @@ class ModelManager:
         if self.holds[slot]:
             return
         if slot not in self.home:
-            self.host_unused.append(slot)
-        elif slot in self.passed:
+            self._unused_of(slot).append(slot)
+            return
+        if slot in self.passed:
             self.passed.remove(slot)
-            self.host_slots.insert(0, slot)
+            self._list_of(slot).insert(0, slot)
+        if self._is_state(slot):
+            node, _ = self.home[slot]
+            self._check_anchor(node)
+            self._prune(node)
 
     # Blocks
 
@@ -1094,6 +1130,8 @@ class ModelManager:
         """Release all blocks, and the node that was published last."""
         self._drop_from_end(sequence, 0)
         self._set_last_node(sequence, None)
+        if sequence.checkpoint is not None and self.state_slots[sequence.checkpoint].owner == sequence.handle:
+            self._offer(sequence.checkpoint)
         if sequence.state is not None:
             self._drop_state(sequence.state)
             sequence.state = None
@@ -1143,9 +1181,23 @@ class ModelManager:
             path = path[:-1]
         return path
 
-    def _serves(self, path: list[Node], host: bool) -> bool:
+    def _new_node(self, parent: Node, key: BlockKey) -> Node:
+        slots = len(self.groups) + bool(self.host_states)
+        return Node(parent, key, [None] * len(self.groups), [None] * slots)
+
+    def _host_state(self, node: Node) -> int | None:
+        """The host slot of a node's checkpoint."""
+        return node.slots[-1] if self.host_states else None
+
+    def _has_state(self, path: list[Node], host: bool) -> bool:
+        """Whether a sequence can go on after this path: from zero, or from a checkpoint, with `host` from there too."""
+        if not path or not self.every or path[-1].state is not None:
+            return True
+        return host and self._host_state(path[-1]) is not None
+
+    def _serves(self, path: list[Node], host: bool, loads_state: bool | None = None) -> bool:
         """Whether the blocks that a token after this path reaches are there in every group, and the state before it."""
-        if path and self.every and path[-1].state is None:
+        if not self._has_state(path, host if loads_state is None else loads_state):
             return False
         return all(
             node.blocks[g] is not None or (host and node.slots[g] is not None)
@@ -1183,28 +1235,46 @@ class ModelManager:
 
     # Host slots
 
+    def _is_state(self, slot: int) -> bool:
+        return slot >= self.host_blocks
+
+    def _unused_of(self, slot: int) -> list[int]:
+        return self.host_states_unused if self._is_state(slot) else self.host_unused
+
+    def _list_of(self, slot: int) -> list[int]:
+        return self.host_checkpoints if self._is_state(slot) else self.host_slots
+
     def _use_slot(self, node: Node, g: int) -> None:
         """Make the slot, if there is one, the most recently used."""
         slot = node.slots[g]
         if slot is not None:
-            (self.passed if slot in self.passed else self.host_slots).remove(slot)
-            self.host_slots.append(slot)
+            (self.passed if slot in self.passed else self._list_of(slot)).remove(slot)
+            self._list_of(slot).append(slot)
 
     def _oldest_slot(self) -> int | None:
         """The slot to evict next. Held ones are passed over, once: let go, they are the next."""
-        while self.host_slots and self.holds[self.host_slots[0]]:
-            self.passed.append(self.host_slots.pop(0))
-        return self.host_slots[0] if self.host_slots else None
+        return self._oldest_of(self.host_slots)
+
+    def _oldest_of(self, slots: list[int]) -> int | None:
+        while slots and self.holds[slots[0]]:
+            self.passed.append(slots.pop(0))
+        return slots[0] if slots else None
 
     def _drop_slot(self, slot: int) -> None:
+        """Evict what nobody holds."""
+        node, _ = self.home[slot]
+        self.counts["host_evictions"] += 1
+        self._take_off(slot)
+        self._check_anchor(node)
+        self._prune(node)
+
+    def _take_off(self, slot: int) -> None:
+        """The node of a slot that nobody holds has it no more; it is unused."""
         node, g = self.home.pop(slot)
         node.slots[g] = None
-        self._check_anchor(node)
-        self.host_slots.remove(slot)
+        self._list_of(slot).remove(slot)
         self.known.discard(slot)
-        self.host_unused.append(slot)
-        self.counts["host_evictions"] += 1
-        self._prune(node)
+        self._unused_of(slot).append(slot)
 
     def _hang_slot(self, slot: int, node: Node, g: int) -> None:
         node.slots[g] = slot
@@ -1218,11 +1288,14 @@ class ModelManager:
         block = self._take(sequence)
         node.blocks[g] = block
         self.node_of[block] = node
+        self._note_load(sequence, block, slot)
+        return block
+
+    def _note_load(self, sequence: Seq, block: int, slot: int) -> None:
         self.loading.append((block, slot))
         self.moves_noted += 1
         self.load_of_block[block] = self.move_of_block[block] = self.move_of_slot[slot] = self.moves_noted
         sequence.needs = max(sequence.needs, self.moves_noted)
-        return block
 
     def _cancel_load(self, block: int) -> None:
         """The block was evicted, and is another's: what was noted for it is not done. The last one takes its place."""
@@ -1237,15 +1310,18 @@ class ModelManager:
         moves = []
         for block, slot in self.loading:
             # The node may be gone, after a reset; so the group is the slot's when it was noted.
-            moves.append(Move(True, self.group_of_slot[slot], slot, block))
+            if self._is_state(slot):
+                moves.append(Move(True, len(self.groups), slot - self.host_blocks, block - self.num_blocks))
+            else:
+                moves.append(Move(True, self.group_of_slot[slot], slot, block))
         self.loading.clear()
         self.counts["loads"] += len(moves)
         return moves
 
     def _offload_ahead(self, everything: bool) -> list[Move]:
         """Copies to the host of the blocks that will be evicted next, as far as they have none there."""
-        moves: list[Move] = []
         before = self.moves_noted
+        moves = self._offload_checkpoints(before)
         horizon = len(self.idle) if everything else max(8192, self.num_blocks // 16)
         while len(moves) < self.write_ahead and self.examined < min(len(self.idle), horizon) and self.host_blocks:
             block = self.idle[self.examined]
@@ -1258,16 +1334,37 @@ class ModelManager:
                         break  # all of them are held, or were given out by this very call
                     self._drop_slot(oldest)
                 slot = self.host_unused.pop()
-                self._hang_slot(slot, node, g)
-                self.host_slots.append(slot)
+                self._note_offload(block, slot, node, g)
                 if slot not in self.spill_queue:
                     self.spill_queue.append(slot)
-                self.moves_noted += 1
-                self.move_of_block[block] = self.move_of_slot[slot] = self.moves_noted
                 moves.append(Move(False, g, block, slot))
             self.examined += 1
         self.counts["offloads"] += len(moves)
         return moves
+
+    def _offload_checkpoints(self, before: int) -> list[Move]:
+        """Those that are to stay and have no copy in host memory, as far as no move is newer than `before`."""
+        moves: list[Move] = []
+        while self.offered and len(moves) < self.write_ahead:
+            state = self.offered[0]
+            node = self.state_slots[state].node
+            if node is not None and self._host_state(node) is None:
+                if not self.host_states_unused:
+                    oldest = self._oldest_of(self.host_checkpoints)
+                    if oldest is None or self.move_of_slot[oldest] > before:
+                        break
+                    self._drop_slot(oldest)
+                slot = self.host_states_unused.pop()
+                self._note_offload(self.num_blocks + state, slot, node, len(self.groups))
+                moves.append(Move(False, len(self.groups), state, slot - self.host_blocks))
+            self.offered.pop(0)
+        return moves
+
+    def _note_offload(self, block: int, slot: int, node: Node, g: int) -> None:
+        self._hang_slot(slot, node, g)
+        self._list_of(slot).append(slot)
+        self.moves_noted += 1
+        self.move_of_block[block] = self.move_of_slot[slot] = self.moves_noted
 
     def _publish(self, sequence: Seq) -> None:
         """Hang every full computed block of known tokens in the tree, or take the equal one that hangs there."""
@@ -1290,7 +1387,7 @@ class ModelManager:
                 if len(self._all_nodes()) >= self.max_nodes:
                     sequence.may_publish = False
                     return
-                node = parent.children[key] = Node(parent, key, [None] * len(self.groups), [None] * len(self.groups))
+                node = parent.children[key] = self._new_node(parent, key)
             for g, own in enumerate(row):
                 if own != GONE:
                     self._hang(sequence, node, g, own)
@@ -1338,8 +1435,11 @@ class ModelManager:
 
     def _prune(self, node: Node) -> None:
         """Nodes without a block, a slot, a child or a holder go, from this one up."""
-        none = [None] * len(self.groups)
-        while node.parent is not None and not node.children and node.blocks == node.slots == none:
+        while (
+            node.parent is not None
+            and not node.children
+            and not any(place is not None for place in node.blocks + node.slots)
+        ):
             if node in self._holders():
                 return
             del node.parent.children[node.key]
@@ -1363,10 +1463,13 @@ class ModelManager:
         Where what is to be loaded does not fit, the hit is cut until the rest does.
         """
         hit = self._hit(sequence.tokens, sequence.salt, sequence.extra, max_hit, host)
+        loads_state = host and self.num_free_states > 0
+        while not self._serves(hit, host, loads_state):
+            hit.pop()
         if reserve is not None and self.blocks_needed(len(sequence.tokens) or 1, reserve=reserve) <= self.num_blocks:
             while hit and self._most_held(len(hit) * self.block_size, len(sequence.tokens), reserve) > self.num_blocks:
                 hit.pop()
-                while not self._serves(hit, host):
+                while not self._serves(hit, host, loads_state):
                     hit.pop()
         refusal: NoFreeBlocks | None = None
         while True:
@@ -1386,7 +1489,7 @@ class ModelManager:
             if not loads:
                 raise refusal
             hit.pop()
-            while not self._serves(hit, host):
+            while not self._serves(hit, host, loads_state):
                 hit.pop()
 
     def _occupy(self, sequence: Seq, hit: list[Node], target: int) -> None:
@@ -1394,7 +1497,7 @@ class ModelManager:
         self.counts["host_hit_tokens"] += self.block_size * sum(None in row for row in self._needed(hit))
         sequence.table = self._hold_path(hit, sequence)
         sequence.last_node = hit[-1] if hit else None
-        sequence.state = self._hold_checkpoint(hit[-1]) if hit else None
+        sequence.state = self._hold_checkpoint(hit[-1], sequence) if hit and self.every else None
         cached = len(hit) * self.block_size
         sequence.num_cached = sequence.num_computed = sequence.num_prepared = cached
         sequence.num_published = len(hit)
@@ -1589,27 +1692,49 @@ class ModelManager:
             slot = self.state_unused.pop()
         else:
             slot = self.state_idle[0]
+            node = self.state_slots[slot].node
             self._drop_checkpoint(slot)
             self.state_unused.remove(slot)
+            if node is not None and self.host_states:
+                self._use_slot(node, len(self.groups))
             self.counts["checkpoint_evictions"] += 1
         self.state_slots[slot].refs = 1
+        self._cancel_load(self.num_blocks + slot)
+        self.load_of_block[self.num_blocks + slot] = 0
         return slot
+
+    def _offer(self, slot: int) -> None:
+        """Let a checkpoint be offloaded: its sequence has left, or it was hit."""
+        if self.host_states and slot not in self.offered:
+            self.offered.append(slot)
 
     def _drop_state(self, slot: int) -> None:
         """Give up a reference."""
-        self.state_slots[slot].refs -= 1
-        if self.state_slots[slot].refs == 0:
-            (self.state_idle if self.state_slots[slot].node else self.state_unused).append(slot)
+        state = self.state_slots[slot]
+        state.refs -= 1
+        if state.refs == 0:
+            (self.state_idle if state.node else self.state_unused).append(slot)
+            if state.node and not state.owner:
+                self._offer(slot)
 
-    def _hold_checkpoint(self, node: Node) -> int | None:
-        """A hit: it stays when its sequence leaves a newer one."""
+    def _hold_checkpoint(self, node: Node, sequence: Seq) -> int | None:
+        """A hit: it stays when its sequence leaves a newer one. What lies in host memory alone is loaded."""
+        source = self._host_state(node)
+        if source is not None:
+            self._use_slot(node, len(self.groups))
         if node.state is None:
-            return None
-        slot = self.state_slots[node.state]
-        if slot.refs == 0:
+            assert source is not None
+            node.state = self._take_state()
+            state = self.state_slots[node.state]
+            state.node, state.at = node, _depth(node) * self.block_size
+            self._note_load(sequence, self.num_blocks + node.state, source)
+            return node.state
+        state = self.state_slots[node.state]
+        if state.refs == 0:
             self.state_idle.remove(node.state)
-        slot.refs += 1
-        slot.owner = 0
+        state.refs += 1
+        state.owner = 0
+        sequence.needs = max(sequence.needs, self.load_of_block[self.num_blocks + node.state])
         return node.state
 
     def _forget_checkpoint(self, slot: int) -> None:
@@ -1629,8 +1754,13 @@ class ModelManager:
 
     def _check_anchor(self, node: Node) -> None:
         """A checkpoint goes with its block, once that is neither on the device nor on the host."""
-        if node.state is not None and node.blocks[self.anchor] is None and node.slots[self.anchor] is None:
+        if not self.every or node.blocks[self.anchor] is not None or node.slots[self.anchor] is not None:
+            return
+        if node.state is not None:
             self._drop_checkpoint(node.state)
+        slot = self._host_state(node)
+        if slot is not None and not self.holds[slot]:  # else once it is let go
+            self._take_off(slot)
 
     def _return_state(self, row: Row) -> None:
         """The pass of a row did not happen, or nothing of it counts."""
@@ -1815,17 +1945,26 @@ class ModelManager:
         hanging = {block: node for node in reachable for block in node.blocks if block is not None}
         homes = {slot: (node, g) for node in reachable for g, slot in enumerate(node.slots) if slot is not None}
         _require(10, homes == self.home, "the tree and the host slots disagree")
-        _require(10, sorted(self.home) == sorted(self.host_slots + self.passed), "a slot hangs and is in no list")
+        listed = self.host_slots + self.host_checkpoints + self.passed
+        _require(10, sorted(self.home) == sorted(listed), "a slot hangs and is in no list")
         held_slots = [slot for fetch in self.fetches for slot in fetch.held]
         held_slots += [slot for spill in self.spills for slot, _, _ in spill.blocks]
-        for slot in range(self.host_blocks):
+        for slot in range(self.host_blocks + self.host_states):
             _require(12, self.holds[slot] == held_slots.count(slot), f"the holds of host slot {slot} are wrong")
         _require(12, all(self.holds[slot] for slot in self.passed), "an eviction passed over what nobody holds")
-        _require(12, self.num_background_slots <= self.host_blocks // 4, "background work holds too much")
+        _require(12, min(self._room_for_work()) >= 0, "background work holds too much")
         _require(12, self.known <= set(self.home), "a slot without a node is known outside")
         _require(12, len(set(self.spill_queue)) == len(self.spill_queue), "a slot waits for two spills")
-        everywhere = sorted([*self.host_unused, *self.home, *(set(held_slots) - set(self.home))])
-        _require(10, everywhere == list(range(self.host_blocks)), "a host slot is lost or in two places")
+        everywhere = sorted(
+            [*self.host_unused, *self.host_states_unused, *self.home, *(set(held_slots) - set(self.home))]
+        )
+        all_slots = list(range(self.host_blocks + self.host_states))
+        _require(10, everywhere == all_slots, "a host slot is lost or in two places")
+        for slot, (node, g) in self.home.items():
+            _require(10, self._is_state(slot) == (g == len(self.groups)), f"host slot {slot} is of another size")
+            if self._is_state(slot) and not self.holds[slot]:
+                place = node.blocks[self.anchor], node.slots[self.anchor]
+                _require(11, place != (None, None), f"the checkpoint in host slot {slot} has no block")
         moves = [self.moves_landed, self.moves_marked, self.moves_handed, self.moves_noted]
         _require(10, moves == sorted(moves), f"moves are done before they are handed out: {moves}")
         loading = [block for block, _ in self.loading]
@@ -1930,6 +2069,7 @@ class ModelManager:
             self.last_step_id,
             (self.moves_noted, self.moves_handed, self.moves_marked, self.moves_landed),
             (list(self.host_unused), list(self.host_slots), list(self.loading), self.examined, set(self.slid)),
+            (list(self.host_states_unused), list(self.host_checkpoints), list(self.offered)),
             (list(self.passed), list(self.holds), set(self.known), list(self.spill_queue), self.num_begun),
             [(fetch.number, fetch.ended, len(fetch.path), list(fetch.held)) for fetch in self.fetches],
             [(spill.number, len(spill.tree_nodes)) for spill in self.spills],

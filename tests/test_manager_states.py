@@ -132,6 +132,92 @@ def test_a_checkpoint_goes_for_a_state_that_is_needed() -> None:
     assert manager.stats().checkpoint_evictions == 1
 
 
+def host_moves(step: StepBuffers) -> list[list[int]]:
+    """kind (1: from the host), group (1: the state), source, target"""
+    found: list[list[int]] = step.moves.tolist()
+    return found
+
+
+def left_and_pushed_out() -> tuple[BlockManager, StepBuffers]:
+    """A manager of two slots for states, of which neither has the checkpoint of range(8) any more."""
+    manager, step = made(num_states=2, host_blocks=16, host_states=2)
+    for start in (0, 100, 200):
+        seq, _ = manager.admit(range(start, start + 8))
+        computed(manager, seq, 8, step)
+        manager.free(seq)
+    assert manager.stats().checkpoint_evictions == 1
+    return manager, step
+
+
+def test_a_checkpoint_goes_to_the_host_once_its_sequence_has_left() -> None:
+    manager, step = made(host_blocks=16, host_states=2)
+    seq, _ = manager.admit(range(9))
+    computed(manager, seq, 8, step)
+    computed(manager, seq, 1, step)
+    assert host_moves(step) == []
+    manager.free(seq)
+    other, _ = manager.admit(range(100, 103))
+    step_id = manager.prepare(other, 3, step)
+    assert host_moves(step) == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]  # then its blocks, the last one first
+    manager.mark_moved(step.last_move)
+    manager.commit(step_id)
+    assert (manager.num_free_host_states, manager.num_free_host_blocks) == (1, 14)
+    manager.audit()
+
+
+def test_a_hit_loads_the_checkpoint_into_a_slot_of_its_own() -> None:
+    manager, step = left_and_pushed_out()
+    assert [manager.match(range(start, start + 9)) for start in (0, 100, 200)] == [8, 8, 8]
+    seq, cached = manager.admit(range(10))
+    assert cached == 8
+    step_id = manager.prepare(seq, 2, step)
+    loads = [move for move in host_moves(step) if move[0] == 1]
+    assert loads == [[1, 1, 0, 1]]
+    assert step.needs >= step.first_move
+    assert copied(step) == [[1, 0]]  # it goes on in the other one
+    manager.mark_moved(step.last_move)
+    manager.commit(step_id)
+    assert manager.stats().loads == 1
+    manager.audit()
+
+
+def test_where_no_slot_is_free_a_checkpoint_is_not_loaded() -> None:
+    manager, step = left_and_pushed_out()
+    running = [manager.admit(range(300, 303))[0], manager.admit(range(400, 403))[0]]
+    computed(manager, running, 3, step)
+    assert (manager.num_free_states, manager.match(range(10))) == (0, 8)
+    seq, cached = manager.admit(range(10))
+    assert cached == 0
+    manager.free(running[0])
+    manager.preempt(seq)
+    assert manager.resume(seq) == 8
+
+
+def test_of_checkpoints_in_the_host_the_one_used_longest_ago_goes() -> None:
+    manager, step = left_and_pushed_out()
+    seq, _ = manager.admit(range(9))  # a hit makes it the most recent
+    computed(manager, seq, 1, step)
+    manager.free(seq)
+    for start in (300, 400):
+        seq, _ = manager.admit(range(start, start + 8))
+        computed(manager, seq, 8, step)
+        manager.free(seq)
+    assert manager.stats().host_evictions == 1
+    assert [manager.match(range(start, start + 9)) for start in (0, 100)] == [8, 0]
+    manager.audit()
+
+
+def test_a_reset_forgets_checkpoints_in_the_host_and_keeps_what_was_promised() -> None:
+    manager, step = left_and_pushed_out()
+    seq, cached = manager.admit(range(10))
+    assert cached == 8
+    manager.reset_prefix_cache()
+    assert (manager.num_free_host_states, manager.match(range(10))) == (2, 0)
+    manager.prepare(seq, 2, step)
+    assert [1, 1, 0, 1] in host_moves(step)
+    manager.audit()
+
+
 def test_an_abort_takes_back_what_has_a_slot_of_its_own() -> None:
     manager, step = made()
     seq, _ = manager.admit(range(12))
@@ -351,6 +437,27 @@ def torn_step() -> Torn:
     return Torn(*arrays, **states, state_copies=np.empty((4, 2), np.int64), uploads=True)
 
 
+@pytest.mark.parametrize("handed_out", [False, True], ids=["noted", "of a step that never came to be"])
+@pytest.mark.parametrize("goes", [False, True])
+def test_a_load_is_done_by_the_next_step_or_goes_with_its_slot(handed_out: bool, goes: bool) -> None:
+    manager, step = left_and_pushed_out()
+    seq, _ = manager.admit(range(10))
+    if handed_out:
+        with pytest.raises(RuntimeError, match="no device"):
+            manager.prepare(seq, 2, torn_step())
+        manager.audit()
+    if goes:
+        manager.free(seq)
+        others = [manager.admit(range(start, start + 3))[0] for start in (500, 600)]
+        step_id = manager.prepare(others, 3, step)
+    else:
+        step_id = manager.prepare(seq, 2, step)
+    assert [move for move in host_moves(step) if move[0] == 1] == ([] if goes else [[1, 1, 0, 1]])
+    manager.mark_moved(step.last_move)
+    manager.commit(step_id)
+    manager.audit()
+
+
 def test_an_upload_that_fails_has_changed_no_state() -> None:
     manager, step = made(num_states=3)
     torn = torn_step()
@@ -379,6 +486,10 @@ def test_an_upload_that_fails_has_changed_no_state() -> None:
         ({"num_states": 1.5}, TypeError, r"num_states"),
         ({"num_states": True}, TypeError, r"num_states"),
         ({"groups": (None,), "num_states": 4}, ValueError, r"num_states=4 slots for states need a State"),
+        ({"host_states": 4}, ValueError, r"host_states=4 needs num_states= and host_blocks=, each at least 1"),
+        ({"host_states": -1}, ValueError, r"host_states=-1 must be 0 to"),
+        ({"host_states": 2**31 - 2, "host_blocks": 1}, ValueError, r"are more than 2147483646 together"),
+        ({"host_blocks": 4, "host_states": 1.5}, TypeError, r"host_states"),
     ],
 )
 def test_wrong_managers(options: dict[str, Any], error: type[Exception], said: str) -> None:
@@ -485,11 +596,41 @@ def test_audit_finds_broken_states(field: str, index: int, value: int) -> None:
 
 
 @needs_hooks
-def test_every_allocation_for_states_may_fail() -> None:
+@pytest.mark.parametrize(
+    ("field", "index", "value"),
+    [
+        ("slot_node", 16, 1),
+        ("slot_group", 16, -1),
+        ("slot_newer", 16, 1),
+        ("slot_of", 16, 1),
+        ("slot_move", 16, 1000),
+        ("shadow_move", 64, 1000),
+        ("slot_holds", 16, 1),
+        ("slot_passed", 16, 1),
+        ("checkpoints_held", 0, 1),
+        ("offered", 0, 1),
+        ("num_offers", 0, 1),
+        ("offers", 0, 1),
+    ],
+)
+def test_audit_finds_broken_checkpoints_in_the_host(field: str, index: int, value: int) -> None:
+    manager, _ = left_and_pushed_out()
+    poke: Callable[[BlockManager, str, int, int], None] = hook("_poke")
+    poke(manager, field, index, value)
+    with pytest.raises(InvariantViolation) as caught:
+        manager.audit()
+    assert caught.value.invariant in {3, 10, 11, 12}
+    poke(manager, field, index, -value)
+    manager.audit()
+
+
+@needs_hooks
+@pytest.mark.parametrize("host", [{}, {"host_blocks": 8, "host_states": 4}])
+def test_every_allocation_for_states_may_fail(host: dict[str, Any]) -> None:
     fail: Callable[[int], int] = hook("_fail_allocation")
 
     def all_of_it() -> None:
-        manager = BlockManager(64, BLOCK, groups=GROUPS, num_states=20)
+        manager = BlockManager(64, BLOCK, groups=GROUPS, num_states=20, **host)
         step = StepBuffers(4, 64, 16, states=True)
         seq, _ = manager.admit(range(30))
         manager.commit(prepared(manager, seq, 3, step))

@@ -27,7 +27,7 @@ class Books:
     def __init__(self, config: CacheConfig, host_blocks: int) -> None:
         self.groups = tuple(group.reach for group in config.groups)
         self.block_size, self.num_blocks, self.host_blocks = config.block_size, config.num_gpu_blocks, host_blocks
-        self.num_states = self.moves_marked = 0
+        self.num_states = self.host_states = self.moves_marked = 0
 
     def mark_moved(self, number: int) -> None:
         self.moves_marked = number

@@ -209,7 +209,7 @@ class ChunkIsAWindow(ModelManager):
 
 
 class HitAsksTheFirstGroupOnly(ModelManager):
-    def _serves(self, path: list[Node], host: bool) -> bool:
+    def _serves(self, path: list[Node], host: bool, loads_state: bool | None = None) -> bool:
         return all(node.blocks[0] is not None for node in path[self._first_row(0, len(path) * self.block_size) :])
 
     def _needed(self, path: list[Node]) -> list[list[int | None]]:

@@ -84,11 +84,14 @@ class SharersGoBack(ModelManager):
 
 
 class HitNeedsNoCheckpoint(ModelManager):
-    def _serves(self, path: list[Node], host: bool) -> bool:
+    def _serves(self, path: list[Node], host: bool, loads_state: bool | None = None) -> bool:
         every, self.every = self.every, 0
-        found = super()._serves(path, host)
+        found = super()._serves(path, host, loads_state)
         self.every = every
         return found
+
+    def _hold_checkpoint(self, node: Node, sequence: Seq) -> int | None:
+        return None if node.state is None else super()._hold_checkpoint(node, sequence)
 
 
 class ForkSharesAndWrites(ModelManager):
@@ -148,9 +151,9 @@ class OlderCheckpointStays(ModelManager):
 class HitCheckpointIsFreed(ModelManager):
     """A newer checkpoint frees the older one though that was hit."""
 
-    def _hold_checkpoint(self, node: Node) -> int | None:
+    def _hold_checkpoint(self, node: Node, sequence: Seq) -> int | None:
         owner = self.state_slots[node.state].owner if node.state is not None else 0
-        slot = super()._hold_checkpoint(node)
+        slot = super()._hold_checkpoint(node, sequence)
         if slot is not None:
             self.state_slots[slot].owner = owner
         return slot

@@ -167,17 +167,17 @@ def test_device_finds(mutant: type[ModelManager]) -> None:
 class HastyMoves(ManagerMachine):
     """An engine whose moves do not wait for the passes of steps that are closed."""
 
-    def launch_moves(self, step: StepView, last_move: int, after: list[Work]) -> None:
-        super().launch_moves(step, last_move, [])
+    def launch_moves(self, step: StepView, last_move: int, after: list[Work], needs: int, aborted: bool) -> None:
+        super().launch_moves(step, last_move, [], needs, aborted)
 
 
 class LostMove(ManagerMachine):
     """An engine that forgets the last of a step's moves."""
 
-    def launch_moves(self, step: StepView, last_move: int, after: list[Work]) -> None:
+    def launch_moves(self, step: StepView, last_move: int, after: list[Work], needs: int, aborted: bool) -> None:
         moves: list[Move] = step.moves
         del moves[len(moves) - 1 :]
-        super().launch_moves(step, last_move, after)
+        super().launch_moves(step, last_move, after, needs, aborted)
 
 
 @pytest.mark.parametrize("engine", [HastyMoves, LostMove])

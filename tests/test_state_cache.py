@@ -1,6 +1,7 @@
 """What layers keep once for a sequence, in an engine: tensors, their sizes, and the states that passes find there."""
 
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +17,15 @@ HYBRID = CacheConfig(
     layers=[(CONV, DELTA), key_value(2, 8), (FLAGS, CONV), (*key_value(2, 8), FLAGS)], num_gpu_blocks=24, block_size=4
 )
 EVERY = 8
+LOAD = 1  # a kind of move
+STATES = 1  # the group of states, which comes after that of blocks
 
 
-def engine_of(num_states: int = 6, dtype: str = "float16") -> CacheEngine:
-    return CacheEngine(HYBRID, dtype, "cpu", layout="NHD", num_states=num_states)
+def engine_of(num_states: int = 6, dtype: str = "float16", host_states: int = 0) -> CacheEngine:
+    slots = 48 if host_states else 0
+    return CacheEngine(
+        HYBRID, dtype, "cpu", layout="NHD", num_states=num_states, host_blocks=slots, host_states=host_states
+    )
 
 
 def state_of(engine: CacheEngine, layer: int) -> StateCache:
@@ -84,6 +90,15 @@ def test_the_manager_and_the_engine_keep_as_many_states() -> None:
         manager.prepare(manager.admit(range(5))[0], 5, step)
         with pytest.raises(ValueError, match=r"num_states="):
             engine.move(step)
+    options: dict[str, Any] = {"every": EVERY, "num_states": 6, "host_blocks": 4}
+    with_host = BlockManager.for_config(HYBRID, **options, host_states=2)
+    with_host.prepare(with_host.admit(range(5))[0], 5, step)
+    for other in (0, 1):
+        made = CacheEngine(HYBRID, "float16", "cpu", num_states=6, host_blocks=4, host_states=other)
+        with pytest.raises(ValueError, match=rf"host_states=2 and the engine {other}"):
+            made.move(step)
+    with pytest.raises(ValueError, match=r"host_states=2 needs num_states= and host_blocks="):
+        CacheEngine(HYBRID, "float16", "cpu", num_states=6, host_states=2)
     manager = BlockManager.for_config(HYBRID, every=EVERY, num_states=6)
     manager.prepare(manager.admit(range(5))[0], 5, step)
     assert step.state_zero is not None
@@ -129,22 +144,30 @@ class Model:
         return state
 
 
+@pytest.mark.parametrize("host_states", [0, 6])
 @pytest.mark.parametrize("seed", range(3))
-def test_passes_find_the_state_of_their_own_tokens(seed: int) -> None:
-    """Conversations with hits, forks, drafts, aborts and preemptions; each state is what its tokens alone make it."""
+def test_passes_find_the_state_of_their_own_tokens(seed: int, host_states: int) -> None:
+    """Conversations with hits, forks, drafts, aborts and preemptions; each state is what its tokens alone make it, also
+    where it has been in host memory."""
     rng = Random(seed)
-    engine = engine_of(rng.choice([4, 6, 12]))
+    engine = engine_of(4 if host_states else rng.choice([4, 6, 12]), host_states=host_states)
     for cache in engine.states:
         for tensor in cache.tensors.values() if cache is not None else ():
             tensor.fill_(99)  # what another tenant left
     model = Model(engine)
-    manager = BlockManager.for_config(HYBRID, every=EVERY, num_states=engine.num_states)
+    manager = BlockManager.for_config(
+        HYBRID,
+        every=EVERY,
+        num_states=engine.num_states,
+        host_blocks=48 if host_states else 0,
+        host_states=host_states,
+    )
     step = StepBuffers.for_config(HYBRID, max_seqs=4, max_tokens=64, max_seq_len=64)
     live: list[int] = []
-    hits = 0
+    hits = loads = 0
     for _ in range(100):
         if len(live) < 3 and rng.random() < 0.6:
-            prompt = [rng.randint(0, 1)] * rng.randint(1, 20) + [rng.randint(0, 1)]
+            prompt = [rng.randint(0, 3 if host_states else 1)] * rng.randint(1, 20) + [rng.randint(0, 1)]
             if manager.can_admit(prompt):
                 seq, cached = manager.admit(prompt)
                 hits += cached
@@ -157,6 +180,10 @@ def test_passes_find_the_state_of_their_own_tokens(seed: int) -> None:
         left = [int(n - done) for n, done in zip(lengths.num_tokens, lengths.num_computed, strict=True)]
         manager.append([seq for seq, n in zip(live, left, strict=True) if n == 0], [rng.randint(0, 1)] * left.count(0))
         lens = [rng.randint(1, max(1, min(n, 16))) for n in left]
+        if rng.random() < 0.5:
+            ends = [manager.next_checkpoint(seq) for seq in live]
+            done = [int(count) for count in lengths.num_computed]
+            lens = [end - now if end else n for end, now, n in zip(ends, done, lens, strict=True)]
         keep = rng.random() < 0.2
         if not live:
             continue
@@ -165,7 +192,9 @@ def test_passes_find_the_state_of_their_own_tokens(seed: int) -> None:
         except (NoFreeStates, RuntimeError):
             manager.free(live.pop())
             continue
+        loads += sum(kind == LOAD and group == STATES for kind, group, _, _ in step.moves.tolist())
         engine.move(step)
+        manager.landed(engine.landed())
         model.run(manager, step)
         chance = rng.random()
         if chance < 0.15:
@@ -187,6 +216,7 @@ def test_passes_find_the_state_of_their_own_tokens(seed: int) -> None:
         live = [seq for seq in live if seq not in gone]
         manager.audit()
     assert hits > 0
+    assert (loads > 0) == (host_states > 0)
 
 
 @pytest.mark.parametrize("layout", ["HDN", "NHD"])

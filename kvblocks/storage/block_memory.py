@@ -73,6 +73,12 @@ class BlockMemory:
         memories = _zeroed([num_blocks * width for width in widths], num_blocks, cuts[-1], device, prefault, name)
         self.storages = list(zip(memories, widths, strict=True))
 
+    @property
+    def pieces(self) -> list[tuple[int, int, int]]:
+        """Of each part of a block, in order: its address in block 0, and in bytes the stride between blocks and its
+        length."""
+        return [(storage.data_ptr(), width, width) for storage, width in self.storages]
+
     @torch.inference_mode(False)  # views made in inference mode could not be written outside of it
     def of_group(self, group: int) -> list[Tensor]:
         """The bytes of each tensor of a group, uint8: all of a storage, or [num_blocks, bytes of a block] of it."""

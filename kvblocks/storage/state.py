@@ -56,6 +56,7 @@ class StateSlots:
 
     Attributes:
         caches: of each layer, None where it keeps nothing for a sequence.
+        memory: where the slots lie, as one layer group.
 
     A slot of all layers lies in one piece for each size of element, so that slots are copied in a few operations, and
     takes no more bytes than `config.state_bytes` says.
@@ -73,9 +74,9 @@ class StateSlots:
         for tensor in (tensor for layer in kept for tensor in layer):
             of_size.setdefault(dtype_of(tensor, dtype).itemsize, []).append(tensor)
         totals = [(sum(_elements(tensor) for tensor in of_size[size]) * size, size) for size in of_size]
-        self._memory = BlockMemory(num_slots, [totals], device, prefault=prefault, name="slots for states")
+        self.memory = BlockMemory(num_slots, [totals], device, prefault=prefault, name="slots for states")
         rows = {
-            size: storage.view(num_slots, -1) for size, (storage, _) in zip(of_size, self._memory.storages, strict=True)
+            size: storage.view(num_slots, -1) for size, (storage, _) in zip(of_size, self.memory.storages, strict=True)
         }
         taken = dict.fromkeys(of_size, 0)
         self.caches: list[StateCache | None] = []
@@ -87,11 +88,11 @@ class StateSlots:
                 high = taken[own.itemsize] = low + _elements(tensor) * own.itemsize
                 tensors[tensor.name] = _view(rows[own.itemsize], low, high, own, tensor.shape)
             self.caches.append(StateCache(num_slots, tensors) if tensors else None)
-        self._mover = mover([whole_blocks(storage, width) for storage, width in self._memory.storages])
+        self._mover = mover([whole_blocks(storage, width) for storage, width in self.memory.storages])
 
     @property
     def nbytes(self) -> int:
-        return sum(storage.nbytes for storage, _ in self._memory.storages)
+        return sum(storage.nbytes for storage, _ in self.memory.storages)
 
     def move(self, zeroed: Tensor, pairs: Tensor) -> None:
         """Set the slots `zeroed` [n] to zero, and make slot `pairs[i][1]` a copy of slot `pairs[i][0]`; all exist."""

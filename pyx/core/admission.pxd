@@ -9,14 +9,20 @@ from core.memory cimport MAX_GROUPS, grab, least_multiple
 from core.reach cimport most_in_chunk, most_in_window
 from core.text cimport Text
 from core.tree cimport kvb_prefetch, kvb_prefetch_write, node_at, tree_walk
-from core.states cimport hold_checkpoint
-from core.host cimport note_load, slot_at, use_slot
-from core.pool cimport acquire, Pool, pool_free
+from core.states cimport hold_checkpoint, States, states_free
+from core.host cimport checkpoint_at, note_load, slot_at, use_slot
+from core.pool cimport acquire, Pool, pool_free, take_state
 from core.sequences cimport (
     LIVE, NO_BLOCKS, NO_MEMORY, NOT_PREEMPTED, NOTHING_TO_PIN, PIN, PREEMPTED, WATERMARK, blocks_for, Core, fail,
     Fault, find, first_row, grow_table, has_room, note_peak, open_seq, row_at, Seq, set_last_node, take_for, touch,
     wait_for,
 )
+
+
+cdef enum Tiers:        # from which a hit may come
+    DEVICE = 0
+    HOST_BLOCKS = 1     # blocks from host slots too
+    HOST = 2            # the checkpoint too
 
 
 cdef inline int64_t held_by(const Core* c, int64_t position, int64_t end) noexcept nogil:
@@ -130,34 +136,43 @@ cdef inline int32_t hit_limit(Core* c, const Text* x, int64_t max_hit) noexcept 
     return <int32_t>(limit // c.block_size) if c.caching and x.num_tokens else 0
 
 
-cdef inline bint is_there(const Core* c, int32_t n, int32_t g, bint host) noexcept nogil:
-    """Whether a node has a block in a group, or with `host` a slot."""
-    return node_at(&c.pool.tree, n).blocks[g] >= 0 or host and slot_at(&c.pool.host, &c.pool.tree, n, g) >= 0
+cdef inline bint is_there(const Core* c, int32_t n, int32_t g, Tiers tiers) noexcept nogil:
+    """Whether a node has a block in a group, or a slot where these may be hit."""
+    return node_at(&c.pool.tree, n).blocks[g] >= 0 or tiers and slot_at(&c.pool.host, &c.pool.tree, n, g) >= 0
 
 
-cdef inline bint has_state(const Core* c, const int32_t* nodes, int32_t hit) noexcept nogil:
-    """Whether a hit of so many nodes can go on: from zero, or from the checkpoint on its last one."""
-    return hit == 0 or c.pool.states.num_slots == 0 or c.pool.states.of_node[nodes[hit - 1]] != 0
+cdef inline bint has_state(const Core* c, const int32_t* nodes, int32_t hit, Tiers tiers) noexcept nogil:
+    """Whether a hit of so many nodes can go on: from zero, or from the checkpoint of its last one."""
+    if hit == 0 or c.pool.states.num_slots == 0 or c.pool.states.of_node[nodes[hit - 1]] != 0:
+        return True
+    return tiers == HOST and checkpoint_at(&c.pool.host, &c.pool.tree, nodes[hit - 1]) >= 0
 
 
-cdef inline int32_t longest_hit(const Core* c, const int32_t* nodes, int32_t n, bint host) noexcept nogil:
-    """How many of n nodes of a path make a hit: every group has the blocks that a token after them reaches, or with
-    `host` slots for them; and where a group keeps a state, it is there."""
+cdef inline Tiers tiers_for(const Core* c, bint host) noexcept nogil:
+    """From where an admission can have its hit: a checkpoint is loaded into a slot of the sequence's own."""
+    if not host or c.pool.host.num_slots == 0:
+        return DEVICE
+    return HOST if c.pool.states.num_slots == 0 or states_free(&c.pool.states) else HOST_BLOCKS
+
+
+cdef inline int32_t longest_hit(const Core* c, const int32_t* nodes, int32_t n, Tiers tiers) noexcept nogil:
+    """How many of n nodes of a path make a hit: every group has the blocks that a token after them reaches, or slots
+    for them; and where a group keeps a state, it is there."""
     cdef int32_t i, g, best = 0
     cdef int32_t[MAX_GROUPS] since      # the first row from which on the group has all blocks
     cdef bint served
     if not c.reach_ends and c.num_groups == 1 and c.pool.host.num_slots == 0:
-        while not has_state(c, nodes, n):
+        while not has_state(c, nodes, n, tiers):
             n -= 1
         return n
     memset(since, 0, c.num_groups * sizeof(int32_t))
     for i in range(n):
         served = True
         for g in range(c.num_groups):
-            if not is_there(c, nodes[i], g, host):
+            if not is_there(c, nodes[i], g, tiers):
                 since[g] = i + 1
             served = served and since[g] <= min(first_row(c, g, (i + 1) * c.block_size), i + 1)
-        if served and has_state(c, nodes, i + 1):
+        if served and has_state(c, nodes, i + 1, tiers):
             best = i + 1
     return best
 
@@ -169,13 +184,13 @@ cdef inline int32_t late_rows(const Core* c, const int32_t* nodes, int32_t hit) 
     for i in range(hit):
         there = True
         for g in range(c.num_groups):
-            there = there and (i < first_row(c, g, hit * c.block_size) or is_there(c, nodes[i], g, False))
+            there = there and (i < first_row(c, g, hit * c.block_size) or is_there(c, nodes[i], g, DEVICE))
         late += not there
     return late
 
 
 cdef inline int32_t hit_that_fits(
-    const Core* c, const Text* x, int64_t reserve, const int32_t* nodes, int32_t hit, bint host
+    const Core* c, const Text* x, int64_t reserve, const int32_t* nodes, int32_t hit, Tiers tiers
 ) noexcept nogil:
     """The longest hit after which the pool has the blocks for the rest of a sequence, were it alone. Steps that begin
     elsewhere than without a hit can hold more at once. Where no hit is no better the longest stays."""
@@ -185,7 +200,7 @@ cdef inline int32_t hit_that_fits(
     while hit and most_held(
         c, <int64_t>hit * c.block_size, x.num_tokens, max(<int64_t>1, reserve)
     ) > c.pool.num_blocks:
-        hit = longest_hit(c, nodes, hit - 1, host)
+        hit = longest_hit(c, nodes, hit - 1, tiers)
     return hit
 
 
@@ -207,18 +222,20 @@ cdef inline void add_cost(
             out.idle += sign
 
 
-cdef inline int32_t shorter_hit(const Core* c, const int32_t* nodes, int32_t hit, bint host, Cost* cost) noexcept nogil:
+cdef inline int32_t shorter_hit(
+    const Core* c, const int32_t* nodes, int32_t hit, Tiers tiers, Cost* cost
+) noexcept nogil:
     """The next shorter hit than one with loads, and its cost. Of full groups a row less is one less; what groups with
     a window or chunks need is looked at again."""
     cdef int32_t g, i, longer = hit
     cdef bint served = False
     while not served:
         hit -= 1
-        served = has_state(c, nodes, hit)
+        served = has_state(c, nodes, hit, tiers)
         for g in range(c.num_groups):
             if c.reaches[g].window or c.reaches[g].chunk:
                 for i in range(hit - 1, first_row(c, g, hit * c.block_size) - 1, -1):
-                    served = served and is_there(c, nodes[i], g, host)
+                    served = served and is_there(c, nodes[i], g, tiers)
     for g in range(c.num_groups):
         if c.reaches[g].window or c.reaches[g].chunk:
             add_cost(c, nodes, g, first_row(c, g, longer * c.block_size), longer, -1, cost)
@@ -261,11 +278,11 @@ cdef inline bint plan_admission(
     cdef int32_t i, g, hit
     cdef Cost cost
     cdef Fault shorter
+    cdef Tiers tiers = tiers_for(c, host)
     cost.idle = cost.loads = 0
-    host = host and c.pool.host.num_slots > 0
-    hit = longest_hit(c, found, tree_walk(&c.pool.tree, x, hit_limit(c, x, max_hit), found), host)
+    hit = longest_hit(c, found, tree_walk(&c.pool.tree, x, hit_limit(c, x, max_hit), found), tiers)
     if c.reach_ends and <int64_t>blocks_for(x.num_tokens, c.block_size) * c.num_groups > c.pool.num_blocks:
-        hit = hit_that_fits(c, x, reserve, found, hit, host)
+        hit = hit_that_fits(c, x, reserve, found, hit, tiers)
     for g in range(c.num_groups):
         for i in range(first_row(c, g, hit * c.block_size), hit):
             if node_at(&c.pool.tree, found[i]).blocks[g] >= 0:
@@ -277,7 +294,7 @@ cdef inline bint plan_admission(
     if has_blocks(c, new_blocks(c, target[0], hit, &cost), cost.idle, watermark, f):
         return True
     while cost.loads and (reserve >= 0 or c.reach_ends):
-        hit = shorter_hit(c, found, hit, host, &cost)
+        hit = shorter_hit(c, found, hit, tiers, &cost)
         num_found[0], target[0] = hit, slots_after(c, x, reserve, hit)
         if has_blocks(c, new_blocks(c, target[0], hit, &cost), cost.idle, watermark, &shorter):
             return True
@@ -332,6 +349,26 @@ cdef inline int64_t load_hit(Core* c, Seq* seq, int32_t hit) noexcept nogil:
     return late
 
 
+cdef inline void hold_state(Core* c, Seq* seq, int32_t n) noexcept nogil:
+    """Let a sequence or a pin stand on the checkpoint of a node. One that lies in host memory alone is loaded into a
+    slot of the device, which is the node's checkpoint at once: there is a slot to be had."""
+    cdef Pool* p = &c.pool
+    cdef States* s = &p.states
+    cdef int32_t i, source = checkpoint_at(&p.host, &p.tree, n)
+    if source >= 0:
+        use_slot(&p.host, &p.tree, n, p.tree.num_groups)
+    if s.of_node[n] == 0:
+        i = take_state(p)
+        s.of_node[n] = i + 1
+        s.slots[i].node, s.slots[i].at = n, seq.num_cached
+        s.standing[seq - c.seqs].slot = i + 1
+        note_load(&p.host, &p.moves, source, p.num_blocks + i)
+    else:
+        hold_checkpoint(s, <int32_t>(seq - c.seqs), n)
+    if p.host.checkpoints.num_slots:
+        wait_for(c, seq, p.host.shadows[p.num_blocks + s.of_node[n] - 1].load)
+
+
 cdef inline int32_t* path_of(const Core* c, int32_t* table, int32_t capacity) noexcept nogil:
     """Room for the nodes of a hit, one for each row, in the end of a table: `hold_hit` reads a node before it
     overwrites it."""
@@ -350,16 +387,16 @@ cdef inline int64_t occupy(Core* c, Seq* seq, const int32_t* nodes, int32_t hit,
     cdef int64_t late = 0
     set_last_node(&c.pool.tree, seq, last_node)
     hold_hit(c, seq, nodes, hit)
-    if c.pool.states.num_slots and hit:
-        hold_checkpoint(&c.pool.states, <int32_t>(seq - c.seqs), last_node)
+    seq.num_cached = seq.num_computed = seq.num_prepared = hit * c.block_size
     if c.pool.host.num_slots:
         c.pool.host.needs[seq - c.seqs] = 0
         late = load_hit(c, seq, hit) * c.block_size
         c.pool.host.hit_tokens += late
+    if c.pool.states.num_slots and hit:
+        hold_state(c, seq, last_node)
     seq.num_rows = blocks_for(target, c.block_size)
     for i in range(<int64_t>hit * c.num_groups, <int64_t>seq.num_rows * c.num_groups):
         seq.table[i] = take_for(c, seq)
-    seq.num_cached = seq.num_computed = seq.num_prepared = hit * c.block_size
     seq.reserved = max(target, seq.num_cached)
     seq.published = hit
     seq.publishing = c.caching
@@ -438,7 +475,7 @@ cdef inline int64_t core_pin(Core* c, const Text* x, Fault* f) noexcept nogil:
         fail(f, NO_MEMORY, 0, limit, 0)
         return 0
     path = path_of(c, table, limit)
-    n = longest_hit(c, path, tree_walk(&c.pool.tree, x, limit, path), False)
+    n = longest_hit(c, path, tree_walk(&c.pool.tree, x, limit, path), DEVICE)
     if n == 0:
         free(table)
         fail(f, NOTHING_TO_PIN, 0, x.num_tokens, c.block_size)
@@ -446,7 +483,7 @@ cdef inline int64_t core_pin(Core* c, const Text* x, Fault* f) noexcept nogil:
     seq = open_seq(c, PIN)
     set_last_node(&c.pool.tree, seq, path[n - 1])
     if c.pool.states.num_slots:
-        hold_checkpoint(&c.pool.states, <int32_t>(seq - c.seqs), path[n - 1])
+        hold_state(c, seq, path[n - 1])
     seq.table = table
     seq.table_capacity = limit
     hold_hit(c, seq, path, n)

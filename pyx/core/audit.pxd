@@ -7,7 +7,7 @@ from libc.string cimport memcmp
 from core.memory cimport grab_zeroed
 from core.text cimport PAGE_REFS, PAGE_ROOM, block_at, Extra, extra_of, page_of, pages_for, Text, token_at
 from core.tree cimport hash_extra, line_of, Node, node_at, same_extra, tag_of, tokens_at, Tree, tree_find, tree_hash
-from core.host cimport FETCHING, SPILLING, Host, Moves, host_free, slot_at, Work
+from core.host cimport FETCHING, SPILLING, Host, Moves, host_free, slot_at, SlotPool, Work
 from core.background cimport room_for_work
 from core.pool cimport Pool, pool_free, pool_step, Step, StepRow
 from core.sequences cimport LIVE, PIN, PREEMPTED, UNUSED, blocks_for, Core, first_row, row_at, Seq
@@ -161,7 +161,9 @@ cdef inline bint audit_tree(
         if 0 < work.last_node < t.fresh:
             uses[work.last_node] += 1
         work = work.older
-    for i in range(p.host.fresh):
+    for i in range(p.host.num_slots):
+        if is_fresh(&p.host, i):
+            continue
         if p.host.slots[i].node > 0 and p.host.slots[i].node < t.fresh:
             uses[p.host.slots[i].node] += 1
     for n in range(t.fresh):
@@ -314,60 +316,85 @@ cdef inline bint audit_steps(Core* c, int32_t* written, Finding* out) noexcept n
     return True
 
 
+cdef inline bint is_fresh(const Host* h, int32_t s) noexcept nogil:
+    """Whether a host slot was never used."""
+    return s >= (h.blocks.fresh if s < h.checkpoints.first else h.checkpoints.fresh)
+
+
+cdef inline bint audit_slots(Core* c, const SlotPool* p, int32_t* seen, int32_t* hanging, Finding* out) noexcept nogil:
+    """What invariant 10 says of one pool of slots. Counts those that hang on nodes."""
+    cdef const Host* h = &c.pool.host
+    cdef int32_t i, s, hung = 0, taken = 0, newer = -1
+    for i in range(p.stack_size):
+        s = p.stack[i]
+        if s < p.first or s >= p.fresh or seen[s] or h.slots[s].node:
+            return broken(out, 10, b"the stack of free host slots names one that is in use or free already:", s)
+        seen[s] = 1
+    s = p.newest
+    while s >= 0 and hung <= p.num_slots:
+        if s < p.first or s >= p.fresh or seen[s] or h.slots[s].newer != newer or h.slots[s].node <= 0:
+            return broken(out, 10, b"the list of host slots is torn; slot:", s)
+        seen[s] = 1
+        hung += 1
+        newer = s
+        s = h.slots[s].older
+    for s in range(p.first, p.fresh):
+        if h.slots[s].passed:
+            if seen[s] or h.slots[s].node <= 0 or h.slots[s].holds <= 0:
+                return broken(out, 10, b"an eviction passed over a host slot that is in the list, or not held:", s)
+            seen[s] = 1
+            hung += 1
+        taken += seen[s] == 0 and h.slots[s].holds > 0
+        if h.slots[s].move > c.pool.moves.noted:
+            return broken(out, 10, b"a host slot is named by a move that was never noted; slot:", s)
+    if p.oldest != newer or hung + taken + host_free(p) != p.num_slots:
+        return broken(out, 10, b"a host slot is lost or in two places; in use:", hung)
+    hanging[0] += hung
+    return True
+
+
+cdef inline bint is_device(const Core* c, int32_t b) noexcept nogil:
+    """Whether a number stands for a block that was used, or for a slot of states that was."""
+    if b < c.pool.num_blocks:
+        return 0 <= b < c.pool.fresh
+    return b - c.pool.num_blocks < c.pool.states.fresh
+
+
 cdef inline bint audit_host(Core* c, int32_t* seen, Finding* out) noexcept nogil:
     """Invariant 10. `seen` is zeroed scratch, one number for each host slot."""
     cdef Host* h = &c.pool.host
     cdef Tree* t = &c.pool.tree
     cdef const Moves* m = &c.pool.moves
-    cdef int32_t i, n, g, b, s, hanging = 0, taken = 0, ahead = 0, newer = -1
+    cdef int32_t i, n, g, b, s, hanging = 0, ahead = 0
     cdef uint32_t k
     if not 0 <= m.landed <= m.marked <= m.handed <= m.noted:
         return broken(out, 10, b"a move is done before it is handed out; the newest:", m.noted)
     if h.num_slots == 0:
         return True
-    for i in range(h.stack_size):
-        s = h.stack[i]
-        if s < 0 or s >= h.fresh or seen[s] or h.slots[s].node:
-            return broken(out, 10, b"the stack of free host slots names one that is in use or free already:", s)
-        seen[s] = 1
-    s = h.newest
-    while s >= 0 and hanging <= h.num_slots:
-        if s >= h.fresh or seen[s] or h.slots[s].newer != newer or h.slots[s].node <= 0:
-            return broken(out, 10, b"the list of host slots is torn; slot:", s)
-        seen[s] = 1
-        hanging += 1
-        newer = s
-        s = h.slots[s].older
-    for s in range(h.fresh):
-        if h.slots[s].passed:
-            if seen[s] or h.slots[s].node <= 0 or h.slots[s].holds <= 0:
-                return broken(out, 10, b"an eviction passed over a host slot that is in the list, or not held:", s)
-            seen[s] = 1
-            hanging += 1
-        taken += seen[s] == 0 and h.slots[s].holds > 0
-    if h.oldest != newer or hanging + taken + host_free(h) != h.num_slots:
-        return broken(out, 10, b"a host slot is lost or in two places; in use:", hanging)
+    if not audit_slots(c, &h.blocks, seen, &hanging, out):
+        return False
+    if h.checkpoints.num_slots and not audit_slots(c, &h.checkpoints, seen, &hanging, out):
+        return False
     for n in range(t.fresh):
-        for g in range(c.num_groups):
+        for g in range(h.width):
             s = slot_at(h, t, n, g)
             if s < 0:
                 continue
-            if s >= h.fresh or h.slots[s].node != n or h.slots[s].group != g:
+            if s >= h.num_slots or is_fresh(h, s) or h.slots[s].node != n or h.slots[s].group != g:
                 return broken(out, 10, b"a node's host slot does not hang on it; node:", n)
+            if (s >= h.checkpoints.first) != (g == c.num_groups):
+                return broken(out, 10, b"a node has a host slot of another size; node:", n)
             hanging -= 1
     if hanging:
         return broken(out, 10, b"host slots hang on nodes that do not know of them; so many:", hanging)
-    for i in range(h.fresh):
-        if h.slots[i].move > m.noted:
-            return broken(out, 10, b"a host slot is named by a move that was never noted; slot:", i)
     for i in range(h.num_loads):
         b = h.loads[i]
-        if b < 0 or b >= c.pool.fresh or h.shadows[b].noted != i + 1:
+        if not is_device(c, b) or h.shadows[b].noted != i + 1:
             return broken(out, 10, b"the list of noted loads is torn; block:", b)
         if h.shadows[b].load <= m.handed or h.shadows[b].load > h.shadows[b].move:
             return broken(out, 10, b"a noted load has the number of one that was handed out; block:", b)
-    for b in range(c.pool.fresh):
-        if h.shadows[b].move > m.noted or h.shadows[b].noted > h.num_loads:
+    for b in range(c.pool.num_blocks + h.num_states):
+        if is_device(c, b) and (h.shadows[b].move > m.noted or h.shadows[b].noted > h.num_loads):
             return broken(out, 10, b"a block waits for a move that was never noted; block:", b)
     for k in range(c.pool.queue_head, h.cursor):
         ahead += c.pool.queue[k & c.pool.queue_mask] >= 0
@@ -381,7 +408,7 @@ cdef inline bint audit_background(Core* c, int32_t* holds, Finding* out) noexcep
     cdef const Host* h = &c.pool.host
     cdef const Tree* t = &c.pool.tree
     cdef const Work* work = h.works
-    cdef int32_t i, s, queued = 0, held = 0
+    cdef int32_t i, s, queued = 0, held = 0, checkpoints = 0
     cdef int64_t place, newest = h.num_begun
     if h.num_slots == 0:
         return True
@@ -391,7 +418,7 @@ cdef inline bint audit_background(Core* c, int32_t* holds, Finding* out) noexcep
         newest = work.number - 1
         for i in range(work.num_slots):
             s = work.slots[i]
-            if s < -1 or s >= h.fresh:
+            if s < -1 or s >= h.num_slots or is_fresh(h, max(s, 0)):
                 return broken(out, 12, b"work in the background holds a slot that does not exist:", s)
             if s >= 0:
                 holds[s] += 1
@@ -400,21 +427,29 @@ cdef inline bint audit_background(Core* c, int32_t* holds, Finding* out) noexcep
             if work.kind == SPILLING and not work.stale and h.slots[s].node != work.nodes[work.rows[i].index]:
                 return broken(out, 12, b"a slot that is spilled has lost its node; slot:", s)
         work = work.older
-    for s in range(h.fresh):
+    for s in range(h.num_slots):
+        if is_fresh(h, s):
+            continue
         if h.slots[s].holds != holds[s]:
             return broken(out, 12, b"a host slot is not held as often as it notes; slot:", s)
         if h.slots[s].known and h.slots[s].node == 0:
             return broken(out, 12, b"a host slot without a node is known outside; slot:", s)
-        held += holds[s] > 0
+        if s < h.checkpoints.first:
+            held += holds[s] > 0
+        else:
+            checkpoints += holds[s] > 0
         queued += h.slots[s].queued
-    if held != h.num_held or room_for_work(h) < 0:
-        return broken(out, 12, b"work in the background holds too many slots, or miscounts them:", held)
+    if (
+        held != h.blocks.num_held or room_for_work(&h.blocks) < 0
+        or checkpoints != h.checkpoints.num_held or room_for_work(&h.checkpoints) < 0
+    ):
+        return broken(out, 12, b"work in the background holds too many slots, or miscounts them:", held + checkpoints)
     if queued != h.spill_size:
         return broken(out, 12, b"the queue of slots to be spilled has another length than was counted:", queued)
     for i in range(h.spill_size):
         place = (<int64_t>h.spill_first + i) % h.num_slots
         s = h.spills[place]
-        if s < 0 or s >= h.fresh or not h.slots[s].queued or holds[s] < 0:
+        if s < 0 or s >= h.num_slots or is_fresh(h, s) or not h.slots[s].queued or holds[s] < 0:
             return broken(out, 12, b"the queue of slots to be spilled is torn; slot:", s)
         holds[s] = -1
     for i in range(t.fresh):

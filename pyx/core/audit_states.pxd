@@ -4,7 +4,7 @@ from libc.stdint cimport int32_t, int64_t
 
 from core.tree cimport node_at, Tree
 from core.states cimport StateRow, States, StateSlot
-from core.host cimport slot_at
+from core.host cimport checkpoint_at, Host, slot_at
 from core.pool cimport pool_step, Step
 from core.sequences cimport PIN, UNUSED, Core, Seq
 
@@ -43,6 +43,34 @@ cdef inline bint audit_checkpoint(Core* c, int32_t i, StateFinding* out) noexcep
     return True
 
 
+cdef inline bint audit_copies(Core* c, StateFinding* out) noexcept nogil:
+    """Checkpoints in host memory, and the queue of those that are to be copied there."""
+    cdef States* s = &c.pool.states
+    cdef const Host* h = &c.pool.host
+    cdef int32_t i, n, slot, offered = 0
+    cdef int64_t place
+    for i in range(s.fresh):
+        offered += s.slots[i].offered
+    if offered != s.num_offers:
+        return torn(out, b"the queue of checkpoints to be copied has another length than was counted:", offered)
+    for i in range(s.num_offers):
+        place = (<int64_t>s.first_offer + i) % s.num_slots
+        if s.offers[place] < 0 or s.offers[place] >= s.fresh or not s.slots[s.offers[place]].offered:
+            return torn(out, b"the queue of checkpoints to be copied is torn; slot:", s.offers[place])
+    for n in range(1, c.pool.tree.fresh):
+        slot = checkpoint_at(h, &c.pool.tree, n)
+        if slot < 0:
+            continue
+        if depth_of(&c.pool.tree, n) * c.block_size % s.every:
+            return torn(out, b"a checkpoint in host memory stands off the grid; slot:", slot)
+        if (
+            h.slots[slot].holds == 0 and node_at(&c.pool.tree, n).blocks[s.anchor] < 0
+            and slot_at(h, &c.pool.tree, n, s.anchor) < 0
+        ):
+            return torn(out, b"a checkpoint in host memory outlives the block that it goes with; slot:", slot)
+    return True
+
+
 cdef inline bint audit_rows(Core* c, int32_t* counts, StateFinding* out) noexcept nogil:
     """Slots that rows of open steps write are held once. Counts what these rows hold."""
     cdef States* s = &c.pool.states
@@ -71,7 +99,7 @@ cdef inline bint audit_states(Core* c, int32_t* counts, StateFinding* out) noexc
     cdef Seq* seq
     if s.num_slots == 0:
         return True
-    if not audit_rows(c, counts, out):
+    if not audit_copies(c, out) or not audit_rows(c, counts, out):
         return False
     for i in range(c.fresh_seq):
         seq = &c.seqs[i]

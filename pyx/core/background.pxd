@@ -18,11 +18,11 @@ from core.memory cimport MAX_INT32, grab, grab_zeroed, regrow
 from core.text cimport block_at, extra_of, Text
 from core.tree cimport Node, node_at, tokens_at, Tree, tree_drop, tree_hash, tree_insert, tree_walk
 from core.host cimport (
-    DIGEST_BYTES, FETCHED, FETCHING, Host, SPILLING, Work, WorkRow, evict_slot, free_slot, hold_slot, let_go_slot,
-    oldest_slot, put_slot, queue_slot, slot_at, take_off, use_slot,
+    DIGEST_BYTES, FETCHED, FETCHING, Host, SlotPool, SPILLING, Work, WorkRow, checkpoint_at, evict_slot, free_slot,
+    hold_slot, let_go_slot, oldest_slot, put_slot, queue_slot, slot_at, take_off, use_slot,
 )
 from core.sequences cimport NO_MEMORY, Core, fail, Fault, first_row
-from core.admission cimport has_state, hit_limit, longest_hit
+from core.admission cimport HOST, has_state, hit_limit, longest_hit
 
 
 cdef enum:
@@ -64,28 +64,28 @@ cdef inline void unlink_work(Host* h, Work* work) noexcept nogil:
     free_work(work)
 
 
-cdef inline int32_t room_for_work(const Host* h) noexcept nogil:
+cdef inline int32_t room_for_work(const SlotPool* p) noexcept nogil:
     """Slots that may be held besides those that are."""
-    return h.num_slots // SHARE - h.num_held
+    return p.num_slots // SHARE - p.num_held
 
 
-cdef inline int32_t take_landed(Host* h, Tree* t, int64_t landed) noexcept nogil:
+cdef inline int32_t take_landed(Host* h, Tree* t, SlotPool* p, int64_t landed) noexcept nogil:
     """A slot that no move names any more: free, or the next to be evicted. -1: there is none at hand."""
     cdef int32_t i, s
-    for i in range(h.stack_size - 1, max(h.stack_size - FREE_LOOK, 0) - 1, -1):
-        s = h.stack[i]
+    for i in range(p.stack_size - 1, max(p.stack_size - FREE_LOOK, 0) - 1, -1):
+        s = p.stack[i]
         if h.slots[s].move <= landed:
-            h.stack_size -= 1
-            memmove(h.stack + i, h.stack + i + 1, (h.stack_size - i) * sizeof(int32_t))
+            p.stack_size -= 1
+            memmove(p.stack + i, p.stack + i + 1, (p.stack_size - i) * sizeof(int32_t))
             return s
-    if h.stack_size < FREE_LOOK and h.fresh < h.num_slots:
-        h.fresh += 1
-        return h.fresh - 1
-    s = oldest_slot(h)
+    if p.stack_size < FREE_LOOK and p.fresh < p.first + p.num_slots:
+        p.fresh += 1
+        return p.fresh - 1
+    s = oldest_slot(h, p)
     if s < 0 or h.slots[s].move > landed:
         return -1
-    evict_slot(h, t)
-    h.stack_size -= 1
+    evict_slot(h, t, p)
+    p.stack_size -= 1
     return s
 
 
@@ -134,7 +134,12 @@ cdef inline void fill_plan(const Core* c, Plan* plan, int64_t below, int64_t roo
             plan.costs[i] += costs[i] - costs[min(first, i)]
     if c.pool.states.num_slots:     # a hit ends at a checkpoint
         for i in range(1, plan.limit + 1):
-            if i > plan.num_known or not has_state(c, plan.path, i):
+            if i > plan.num_known or not has_state(c, plan.path, i, HOST):
+                plan.costs[i] = room + 1
+                continue
+            s = checkpoint_at(&c.pool.host, &c.pool.tree, plan.path[i - 1])
+            plan.num_slots += s >= 0
+            if s >= 0 and c.pool.host.slots[s].holds == 0 and room_for_work(&c.pool.host.checkpoints) < 1:
                 plan.costs[i] = room + 1
 
 
@@ -146,7 +151,9 @@ cdef inline int32_t longest_plan(const Plan* plan, int32_t length, int64_t room,
 
 
 cdef inline bint is_reached(const Core* c, int32_t i, int32_t g, int32_t length) noexcept nogil:
-    """Whether a hit of this length needs block i in a group."""
+    """Whether a hit of this length needs block i in a group, or the state after it."""
+    if g == c.num_groups:
+        return i == length - 1
     return i < length and i >= first_row(c, g, length * c.block_size)
 
 
@@ -201,11 +208,11 @@ cdef inline Work* begin_planned(Core* c, Text* x, Plan* plan, int64_t room) noex
     if plan.num_known:
         node_at(t, plan.path[plan.num_known - 1]).uses += 1
     for i in range(plan.num_known):     # first: no slot is taken from the path itself
-        for g in range(c.num_groups):
+        for g in range(h.width):
             if slot_of_path(c, plan, i, g) >= 0:
                 hold_slot(h, slot_of_path(c, plan, i, g))
     while taken < wanted:
-        s = take_landed(h, t, c.pool.moves.landed)
+        s = take_landed(h, t, &h.blocks, c.pool.moves.landed)
         if s < 0:
             break
         work.slots[taken] = s
@@ -218,15 +225,15 @@ cdef inline Work* begin_planned(Core* c, Text* x, Plan* plan, int64_t room) noex
     for i in range(taken):
         hold_slot(h, work.slots[i])
     for i in range(max(length, plan.num_known)):
-        for g in range(c.num_groups):
+        for g in range(h.width):
             s = slot_of_path(c, plan, i, g)
             if not is_reached(c, i, g, length):
                 if s >= 0:
-                    let_go_slot(h, s)
+                    let_go_slot(h, t, s)
             elif s >= 0:
                 work.slots[taken + num_kept] = s
                 num_kept += 1
-            elif is_missing(c, plan, i, g):
+            elif g < c.num_groups and is_missing(c, plan, i, g):
                 work.rows[num_rows].index, work.rows[num_rows].group = i, g
                 num_rows += 1
     check(num_rows == taken, b"there is a slot for each block of a fetch")
@@ -246,13 +253,13 @@ cdef inline Work* core_begin_fetch(Core* c, Text* x, int64_t below, Begun* begun
     cdef Plan plan
     cdef Work* work = NULL
     cdef int32_t local, most = hit_limit(c, x, -1)
-    cdef int64_t room = room_for_work(&c.pool.host)
+    cdef int64_t room = room_for_work(&c.pool.host.blocks)
     plan.path = <int32_t*>grab((<size_t>most or 1) * sizeof(int32_t))
     plan.missing = <int64_t*>grab(4 * (<size_t>most + 1) * sizeof(int64_t))
     if plan.path != NULL and plan.missing != NULL:
         plan.costs, plan.sums = plan.missing + most + 1, plan.missing + 2 * (<int64_t>most + 1)
         plan.num_known = tree_walk(&c.pool.tree, x, most, plan.path)
-        local = longest_hit(c, plan.path, plan.num_known, True)
+        local = longest_hit(c, plan.path, plan.num_known, HOST)
         plan.limit = <int32_t>min(<int64_t>most, max(below, <int64_t>local))
         plan.num_known = min(plan.num_known, plan.limit)
         fill_plan(c, &plan, below, room)
@@ -278,17 +285,17 @@ cdef inline int64_t core_end_fetch(Core* c, Work* work, int64_t num_ok) noexcept
                 s = work.slots[i]
                 put_slot(h, t, s, work.nodes[work.rows[i].index], work.rows[i].group)
                 h.slots[s].passed = h.slots[s].known = True
-        served = longest_hit(c, work.nodes, work.num_nodes, True)
+        served = longest_hit(c, work.nodes, work.num_nodes, HOST)
         for i in range(<int32_t>num_ok):
             if h.slots[work.slots[i]].node and work.rows[i].index >= served:
                 node_at(t, take_off(h, t, work.slots[i])).uses -= 1     # its child, or this fetch, uses it too
         for i in range(served - 1, -1, -1):
-            for g in range(c.num_groups):
+            for g in range(h.width):
                 if is_reached(c, i, g, served):
                     use_slot(h, t, work.nodes[i], g)
     for i in range(work.num_rows):
         if h.slots[work.slots[i]].node == 0:
-            let_go_slot(h, work.slots[i])
+            let_go_slot(h, t, work.slots[i])
             work.slots[i] = -1
     if work.last_node:
         tree_drop(t, work.last_node)
@@ -302,7 +309,7 @@ cdef inline void core_release(Core* c, Work* work) noexcept nogil:
     cdef int32_t i
     for i in range(work.num_slots):
         if work.slots[i] >= 0:
-            let_go_slot(&c.pool.host, work.slots[i])
+            let_go_slot(&c.pool.host, &c.pool.tree, work.slots[i])
     unlink_work(&c.pool.host, work)
 
 
@@ -346,7 +353,7 @@ cdef inline int32_t path_to_name(const Core* c, int32_t n) noexcept nogil:
 cdef inline int32_t choose_spill(const Core* c, Work* work, int64_t most) noexcept nogil:
     """Note the slots to spill and their nodes; how many of the queue were looked at, -1: no memory."""
     cdef const Host* h = &c.pool.host
-    cdef int32_t looked = 0, s, n, new = 0, room = room_for_work(h), capacity = 0
+    cdef int32_t looked = 0, s, n, new = 0, room = room_for_work(&h.blocks), capacity = 0
     cdef int64_t i
     while looked < min(h.spill_size, SPILL_LOOK) and work.num_rows < most and new < room:
         i = <int64_t>h.spill_first + looked
@@ -443,10 +450,10 @@ cdef inline void core_end_spill(Core* c, Work* work, const uint8_t* ok, const ch
             h.slots[s].known = True
         elif h.slots[s].node:
             queue_slot(h, s)
-    for i in range(work.num_rows - 1, -1, -1):
-        let_go_slot(h, work.slots[i])
-    if digests != NULL and not work.stale:      # its nodes are there: slots that it held hang on them, or below
+    if digests != NULL and not work.stale:      # its nodes are there: slots that it holds hang on them, or below
         for i in range(work.num_nodes):
             memcpy(h.digests + <int64_t>work.nodes[i] * DIGEST_BYTES, digests + <int64_t>i * DIGEST_BYTES, DIGEST_BYTES)
             c.pool.tree.named[work.nodes[i]] = True
+    for i in range(work.num_rows - 1, -1, -1):
+        let_go_slot(h, &c.pool.tree, work.slots[i])
     unlink_work(h, work)

@@ -1,6 +1,9 @@
 # The host pool: slots in host memory, each with one block of one group, that hang on the nodes of the tree as blocks of
 # the device do; and the moves between the two. Nothing is copied here: moves are noted, and handed out with a step.
 #
+# Checkpoints have slots of their own, of another size, numbered after those of blocks. Their group is the one after the
+# last, and on the device they are numbered after the blocks: all that follows is true of them too.
+#
 # Moves are numbered from 1, together with copies-on-write. Those of one step are done in the order in which the step
 # lists them, so that a slot or a block that a move names may be given to a later move at once. A pass waits for the
 # loads of what it reads, and for every move that names a block that it writes.
@@ -17,7 +20,7 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint8_t
 
 from core.checks cimport check
 from core.tree cimport kvb_prefetch_write, line_of, node_at, Tree, tree_drop
-from core.states cimport lose_anchor, States
+from core.states cimport end_offer, lose_anchor, next_offer, States
 
 
 cdef enum:
@@ -32,6 +35,17 @@ cdef struct Move:
     int32_t source
     int32_t target
     int64_t number
+
+
+cdef struct SlotPool:   # slots of one size: those of blocks, or those of checkpoints
+    int32_t first
+    int32_t num_slots
+    int32_t stack_size
+    int32_t fresh       # slots from here on were never used
+    int32_t oldest
+    int32_t newest
+    int32_t num_held    # that work in the background holds
+    int32_t* stack
 
 
 cdef struct Slot:       # 32 bytes
@@ -86,11 +100,12 @@ cdef struct Moves:      # the number of the newest move that was noted, handed o
 
 
 cdef struct Host:
-    int32_t num_slots
-    int32_t stack_size
-    int32_t fresh       # slots from here on were never used
-    int32_t oldest
-    int32_t newest
+    int32_t num_slots   # of both pools
+    int32_t width       # groups that have slots: those of blocks, and the one of states
+    int32_t first_state  # the device's blocks, after which its slots for states are numbered
+    int32_t num_states  # of these, 0 where checkpoints have no host slots
+    SlotPool blocks
+    SlotPool checkpoints
     int32_t write_ahead     # offloads that one step notes at most
     int32_t horizon     # cached blocks that are examined at most, from the next to be evicted on
     int32_t examined    # of these, how many were offloaded, or need not be
@@ -98,15 +113,13 @@ cdef struct Host:
     int32_t num_loads
     int32_t num_moves
     Slot* slots
-    int32_t* stack
-    int32_t* slot_of    # [max_nodes + 1, groups]: 1 + the slot of the node, 0: none
-    Shadow* shadows     # [num_blocks]
-    int32_t* loads      # [num_blocks]: blocks whose loads are noted and not handed out
-    Move* moves         # [num_blocks + write_ahead]: handed out, and not marked as enqueued
+    int32_t* slot_of    # [max_nodes + 1, width]: 1 + the slot of the node, 0: none
+    Shadow* shadows     # [blocks and slots for states of the device]
+    int32_t* loads      # [the same]: those whose loads are noted and not handed out
+    Move* moves         # [the same + write_ahead]: handed out, and not marked as enqueued
     int64_t* needs      # [max_seqs]: the newest move that a sequence's next pass waits for
     Work* works         # the newest of those that are there
     int64_t num_begun
-    int32_t num_held    # slots that work in the background holds
     int32_t spill_first     # the ring of slots that an offload has filled since they were spilled, if they ever were
     int32_t spill_size
     int32_t* spills     # [num_slots]; some have lost their block meanwhile
@@ -116,94 +129,112 @@ cdef struct Host:
     States* states      # NULL: no group keeps a state
 
 
-cdef inline int32_t host_free(const Host* h) noexcept nogil:
-    return h.stack_size + h.num_slots - h.fresh
+cdef inline int32_t host_free(const SlotPool* p) noexcept nogil:
+    return p.stack_size + p.first + p.num_slots - p.fresh
+
+
+cdef inline SlotPool* pool_of(Host* h, int32_t s) noexcept nogil:
+    """The pool of a slot."""
+    check(0 <= s < h.num_slots, b"a host slot is one of a pool's")
+    return &h.blocks if s < h.checkpoints.first else &h.checkpoints
 
 
 cdef inline int32_t slot_at(const Host* h, const Tree* t, int32_t n, int32_t g) noexcept nogil:
     """The slot of a node in one group, or -1."""
-    check(0 <= n <= t.max_nodes and 0 <= g < t.num_groups, b"a slot is looked for at a node and a group")
-    return h.slot_of[<int64_t>n * t.num_groups + g] - 1
+    check(0 <= n <= t.max_nodes and 0 <= g < h.width, b"a slot is looked for at a node and a group")
+    return h.slot_of[<int64_t>n * h.width + g] - 1
+
+
+cdef inline int32_t checkpoint_at(const Host* h, const Tree* t, int32_t n) noexcept nogil:
+    """The slot of a node's checkpoint, or -1."""
+    return slot_at(h, t, n, t.num_groups) if h.checkpoints.num_slots else -1
 
 
 cdef inline void list_remove(Host* h, int32_t s) noexcept nogil:
     cdef Slot* slot = &h.slots[s]
+    cdef SlotPool* p = pool_of(h, s)
     if slot.older >= 0:
         h.slots[slot.older].newer = slot.newer
     else:
-        h.oldest = slot.newer
+        p.oldest = slot.newer
     if slot.newer >= 0:
         h.slots[slot.newer].older = slot.older
     else:
-        h.newest = slot.older
+        p.newest = slot.older
 
 
 cdef inline void list_append(Host* h, int32_t s) noexcept nogil:
-    h.slots[s].older = h.newest
+    cdef SlotPool* p = pool_of(h, s)
+    h.slots[s].older = p.newest
     h.slots[s].newer = -1
-    if h.newest >= 0:
-        h.slots[h.newest].newer = s
+    if p.newest >= 0:
+        h.slots[p.newest].newer = s
     else:
-        h.oldest = s
-    h.newest = s
+        p.oldest = s
+    p.newest = s
 
 
 cdef inline void use_slot(Host* h, const Tree* t, int32_t n, int32_t g) noexcept nogil:
     """Make the slot of a node, if it has one, the most recent."""
     cdef int32_t s = slot_at(h, t, n, g)
-    if s >= 0 and s != h.newest:
+    if s >= 0 and s != pool_of(h, s).newest:
         if not h.slots[s].passed:
             list_remove(h, s)
         h.slots[s].passed = False
         list_append(h, s)
 
 
-cdef inline int32_t oldest_slot(Host* h) noexcept nogil:
+cdef inline int32_t oldest_slot(Host* h, SlotPool* p) noexcept nogil:
     """The slot to evict next, -1: there is none. Held ones are passed over, once: let go, they are the next."""
-    cdef int32_t s = h.oldest
+    cdef int32_t s = p.oldest
     while s >= 0 and h.slots[s].holds:
         list_remove(h, s)
         h.slots[s].passed = True
-        s = h.oldest
+        s = p.oldest
     return s
 
 
 cdef inline void free_slot(Host* h, int32_t s) noexcept nogil:
-    check(h.stack_size < h.fresh and h.slots[s].node == 0, b"a host slot is free once, and hangs nowhere")
-    h.stack[h.stack_size] = s
-    h.stack_size += 1
+    cdef SlotPool* p = pool_of(h, s)
+    check(p.stack_size < p.num_slots and h.slots[s].node == 0, b"a host slot is free once, and hangs nowhere")
+    p.stack[p.stack_size] = s
+    p.stack_size += 1
 
 
 cdef inline void hold_slot(Host* h, int32_t s) noexcept nogil:
-    h.num_held += h.slots[s].holds == 0
+    pool_of(h, s).num_held += h.slots[s].holds == 0
     h.slots[s].holds += 1
 
 
-cdef inline void let_go_slot(Host* h, int32_t s) noexcept nogil:
+cdef inline void let_go_slot(Host* h, Tree* t, int32_t s) noexcept nogil:
     """A slot that nobody holds any more is free, or may be evicted again."""
     cdef Slot* slot = &h.slots[s]
+    cdef SlotPool* p = pool_of(h, s)
     check(slot.holds > 0, b"a host slot is held as often as it is let go")
     slot.holds -= 1
     if slot.holds:
         return
-    h.num_held -= 1
+    p.num_held -= 1
     if slot.node == 0:
         free_slot(h, s)
-    elif slot.passed:
+        return
+    if slot.passed:
         slot.passed = False
-        slot.older, slot.newer = -1, h.oldest
-        if h.oldest >= 0:
-            h.slots[h.oldest].older = s
+        slot.older, slot.newer = -1, p.oldest
+        if p.oldest >= 0:
+            h.slots[p.oldest].older = s
         else:
-            h.newest = s
-        h.oldest = s
+            p.newest = s
+        p.oldest = s
+    if p == &h.checkpoints:
+        check_anchor(h, t, slot.node)
 
 
 cdef inline void put_slot(Host* h, Tree* t, int32_t s, int32_t n, int32_t g) noexcept nogil:
     """Hang a slot on a node; it is in no list yet."""
     check(slot_at(h, t, n, g) < 0, b"a node has at most one host slot for a group")
     h.slots[s].node, h.slots[s].group = n, g
-    h.slot_of[<int64_t>n * t.num_groups + g] = s + 1
+    h.slot_of[<int64_t>n * h.width + g] = s + 1
     node_at(t, n).uses += 1
 
 
@@ -212,11 +243,11 @@ cdef inline int32_t take_off(Host* h, Tree* t, int32_t s) noexcept nogil:
     cdef Slot* slot = &h.slots[s]
     cdef int32_t n = slot.node
     check(n > 0 and slot_at(h, t, n, slot.group) == s, b"a slot that is dropped hangs on its node")
-    h.slot_of[<int64_t>n * t.num_groups + slot.group] = 0
-    if h.states != NULL and slot.group == h.states.anchor and node_at(t, n).blocks[slot.group] < 0:
-        lose_anchor(h.states, n)
+    h.slot_of[<int64_t>n * h.width + slot.group] = 0
     slot.node = 0
     slot.passed = slot.known = False
+    if h.states != NULL and slot.group == h.states.anchor:
+        check_anchor(h, t, n)
     return n
 
 
@@ -229,23 +260,39 @@ cdef inline void drop_slot(Host* h, Tree* t, int32_t s) noexcept nogil:
         free_slot(h, s)
 
 
-cdef inline void evict_slot(Host* h, Tree* t) noexcept nogil:
+cdef inline void check_anchor(Host* h, Tree* t, int32_t n) noexcept nogil:
+    """Drop the checkpoint of a node that has neither block nor host slot any more for the group with which it goes. One
+    that is held in host memory goes once it is let go. The caller has a use of the node."""
+    cdef int32_t s = checkpoint_at(h, t, n)
+    if node_at(t, n).blocks[h.states.anchor] < 0 and slot_at(h, t, n, h.states.anchor) < 0:
+        lose_anchor(h.states, n)
+        if s >= 0 and h.slots[s].holds == 0:
+            drop_slot(h, t, s)
+
+
+cdef inline void evict_slot(Host* h, Tree* t, const SlotPool* p) noexcept nogil:
     """Drop what `oldest_slot` has found. Prefetches what the next evictions will touch."""
     cdef int32_t next
-    check(h.oldest >= 0 and h.slots[h.oldest].holds == 0, b"there is a host slot to evict, and nobody holds it")
-    next = h.slots[h.oldest].newer
+    check(p.oldest >= 0 and h.slots[p.oldest].holds == 0, b"there is a host slot to evict, and nobody holds it")
+    next = h.slots[p.oldest].newer
     if next >= 0:
         kvb_prefetch_write(&t.lines[line_of(t, node_at(t, h.slots[next].node).hash)])
         kvb_prefetch_write(node_at(t, node_at(t, h.slots[next].node).parent))
         next = h.slots[next].newer
     if next >= 0:
         kvb_prefetch_write(node_at(t, h.slots[next].node))
-        kvb_prefetch_write(&h.slot_of[<int64_t>h.slots[next].node * t.num_groups])
+        kvb_prefetch_write(&h.slot_of[<int64_t>h.slots[next].node * h.width])
         next = h.slots[next].newer
     if next >= 0 and h.slots[next].newer >= 0:
         kvb_prefetch_write(&h.slots[h.slots[next].newer])
-    drop_slot(h, t, h.oldest)
+    drop_slot(h, t, p.oldest)
     h.evictions += 1
+
+
+cdef inline void drop_slots(Host* h, Tree* t, const SlotPool* p) noexcept nogil:
+    """Drop all that an eviction would find."""
+    while p.num_slots and p.oldest >= 0:
+        drop_slot(h, t, p.oldest)
 
 
 cdef inline void queue_slot(Host* h, int32_t s) noexcept nogil:
@@ -277,20 +324,52 @@ cdef inline void forget_work(Host* h, Tree* t) noexcept nogil:
         h.spill_first = i + 1 if i + 1 < h.num_slots else 0
 
 
-cdef inline int32_t hang_slot(Host* h, Tree* t, int32_t n, int32_t g) noexcept nogil:
+cdef inline bint find_slot(Host* h, Tree* t, SlotPool* p, int64_t before) noexcept nogil:
+    """Make a slot free, if none is: the one used longest ago goes, unless a move newer than `before` names it."""
+    cdef int32_t s
+    if host_free(p) == 0:
+        s = oldest_slot(h, p)
+        if s < 0 or h.slots[s].move > before:
+            return False
+        evict_slot(h, t, p)
+    return True
+
+
+cdef inline int32_t hang_slot(Host* h, Tree* t, SlotPool* p, int32_t n, int32_t g) noexcept nogil:
     """Give a node a free slot, which an offload will fill; there is one."""
     cdef int32_t s
-    if h.stack_size:
-        h.stack_size -= 1
-        s = h.stack[h.stack_size]
+    if p.stack_size:
+        p.stack_size -= 1
+        s = p.stack[p.stack_size]
     else:
-        s = h.fresh
-        h.fresh += 1
-    check(0 <= s < h.num_slots and h.slots[s].node == 0, b"a host slot is not given out twice")
+        s = p.fresh
+        p.fresh += 1
+    check(p.first <= s < p.first + p.num_slots and h.slots[s].node == 0, b"a host slot is not given out twice")
     put_slot(h, t, s, n, g)
     list_append(h, s)
-    queue_slot(h, s)
     return s
+
+
+cdef inline void note_offload(Host* h, Moves* m, int32_t b, int32_t s) noexcept nogil:
+    """Note and hand out the move of a block, or of a state, to a slot that hangs on its node."""
+    cdef Move* move = &h.moves[h.num_moves]
+    m.noted += 1
+    h.shadows[b].move = h.slots[s].move = m.noted
+    move.kind, move.group, move.source, move.target, move.number = OFFLOAD, h.slots[s].group, b, s, m.noted
+    h.num_moves += 1
+
+
+cdef inline void offload_checkpoints(Host* h, Tree* t, Moves* m, int64_t before) noexcept nogil:
+    """Note and hand out offloads of checkpoints that are to stay, as far as the host has no copy of them."""
+    cdef int32_t i, n
+    while m.noted - before < h.write_ahead and h.states.num_offers:
+        i = next_offer(h.states)
+        n = h.states.slots[i].node
+        if n and checkpoint_at(h, t, n) < 0:
+            if not find_slot(h, t, &h.checkpoints, before):
+                break
+            note_offload(h, m, h.first_state + i, hang_slot(h, t, &h.checkpoints, n, t.num_groups))
+        end_offer(h.states)
 
 
 cdef inline void note_load(Host* h, Moves* m, int32_t s, int32_t b) noexcept nogil:

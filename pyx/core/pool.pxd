@@ -10,10 +10,10 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from core.checks cimport check
 from core.tree cimport kvb_prefetch, kvb_prefetch_write, line_of, Node, node_at, Tree, tree_drop
-from core.states cimport lose_anchor, StateRow, States
+from core.states cimport lose_anchor, state_take, StateRow, States
 from core.host cimport (
-    OFFLOAD, Host, Moves, cancel_load, count_moves, evict_slot, hand_out_loads, hang_slot, host_free, oldest_slot,
-    slot_at, use_slot,
+    Host, Moves, cancel_load, check_anchor, count_moves, find_slot, hand_out_loads, hang_slot, note_offload,
+    offload_checkpoints, queue_slot, slot_at, use_slot,
 )
 
 
@@ -135,8 +135,11 @@ cdef inline void unpublish(Pool* p, int32_t b) noexcept nogil:
         check(g < p.tree.num_groups, b"a published block hangs on its node")
     node.blocks[g] = -1
     p.blocks[b].node = 0
-    if p.states.num_slots and g == p.states.anchor and (p.host.num_slots == 0 or slot_at(&p.host, &p.tree, n, g) < 0):
-        lose_anchor(&p.states, n)
+    if p.states.num_slots and g == p.states.anchor:
+        if p.host.num_slots:
+            check_anchor(&p.host, &p.tree, n)
+        else:
+            lose_anchor(&p.states, n)
     if p.host.num_slots:
         use_slot(&p.host, &p.tree, n, g)
     tree_drop(&p.tree, n)
@@ -167,7 +170,7 @@ cdef inline int32_t evict(Pool* p) noexcept nogil:
     if next >= 0:
         kvb_prefetch_write(node_at(&p.tree, p.blocks[next].node))
         if p.host.num_slots:
-            kvb_prefetch(&p.host.slot_of[<int64_t>p.blocks[next].node * p.tree.num_groups])
+            kvb_prefetch(&p.host.slot_of[<int64_t>p.blocks[next].node * p.host.width])
     next = p.queue[(head + AHEAD) & mask]
     if next >= 0:
         kvb_prefetch_write(&p.tree.lines[line_of(&p.tree, node_at(&p.tree, p.blocks[next].node).hash)])
@@ -196,6 +199,21 @@ cdef inline int32_t take(Pool* p) noexcept nogil:
         cancel_load(&p.host, b)
         p.host.shadows[b].load = p.host.shadows[b].slid = 0
     return b
+
+
+cdef inline int32_t take_state(Pool* p) noexcept nogil:
+    """A slot for a state, with one reference. The caller has made sure that one is free."""
+    cdef States* s = &p.states
+    cdef int32_t i, evicted = 0
+    if s.stack_size == 0 and s.fresh == s.num_slots:
+        evicted = s.slots[s.oldest].node
+    i = state_take(s)
+    if p.host.checkpoints.num_slots:
+        if evicted:
+            use_slot(&p.host, &p.tree, evicted, p.tree.num_groups)
+        cancel_load(&p.host, p.num_blocks + i)
+        p.host.shadows[p.num_blocks + i].load = 0
+    return i
 
 
 cdef inline void acquire(Pool* p, int32_t b) noexcept nogil:
@@ -265,12 +283,14 @@ cdef inline void close_waiting(Pool* p, const Step* step) noexcept nogil:
 
 
 cdef inline void offload_ahead(Pool* p, bint everything) noexcept nogil:
-    """Note and hand out offloads of the blocks that will be evicted next, or of `everything` that is cached, as far as
-    the host has no copy of them. Where no slot is free the one used longest ago goes, but for those that are held, or
-    that this very call has given out."""
+    """Note and hand out offloads of checkpoints that are to stay and of the blocks that will be evicted next, or of
+    `everything` that is cached, as far as the host has no copy of them. Where no slot is free the one used longest ago
+    goes, but for those that are held, or that this very call has given out."""
     cdef Host* h = &p.host
     cdef int64_t before = p.moves.noted
     cdef int32_t b, g, n, s, end = p.num_cached if everything else min(p.num_cached, h.horizon)
+    if h.checkpoints.num_slots:
+        offload_checkpoints(h, &p.tree, &p.moves, before)
     while p.moves.noted - before < h.write_ahead and h.examined < end:
         b = p.queue[(h.cursor + 2 * AHEAD) & p.queue_mask]     # past the tail this is idle, as in `evict`
         if b >= 0:
@@ -279,7 +299,7 @@ cdef inline void offload_ahead(Pool* p, bint everything) noexcept nogil:
         b = p.queue[(h.cursor + AHEAD) & p.queue_mask]
         if b >= 0:
             kvb_prefetch_write(node_at(&p.tree, p.blocks[b].node))
-            kvb_prefetch_write(&h.slot_of[<int64_t>p.blocks[b].node * p.tree.num_groups])
+            kvb_prefetch_write(&h.slot_of[<int64_t>p.blocks[b].node * h.width])
         b = p.queue[h.cursor & p.queue_mask]
         if b < 0:
             h.cursor += 1
@@ -288,18 +308,11 @@ cdef inline void offload_ahead(Pool* p, bint everything) noexcept nogil:
         while node_at(&p.tree, n).blocks[g] != b:
             g += 1
         if slot_at(h, &p.tree, n, g) < 0 and not h.shadows[b].slid:
-            if host_free(h) == 0:
-                s = oldest_slot(h)
-                if s < 0 or h.slots[s].move > before:
-                    break
-                evict_slot(h, &p.tree)
-            s = hang_slot(h, &p.tree, n, g)
-            p.moves.noted += 1
-            h.shadows[b].move = h.slots[s].move = p.moves.noted
-            h.moves[h.num_moves].kind, h.moves[h.num_moves].group = OFFLOAD, g
-            h.moves[h.num_moves].source, h.moves[h.num_moves].target = b, s
-            h.moves[h.num_moves].number = p.moves.noted
-            h.num_moves += 1
+            if not find_slot(h, &p.tree, &h.blocks, before):
+                break
+            s = hang_slot(h, &p.tree, &h.blocks, n, g)
+            queue_slot(h, s)
+            note_offload(h, &p.moves, b, s)
         h.cursor += 1
         h.examined += 1
 

@@ -25,7 +25,7 @@ from core.text cimport (
 )
 from core.tree cimport node_at, Tree, tree_drop
 from core.states cimport leave_state, reset_checkpoints, share_state, Standing
-from core.host cimport Host, drop_slot, forget_work
+from core.host cimport Host, drop_slots, forget_work
 from core.pool cimport Pool, pool_free, pool_step, release_table, take, unpublish
 
 
@@ -145,6 +145,15 @@ cdef inline void wait_for(Core* c, const Seq* seq, int64_t move) noexcept nogil:
     """Let the next pass of a sequence wait for a move too."""
     if move > c.pool.host.needs[seq - c.seqs]:
         c.pool.host.needs[seq - c.seqs] = move
+
+
+cdef inline int64_t handle_of(const Core* c, const Seq* seq) noexcept nogil:
+    """The handle that a sequence has or had: one that leaves has given it up."""
+    return seq.handle if seq.handle > 0 else -seq.handle << SLOT_BITS | <int64_t>(seq - c.seqs)
+
+
+cdef inline void let_go_state(Core* c, const Seq* seq) noexcept nogil:
+    leave_state(&c.pool.states, <int32_t>(seq - c.seqs), handle_of(c, seq))
 
 
 cdef inline int32_t standing_on(const Core* c, const Seq* seq) noexcept nogil:
@@ -279,7 +288,7 @@ cdef inline void close_seq(Core* c, Seq* seq) noexcept nogil:
     release_rows(c, seq, 0)
     set_last_node(&c.pool.tree, seq, 0)
     if c.pool.states.num_slots:
-        leave_state(&c.pool.states, slot)
+        let_go_state(c, seq)
     clear_text(&seq.text)
     free(seq.table)
     seq.table = NULL
@@ -494,7 +503,7 @@ cdef inline void preempt(Core* c, Seq* seq) noexcept nogil:
     release_rows(c, seq, 0)
     set_last_node(&c.pool.tree, seq, 0)
     if c.pool.states.num_slots:
-        leave_state(&c.pool.states, <int32_t>(seq - c.seqs))
+        let_go_state(c, seq)
     seq.num_cached = seq.num_computed = seq.num_prepared = seq.reserved = seq.published = 0
     seq.kind = PREEMPTED
     c.num_resting += 1
@@ -638,7 +647,7 @@ cdef inline void take_copy(Core* c, Seq* seq, int32_t first, Seq* made) noexcept
     memcpy(row_at(c, seq, first), made.table, <size_t>made.num_rows * c.num_groups * sizeof(int32_t))
     seq.num_rows = first + made.num_rows
     if c.pool.states.num_slots:
-        leave_state(&c.pool.states, <int32_t>(seq - c.seqs))
+        let_go_state(c, seq)
         c.pool.states.standing[seq - c.seqs].slot = <int32_t>made.handle
         c.pool.states.standing[seq - c.seqs].checkpoint = 0
     if c.pool.host.num_slots:
@@ -752,8 +761,8 @@ cdef inline void core_reset(Core* c) noexcept nogil:
     cdef Seq* seq
     if p.states.num_slots:
         reset_checkpoints(&p.states)
-    while p.host.num_slots and p.host.oldest >= 0:  # first: what is unpublished makes its slot the newest
-        drop_slot(&p.host, &p.tree, p.host.oldest)
+    drop_slots(&p.host, &p.tree, &p.host.checkpoints)
+    drop_slots(&p.host, &p.tree, &p.host.blocks)    # first: what is unpublished makes its slot the newest
     forget_work(&p.host, &p.tree)
     for i in range(c.fresh_seq):
         seq = &c.seqs[i]
@@ -766,7 +775,7 @@ cdef inline void core_reset(Core* c) noexcept nogil:
         if seq.kind == PIN:
             release_rows(c, seq, 0)
             if p.states.num_slots:
-                leave_state(&p.states, i)
+                let_go_state(c, seq)
     for i in range(p.num_steps):
         for j in range(pool_step(p, i).num_rows * c.num_groups):
             b = pool_step(p, i).sources[j]

@@ -5,21 +5,16 @@
 from libc.stdint cimport int32_t, int64_t
 
 from core.checks cimport check
-from core.memory cimport SLOT_BITS, regrow
+from core.memory cimport regrow
 from core.ints cimport at, Ints
 from core.tree cimport node_at
 from core.states cimport (
-    drop_checkpoint, forget_checkpoint, Standing, state_release, state_take, StateRow, States, states_free, StateSlot,
+    drop_checkpoint, forget_checkpoint, Standing, state_release, StateRow, States, states_free, StateSlot,
 )
 from core.host cimport slot_at
-from core.pool cimport Step, StepRow
-from core.sequences cimport LOST_STATE, NO_MEMORY, NO_STATES, OWN_STATE, Core, fail, Fault, preempt, Seq
+from core.pool cimport Step, StepRow, take_state
+from core.sequences cimport LOST_STATE, NO_MEMORY, NO_STATES, OWN_STATE, Core, fail, Fault, handle_of, preempt, Seq
 from kvblocks.step_arrays cimport Arrays
-
-
-cdef inline int64_t handle_of(const Core* c, const Seq* seq) noexcept nogil:
-    """The handle that a sequence has or had: one that leaves has given it up."""
-    return seq.handle if seq.handle > 0 else -seq.handle << SLOT_BITS | <int64_t>(seq - c.seqs)
 
 
 cdef inline bint wants_checkpoint(const Core* c, const Seq* seq, int32_t i) noexcept nogil:
@@ -68,11 +63,17 @@ cdef inline bint plan_own(Core* c, Step* step, Fault* f) noexcept nogil:
     return True
 
 
-cdef inline void prepare_own(Core* c, Step* step, Arrays* a) noexcept nogil:
-    """Let sequences go from their slots, which the pass may read, and give each row its slot."""
+cdef inline int64_t last_move_of(const Core* c, int32_t slot) noexcept nogil:
+    """The newest move that names a slot of the device: whoever writes it waits for that."""
+    return c.pool.host.shadows[c.pool.num_blocks + slot].move if c.pool.host.checkpoints.num_slots else 0
+
+
+cdef inline int64_t prepare_own(Core* c, Step* step, Arrays* a) noexcept nogil:
+    """Let sequences go from their slots, which the pass may read, and give each row its slot. The newest move that
+    names one of these."""
     cdef States* s = &c.pool.states
     cdef Py_ssize_t i
-    cdef int64_t j, first = 0, token = 0
+    cdef int64_t j, first = 0, token = 0, needs = 0
     cdef int32_t slot
     cdef StateRow* row
     cdef const StepRow* tokens
@@ -86,9 +87,11 @@ cdef inline void prepare_own(Core* c, Step* step, Arrays* a) noexcept nogil:
             a.state_drafts[token + j] = -1
         token += tokens.count
         if row.count:
-            slot = step.drafts[row.first] = state_take(s)
+            slot = step.drafts[row.first] = take_state(&c.pool)
             s.slots[slot].at = tokens.start + tokens.count
             a.state_drafts[token - 1] = slot
+            needs = max(needs, last_move_of(c, slot))
+    return needs
 
 
 cdef inline void leave_own(Core* c, Step* step, Py_ssize_t i) noexcept nogil:
@@ -153,11 +156,12 @@ cdef inline bint plan_states(Core* c, Step* step, int64_t num_tokens, bint keep,
     return True
 
 
-cdef inline void prepare_states(Core* c, Step* step, Arrays* a) noexcept nogil:
-    """Give each row its slots, and write them with their zeros and copies to the arrays."""
+cdef inline int64_t prepare_states(Core* c, Step* step, Arrays* a) noexcept nogil:
+    """Give each row its slots, and write them with their zeros and copies to the arrays. The newest move that names one
+    of these."""
     cdef States* s = &c.pool.states
     cdef Py_ssize_t i
-    cdef int64_t first = 0
+    cdef int64_t first = 0, needs = 0
     cdef int32_t j
     cdef int32_t* slots
     cdef StateRow* row
@@ -172,7 +176,7 @@ cdef inline void prepare_states(Core* c, Step* step, Arrays* a) noexcept nogil:
             forget_checkpoint(s, row.before)
         else:
             for j in range(row.count):
-                slots[j] = state_take(s)
+                slots[j] = take_state(&c.pool)
             s.standing[tokens.slot].slot = slots[row.count - 1] + 1
             if row.before < 0:
                 a.state_zero[a.num_state_zero] = slots[0]
@@ -188,8 +192,10 @@ cdef inline void prepare_states(Core* c, Step* step, Arrays* a) noexcept nogil:
             s.slots[slots[j]].at = tokens.start + j + 1 if step.keeps else tokens.start + tokens.count
             if step.keeps:
                 a.state_drafts[row.first + j] = slots[j]
+            needs = max(needs, last_move_of(c, slots[j]))
         a.state_slots[i] = row.before if step.keeps and row.before >= 0 else slots[0]
     s.copies += a.num_state_copies
+    return needs
 
 
 cdef inline void pad_states(Arrays* a, Py_ssize_t num_seqs, int64_t num_drafts) noexcept nogil:

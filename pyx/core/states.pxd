@@ -24,6 +24,7 @@ cdef struct StateSlot:
     int32_t newer
     int32_t in_batch    # scratch of `plan_states`: rows of a batch that stand on it, and the last of them
     int32_t last_row
+    uint8_t offered     # it is in the queue of those to be offloaded
 
 
 cdef struct Standing:   # of a sequence or a pin
@@ -55,6 +56,9 @@ cdef struct States:
     Standing* standing  # [max_seqs]
     int64_t* preempted  # [max_seqs]: handles of those that the last commit or abort has preempted
     int32_t num_preempted
+    int32_t first_offer     # the ring of slots whose checkpoints are to be offloaded, if they still are some
+    int32_t num_offers
+    int32_t* offers     # [num_slots]; NULL: checkpoints have no slots in host memory
     int64_t evictions, copies, checkpoints
 
 
@@ -86,6 +90,26 @@ cdef inline void idle_append(States* s, int32_t i) noexcept nogil:
     s.num_idle += 1
 
 
+cdef inline void offer(States* s, int32_t i) noexcept nogil:
+    """Let a checkpoint be offloaded, as it is to stay: it was hit, or its sequence has left."""
+    cdef int64_t end = <int64_t>s.first_offer + s.num_offers
+    if s.offers != NULL and not s.slots[i].offered:
+        s.slots[i].offered = True
+        s.offers[end if end < s.num_slots else end - s.num_slots] = i
+        s.num_offers += 1
+
+
+cdef inline int32_t next_offer(const States* s) noexcept nogil:
+    check(s.num_offers > 0, b"there is an offer")
+    return s.offers[s.first_offer]
+
+
+cdef inline void end_offer(States* s) noexcept nogil:
+    s.slots[next_offer(s)].offered = False
+    s.first_offer = s.first_offer + 1 if s.first_offer + 1 < s.num_slots else 0
+    s.num_offers -= 1
+
+
 cdef inline void forget_checkpoint(States* s, int32_t i) noexcept nogil:
     """Take a slot off its node, if it hangs on one: nobody finds it any more."""
     if s.slots[i].node:
@@ -110,7 +134,8 @@ cdef inline void drop_checkpoint(States* s, int32_t i) noexcept nogil:
 
 
 cdef inline void lose_anchor(States* s, int32_t node) noexcept nogil:
-    """A node has neither block nor host slot any more for the group with which its checkpoint goes."""
+    """A node has neither block nor host slot any more for the group with which its checkpoint goes; that of the device
+    goes too."""
     if s.of_node[node]:
         drop_checkpoint(s, s.of_node[node] - 1)
 
@@ -142,23 +167,26 @@ cdef inline void state_release(States* s, int32_t i) noexcept nogil:
     if s.slots[i].refs == 0:
         if s.slots[i].node:
             idle_append(s, i)
+            if s.slots[i].owner == 0:
+                offer(s, i)
         else:
             state_push(s, i)
 
 
-cdef inline void leave_state(States* s, int32_t seq) noexcept nogil:
-    """A sequence or a pin lets go of its slot."""
+cdef inline void leave_state(States* s, int32_t seq, int64_t handle) noexcept nogil:
+    """A sequence or a pin lets go of its slot, and no longer frees the newest checkpoint that it left."""
     cdef Standing* standing = &s.standing[seq]
+    if standing.checkpoint and s.slots[standing.checkpoint - 1].owner == handle:
+        offer(s, standing.checkpoint - 1)
     if standing.slot:
         state_release(s, standing.slot - 1)
     standing.slot = standing.lost = 0
 
 
 cdef inline void hold_checkpoint(States* s, int32_t seq, int32_t node) noexcept nogil:
-    """A hit: the checkpoint of a node, if it has one, is held, and stays when its sequence leaves a newer one."""
+    """A hit: the checkpoint of a node is held, and stays when its sequence leaves a newer one."""
     cdef int32_t i = s.of_node[node] - 1
-    if i < 0:
-        return
+    check(i >= 0, b"a hit has a checkpoint")
     if s.slots[i].refs == 0:
         idle_remove(s, i)
     s.slots[i].refs += 1

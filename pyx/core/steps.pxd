@@ -245,10 +245,7 @@ cdef inline int64_t core_prepare(
     if a.state_slots != NULL:
         a.num_state_copies = a.num_state_zero = 0
         if c.pool.states.num_slots:
-            if own:
-                prepare_own(c, step, a)
-            else:
-                prepare_states(c, step, a)
+            needs = max(needs, prepare_own(c, step, a) if own else prepare_states(c, step, a))
             num_moved += a.num_state_copies + a.num_state_zero
         pad_states(a, step.num_rows if c.pool.states.num_slots else 0, num_tokens if keep or own else 0)
     c.pool.moves.noted += num_moved
@@ -334,8 +331,8 @@ cdef inline void publish(Core* c, Seq* seq, int32_t full, uint64_t first_hash) n
             if node:
                 node_at(t, node).uses += 1
             else:
-                while t.num_nodes >= t.max_nodes and p.host.num_slots and oldest_slot(&p.host) >= 0:
-                    evict_slot(&p.host, t)
+                while t.num_nodes >= t.max_nodes and p.host.num_slots and oldest_slot(&p.host, &p.host.blocks) >= 0:
+                    evict_slot(&p.host, t, &p.host.blocks)
                 node = tree_insert(t, seq.last_node, hashes[j], tokens, extra)
                 if node == 0:
                     seq.publishing = False

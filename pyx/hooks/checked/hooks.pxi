@@ -79,11 +79,11 @@ def _poke(BlockManager manager not None, str field, Py_ssize_t index, int64_t va
         elif field == "slot_newer":
             p.host.slots[index].newer += value
         elif field == "slot_of":
-            p.host.slot_of[p.host.slots[index].node * p.tree.num_groups] += value
+            p.host.slot_of[p.host.slots[index].node * p.host.width + p.host.slots[index].group] += value
         elif field == "slot_move":
             p.host.slots[index].move += value
         elif field == "oldest":
-            p.host.oldest += value
+            p.host.blocks.oldest += value
         elif field == "examined":
             p.host.examined += value
         elif field == "shadow_move":
@@ -95,7 +95,7 @@ def _poke(BlockManager manager not None, str field, Py_ssize_t index, int64_t va
         elif field == "slot_passed":
             p.host.slots[index].passed += value
         elif field == "num_held":
-            p.host.num_held += value
+            p.host.blocks.num_held += value
         elif field == "spill_size":
             p.host.spill_size += value
         elif field == "spills":
@@ -116,6 +116,14 @@ def _poke(BlockManager manager not None, str field, Py_ssize_t index, int64_t va
             p.states.slots[index].node += value
         elif field == "state_idle":
             p.states.num_idle += value
+        elif field == "offered":
+            p.states.slots[index].offered += value
+        elif field == "offers":
+            p.states.offers[index] += value
+        elif field == "num_offers":
+            p.states.num_offers += value
+        elif field == "checkpoints_held":
+            p.host.checkpoints.num_held += value
         elif field == "state_of":
             p.states.of_node[index] += value
         elif field == "standing":

@@ -1,0 +1,191 @@
+"""Tests of the tests: the state machine must find bugs planted in what becomes of checkpoints in host memory."""
+
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, run_state_machine_as_test
+from manager_machine import MODEL, Action, Driver, ManagerMachine, machine_for
+from manager_model import ModelManager, ModelStep, Node, Seq
+from manager_streams import Streams
+from test_planted_bugs import SETTINGS, silent
+from test_planted_tier_bugs import RIGHT
+
+from kvblocks.config import State, Window
+
+
+class LateStreams(Streams):
+    def run_some(self) -> None:
+        if self.rng.random() < 0.1:
+            super().run_some()
+
+
+class Returning(ManagerMachine):
+    """Small pools, and conversations that come back."""
+
+    @initialize(seed=st.integers(0, 2**32 - 1))
+    def start(self, seed: int) -> None:
+        self.rng = Random(seed)
+        choice = self.rng.choice
+        self.groups = choice([(None,), (None,), (None, Window(3))])
+        self.large = False
+        self.block_size, self.vocabulary, self.honest = 1, 2, True
+        self.favourites = []
+        config = {
+            "groups": (*self.groups, State(choice([1, 2]))),
+            "max_seqs": 4,
+            "host_blocks": choice([8, 16]),
+            "num_states": choice([1, 2, 3, 4]),
+            "host_states": choice([1, 4, 8]),
+        }
+        self.open(choice([4, 6, 8]) * len(self.groups), config)
+        self.streams = LateStreams(self.rng)
+
+    def weight(self, a: Action) -> int:
+        return {"come_back": 60, "draft": 10, "waver": 10, "abort": 6}.get(a.name, 1)
+
+
+def run(subject: Any, reference: Any = RIGHT) -> None:
+    machine = machine_for(Driver(subject, MODEL.step, MODEL.read), reference, tiers=True, states=True)
+    run_state_machine_as_test(type("Machine", (Returning, machine), {}), settings=SETTINGS)
+
+
+class AnothersCheckpointIsLoaded(ModelManager):
+    """A hit loads the checkpoint that came to the host last, whoever's it is."""
+
+    def _hold_checkpoint(self, node: Node, sequence: Seq) -> int | None:
+        own = self._host_state(node)
+        if node.state is None and own is not None:
+            node.slots[-1] = self.host_checkpoints[-1]
+        slot = super()._hold_checkpoint(node, sequence)
+        if own is not None:
+            node.slots[-1] = own
+        return slot
+
+
+class WriterDoesNotWait(ModelManager):
+    """A slot for states is written while its last move still reads or writes it."""
+
+    def prepare(self, seqs: Any, query_lens: Any, step: ModelStep, **options: bool) -> int:
+        step_id = super().prepare(seqs, query_lens, step, **options)
+        if not step.copies:
+            step.needs = max([row.sequence.needs for row in self.steps[-1].rows], default=0)
+        return step_id
+
+
+class PassDoesNotWaitForItsState(ModelManager):
+    def _note_load(self, sequence: Seq, block: int, slot: int) -> None:
+        needs = sequence.needs
+        super()._note_load(sequence, block, slot)
+        if self._is_state(slot):
+            sequence.needs = needs
+            self.load_of_block[block] = self.move_of_block[block] = 0
+
+
+class AbortLeavesTheLoadPending(ModelManager):
+    """What was loaded for an aborted pass is loaded again by the next step, over whatever is there then."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sources: dict[int, int] = {}
+
+    def _note_load(self, sequence: Seq, block: int, slot: int) -> None:
+        super()._note_load(sequence, block, slot)
+        self.sources[block] = slot
+
+    def abort(self, step_id: int) -> list[int]:
+        rows = [row for step in self.steps[-1:] if step.step_id == step_id for row in step.rows]
+        preempted = super().abort(step_id)
+        for block in [self.num_blocks + row.before for row in rows if row.before is not None]:
+            if block in self.sources:
+                self.loading.append((block, self.sources.pop(block)))
+        return preempted
+
+
+class OutlivesItsBlock(ModelManager):
+    """A checkpoint stays in host memory when its node has no block any more."""
+
+    def _check_anchor(self, node: Node) -> None:
+        slot = self._host_state(node)
+        if slot is not None:
+            self.holds[slot] += 1
+        super()._check_anchor(node)
+        if slot is not None:
+            self.holds[slot] -= 1
+
+
+class HitNeedsNoCheckpoint(ModelManager):
+    """In host memory blocks are enough."""
+
+    def _has_state(self, path: list[Node], host: bool) -> bool:
+        return host or super()._has_state(path, host)
+
+    def _hold_checkpoint(self, node: Node, sequence: Seq) -> int | None:
+        if node.state is None and self._host_state(node) is None:
+            return None
+        return super()._hold_checkpoint(node, sequence)
+
+
+class LoadsNeedNoSlot(ModelManager):
+    """A hit is not cut where no slot is free for its checkpoint."""
+
+    def _serves(self, path: list[Node], host: bool, loads_state: bool | None = None) -> bool:
+        return super()._serves(path, host)
+
+
+class ResetKeepsThem(ModelManager):
+    """After a reset a new node has the checkpoint that the old one of its tokens had."""
+
+    def reset_prefix_cache(self) -> None:
+        super().reset_prefix_cache()
+        if len(self.host_states_unused) > 1:
+            self.host_states_unused.reverse()
+
+
+class RunningSequencesAreOffloaded(ModelManager):
+    """Each checkpoint is copied as soon as it is left, though the next one will free it."""
+
+    def _leave_checkpoint(self, row: Any) -> None:
+        super()._leave_checkpoint(row)
+        if row.sequence.checkpoint is not None:
+            self._offer(row.sequence.checkpoint)
+
+
+class EvictionLeavesTheSlotOld(ModelManager):
+    """A slot is as old as its offload, though the checkpoint left the device just now."""
+
+    def _take_state(self) -> int:
+        slots = list(self.host_checkpoints)
+        taken = super()._take_state()
+        self.host_checkpoints = slots
+        return taken
+
+
+# Seen in what slots of states hold, without a right manager to compare with.
+MISREAD: list[type[ModelManager]] = [
+    AnothersCheckpointIsLoaded,
+    WriterDoesNotWait,
+    PassDoesNotWaitForItsState,
+    HitNeedsNoCheckpoint,
+]
+OTHERS: list[type[ModelManager]] = [
+    AbortLeavesTheLoadPending,
+    OutlivesItsBlock,
+    LoadsNeedNoSlot,
+    ResetKeepsThem,
+    RunningSequencesAreOffloaded,
+    EvictionLeavesTheSlotOld,
+]
+
+
+@pytest.mark.parametrize("mutant", OTHERS)
+def test_comparison_finds(mutant: type[ModelManager]) -> None:
+    with pytest.raises((AssertionError, LookupError)):
+        run(silent(mutant))
+
+
+@pytest.mark.parametrize("mutant", MISREAD)
+def test_device_finds(mutant: type[ModelManager]) -> None:
+    with pytest.raises(AssertionError, match=r"another prefix"):
+        run(silent(mutant), silent(mutant))
