@@ -156,6 +156,31 @@ def test_tenants_find_their_own_states_only(name: str) -> None:
         assert run.scheduler.num_hit == 0
 
 
+def test_a_checkpoint_stays_with_blocks_in_host_memory() -> None:
+    name = "qwen3_next"
+    pool = pool_of(name, num_blocks=24, host_memory="1MiB")
+    chats = [prompt(37, seed) for seed in range(3)]
+    for found in (0, 40):
+        for chat in chats:
+            with kvblocks.generate(model_of(name), [chat], pool=pool, **QUIET) as run:
+                assert run.run() == [answer(name, tuple(chat))]
+                assert run.scheduler.num_hit == found
+            if not found:
+                chat += run[0].tokens + prompt(3, 9)
+    came_back = pool.manager.stats().host_hit_tokens
+    assert came_back > 0
+    with PagedCache(model_of(name).config, pool=pool) as held:
+        for chat in chats:
+            ids = torch.tensor([chat])
+            assert held.begin(ids) == 40
+            made: Any = model_of(name)
+            out = made.generate(ids, attention_mask=torch.ones_like(ids), cache=held, max_new_tokens=NEW)
+            assert out[0, len(chat) :].tolist() == answer(name, tuple(chat))
+    assert pool.manager.stats().host_hit_tokens > came_back
+    pool.manager.audit()
+    assert pool.manager.num_free_states == 12
+
+
 def test_equal_prompts_wait_for_the_checkpoint_that_one_of_them_leaves() -> None:
     pool, ids = pool_of("qwen3_next", state_every=64, num_blocks=128), prompt(80, 1)
     with kvblocks.generate(model_of("qwen3_next"), [ids] * 3, pool=pool, max_batch_tokens=100, **QUIET) as run:
