@@ -1,7 +1,8 @@
 """What caches keep for a row or a sequence and not for a token: states of convolutions, linear attention and Mamba.
 
-Transformers' own layers hold and update them, [rows, ...] each. A pass works on copies of its own, so that it can be
-taken back, and rows can share what none of them writes. Imports torch.
+Transformers' own layers hold and update them, [rows, ...] each; `States` are those of all layers. A pass works on
+copies of its own, so that it can be taken back, and rows can share what none of them writes. `SlotStates` brings them
+to the slots of an engine and back. Imports torch and storage.
 """
 
 import math
