@@ -287,7 +287,6 @@ MISREAD: list[type[ModelManager]] = [
     CheckpointIsCopiedLater,
     AbortLeavesTheState,
     SharersGoBack,
-    HitNeedsNoCheckpoint,
     ForkSharesAndWrites,
     ZeroIsForgotten,
     UncommittedIsPublished,
@@ -302,6 +301,7 @@ MISREAD: list[type[ModelManager]] = [
 ]
 OTHERS: list[type[ModelManager]] = [
     AbortKeepsTheNewSlot,
+    HitNeedsNoCheckpoint,
     SlotOfAnOpenStepIsGivenOut,
     OlderCheckpointStays,
     HitCheckpointIsFreed,
