@@ -1960,8 +1960,10 @@ cdef void close_states(Core* c, int32_t max_seqs) noexcept:
 cdef int open_pool(SlotPool* p, int32_t first, int32_t slots) except -1:
     p.first = p.fresh = first
     p.num_slots, p.oldest, p.newest = slots, -1, -1
+    if slots == 0:
+        return 0
     p.stack = <int32_t*>map_zeroed(slots, sizeof(int32_t))
-    if p.stack == NULL and slots:
+    if p.stack == NULL:
         raise MemoryError(f"no memory to keep books of {slots} host slots")
     return 0
 
