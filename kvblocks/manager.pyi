@@ -717,11 +717,13 @@ class BlockManager:
     def pin(self, tokens: _Ints, *, salt: bytes = b"", extra: _Extra = ()) -> int:
         """Keep the longest published prefix of `tokens`, in whole blocks, from eviction.
 
+        Where a group keeps a state, the prefix ends at a checkpoint.
+
         Returns:
             A handle for `unpin`.
 
         Raises:
-            ValueError: no block of it is published.
+            ValueError: no block of it is published, or no checkpoint is there.
         """
     def unpin(self, handle: int) -> None:
         """Let go of a pin."""

@@ -988,11 +988,13 @@ cdef class BlockManager:
     def pin(self, tokens, *, salt=b"", extra=()):
         """Keep the longest published prefix of `tokens`, in whole blocks, from eviction.
 
+        Where a group keeps a state, the prefix ends at a checkpoint.
+
         Returns:
             A handle for `unpin`.
 
         Raises:
-            ValueError: no block of it is published.
+            ValueError: no block of it is published, or no checkpoint is there.
         """
         cdef Prompt prompt
         cdef Fault f

@@ -181,6 +181,23 @@ def test_a_checkpoint_stays_with_blocks_in_host_memory() -> None:
     assert pool.manager.num_free_states == 12
 
 
+def test_checkpoints_come_back_from_host_memory() -> None:
+    """The device has slots for a sequence and two checkpoints, and host memory for those of three prompts."""
+    name = "qwen3_next"
+    pool = pool_of(name, num_blocks=32, num_states=3, host_memory="1MiB")
+    assert pool.manager.host_states >= 3
+    chats = [prompt(37, seed) for seed in range(3)]
+    for found in (0, 40, 40):
+        for chat in chats:
+            with kvblocks.generate(model_of(name), [chat], pool=pool, **QUIET) as run:
+                assert run.run() == [answer(name, tuple(chat))]
+                assert run.scheduler.num_hit == found
+            if not found:
+                chat += run[0].tokens + prompt(3, 9)
+    pool.manager.audit()
+    assert pool.manager.num_free_states == 3
+
+
 def test_equal_prompts_wait_for_the_checkpoint_that_one_of_them_leaves() -> None:
     pool, ids = pool_of("qwen3_next", state_every=64, num_blocks=128), prompt(80, 1)
     with kvblocks.generate(model_of("qwen3_next"), [ids] * 3, pool=pool, max_batch_tokens=100, **QUIET) as run:

@@ -202,7 +202,8 @@ class PagedCache(Cache):
 
         Of a model that keeps states all rows must be found up to the same column: rows without padding at checkpoints,
         others as all that they hold since the last `begin` and `tell`. Models of Mamba 1 (Jamba, Zamba), which
-        `model.generate` cannot let go on from a state, and those with index keys beside states, find nothing.
+        `model.generate` cannot let go on from a state, and those with index keys beside states, find nothing. A last
+        pass that `begin` follows at once counts as unfinished, and leaves no checkpoint; `tell` in between keeps it.
 
         Positions must count from 0 at each row's first token, as `generate` numbers them. A model that takes none, and
         may count padding, reuses only what had as much of it.

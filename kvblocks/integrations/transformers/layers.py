@@ -533,19 +533,30 @@ def checkpoints_every(block_size: int, every: int | None = None) -> int:
     return every
 
 
-def host_slots(config: CacheConfig, host_memory: int | str | None, dtype: torch.dtype) -> int:
-    """How many slots of host memory `host_memory`, in bytes or text such as "1GiB", holds; 0 for None.
+def host_slots(config: CacheConfig, host_memory: int | str | None, dtype: torch.dtype, every: int) -> tuple[int, int]:
+    """How many slots for blocks `host_memory` holds, and beside them for checkpoints of states; none for None.
+
+    Where layers keep states there is one checkpoint for each `every` tokens that the bytes could hold, as far as a
+    quarter of the bytes goes.
+
+    Args:
+        host_memory: in bytes or text such as "1GiB".
+        every: tokens from one checkpoint to the next.
 
     Raises:
-        ValueError, TypeError: it is no size, or holds no slot.
+        ValueError, TypeError: it is no size, or holds no block.
     """
     if host_memory is None:
-        return 0
-    each = slot_bytes(config.block_bytes(dtype))
-    slots = checked_bytes("host_memory", host_memory) // each
+        return 0, 0
+    each, num_bytes, checkpoints = slot_bytes(config.block_bytes(dtype)), checked_bytes("host_memory", host_memory), 0
+    slots = num_bytes // each
+    if config.state_bytes(dtype):
+        state = slot_bytes(config.state_bytes(dtype))
+        checkpoints = min(slots * config.block_size // every, num_bytes // 4 // state)
+        slots = (num_bytes - checkpoints * state) // each
     if not 1 <= slots <= _MOST_SLOTS:
         raise ValueError(f"host_memory={host_memory!r} holds {slots} slots of {each} bytes; give 1 to {_MOST_SLOTS}")
-    return slots
+    return slots, checkpoints
 
 
 def cache_config(

@@ -52,8 +52,8 @@ class Pool:
             of the memory at most, but at least 2; with `num_blocks` in a third of what the blocks take.
         state_every: tokens from one possible checkpoint to the next, a multiple of `block_size`; by default 256.
         block_size, layout: of the cache.
-        host_memory: for blocks that the pool has no more room for, in bytes or like "1GiB"; by default none. What is
-            about to be evicted is copied there, and comes back when it is asked for again.
+        host_memory: for blocks that the pool has no more room for, and checkpoints with them, in bytes or like "1GiB";
+            by default none. What is about to be evicted is copied there, and comes back when it is asked for again.
         dtype, device: of K and V; by default the model's. Of a config its dtype, else torch's default, on CPU.
         watermark: share of the pool that an admission leaves free, for those who run to grow into.
         chunks: whether layers that attend in chunks (Llama 4) keep no more than their chunk, where the model's layers
@@ -152,11 +152,25 @@ class Pool:
                 num_states = slots_beside(config, dtype, every)
         if below and host_memory is None:
             host_memory = max(config.memory_bytes(dtype) // 4, _FEWEST_SLOTS * slot_bytes(config.block_bytes(dtype)))
-        slots = host_slots(config, host_memory, dtype)
-        engine = CacheEngine(config, dtype, device, layout=layout, host_blocks=slots, num_states=num_states or 0)
+        slots, checkpoints = host_slots(config, host_memory, dtype, every)
+        num_states = num_states or 0
+        engine = CacheEngine(
+            config,
+            dtype,
+            device,
+            layout=layout,
+            host_blocks=slots,
+            num_states=num_states,
+            host_states=checkpoints,
+        )
         self._of: weakref.ref[Any] = weakref.ref(model)
         manager = BlockManager.for_config(
-            config, watermark=watermark, host_blocks=slots, num_states=num_states or 0, every=every
+            config,
+            watermark=watermark,
+            host_blocks=slots,
+            num_states=num_states,
+            host_states=checkpoints,
+            every=every,
         )
         self.blocks = Blocks.of(manager, engine)
         if states:
