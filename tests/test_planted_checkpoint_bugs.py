@@ -167,9 +167,9 @@ MISREAD: list[type[ModelManager]] = [
     AnothersCheckpointIsLoaded,
     WriterDoesNotWait,
     PassDoesNotWaitForItsState,
-    HitNeedsNoCheckpoint,
 ]
 OTHERS: list[type[ModelManager]] = [
+    HitNeedsNoCheckpoint,  # the next step refuses such a row, so that nothing is misread
     AbortLeavesTheLoadPending,
     OutlivesItsBlock,
     LoadsNeedNoSlot,
