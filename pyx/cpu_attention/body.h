@@ -286,6 +286,10 @@ static void KVB(item)(const kvb_job *job, const kvb_item *item, char *scratch) {
             const char *from = job->query + (start + item->first_query + m / per_kv) * job->query_token +
                                (h * per_kv + m % per_kv) * job->query_head;
             float *to = q + (h * padded + m) * kd;
+            if (job->dtype == KVB_FLOAT32) {
+                for (int64_t d = 0; d < job->keys.dim; d++) to[d] = ((const float *)from)[d] * job->scale;
+                continue;
+            }
             for (int64_t d = 0; d < job->keys.dim; d++)
                 to[kvb_place(&job->keys, d)] = kvb_widen(from + d * job->itemsize, job->dtype) * job->scale;
         }
