@@ -473,13 +473,17 @@ class CacheEngine:
         groups = len(self._config.groups)
         _check_column("kind", moves[:, 0], 2)
         _check_column("group", moves[:, 1], groups + (self.state_arena is not None))
-        kinds, states = moves[:, 0] != 0, moves[:, 1] == groups
+        kinds = moves[:, 0] != 0
         on_device, in_host = torch.where(kinds, moves[:, 3], moves[:, 2]), torch.where(kinds, moves[:, 2], moves[:, 3])
+        if self.state_arena is None:
+            _check_column("block", on_device, self.num_blocks)
+            _check_column("slot", in_host, self.arena.num_slots)
+            return
+        states = moves[:, 1] == groups
         _check_column("block", on_device.where(~states, 0), self.num_blocks)
         _check_column("slot", in_host.where(~states, 0), self.arena.num_slots)
-        if self.state_arena is not None:
-            _check_column("state", on_device.where(states, 0), self.num_states)
-            _check_column("slot for a state", in_host.where(states, 0), self.state_arena.num_slots)
+        _check_column("state", on_device.where(states, 0), self.num_states)
+        _check_column("slot for a state", in_host.where(states, 0), self.state_arena.num_slots)
 
     def _check_manager(self, manager: BlockManager) -> None:
         if manager.groups != self._reaches:
@@ -523,13 +527,13 @@ class CacheEngine:
 
 
 def _most_storages(config: CacheConfig) -> int:
-    """No more storages than these has an engine: a CUDA device rounds each up."""
+    """The most storages that an engine of this config has; a CUDA device rounds up the memory of each."""
     of_layer = [sum(tensor.per == "token" for tensor in layer) for layer in config.layers]
     return max(sum(of_layer[layer] for layer in group.layers) for group in config.groups) + _STATE_STORAGES
 
 
 def _check_column(name: str, column: torch.Tensor, count: int) -> None:
-    """Whether what each move names is 0 to count - 1."""
+    """Raise ValueError where a move names something outside of 0 to count - 1."""
     ids = column.to(torch.int64)
     bad = first_outside(ids.data_ptr(), len(ids), 0, count - 1)
     if bad >= 0:

@@ -26,7 +26,7 @@ __all__ = ["HostMoves", "MovePlaces", "MoveStream", "move_stream"]
 
 @dataclass(frozen=True)
 class MovePlaces:
-    """Between what moves go: the blocks of all layer groups and their host slots, or the same for states.
+    """The two ends of moves: the blocks of all layer groups and host slots for them, or slots for states and theirs.
 
     Attributes:
         memory: of the blocks.

@@ -156,17 +156,23 @@ def test_tenants_find_their_own_states_only(name: str) -> None:
         assert run.scheduler.num_hit == 0
 
 
-def test_a_checkpoint_stays_with_blocks_in_host_memory() -> None:
-    name = "qwen3_next"
-    pool = pool_of(name, num_blocks=24, host_memory="1MiB")
+def talked(name: str, pool: Pool, rounds: tuple[int, ...]) -> list[list[int]]:
+    """Three chats, each told in every round; after the first round they are longer, and so many tokens are found."""
     chats = [prompt(37, seed) for seed in range(3)]
-    for found in (0, 40):
+    for found in rounds:
         for chat in chats:
             with kvblocks.generate(model_of(name), [chat], pool=pool, **QUIET) as run:
                 assert run.run() == [answer(name, tuple(chat))]
                 assert run.scheduler.num_hit == found
             if not found:
                 chat += run[0].tokens + prompt(3, 9)
+    return chats
+
+
+def test_a_checkpoint_stays_with_blocks_in_host_memory() -> None:
+    name = "qwen3_next"
+    pool = pool_of(name, num_blocks=24, host_memory="1MiB")
+    chats = talked(name, pool, (0, 40))
     came_back = pool.manager.stats().host_hit_tokens
     assert came_back > 0
     with PagedCache(model_of(name).config, pool=pool) as held:
@@ -186,14 +192,7 @@ def test_checkpoints_come_back_from_host_memory() -> None:
     name = "qwen3_next"
     pool = pool_of(name, num_blocks=32, num_states=3, host_memory="1MiB")
     assert pool.manager.host_states >= 3
-    chats = [prompt(37, seed) for seed in range(3)]
-    for found in (0, 40, 40):
-        for chat in chats:
-            with kvblocks.generate(model_of(name), [chat], pool=pool, **QUIET) as run:
-                assert run.run() == [answer(name, tuple(chat))]
-                assert run.scheduler.num_hit == found
-            if not found:
-                chat += run[0].tokens + prompt(3, 9)
+    talked(name, pool, (0, 40, 40))
     pool.manager.audit()
     assert pool.manager.num_free_states == 3
 

@@ -404,7 +404,7 @@ class Scheduler:
         return last
 
     def _put_back(self, handles: Sequence[int]) -> None:
-        """Let sequences that run wait: they are preempted."""
+        """Let sequences that ran wait again: the manager has preempted them."""
         for sequence in [sequence for sequence in self._running if sequence.handle in handles]:
             self._running.remove(sequence)
             sequence.running = False

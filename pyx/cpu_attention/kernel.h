@@ -195,7 +195,7 @@ static inline void kvb_finish(const kvb_job *job, int64_t token, int64_t head, f
         float shrink = expf(largest - most);
         share = shrink / (total * shrink + expf(sink - most));
     }
-    if (job->dtype == KVB_FLOAT32) { /* without a question for each element, for which short sequences wait */
+    if (job->dtype == KVB_FLOAT32) { /* Asking each element for its dtype takes long beside a short sequence. */
         for (int64_t d = 0; d < job->values.dim; d++) ((float *)to)[d] = gathered[d] * share;
         return;
     }

@@ -308,7 +308,7 @@ class Blocks:
     def begin(self, rows: Sharing | None) -> None:
         """Make these the rows whose pass runs; that of others, still running, has failed, if it is not at its end.
 
-        None for a step that is no cache's.
+        None stands for a step of a scheduler, whose rows are in no cache.
         """
         if self.running is not None and self.running is not rows:
             self.running.drop()

@@ -241,7 +241,7 @@ class _Stepping:
         """A pass is all that there is."""
 
     def check_batch(self, batch: int) -> None:
-        """It has all rows."""
+        """Nothing to check: the pass has as many rows as it was made for."""
 
 
 class _Measured:
@@ -275,7 +275,7 @@ class _Measured:
         """A pass is all that there is."""
 
     def check_batch(self, batch: int) -> None:
-        """It has all rows."""
+        """Nothing to check: the pass has as many rows as it was made for."""
 
 
 _measured: "WeakKeyDictionary[PreTrainedModel, tuple[KVShape, tuple[LayerStates, ...]]]" = WeakKeyDictionary()

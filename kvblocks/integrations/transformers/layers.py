@@ -274,7 +274,7 @@ def cache_groups(config: PreTrainedConfig, *, chunks: bool = True) -> tuple[Grou
     """
     writing = [layer for layer in model_layers(config) if layer.writes]
     try:
-        kept = _kept(config, writing)
+        kept = _kept(config, writing, _read(config))
     except UnsupportedModel:
         sizes = [1] * len(writing)
     else:
@@ -412,16 +412,17 @@ def kv_shape(config: PreTrainedConfig) -> KVShape:
     """
     described = model_layers(config)
     layers = [layer for layer in described if layer.writes]
-    shapes = [(key.stored_heads or key.heads, key.dim, value.dim) for key, value, *_ in _kept(config, layers)]
-    return KVShape.of(shapes, [layer.index_dim for layer in layers], _states(config, described))
+    said = _read(config)
+    shapes = [(key.stored_heads or key.heads, key.dim, value.dim) for key, value, *_ in _kept(config, layers, said)]
+    return KVShape.of(shapes, [layer.index_dim for layer in layers], _states(config, described, said))
 
 
 _LOOPED = {"inkling2_loop_text": "inkling2_text"}  # model types whose layers are those of another, some of them again
 
 
-def _kept(config: PreTrainedConfig, layers: Sequence[ModelLayer]) -> list[tuple[Kept, ...]]:
+def _kept(config: PreTrainedConfig, layers: Sequence[ModelLayer], said: Sequence[Layer]) -> list[tuple[Kept, ...]]:
     """What each of the layers, all that write, keeps for a token: K, V, and index keys where it has some."""
-    kept = [layer.kept for layer in _read(config) if layer.kept]
+    kept = [layer.kept for layer in said if layer.kept]
     if len(kept) != len(layers):
         raise UnsupportedModel(
             f"{type(text_config(config)).__name__} says what {len(kept)} layers cache, and transformers' own cache has "
@@ -430,18 +431,20 @@ def _kept(config: PreTrainedConfig, layers: Sequence[ModelLayer]) -> list[tuple[
     return kept
 
 
-def _states(config: PreTrainedConfig, layers: Sequence[ModelLayer]) -> list[tuple[LayerTensor, ...]]:
+def _states(
+    config: PreTrainedConfig, layers: Sequence[ModelLayer], said: Sequence[Layer]
+) -> list[tuple[LayerTensor, ...]]:
     """What each of the layers that have states keeps for a sequence, as `flat` has it."""
     found = []
-    for layer, said in zip(layers, _read(config) if any(layer.states for layer in layers) else (), strict=False):
+    for layer, by_config in zip(layers, said, strict=False):
         if not layer.states:
             continue
-        if not said.states:
+        if not by_config.states:
             raise UnsupportedModel(
                 f"{type(text_config(config)).__name__} does not say what states layer {layer.index} keeps, which has "
                 "some in transformers' own cache; make a kvblocks.Pool of the model"
             )
-        parts = [(state.dtype, state.kept_parts("transformers")) for state in said.states]
+        parts = [(state.dtype, state.kept_parts("transformers")) for state in by_config.states]
         found.append(flat([(dtype, sum(units * each for units, each in sizes)) for dtype, sizes in parts]))
     return found
 
@@ -511,8 +514,17 @@ def slots_for(config: CacheConfig, num_bytes: int, dtype: torch.dtype, every: in
     each = config.state_bytes(dtype)
     if not each:
         return 0
-    tokens = num_bytes // config.block_bytes(dtype) * config.block_size
-    return max(FEWEST_STATES, min(tokens // every + _RUNNING, num_bytes // 4 // each))
+    return max(FEWEST_STATES, _states_in(num_bytes, config, config.block_bytes(dtype), each, every, _RUNNING))
+
+
+def _states_in(num_bytes: int, config: CacheConfig, block: int, state: int, every: int, running: int) -> int:
+    """Slots for states, of `state` bytes each, among so many bytes of blocks and states.
+
+    There are `running`, and one for each `every` tokens of the blocks, of `block` bytes each, that the bytes could
+    hold; all together take no more than a quarter of the bytes.
+    """
+    tokens = num_bytes // block * config.block_size
+    return min(tokens // every + running, num_bytes // 4 // state)
 
 
 def slots_beside(config: CacheConfig, dtype: torch.dtype, every: int) -> int:
@@ -524,7 +536,7 @@ def checkpoints_every(block_size: int, every: int | None = None) -> int:
     """Tokens from one checkpoint of a state to the next: a multiple of the block size, by default about 256.
 
     Raises:
-        ValueError, TypeError: `every` is none.
+        ValueError, TypeError: `every` is no size, or no multiple of the block size.
     """
     if every is None:
         return -(-_EVERY // block_size) * block_size
@@ -552,7 +564,7 @@ def host_slots(config: CacheConfig, host_memory: int | str | None, dtype: torch.
     slots = num_bytes // each
     if config.state_bytes(dtype):
         state = slot_bytes(config.state_bytes(dtype))
-        checkpoints = min(slots * config.block_size // every, num_bytes // 4 // state)
+        checkpoints = _states_in(num_bytes, config, each, state, every, 0)
         slots = (num_bytes - checkpoints * state) // each
     if not 1 <= slots <= _MOST_SLOTS:
         raise ValueError(f"host_memory={host_memory!r} holds {slots} slots of {each} bytes; give 1 to {_MOST_SLOTS}")

@@ -188,7 +188,7 @@ class SlotStates:
         caches: theirs, which have room for them.
 
     Raises:
-        ValueError: they have not.
+        ValueError: there are more or fewer caches than layers, or one has no room for its layer's states.
     """
 
     def __init__(self, layers: Sequence[LayerStates], caches: Sequence[StateCache]) -> None:
