@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_host_slots import CONFIGS, GROUPED, OTHERS, expected, filled
 from torch import Tensor
 
-from kvblocks import BlockManager, CacheConfig, CacheEngine, StepBuffers
+from kvblocks import BlockManager, CacheConfig, CacheEngine, LayerTensor, StepBuffers, key_value
 from kvblocks.kernels import kernels
 from kvblocks.kernels.launch import INTERPRETED
 from kvblocks.moves import CpuStream, HostMoves
@@ -149,6 +149,35 @@ def test_a_wrong_move_changes_nothing(moves: Any, message: str) -> None:
         [expected(engine, block, 0) for block in range(6)],
         [payload(engine, slot, 0) for slot in range(2)],
     ) == before
+    assert manager.moves_marked == 0
+
+
+@pytest.mark.parametrize(
+    ("move", "message"),
+    [
+        ((OFFLOAD, 1, 3, 0), r"step\.moves\[1\] names state 3, which is outside 0\.\.2"),
+        ((LOAD, 1, 0, -1), r"step\.moves\[1\] names state -1"),
+        ((OFFLOAD, 1, 0, 2), r"step\.moves\[1\] names slot for a state 2, which is outside 0\.\.1"),
+        ((LOAD, 1, 2, 0), r"step\.moves\[1\] names slot for a state 2"),
+        ((OFFLOAD, 0, 6, 0), r"step\.moves\[1\] names block 6, which is outside 0\.\.5"),
+        ((LOAD, 0, 4, 0), r"step\.moves\[1\] names slot 4, which is outside 0\.\.3"),
+        ((OFFLOAD, 2, 0, 0), r"step\.moves\[1\] names group 2, which is outside 0\.\.1"),
+    ],
+)
+def test_a_wrong_move_of_states_changes_nothing(move: tuple[int, int, int, int], message: str) -> None:
+    layer = (*key_value(1, 4), LayerTensor("state", (3,), per="sequence"))
+    config = CacheConfig(layers=[layer], num_gpu_blocks=6, block_size=4)
+    engine = CacheEngine(config, "float32", "cpu", num_states=3, host_blocks=4, host_states=2)
+    manager = Manager(config, 4)
+    manager.num_states, manager.host_states = 3, 2
+    assert engine.state_arena is not None
+    assert engine.states[0] is not None
+    engine.states[0]["state"].fill_(1)
+    step = Step(manager, 1, [(OFFLOAD, 1, 0, 1), move])
+    step.state_zero = step.state_copies = None
+    with pytest.raises(ValueError, match=message):
+        engine.move(step)
+    assert not np.asarray(engine.state_arena.buffer).any()
     assert manager.moves_marked == 0
 
 
