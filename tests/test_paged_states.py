@@ -8,17 +8,18 @@ import pytest
 import tiny_models
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch.nn.functional import pad
+from transformers import AutoModelForImageTextToText, DynamicCache, PreTrainedModel
 
 from kvblocks import NoFreeBlocks, Pool
-from kvblocks.integrations.transformers import PagedCache
+from kvblocks.integrations.transformers import PagedCache, UnsupportedModel
 
 # These tensors are tiny, and threads would only wait for each other.
 torch.set_num_threads(1)
 
 # Gated delta rule; Mamba beside attention in each layer; convolutions only; index keys; index keys with positions.
 NAMES = ["qwen3_next", "falcon_h1", "lfm2", "deepseek_v32", "qwen4_exp_text"]
-WITH_STATES = ["qwen3_next", "falcon_h1", "lfm2"]
+WITH_STATES = ["qwen3_next", "falcon_h1", "lfm2", "qwen4_exp_text"]
 
 
 @cache
@@ -80,7 +81,7 @@ def test_beams_and_several_answers_of_padded_prompts(name: str) -> None:
     drawn: dict[str, Any] = {"num_return_sequences": 3, "do_sample": True, "max_new_tokens": 7}
     made = []
     for past in (held, own(name)):
-        if isinstance(past, PagedCache) and name != "qwen4_exp_text":  # which keeps offsets of positions
+        if isinstance(past, PagedCache):
             # States are of rows, so of these models every row is told.
             told = [matrix.repeat_interleave(3, 0) if name in WITH_STATES else matrix for matrix in (ids, mask)]
             assert past.begin(*told) == 0
@@ -266,19 +267,90 @@ def test_a_prefix_is_found_where_a_pass_has_left_its_states(name: str) -> None:
     assert pool.manager.num_free_states == 12
 
 
-def test_what_was_computed_beside_padding_is_nobody_elses() -> None:
-    """Not every model hides padding from its states in every pass."""
-    pool = stateful("falcon_h1")
-    first, second = (PagedCache(model_of("falcon_h1").config, pool=pool) for _ in range(2))
+@pytest.mark.parametrize("name", WITH_STATES)
+def test_rows_with_padding_are_found_at_a_column_where_each_has_left_its_states(name: str) -> None:
+    pool = stateful(name)
+    first, second = (PagedCache(model_of(name).config, pool=pool) for _ in range(2))
+    greedy: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+    greedy |= {"output_logits": True, "return_dict_in_generate": True}
+
+    def begun(ids: Tensor, mask: Tensor, **options: Any) -> int:
+        """Columns that are found; what is generated after them is what transformers' own cache makes of all."""
+        second.reset()
+        found = second.begin(ids, mask, **options)
+        made: list[Any] = [generate(name, past, ids, mask, **greedy) for past in (second, own(name))]
+        same(*(torch.stack(each.logits) for each in made))
+        return found
+
+    ids, mask = padded([24, 16])
+    assert first.begin(ids, mask) == 0
+    generate(name, first, ids, mask, max_new_tokens=1)  # its pass over the prompts ends on the grid of both rows
+    first.crop(0)  # and counts
+    ids, mask = torch.cat([ids, tokens(2, 7, 1)], 1), pad(mask, (0, 7), value=1)
+    assert begun(ids, mask) == 24
+    assert begun(ids[1:, 8:], mask[1:, 8:]) == 16  # padding is no part of a row
+    assert begun(pad(ids, (3, 0)), pad(mask, (3, 0))) == 27
+    assert begun(pad(ids, (3, 0)), pad(mask, (3, 0)), salt=b"another tenant") == 3  # padding of all rows
+    # No column is on the grid of both rows, where the second is padded by 7; nor where all before it is padding of one.
+    assert begun(torch.cat([ids[:1, :30], ids[1:, 1:]]), torch.cat([mask[:1, :30], mask[1:, 1:]])) == 0
+    assert begun(*padded([31, 7])) == 0
+    second.close()
+    empty(first)
+
+
+def test_what_was_computed_by_one_column_beside_padding_is_nobody_elses() -> None:
+    """Transformers hides padding from states in passes of several columns alone."""
+    name = "qwen4_exp_text"
+    pool = stateful(name)
+    first, second = (PagedCache(model_of(name).config, pool=pool) for _ in range(2))
     ids, mask = padded([24, 16])
     first.begin(ids, mask)
-    forward("falcon_h1", first, ids)  # it ends on the grid in both rows
-    first.crop(0)  # and counts
+    generate(name, first, ids, mask, max_new_tokens=1, prefill_chunk_size=1)
+    first.crop(0)
     more = torch.cat([ids, tokens(2, 5, 1)], 1)
-    wider = torch.cat([mask, torch.ones_like(more[:, 24:])], 1)
     assert second.begin(more[:1]) == 24
-    assert second.begin(more[1:, 8:]) == second.begin(more[1:, 8:], salt=b"8") == second.begin(more, wider) == 0
-    assert second.begin(more[1:], wider[1:]) == 8  # what is padding in every row is left out
+    assert second.begin(more[1:, 8:]) == 0
+    same(forward(name, second, more[1:, 8:]), forward(name, own(name), more[1:, 8:]))
+    second.close()
+    empty(first)
+
+
+def test_positions_of_an_image_are_there_again_with_the_states_behind_it() -> None:
+    """An indexer goes by the positions of all columns, which an image shifts: those that are found are told to it."""
+    config: Any = tiny_models.tiny_config("qwen4_exp")
+    config.image_token_id = 5
+    models: Any = AutoModelForImageTextToText
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = models.from_config(config).eval()
+    tiny_models.sharpen(model)
+    pool = Pool(model, num_blocks=64, block_size=4, num_states=8, state_every=8)
+    first, second = (PagedCache(config, pool=pool) for _ in range(2))
+    ids = pad(tokens(1, 26).clamp(min=6), (3, 0))
+    ids[:, 6:12] = 5
+    with pytest.raises(UnsupportedModel, match=r"\(rope_deltas\)"):
+        second.begin(ids)
+
+    def inputs(columns: int) -> dict[str, Any]:
+        told = ids[:, :columns]
+        seen = torch.randn(24, 3 * 2 * 16 * 16, generator=torch.Generator().manual_seed(1))
+        given = {"input_ids": told, "attention_mask": (told > 0).long(), "pixel_values": seen}
+        return given | {"image_grid_thw": torch.tensor([[1, 4, 6]]), "mm_token_type_ids": (told == 5).long()}
+
+    greedy: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "output_logits": True}
+    greedy |= {"return_dict_in_generate": True}
+    expected = model.generate(**inputs(29), **greedy, max_new_tokens=4, cache=DynamicCache(config=config))
+    told = first.begin_inputs(model, inputs(19))
+    assert first.get_seq_length() == 3  # padding
+    model.generate(**told, **greedy, max_new_tokens=1, cache=first)
+    first.crop(0)
+    told = second.begin_inputs(model, inputs(29))
+    assert second.get_seq_length() == 19
+    assert "pixel_values" not in told
+    got = model.generate(**told, **greedy, max_new_tokens=4, cache=second)
+    same(torch.stack(got.logits), torch.stack(expected.logits))
+    second.close()
+    empty(first)
 
 
 @pytest.mark.parametrize("name", WITH_STATES)

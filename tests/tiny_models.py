@@ -427,9 +427,14 @@ def build(name: str, seed: int = 0) -> tuple[PreTrainedConfig, PreTrainedModel]:
 def sharp(name: str) -> PreTrainedModel:
     """Such a model with sharp attention and logits far apart, so that a wrong key changes tokens."""
     _, model = build(name)
+    sharpen(model)
+    return model
+
+
+def sharpen(model: PreTrainedModel) -> None:
+    """Give a model the weights of `sharp`."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 1.5 * weight.shape[-1] ** -0.5)
-    return model

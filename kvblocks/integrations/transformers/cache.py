@@ -200,16 +200,21 @@ class PagedCache(Cache):
         Returns:
             The number of columns that need not be computed.
 
-        Of a model that keeps states all rows must be found up to the same column: rows without padding at checkpoints,
-        others as all that they hold since the last `begin` and `tell`. Models of Mamba 1 (Jamba, Zamba), which
-        `model.generate` cannot let go on from a state, and those with index keys beside states, find nothing. A last
-        pass that `begin` follows at once counts as unfinished, and leaves no checkpoint; `tell` in between keeps it.
+        Of a model that keeps states all rows must be found up to the same column: each at a checkpoint, or as all that
+        they hold since the last `begin` and `tell`. Checkpoints are at multiples of `manager.state_every` tokens of a
+        row, padding not counted. So the paddings of rows must be equal or differ by multiples of it, and each row must
+        have tokens before that column. A last pass that `begin` follows at once counts as unfinished, and leaves no
+        checkpoint; `tell` in between keeps it.
+
+        Models of Mamba 1 (Jamba, Zamba) find nothing. Their layers go on from a state by one token in a pass only, as
+        transformers' scan over several tokens takes no state to begin from, and `model.generate` computes the rest of a
+        prompt in one pass. `kvblocks.generate` goes on from checkpoints of these models too.
 
         Positions must count from 0 at each row's first token, as `generate` numbers them. A model that takes none, and
         may count padding, reuses only what had as much of it.
 
-        The next pass must be over these prompts. It hands the cache K and V, never ids: other prompts of as many rows
-        and columns are not noticed, and what `begin` found is taken for theirs. `tell` compares the ids.
+        The next pass must be over these prompts, with this mask. It hands the cache K and V, never ids: others of as
+        many rows and columns are not noticed, and what `begin` found is taken for theirs. `tell` compares the ids.
 
         Raises:
             UnsupportedModel: the model's K and V depend on more than the prompt, or its positions on what ran before.
@@ -218,7 +223,8 @@ class PagedCache(Cache):
             NoFreeBlocks: the pool cannot hold the prompts; the cache is empty then.
         """
         rows = self._state.rows
-        rows.begin(self._prompts(input_ids, attention_mask, salt, extra), reuse=reuse)
+        prompts = self._prompts(input_ids, attention_mask, salt, extra)
+        rows.begin(prompts, reuse=reuse, positions=self._positions(prompts, input_ids))
         return rows.columns
 
     def begin_inputs(
@@ -268,8 +274,9 @@ class PagedCache(Cache):
             prompts[number] = replace(prompt, whole=own)
         if given_positions:
             given["position_ids"] = positions_of(model, given, ids, mask)
+        positions = given["position_ids"][1:] if given_positions else self._positions(prompts, ids)
         rows = self._state.rows
-        rows.begin(prompts, reuse=reuse)
+        rows.begin(prompts, reuse=reuse, positions=positions)
         return without_images(given, images, rows.columns)
 
     def tell(self, sequences: Tensor | npt.NDArray[np.integer[Any]] | Sequence[Sequence[int]]) -> None:
@@ -292,6 +299,15 @@ class PagedCache(Cache):
             raise ValueError(f"sequences has {len(ids)} rows, the cache holds {self.num_rows}")
         rows.tell([line[row.pad : rows.columns] for line, row in zip(ids, rows.rows, strict=True)])
 
+    def _positions(self, prompts: Sequence[Prompt], ids: Any) -> Tensor | None:
+        """Those of all columns of text, int64 [3, rows, columns]; None where no layer goes by them."""
+        if not self._state.rows.states.has_positions:
+            return None
+        device = self.engine.device if self.pool.blocks.is_allocated else getattr(ids, "device", "cpu")
+        pads = torch.tensor([[prompt.pad] for prompt in prompts], device=device)
+        columns = torch.arange(prompts[0].pad + len(prompts[0].ids), device=device)
+        return (columns - pads).clamp(min=0).expand(3, -1, -1)
+
     def _prompts(
         self, input_ids: Any, attention_mask: Any, salt: bytes, extra: Any, *, positions_given: bool = False
     ) -> list[Prompt]:
@@ -309,8 +325,7 @@ class PagedCache(Cache):
         _check_ids("input_ids", ids[held])
         pads = [int(line.argmax()) for line in held]
         check_prompts(self._state.config, padded=any(pads), positions_given=positions_given)
-        # States may have seen padding: not every model hides it from them in every pass.
-        shifts = counts_padding(self._state.config) or bool(self._state.rows.states)
+        shifts = counts_padding(self._state.config)
         if self._crosses(ids.shape[1]):
             salt, shifts = PRIVATE_SALT + np.random.default_rng().bytes(16), False  # nobody shares it
         more = [()] * len(ids) if extra is None else list(extra)

@@ -334,7 +334,12 @@ def cache_argument(forward: Callable[..., Any]) -> str:
 
 
 def goes_on_by_one(kind: type[Any] | None) -> bool:
-    """Whether a model's layers go on from a state by one token in a pass only: the scan of Mamba 1 begins at none."""
+    """Whether a model's layers go on from a state by one token in a pass only, as those of Mamba 1 (Jamba, Zamba) do.
+
+    Transformers' scan over several tokens takes no state to begin from, as the kernels that it stands for take none: it
+    begins at zeros, whatever the cache holds. Who splits a prompt has to go on by single tokens, as `CachedModel` does;
+    `model.generate` does not, so a `PagedCache` finds no states of these models.
+    """
     return kind is not None and hasattr(sys.modules.get(kind.__module__), "mamba_selective_scan")
 
 
@@ -346,8 +351,11 @@ def _looks_ahead(text: Any) -> bool:
 def keeps_offsets(config: PreTrainedConfig) -> bool:
     """Whether a model with M-RoPE (Qwen2-VL and those after it) holds the offset of its positions outside its cache.
 
-    For a prompt of which a part is found, transformers takes the offset of the prompt before, whatever that was.
+    For a prompt of which a part is found, transformers takes the offset of the prompt before, whatever that was. A
+    model of text alone has none, as no image shifts its positions.
     """
+    if text_config(config) is config:
+        return False
     kind = model_class(config)
     home = None if kind is None else sys.modules.get(kind.__module__)
     parts = [] if home is None else [part for part in vars(home).values() if isinstance(part, type)]

@@ -101,6 +101,8 @@ class Rows:
             if fresh:
                 self._admit_unknown(batch)
             self._spread(batch, count)
+            if self.states and count == 1:
+                self._set_apart()
             saved = [replace(row) for row in self.rows]
             try:
                 self.running = self._prepare(batch, count, device)
@@ -202,6 +204,18 @@ class Rows:
             self.settle()
             self.select([row for row in range(len(self.rows)) for _ in range(factor)])
 
+    def _set_apart(self) -> None:
+        """Let nobody share the rows of which a pass over one column computes padding.
+
+        Transformers hides padding from states in passes over several columns. A column that comes alone is taken for a
+        token of the row, whatever the mask says.
+        """
+        for row, prompt in zip(self.rows, self._prompts, strict=False):
+            if row.pad > self.columns:
+                self.blocks.manager.free([row.handle])
+                salt = PRIVATE_SALT + os.urandom(16)
+                row.handle, _ = self.blocks.manager.admit(prompt.ids, salt=salt, extra=prompt.extra, reserve=0)
+
     def _holds_prompt_only(self) -> bool:
         return all(row.real == row.total for row in self.rows)
 
@@ -292,8 +306,11 @@ class Rows:
 
     # Prompts
 
-    def begin(self, prompts: Sequence[Prompt], *, reuse: bool) -> None:
+    def begin(self, prompts: Sequence[Prompt], *, reuse: bool, positions: Tensor | None = None) -> None:
         """Hold these prompts instead; what is computed of all of them, from the first column on, counts as there.
+
+        Args:
+            positions: [kinds of position, rows, columns] of the prompts, where layers may go by them.
 
         Raises:
             NoFreeBlocks, TooManySequences: the pool cannot hold them; then nothing is held.
@@ -321,7 +338,7 @@ class Rows:
         try:
             for number, (row, prompt) in enumerate(zip(kept, prompts, strict=True)):
                 if row is None:
-                    most = columns if self.states else None
+                    most = max(0, columns - prompt.pad) if self.states else None
                     handle, cached = self.blocks.admit(prompt, max_hit=most, fetches=reuse and not self.states)
                     row = Row(handle, prompt.pad, cached)
                     self.rows.insert(number, row)
@@ -329,7 +346,7 @@ class Rows:
                     self._extend(row.handle, prompt, row.computed)
                     row.pad = prompt.pad
                 row.total = row.known = row.real = len(prompt.ids)
-            if columns and any(row.computed != columns for row in self.rows):
+            if columns and any(row.computed != row.at(columns) for row in self.rows):
                 # What was admitted first has evicted what was found for the others.
                 self.clear()
                 self.begin(prompts, reuse=False)
@@ -338,6 +355,8 @@ class Rows:
             self._align(reuse)
             if columns:
                 self._take_states()
+            if self.columns and self.states.has_positions and positions is not None:
+                self.states.place(positions[:, :, : self.columns])
             self._skipped = self.columns
         except BaseException:
             self.clear()
@@ -410,16 +429,17 @@ class Rows:
         return [replace(row, total=row.computed) for row in self.rows]
 
     def _columns_with_states(self, prompts: Sequence[Prompt]) -> int:
-        """The most columns after which the states of every row are there: each has a checkpoint where these end."""
-        if self.blocks.slots is None or self.states.has_positions or not self.goes_on:
+        """The most columns after which the states of every row are there: each has a checkpoint where these end.
+
+        As each counts the tokens of its own, the paddings differ by whole distances between checkpoints then.
+        """
+        if self.blocks.slots is None or not self.goes_on:
             return 0
-        if any(prompt.pad for prompt in prompts):
-            return 0
-        columns = len(prompts[0].ids) - _AFTER_STATES
-        while columns > 0:
-            columns = self._before_images(columns, prompts)
+        columns = prompts[0].pad + len(prompts[0].ids) - _AFTER_STATES
+        padded, match = max(prompt.pad for prompt in prompts), self.blocks.manager.match
+        while (columns := self._before_images(columns, prompts)) > padded:
             least = min(
-                self.blocks.manager.match(prompt.ids, salt=prompt.salt, extra=prompt.extra, max_hit=columns)
+                prompt.pad + match(prompt.ids, salt=prompt.salt, extra=prompt.extra, max_hit=columns - prompt.pad)
                 for prompt in prompts
             )
             if least == columns:
@@ -435,7 +455,7 @@ class Rows:
             self.blocks.bring(engine.device)
         slots = torch.tensor([manager.state_slot(handle) for handle in handles], device=engine.device)
         assert self.blocks.slots is not None
-        self.states.hold(self.blocks.slots.read(slots), [])
+        self.states.hold(self.blocks.slots.read(slots), self.states.held()[1])
 
     def _continued(self, number: int, prompt: Prompt) -> Row | None:
         """The row of that number, cut to what it has of a prompt; None where the prefix cache has more of it."""

@@ -125,8 +125,13 @@ class States:
 
     @property
     def has_positions(self) -> bool:
-        """Whether layers may hold the positions of all columns beside."""
-        return bool(self._indexed)
+        """Whether layers may hold the positions of all columns beside states."""
+        return bool(self._layers and self._indexed)
+
+    def place(self, positions: Tensor) -> None:
+        """Let the columns that are there be at `positions` [kinds of position, rows, columns]."""
+        for indexed in self._indexed:
+            indexed.positions = positions
 
     def clear(self) -> None:
         """Hold nothing, of no rows."""
