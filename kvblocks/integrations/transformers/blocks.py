@@ -193,8 +193,7 @@ class Blocks:
             ValueError: the engine has no room for such states.
         """
         if self.slots is None:
-            caches = [cache for cache in self.allocated().states if cache is not None]
-            self.slots = SlotStates(states, caches)
+            self.slots = SlotStates(states, self.allocated())
         return self.slots
 
     @property

@@ -71,7 +71,7 @@ class CachedModel:
         self._call = model
         self._arguments = frozenset(inspect.signature(self.model.forward).parameters)
         self._cache_argument = cache_argument(self.model.forward)
-        self._slots: tuple[CacheEngine, SlotStates] | None = None
+        self._slots: SlotStates | None = None
 
     def measure(self) -> KVShape:
         """What the layers hand to their cache: two rows of two tokens are run through the model, the first time.
@@ -149,10 +149,9 @@ class CachedModel:
         return torch.stack(ordered) if ordered else torch.empty(0, device=engine.device)
 
     def _slots_of(self, engine: CacheEngine) -> SlotStates:
-        if self._slots is None or self._slots[0] is not engine:
-            caches = [cache for cache in engine.states if cache is not None]
-            self._slots = engine, SlotStates(self.states(), caches)
-        return self._slots[1]
+        if self._slots is None or self._slots.engine is not engine:
+            self._slots = SlotStates(self.states(), engine)
+        return self._slots
 
     def _pass(self, engine: CacheEngine, step: StepBuffers, rows: list[int], tokens: Tensor, before: int) -> Pass:
         groups = step.num_groups

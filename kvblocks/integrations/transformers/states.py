@@ -2,7 +2,7 @@
 
 Transformers' own layers hold and update them, [rows, ...] each; `States` are those of all layers. A pass works on
 copies of its own, so that it can be taken back, and rows can share what none of them writes. `SlotStates` brings them
-to the slots of an engine and back. Imports torch and storage.
+to the slots of an engine and back. Imports torch and the engine.
 """
 
 import math
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvblocks.config import LayerTensor
+from kvblocks.engine import CacheEngine
 from kvblocks.integrations.transformers.layers import flat
-from kvblocks.storage import StateCache
 
 __all__ = ["Fields", "LayerStates", "SlotStates", "States"]
 
@@ -190,14 +190,15 @@ class SlotStates:
 
     Args:
         layers: those that have states, in order.
-        caches: theirs, which have room for them.
+        engine: has room for them, in as many layers.
 
     Raises:
-        ValueError: there are more or fewer caches than layers, or one has no room for its layer's states.
+        ValueError: it has more or fewer layers with states, or one has no room for those of its layer.
     """
 
-    def __init__(self, layers: Sequence[LayerStates], caches: Sequence[StateCache]) -> None:
-        self._layers = layers
+    def __init__(self, layers: Sequence[LayerStates], engine: CacheEngine) -> None:
+        self.engine, self._layers = engine, layers
+        caches = [cache for cache in engine.states if cache is not None]
         self._views: list[list[Tensor]] = []  # [slots, numbers] of each state, by layer
         if len(layers) != len(caches):
             raise ValueError(f"{len(layers)} layers of the model have states, and the pool has room for {len(caches)}")
