@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoModelForImageTextToText, DynamicCache, PreTrainedModel
 
-from kvblocks import NoFreeBlocks, Pool
+import kvblocks
+from kvblocks import NoFreeBlocks, NoFreeStates, Pool
 from kvblocks.integrations.transformers import PagedCache, UnsupportedModel
 
 # These tensors are tiny, and threads would only wait for each other.
@@ -387,6 +388,22 @@ def test_prompts_in_chunks_leave_states_behind(name: str) -> None:
         assert torch.equal(generate(name, held, ids, mask, **options, prefill_chunk_size=128), expected)
     assert 0 < held.engine.num_states == held.manager.num_states
     empty(held)
+
+
+def test_generations_that_share_too_few_slots_for_states() -> None:
+    pool = stateful("qwen3_next", num_states=2)
+    prompts = tokens(3, 20).tolist()
+    options: dict[str, Any] = {"max_new_tokens": 5, "temperature": 0}
+    expected = kvblocks.generate(model_of("qwen3_next"), prompts, num_blocks=96, **options).run()
+    first = kvblocks.generate(model_of("qwen3_next"), prompts[:2], pool=pool, **options)
+    second = kvblocks.generate(model_of("qwen3_next"), prompts[2:], pool=pool, **options)
+    next(iter(first[0]))
+    with pytest.raises(NoFreeStates, match="1 slots for states needed, 0 of 2 free"):
+        next(iter(second[0]))
+    assert first.run() == expected[:2]
+    assert second.run() == expected[2:]
+    pool.manager.audit()
+    assert pool.manager.num_free_states == 2
 
 
 def test_index_keys_lie_in_blocks_and_count_in_memory() -> None:

@@ -417,6 +417,9 @@ class Figures:
     def num_states(self) -> int | None:
         """Slots for states that engine and manager need: one for each of `running` sequences, and the checkpoints.
 
+        This is for a known load. A `kvblocks.Pool` is made for any, and takes up to a quarter of its memory for slots
+        unless it is given this number: `Pool(model, num_states=plan.num_states)`.
+
         0 where the model keeps no state or no blocks; None where `running` is.
         """
         if not any(stage.slot_bytes and stage.paged for stage in self.stages):

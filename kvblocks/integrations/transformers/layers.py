@@ -517,7 +517,8 @@ def slots_for(config: CacheConfig, num_bytes: int, dtype: torch.dtype, every: in
     """Slots for states in a pool of so many bytes; 0 where no layer keeps any.
 
     There is one for a checkpoint at each `every` tokens that the bytes could hold, and 64 for sequences that run, as
-    far as a quarter of the bytes goes, but at least 2.
+    far as a quarter of the bytes goes, but at least 2. So many may be of use, whatever runs; what a known number of
+    sequences needs is for `plan(...).num_states` to say.
     """
     each = config.state_bytes(dtype)
     if not each:

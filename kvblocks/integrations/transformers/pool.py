@@ -48,8 +48,10 @@ class Pool:
         num_blocks: blocks in the pool, instead of `memory`, which counts no states.
         num_states: slots for states, where layers keep some (linear attention, Mamba, convolutions): one for each
             sequence that runs, and one for each checkpoint, from which later prompts and preempted sequences go on.
-            By default there is one for each `state_every` tokens that the memory could hold, and 64 more, in a quarter
-            of the memory at most, but at least 2; with `num_blocks` in a third of what the blocks take.
+            By default there are as many as any use of the pool may need: one for each `state_every` tokens that the
+            memory could hold, and 64 more, in a quarter of the memory at most, but at least 2; with `num_blocks` in a
+            third of what the blocks take. Where you know how many sequences will run, give a number:
+            `kvblocks.plan(...).num_states` is one for each that runs and one for its newest checkpoint.
         state_every: tokens from one possible checkpoint to the next, a multiple of `block_size`; by default 256.
         block_size, layout: of the cache.
         host_memory: for blocks that the pool has no more room for, and checkpoints with them, in bytes or like "1GiB";
@@ -71,6 +73,12 @@ class Pool:
 
     What `kvblocks.generate` has computed `PagedCache` finds, and the other way round. A few models hand their cache
     other K and V than their attention; there the two share room, and each finds its own blocks only.
+
+    Of a model that keeps states, all that runs on the pool shares its slots. A generation waits for slots, or preempts,
+    among its own sequences alone. Where others hold all slots, so that not one of its sequences gets any, its next
+    token raises `NoFreeStates`. Nothing is lost: it goes on when it is asked again and a slot is free. So where several
+    run by turns, `num_states` is for all of them. A `PagedCache` takes slots for checkpoints alone; where none is free
+    it leaves none.
 
     Raises:
         UnsupportedModel: the model cannot be served, or keeps states and was given stores.
