@@ -34,7 +34,8 @@ class Verdict:
         got: the token as given, None where there is none.
         gap: by how much the contiguous cache's logit of `expected` exceeds that of `got`; NaN where logits are.
         bound: the largest gap that passes for a near tie: in half precision `NEAR_TIE` times the noise, else 0. Noise
-            is what the model's own logits so far differ by between one token at a time and all at once.
+            is what the model's own logits so far differ by between one token at a time and all at once, and at least
+            what their dtype cannot tell apart: there are processors on which both sum up in one order.
     """
 
     position: int | None = None
@@ -114,8 +115,7 @@ def verify(model: Any, request: Request, tokens: Sequence[int]) -> Verdict:
                     inputs = torch.tensor([[*request.prompt, *tokens[:-1]]], device=inner.device)
                     keep = {"logits_to_keep": len(tokens)} if keeps else {}
                     whole = model(input_ids=inputs, use_cache=False, **keep).logits[0, -len(tokens) :]
-                noise = max(float((one - all_).float().abs().max()) for one, all_ in zip(steps, whole, strict=False))
-                bound = NEAR_TIE * noise
+                bound = NEAR_TIE * max(_noise(one, all_) for one, all_ in zip(steps, whole, strict=False))
             found = Verdict(position, expected, got, float(logits[expected]) - float(logits[got]), bound)
             if not found.passed:
                 return found
@@ -127,3 +127,9 @@ def verify(model: Any, request: Request, tokens: Sequence[int]) -> Verdict:
     if len(tokens) > position + 1:
         return Verdict(position, None, tokens[position + 1], math.inf)
     return verdict
+
+
+def _noise(one: Tensor, other: Tensor) -> float:
+    """By how much two computations of the same logits differ, or a unit in the last place of the largest, if more."""
+    unit = torch.finfo(one.dtype).eps * float(one.abs().max())
+    return max(unit, float((one - other).float().abs().max()))
