@@ -394,8 +394,8 @@ class CacheEngine:
         moves nothing; moves of a step that was aborted are made all the same.
 
         On a CUDA device nothing is waited for: moves run on a stream of their own, behind the passes launched so far,
-        and the current stream goes on once the moves up to `step.needs` are done. Make the call on the stream on which
-        the pass will run.
+        and the current stream goes on once the moves up to `step.needs` are done, of a step without rows all that were
+        handed out. Make the call on the stream on which the pass will run.
 
         Args:
             step: filled by `BlockManager.prepare`, on this engine's device.
@@ -411,9 +411,10 @@ class CacheEngine:
         if manager is None:
             raise TypeError(f"step is a {type(step).__name__} that no manager has filled; give what prepare was given")
         self._check_manager(manager)
+        needs = step.needs if step.num_seqs else max(step.last_move, manager.moves_marked)
         if not step.waits:
             if self._host is not None:
-                self._host.hold(step.needs)  # moves of earlier steps that this pass waits for
+                self._host.hold(needs)  # moves of earlier steps that this pass waits for
             return
         self._check_open()
         first, last, moves = self._checked_moves(step, manager)
@@ -421,8 +422,8 @@ class CacheEngine:
         states = self._checked_states(step)
         try:
             if self._host is not None:
-                self._host.enqueue(moves, first, last, step.needs)
-                self._host.hold(step.needs)
+                self._host.enqueue(moves, first, last, needs)
+                self._host.hold(needs)
             if pairs.numel():
                 self._mover.copy_blocks(pairs)
             if self._states is not None and states is not None:

@@ -101,9 +101,9 @@ class HostMoves:
 
     def hold(self, needs: int) -> None:
         """Let the pass that is launched next wait for the enqueued moves up to number `needs`."""
-        mark = next((mark for number, mark in self._marks if number >= needs), None)
-        if needs > self._landed and mark is not None:
-            self._stream.hold(mark)
+        if needs > self._landed and self._marks:
+            # Numbers above that of the newest mark are of moves that the passes' own stream makes.
+            self._stream.hold(next((mark for number, mark in self._marks if number >= needs), self._marks[-1][1]))
 
     def run(self, moves: Tensor) -> None:
         """Do moves that no manager has numbered, and wait until they are done."""

@@ -197,6 +197,21 @@ def test_checkpoints_come_back_from_host_memory() -> None:
     assert pool.manager.num_free_states == 3
 
 
+def test_a_checkpoint_comes_back_alone_from_host_memory() -> None:
+    """The device has K and V of all chats still, and the states of few: a cache reads these once they are loaded."""
+    name = "qwen3_next"
+    pool = pool_of(name, num_states=3, host_memory="1MiB")
+    chats = talked(name, pool, (0, 40))
+    with PagedCache(model_of(name).config, pool=pool) as held:
+        for chat in chats:
+            ids = torch.tensor([chat])
+            assert held.begin(ids) == 40
+            made: Any = model_of(name)
+            out = made.generate(ids, attention_mask=torch.ones_like(ids), cache=held, max_new_tokens=NEW)
+            assert out[0, len(chat) :].tolist() == answer(name, tuple(chat))
+    assert pool.manager.stats().host_hit_tokens == 0  # no block was loaded
+
+
 def test_equal_prompts_wait_for_the_checkpoint_that_one_of_them_leaves() -> None:
     pool, ids = pool_of("qwen3_next", state_every=64, num_blocks=128), prompt(80, 1)
     with kvblocks.generate(model_of("qwen3_next"), [ids] * 3, pool=pool, max_batch_tokens=100, **QUIET) as run:

@@ -36,8 +36,8 @@ class Books:
 class Arrays:
     """What `prepare` fills, as far as an engine looks at it for moves."""
 
-    def __init__(self, manager: Any, first: int, moves: Any, needs: int = 0, copies: Any = ()) -> None:
-        self.manager, self.first_move, self.needs = manager, first, needs
+    def __init__(self, manager: Any, first: int, moves: Any, needs: int = 0, copies: Any = (), rows: int = 1) -> None:
+        self.manager, self.first_move, self.needs, self.num_seqs = manager, first, needs, rows
         self.moves = np.array(moves, np.int32).reshape(-1, 4)
         self.copies = torch.tensor(copies, dtype=torch.int64).reshape(-1, 2)
         self.last_move = max(first + len(self.moves) - 1, needs)
@@ -355,14 +355,20 @@ def test_however_late_streams_run_everybody_reads_what_is_meant(seed: int) -> No
         assert (stored[:8] == meant["slot", slot]).all()
 
 
-@pytest.mark.parametrize("with_gaps", [False, True])
-def test_a_pass_waits_for_what_it_needs_and_for_no_more(with_gaps: bool) -> None:
+def late() -> tuple[CacheEngine, Any, LateStreams]:
+    """An engine of six blocks and six host slots, whose streams run when they are told."""
     config = CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_gpu_blocks=6, block_size=1)
     engine, manager = CacheEngine(config, "float64", "cpu", host_blocks=6), Manager(config, 6)
     assert engine.arena is not None
     assert engine._host is not None
     streams = LateStreams(engine._host._stream)  # type: ignore[arg-type]
     engine._host = HostMoves(streams, engine.arena)
+    return engine, manager, streams
+
+
+@pytest.mark.parametrize("with_gaps", [False, True])
+def test_a_pass_waits_for_what_it_needs_and_for_no_more(with_gaps: bool) -> None:
+    engine, manager, streams = late()
     engine[0].key_cache[1] = 8.0
     ran: list[int] = []
 
@@ -399,6 +405,27 @@ def test_a_pass_waits_for_what_it_needs_and_for_no_more(with_gaps: bool) -> None
     assert run_passes() == [1, 2, 3]
     streams.finish()
     assert engine.landed() == 2 + len(moves)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_moves_of_earlier_steps_are_waited_for(rows: int) -> None:
+    """Also where the newest move that is needed is a copy on the passes' own stream, and in a step without rows."""
+    engine, manager, streams = late()
+    assert engine.arena is not None
+    engine[0].key_cache[1] = 8.0
+    engine.move(Step(manager, 1, [(OFFLOAD, 0, 1, 0), (LOAD, 0, 0, 2)]))  # no row of this step needs the load
+    engine.move(Step(manager, 3, [], needs=3) if rows else Step(manager, 3, [], rows=0))
+    read: list[float] = []
+
+    def now() -> bool:
+        read.append(float(engine[0].key_cache[2].max()))
+        return True
+
+    streams.queues["passes"].append(now)
+    while streams.go_on("passes"):
+        pass
+    streams.finish()
+    assert read == [8.0]
 
 
 # --- the kernel

@@ -451,8 +451,8 @@ class Rows:
         """The states of the checkpoints that all rows stand on."""
         manager, engine = self.blocks.manager, self.blocks.allocated()
         handles = [row.handle for row in self.rows]
-        if manager.lengths(handles).num_loading.any():
-            self.blocks.bring(engine.device)
+        if manager.host_states:
+            self.blocks.bring(engine.device)  # a state may be on its way from there, though K and V are not
         slots = torch.tensor([manager.state_slot(handle) for handle in handles], device=engine.device)
         assert self.blocks.slots is not None
         self.states.hold(self.blocks.slots.read(slots), self.states.held()[1])
