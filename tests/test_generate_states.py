@@ -343,6 +343,21 @@ def test_between_the_passes_of_a_cache_on_the_same_pool(name: str) -> None:
     spent(run)
 
 
+def test_a_crop_that_is_refused_changes_nothing() -> None:
+    """Once something else has begun on the pool windows have moved on, and convolutions were recorded further back."""
+    made: Any = model_of("lfm3")
+    pool, ids = pool_of("lfm3"), torch.tensor([prompt(22, 1)])
+    with PagedCache(made.config, pool=pool) as held, torch.inference_mode():
+        held.activate_past_recording()
+        made(ids[:, :21], cache=held, use_cache=True)
+        kvblocks.generate(made, [prompt(9, 2)], pool=pool, **QUIET).run()
+        with pytest.raises(ValueError, match="17 columns would be left, but windows have moved on: at least 20 must be"):
+            held.crop(-4)
+        got = made(ids[:, 21:], cache=held, use_cache=True).logits[:, -1]
+        torch.testing.assert_close(got, made(ids, use_cache=False).logits[:, -1], rtol=1e-4, atol=1e-4)
+    pool.manager.audit()
+
+
 def test_served_by_gathering() -> None:
     for name in NAMES:
         with pytest.raises(UnsupportedModel, match="keeps more than the K and V that attention reads: index keys, or"):

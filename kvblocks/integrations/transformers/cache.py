@@ -392,8 +392,11 @@ class PagedCache(Cache):
             raise ValueError(
                 f"tokens_to_remove={tokens_to_remove} must be 0 to {-rows.columns}: minus the number of columns to drop"
             )
-        rows.states.crop(rows.columns, -tokens_to_remove)
-        rows.crop(columns) if tokens_to_remove else rows.settle()
+        if tokens_to_remove:
+            rows.crop(columns)
+        else:
+            rows.states.crop(columns, 0)
+            rows.settle()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` is; both share every block."""

@@ -512,7 +512,7 @@ class Rows:
         """Drop columns from the end until `columns` are left.
 
         Raises:
-            ValueError: windows have moved on past what would be left.
+            ValueError: windows or states have moved on past what would be left; nothing was changed.
         """
         first = max((row.pad + self._first_held(row) for row in self.rows if self._first_held(row)), default=0)
         if 0 < columns < min(first, self._recorded[0].before if self._recorded else first):
@@ -520,6 +520,7 @@ class Rows:
                 f"{columns} columns would be left, but windows have moved on: at least {first} must be. To cut more, "
                 "call activate_past_recording() before the pass that is to be cut"
             )
+        self.states.crop(self.columns, self.columns - columns)
         if not columns and self.states:
             self.clear()
         self.settle(columns)
