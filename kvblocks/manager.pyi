@@ -201,7 +201,8 @@ class Fetch:
         num_local: tokens of the prompt that this process could serve by itself, from both pools.
         num_tokens: tokens that it could serve once all `blocks` have come, at least `num_local`.
         blocks: what is to be brought, int32 [n, 3], read-only: index of the block in the prompt, layer group, host
-            slot. In order of the index, then of the group.
+            slot. In order of the index, then of the group. The group after the last one is that of states: such a row
+            is the state after the last block of the planned length, and its slot one of those for checkpoints.
     """
     @property
     def number(self) -> int: ...
@@ -220,7 +221,9 @@ class Spill:
 
     Attributes:
         number: counts fetches and spills of the manager in the order of their begins, from 1.
-        blocks: what is to be copied, int32 [n, 3], read-only: host slot, layer group, index into `nodes`.
+        blocks: what is to be copied, int32 [n, 3], read-only: host slot, layer group, index into `nodes`. In rows of
+            the group after the last one the slot is one of those for checkpoints: it has the state after the node's
+            tokens.
         nodes: a `SpilledNode` for each block of tokens among them, and for those before it whose digests are not known
             yet; parents come before children.
     """
@@ -588,7 +591,15 @@ class BlockManager:
         Raises:
             ValueError: `num_tokens` is not 0 to the present number, or the sequence is in an open step.
         """
-    def begin_fetch(self, tokens: _Ints, *, num_blocks: SupportsIndex, salt: bytes = b"", extra: _Extra = ()) -> Fetch:
+    def begin_fetch(
+        self,
+        tokens: _Ints,
+        *,
+        num_blocks: SupportsIndex,
+        checkpoints: _Ints = (),
+        salt: bytes = b"",
+        extra: _Extra = (),
+    ) -> Fetch:
         """Take host slots for blocks of a prompt that are to be brought from outside of this process.
 
         One length is planned that every layer group can serve, from what is in this process and what is brought: the
@@ -597,17 +608,23 @@ class BlockManager:
         slots that the prompt's hit has already are kept from eviction. Fetches and spills together hold at most a
         quarter of the host pool; where that does not suffice the length is shorter.
 
+        Where sequences have a state a hit ends at a checkpoint. So the planned length ends at one that is in this
+        process, or at one of `checkpoints`: then a slot for it is taken too.
+
         A fetch that never ends keeps its slots, so that a read that hangs can do no harm.
 
         Args:
             tokens, salt, extra: as of `admit`; the last token is never served.
             num_blocks: leading blocks of the prompt that are believed to be there outside, in every group.
+            checkpoints: [n] ascending numbers of blocks, up to `num_blocks`, after which the state is believed to be
+                there too; each is a multiple of `every` tokens.
 
         Returns:
             A `Fetch`, also where nothing is to be brought: each is to be ended and released.
 
         Raises:
-            ValueError: there is no host pool; a number is out of range.
+            ValueError: there is no host pool, or none for checkpoints, and some are given; a number is out of range,
+                or no multiple of `every`; they do not ascend.
         """
     def end_fetch(self, fetch: Fetch, num_ok: SupportsIndex) -> int:
         """Say how much of a fetch is there: no call writes to its slots any more.
@@ -632,14 +649,14 @@ class BlockManager:
             ValueError: it has not ended, was released before, or is another manager's.
         """
     def begin_spill(self, max_blocks: SupportsIndex) -> Spill:
-        """Hold host slots whose blocks are to be copied out of this process, and say what they are.
+        """Hold host slots whose blocks or states are to be copied out of this process, and say what they are.
 
-        They are taken from a queue, the first filled first: of slots that hang in the prefix tree, that no move names
-        any more, and that are not known to be outside. They may be read until `end_spill`, and are not evicted.
-        Fetches and spills together hold at most a quarter of the host pool.
+        They are taken from two queues, that of checkpoints before that of blocks, the first filled first: of slots that
+        hang in the prefix tree, that no move names any more, and that are not known to be outside. They may be read
+        until `end_spill`, and are not evicted. Fetches and spills together hold at most a quarter of the host pool.
 
         Args:
-            max_blocks: slots to hold at most. There may be fewer, or none.
+            max_blocks: slots to hold at most, of both kinds. There may be fewer, or none.
 
         Raises:
             ValueError: there is no host pool; `max_blocks` is negative.

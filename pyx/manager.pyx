@@ -435,7 +435,8 @@ cdef class Fetch:
         num_local: tokens of the prompt that this process could serve by itself, from both pools.
         num_tokens: tokens that it could serve once all `blocks` have come, at least `num_local`.
         blocks: what is to be brought, int32 [n, 3], read-only: index of the block in the prompt, layer group, host
-            slot. In order of the index, then of the group.
+            slot. In order of the index, then of the group. The group after the last one is that of states: such a row
+            is the state after the last block of the planned length, and its slot one of those for checkpoints.
     """
 
     cdef Work* work     # NULL once it is released
@@ -459,7 +460,9 @@ cdef class Spill:
 
     Attributes:
         number: counts fetches and spills of the manager in the order of their begins, from 1.
-        blocks: what is to be copied, int32 [n, 3], read-only: host slot, layer group, index into `nodes`.
+        blocks: what is to be copied, int32 [n, 3], read-only: host slot, layer group, index into `nodes`. In rows of
+            the group after the last one the slot is one of those for checkpoints: it has the state after the node's
+            tokens.
         nodes: a `SpilledNode` for each block of tokens among them, and for those before it whose digests are not known
             yet; parents come before children.
     """
@@ -1261,7 +1264,7 @@ cdef class BlockManager:
 
     # Work in the background
 
-    def begin_fetch(self, tokens, *, num_blocks, salt=b"", extra=()):
+    def begin_fetch(self, tokens, *, num_blocks, checkpoints=(), salt=b"", extra=()):
         """Take host slots for blocks of a prompt that are to be brought from outside of this process.
 
         One length is planned that every layer group can serve, from what is in this process and what is brought: the
@@ -1270,19 +1273,26 @@ cdef class BlockManager:
         slots that the prompt's hit has already are kept from eviction. Fetches and spills together hold at most a
         quarter of the host pool; where that does not suffice the length is shorter.
 
+        Where sequences have a state a hit ends at a checkpoint. So the planned length ends at one that is in this
+        process, or at one of `checkpoints`: then a slot for it is taken too.
+
         A fetch that never ends keeps its slots, so that a read that hangs can do no harm.
 
         Args:
             tokens, salt, extra: as of `admit`; the last token is never served.
             num_blocks: leading blocks of the prompt that are believed to be there outside, in every group.
+            checkpoints: [n] ascending numbers of blocks, up to `num_blocks`, after which the state is believed to be
+                there too; each is a multiple of `every` tokens.
 
         Returns:
             A `Fetch`, also where nothing is to be brought: each is to be ended and released.
 
         Raises:
-            ValueError: there is no host pool; a number is out of range.
+            ValueError: there is no host pool, or none for checkpoints, and some are given; a number is out of range,
+                or no multiple of `every`; they do not ascend.
         """
         cdef Prompt prompt
+        cdef Ints ends = unopened()
         cdef Fault f
         cdef Begun begun
         cdef Work* work = NULL
@@ -1292,10 +1302,13 @@ cdef class BlockManager:
         cdef Fetch fetch = Fetch.__new__(Fetch)
         self.check_host("begin_fetch")
         try:
+            open_ints(checkpoints, "checkpoints", &ends)
+            self.check_ends(&ends, below)
             self.open_prompt(tokens, salt, extra, &prompt, True)
             with nogil, self.lock:
-                work = core_begin_fetch(&self.core, &prompt.text, below, &begun, &f)
+                work = core_begin_fetch(&self.core, &prompt.text, below, &ends, &begun, &f)
         finally:
+            close_ints(&ends)
             self.close_prompt(&prompt)
         if work == NULL:
             raise self.error(&f)
@@ -1305,7 +1318,7 @@ cdef class BlockManager:
             fetch.blocks = np.empty((work.num_rows, 3), np.int32)
             out = fetch.blocks
             for i in range(work.num_rows):
-                out[i, 0], out[i, 1], out[i, 2] = work.rows[i].index, work.rows[i].group, work.slots[i]
+                out[i, 0], out[i, 1], out[i, 2] = work.rows[i].index, work.rows[i].group, self.numbered(work.slots[i])
             fetch.blocks.flags.writeable = False
         except MemoryError:
             with self.lock:
@@ -1359,14 +1372,14 @@ cdef class BlockManager:
             self.check_fetch(fetch, True)
 
     def begin_spill(self, max_blocks):
-        """Hold host slots whose blocks are to be copied out of this process, and say what they are.
+        """Hold host slots whose blocks or states are to be copied out of this process, and say what they are.
 
-        They are taken from a queue, the first filled first: of slots that hang in the prefix tree, that no move names
-        any more, and that are not known to be outside. They may be read until `end_spill`, and are not evicted.
-        Fetches and spills together hold at most a quarter of the host pool.
+        They are taken from two queues, that of checkpoints before that of blocks, the first filled first: of slots that
+        hang in the prefix tree, that no move names any more, and that are not known to be outside. They may be read
+        until `end_spill`, and are not evicted. Fetches and spills together hold at most a quarter of the host pool.
 
         Args:
-            max_blocks: slots to hold at most. There may be fewer, or none.
+            max_blocks: slots to hold at most, of both kinds. There may be fewer, or none.
 
         Raises:
             ValueError: there is no host pool; `max_blocks` is negative.
@@ -1387,7 +1400,7 @@ cdef class BlockManager:
             spill.blocks = np.empty((work.num_rows, 3), np.int32)
             out = spill.blocks
             for i in range(work.num_rows):
-                out[i, 0], out[i, 1], out[i, 2] = work.slots[i], work.rows[i].group, work.rows[i].index
+                out[i, 0], out[i, 1], out[i, 2] = self.numbered(work.slots[i]), work.rows[i].group, work.rows[i].index
             spill.blocks.flags.writeable = False
             spill.nodes = nodes_of(work, self.core.block_size)
         except MemoryError:
@@ -1654,6 +1667,33 @@ cdef class BlockManager:
             raise ValueError(f"fetch {fetch.number} has not ended; call end_fetch first")
         if not fetching and not ended:
             raise ValueError(f"fetch {fetch.number} has ended before")
+        return 0
+
+    cdef int32_t numbered(self, int32_t slot) noexcept nogil:
+        """The number that a host slot has among those of its pool."""
+        cdef const Host* h = &self.core.pool.host
+        return slot - h.checkpoints.first if slot >= h.checkpoints.first else slot
+
+    cdef int check_ends(self, const Ints* ends, int64_t num_blocks) except -1:
+        """Raise where these are not numbers of blocks, of so many, after which a state can be outside."""
+        cdef Py_ssize_t i
+        cdef int64_t n, before = 0, every = self.core.pool.states.every
+        if ends.size and not self.core.pool.host.checkpoints.num_slots:
+            raise ValueError(
+                f"{ends.size} checkpoints are given, for which this manager has no slots in host memory; make it with "
+                "host_states="
+            )
+        for i in range(ends.size):
+            n = at(ends, i)
+            if not 1 <= n <= num_blocks:
+                raise ValueError(f"checkpoints[{i}]={n} must be 1 to {num_blocks}, the number of blocks")
+            if n * self.core.block_size % every:
+                raise ValueError(
+                    f"checkpoints[{i}]={n} blocks are {n * self.core.block_size} tokens, no multiple of {every=}"
+                )
+            if n <= before:
+                raise ValueError(f"checkpoints[{i}]={n} must be more than the {before} before it")
+            before = n
         return 0
 
     cdef object handed_out(self, int64_t last_move):
@@ -1965,7 +2005,8 @@ cdef int open_pool(SlotPool* p, int32_t first, int32_t slots) except -1:
     if slots == 0:
         return 0
     p.stack = <int32_t*>map_zeroed(slots, sizeof(int32_t))
-    if p.stack == NULL:
+    p.spills = <int32_t*>map_zeroed(slots, sizeof(int32_t))
+    if p.stack == NULL or p.spills == NULL:
         raise MemoryError(f"no memory to keep books of {slots} host slots")
     return 0
 
@@ -1987,14 +2028,12 @@ cdef int open_host(Core* c, int32_t blocks, int32_t checkpoints, int32_t states,
     h.loads = <int32_t*>map_zeroed(on_device, sizeof(int32_t))
     h.moves = <Move*>map_zeroed(<size_t>on_device + write_ahead, sizeof(Move))
     h.needs = <int64_t*>map_zeroed(c.max_seqs, sizeof(int64_t))
-    h.spills = <int32_t*>map_zeroed(slots, sizeof(int32_t))
     h.places = <int32_t*>map_zeroed(<size_t>c.pool.tree.max_nodes + 1, sizeof(int32_t))
     h.digests = <char*>map_zeroed(<size_t>c.pool.tree.max_nodes + 1, DIGEST_BYTES)
     c.pool.tree.named = <uint8_t*>map_zeroed(<size_t>c.pool.tree.max_nodes + 1, 1)
     if (
         h.slots == NULL or h.slot_of == NULL or h.shadows == NULL or h.loads == NULL
-        or h.moves == NULL or h.needs == NULL or h.spills == NULL or h.places == NULL or h.digests == NULL
-        or c.pool.tree.named == NULL
+        or h.moves == NULL or h.needs == NULL or h.places == NULL or h.digests == NULL or c.pool.tree.named == NULL
     ):
         raise MemoryError(f"no memory to keep books of host_blocks={blocks} and host_states={checkpoints} slots")
     return 0
@@ -2013,7 +2052,8 @@ cdef void close_host(Core* c, int32_t max_seqs) noexcept:
     unmap(h.loads, on_device, sizeof(int32_t))
     unmap(h.moves, on_device + h.write_ahead, sizeof(Move))
     unmap(h.needs, max_seqs, sizeof(int64_t))
-    unmap(h.spills, h.num_slots, sizeof(int32_t))
+    unmap(h.blocks.spills, h.blocks.num_slots, sizeof(int32_t))
+    unmap(h.checkpoints.spills, h.checkpoints.num_slots, sizeof(int32_t))
     unmap(h.places, <size_t>c.pool.tree.max_nodes + 1, sizeof(int32_t))
     unmap(h.digests, <size_t>c.pool.tree.max_nodes + 1, DIGEST_BYTES)
     unmap(c.pool.tree.named, <size_t>c.pool.tree.max_nodes + 1, 1)

@@ -230,6 +230,7 @@ class ManagerMachine(RuleBasedStateMachine):
         note(f"manager({num_blocks}, {self.block_size}, {config}); honest: {self.honest}")
         self.caching = config.get("prefix_caching", True)
         self.host = "host_blocks" in config
+        self.host_states = config.get("host_states", 0) > 0
         self.max_seqs = config["max_seqs"]
         self.model = type(self).reference(num_blocks, self.block_size, **config)
         self.subject = self.driver.manager(num_blocks, self.block_size, **config)
@@ -353,6 +354,13 @@ class ManagerMachine(RuleBasedStateMachine):
         if slot < first:
             return self.device.host.get(slot, JUNK)
         return [(len(self.groups), self.device.host_states.get(slot - first, -2))]
+
+    def write_host_slot(self, slot: int, content: Content) -> None:
+        first = self.model.host_blocks
+        if slot < first:
+            self.device.host[slot] = content
+        else:
+            self.device.host_states[slot - first] = content[-1][1]
 
     def content_of(self, node: Node, g: int) -> Content:
         """What a block or a slot of a node holds; of a state that is the last token that it has seen."""
@@ -1158,18 +1166,30 @@ class ManagerMachine(RuleBasedStateMachine):
         return list(digests((self.weights, identity["salt"]), blocks))
 
     def num_stored(self, names: list[bytes]) -> int:
-        """Leading blocks of a prompt that are outside in every group."""
+        """Leading blocks of a prompt that are outside in every group; a state need not be."""
         groups = range(len(self.groups))
         missing = (i for i, name in enumerate(names) if any((name, g) not in self.background.store for g in groups))
         return next(missing, len(names))
+
+    def states_stored(self, names: list[bytes], num_blocks: int) -> list[int]:
+        """After which numbers of blocks of a prompt, up to `num_blocks`, the state is outside."""
+        ends = range(1, min(num_blocks, len(names)) + 1) if self.host_states else ()
+        return [n for n in ends if (names[n - 1], len(self.groups)) in self.background.store]
+
+    def num_useful(self, tokens: list[int], identity: dict[str, Any]) -> int:
+        """Leading tokens of a prompt that could be had from outside."""
+        names = self.names_of(tokens, identity)
+        blocks = self.num_stored(names)
+        if self.host_states:
+            blocks = max(self.states_stored(names, blocks), default=0)
+        return blocks * self.block_size
 
     def missed(self) -> list[tuple[list[int], dict[str, Any]]]:
         """Prompts of which more is outside than here."""
         return [
             (tokens, identity)
             for tokens, identity in self.stored
-            if self.model.match([*tokens, 0], **identity)
-            < self.num_stored(self.names_of(tokens, identity)) * self.block_size
+            if self.model.match([*tokens, 0], **identity) < self.num_useful(tokens, identity)
         ]
 
     @action(4, when=lambda self: self.host)
@@ -1183,20 +1203,26 @@ class ManagerMachine(RuleBasedStateMachine):
         there = self.num_stored(names)
         believed = self.rng.choice([there, there, there, there + 1, there // 2, 10**6, 0])
         tokens = [*tokens, *self.some_tokens(self.rng.randint(0, 2))]
-        call = f"begin_fetch({tokens}, {identity}, num_blocks={believed})"
-        expected = outcome(self.model.begin_fetch, tokens, **identity, num_blocks=believed)
-        got = outcome(self.subject.begin_fetch, self.token_input(tokens), **identity, num_blocks=believed)
+        ends = self.states_stored(names, believed)
+        if self.host_states and self.rng.randint(0, 3) == 0:  # fewer, or some that nobody has
+            each = self.model.every // self.block_size
+            grid = range(each, min(believed, len(tokens)) + 1, each)
+            ends = sorted(self.rng.sample(grid, self.rng.randint(0, len(grid))))
+        bounds = {"num_blocks": believed, **({"checkpoints": ends} if ends or self.coin() else {})}
+        call = f"begin_fetch({tokens}, {identity}, {bounds})"
+        expected = outcome(self.model.begin_fetch, tokens, **identity, **bounds)
+        got = outcome(self.subject.begin_fetch, self.token_input(tokens), **identity, **bounds)
         for name in ("number", "num_local", "num_tokens"):
             assert getattr(got, name) == getattr(expected, name), f"{call}: {name}"
         assert triples(got.blocks) == triples(expected.blocks), f"{call} -> {expected.blocks}"
         note(f"{call} -> {expected.number}: {expected.num_local}, {expected.num_tokens}, {expected.blocks}")
         operation = Operation(expected, got, hangs=self.rng.randint(0, 7) == 0)
-        for index, g, slot in expected.blocks:
+        for (index, g, _), slot in zip(expected.blocks, expected.taken, strict=True):
             content = store.get((names[index], g)) if index < len(names) else None
             if content is not None and operation.num_whole == len(operation.left):
                 operation.num_whole += 1
             content = JUNK if content is None or operation.hangs else content
-            operation.left.append(partial(self.device.host.__setitem__, slot, content))
+            operation.left.append(partial(self.write_host_slot, slot, content))
         self.background.fetches.append(operation)
         self.compare()
 
@@ -1261,7 +1287,7 @@ class ManagerMachine(RuleBasedStateMachine):
                 operation.names += digests((self.weights, salt), [(tokens, extra)])
             else:
                 operation.names.append(next(digests(above, [(tokens, extra)])))
-        for row, (slot, g, index) in enumerate(expected.blocks):
+        for row, (slot, (_, g, index)) in enumerate(zip(expected.slots, expected.blocks, strict=True)):
             right = self.content_of(expected.tree_nodes[index], g)
             prefix = self.truth_of(expected.tree_nodes[index])
             prompt = prefix.tokens, {"salt": prefix.salt, "extra": sorted(prefix.extra.items())}
@@ -1272,7 +1298,7 @@ class ManagerMachine(RuleBasedStateMachine):
         return operation
 
     def read_slot(self, operation: Operation, row: int, slot: int, right: Content) -> None:
-        content = self.device.host.get(slot, JUNK)
+        content = self.in_host_slot(slot)
         if self.honest:
             assert content == right, f"spill {operation.ours.number} reads another prefix in host slot {slot}"
         operation.read[row] = content

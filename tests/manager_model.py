@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import wraps
+from itertools import pairwise
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
@@ -189,14 +190,15 @@ class Seq:
 
 @dataclass(eq=False)
 class ModelFetch:
-    """Blocks that are on their way into host slots from outside of this process."""
+    """Blocks, and a state, that are on their way into host slots from outside of this process."""
 
     number: int
     num_local: int
     num_tokens: int = 0
-    blocks: list[tuple[int, int, int]] = field(default_factory=list)  # index, group, slot
+    blocks: list[tuple[int, int, int]] = field(default_factory=list)  # index, group, slot of blocks or of states
+    taken: list[int] = field(default_factory=list)  # the slots of these, as both kinds are counted together
     path: list[Node] = field(default_factory=list)  # of what it could serve, held until it ends
-    held: list[int] = field(default_factory=list)  # slots: those of `blocks`, and those of the local hit
+    held: list[int] = field(default_factory=list)  # slots: those taken, and those of the local hit
     ended: bool = False
     released: bool = False
 
@@ -206,7 +208,8 @@ class ModelSpill:
     """Host slots that are being copied to outside of this process."""
 
     number: int
-    blocks: list[tuple[int, int, int]]  # slot, group, index into nodes
+    blocks: list[tuple[int, int, int]]  # slot of blocks or of states, group, index into nodes
+    slots: list[int]  # as both kinds are counted together
     nodes: list[SpilledNode]
     tree_nodes: list[Node]  # the same; none after a reset
     ended: bool = False
@@ -351,7 +354,9 @@ class ModelManager:
         self.spills: list[ModelSpill] = []  # open
         self.holds = [0] * (host_blocks + host_states)
         self.known: set[int] = set()  # slots whose blocks are there outside of this process too
-        self.spill_queue: list[int] = []  # slots that an offload has filled, the first one first; some have lost theirs
+        # Slots that an offload has filled, the first one first; some have lost what they held. Of states, and of blocks.
+        self.state_spills: list[int] = []
+        self.block_spills: list[int] = []
 
     # Looking in
 
@@ -805,7 +810,8 @@ class ModelManager:
         self.passed.clear()
         self.home.clear()
         self.known.clear()
-        self.spill_queue.clear()
+        self.state_spills.clear()
+        self.block_spills.clear()
         for fetch in self.fetches:
             fetch.path.clear()
         for spill in self.spills:
@@ -825,7 +831,15 @@ class ModelManager:
         return [_extra_bytes(self._block_key([], marks, index)) for index in range(num_blocks)]
 
     @public
-    def begin_fetch(self, tokens: Any, *, num_blocks: int, salt: bytes = b"", extra: Extra = ()) -> ModelFetch:
+    def begin_fetch(
+        self,
+        tokens: Any,
+        *,
+        num_blocks: int,
+        checkpoints: Sequence[int] = (),
+        salt: bytes = b"",
+        extra: Extra = (),
+    ) -> ModelFetch:
         """One length is planned: the longest that all groups can serve, with what may be taken and held.
 
         What is there already is held first, so that no slot is taken from it.
@@ -836,17 +850,29 @@ class ModelManager:
             raise TypeError("num_blocks is an int")
         if not self.host_blocks:
             raise ValueError("there is no host pool")
+        states = [_int("checkpoints", n) for n in checkpoints]
+        if states and not self.host_states:
+            raise ValueError("states have no slots in host memory")
+        if any(not 1 <= n <= below or n * self.block_size % self.every for n in states):
+            raise ValueError(f"of {states} some are no checkpoints of {below} blocks")
+        if any(a >= b for a, b in pairwise(states)):
+            raise ValueError(f"{states} do not ascend")
         most = (len(ids) - 1) // self.block_size
         local = len(self._find(ids, salt, marks, most, host=True))
         limit = min(most, max(below, local))
         path = self._walk(ids, salt, marks, limit)
         room, room_for_states = self._room_for_work()
         held_before = {slot for slot, holds in enumerate(self.holds) if holds}
+        last = len(self.groups)
+
+        def ends(length: int) -> bool:
+            """Whether a hit of this length has its state in this process."""
+            return self._has_state(path[:length], True) and not (self.every and length > len(path))
 
         def plan(length: int) -> tuple[list[tuple[int, int]], list[int]]:
             """What has to be fetched for a hit of this length, and the slots that have it already."""
             missing, there = [], []
-            for i, g in [(i, g) for i in range(length) for g in range(len(self.groups))]:
+            for i, g in [(i, g) for i in range(length) for g in range(last)]:
                 if i < self._first_row(g, length * self.block_size):
                     continue
                 slot = path[i].slots[g] if i < len(path) else None
@@ -854,17 +880,24 @@ class ModelManager:
                     there.append(slot)
                 elif i >= len(path) or path[i].blocks[g] is None:
                     missing.append((i, g))
+            if not ends(length):
+                missing.append((length - 1, last))
             state = self._host_state(path[length - 1]) if 0 < length <= len(path) else None
             return missing, there if state is None else [*there, state]
 
         def fits(length: int) -> bool:
-            if not self._has_state(path[:length], True) or (self.every and length > len(path)):
-                return False  # a hit ends at a checkpoint
+            if not ends(length) and length not in states:
+                return False
             missing, there = plan(length)
             new = [slot for slot in there if slot not in held_before]
-            states = sum(slot >= self.host_blocks for slot in new)
-            blocks = len(missing) + len(new) - states
-            return blocks <= room and states <= room_for_states and all(i < below for i, _ in missing)
+            for_states = sum(self._is_state(slot) for slot in new) + sum(g == last for _, g in missing)
+            for_blocks = len(missing) + len(new) - for_states
+            return for_blocks <= room and for_states <= room_for_states and all(i < below for i, _ in missing)
+
+        def suffices(length: int) -> bool:
+            """Whether so many slots were taken, of both kinds."""
+            kinds = [g == last for _, g in plan(length)[0]]
+            return kinds.count(False) <= len(taken) and kinds.count(True) <= len(taken_states)
 
         self.num_begun += 1
         fetch = ModelFetch(self.num_begun, local * self.block_size, path=list(path))
@@ -873,13 +906,17 @@ class ModelManager:
         for slot in on_path:
             self.holds[slot] += 1
         length = max(n for n in range(limit + 1) if fits(n))
-        taken = self._take_landed(len(plan(length)[0]))
+        wanted = [g == last for _, g in plan(length)[0]]
+        taken, taken_states = self._take_landed(wanted.count(False)), self._take_landed(wanted.count(True), True)
         length = min(length, len(path) + self.max_nodes - len(self._all_nodes()))
-        length = max(n for n in range(length + 1) if fits(n) and len(plan(n)[0]) <= len(taken))
+        length = max(n for n in range(length + 1) if fits(n) and suffices(n))
         missing, there = plan(length)
-        for slot in reversed(taken[len(missing) :]):
-            self.host_unused.append(slot)
-        for slot in taken[: len(missing)]:
+        kinds = [g == last for _, g in missing]
+        for slots, count in ((taken, kinds.count(False)), (taken_states, kinds.count(True))):
+            while len(slots) > count:
+                self._unused_of(slots[-1]).append(slots.pop())
+        taken += taken_states
+        for slot in taken:
             self.holds[slot] = 1
         for slot in on_path:
             if slot not in there:
@@ -892,8 +929,8 @@ class ModelManager:
         del fetch.path[length:]
         if len(path) > length:
             self._prune(path[-1])
-        fetch.blocks = [(i, g, slot) for (i, g), slot in zip(missing, taken, strict=False)]
-        fetch.held = taken[: len(missing)] + there
+        fetch.blocks = [(i, g, self._number_of(slot)) for (i, g), slot in zip(missing, taken, strict=True)]
+        fetch.taken, fetch.held = taken, taken + there
         fetch.num_tokens = max(length, local) * self.block_size
         return fetch
 
@@ -904,7 +941,7 @@ class ModelManager:
             raise ValueError(f"num_ok={num_ok} is outside 0..{len(fetch.blocks)}")
         path = fetch.path
         hung = []
-        for index, g, slot in fetch.blocks[:num_ok] if path else []:
+        for (index, g, _), slot in zip(fetch.blocks[:num_ok] if path else [], fetch.taken, strict=False):
             if path[index].slots[g] is None:
                 self._hang_slot(slot, path[index], g)
                 self.passed.append(slot)
@@ -925,7 +962,7 @@ class ModelManager:
             self._use_slot(served[-1], len(self.groups))
         fetch.ended = True
         fetch.path = []
-        for _, _, slot in fetch.blocks:
+        for slot in fetch.taken:
             if slot not in self.home:
                 self._let_go_slot(slot)
                 fetch.held.remove(slot)
@@ -959,32 +996,36 @@ class ModelManager:
         if not self.host_blocks:
             raise ValueError("there is no host pool")
         rows: list[tuple[int, int, int]] = []
+        slots: list[int] = []
         nodes: list[SpilledNode] = []
         place: dict[int, int] = {}  # of nodes in `nodes`
         tree_nodes: list[Node] = []
-        looked = 0
-        room = self._room_for_work()[0]
-        for slot in self.spill_queue[:SPILL_LOOK]:
-            if len(rows) >= most or sum(self.holds[row[0]] == 0 for row in rows) >= room:
-                break
-            if slot in self.home and slot not in self.known:
-                if self.move_of_slot[slot] > self.moves_landed:
+        room, room_for_states = self._room_for_work()
+        for queue, most_new in ((self.state_spills, room_for_states), (self.block_spills, room)):
+            looked = new = 0
+            for slot in queue[:SPILL_LOOK]:
+                if len(rows) >= most or new >= most_new:
                     break
-                node, g = self.home[slot]
-                above = self._unnamed(node, place)
-                if rows and len(nodes) + len(above) > SPILL_NODES:
-                    break
-                for new in above:
-                    place[id(new)] = len(nodes)
-                    tree_nodes.append(new)
-                    nodes.append(self._spilled(new, place))
-                rows.append((slot, g, place[id(node)]))
-            looked += 1
-        del self.spill_queue[:looked]
-        for slot, _, _ in rows:
+                if slot in self.home and slot not in self.known:
+                    if self.move_of_slot[slot] > self.moves_landed:
+                        break
+                    node, g = self.home[slot]
+                    above = self._unnamed(node, place)
+                    if rows and len(nodes) + len(above) > SPILL_NODES:
+                        break
+                    for each in above:
+                        place[id(each)] = len(nodes)
+                        tree_nodes.append(each)
+                        nodes.append(self._spilled(each, place))
+                    rows.append((self._number_of(slot), g, place[id(node)]))
+                    slots.append(slot)
+                    new += self.holds[slot] == 0
+                looked += 1
+            del queue[:looked]
+        for slot in slots:
             self.holds[slot] += 1
         self.num_begun += 1
-        spill = ModelSpill(self.num_begun, rows, nodes, tree_nodes)
+        spill = ModelSpill(self.num_begun, rows, slots, nodes, tree_nodes)
         self.spills.append(spill)
         return spill
 
@@ -1019,33 +1060,40 @@ class ModelManager:
             if len(digest) != 32:
                 raise ValueError("a digest has 32 bytes")
         self.spills.remove(spill)
-        for (slot, _, _), done in zip(spill.blocks, ok, strict=True):
+        for slot, done in zip(spill.slots, ok, strict=True):
             if slot in self.home and done:
                 self.known.add(slot)
-            elif slot in self.home and slot not in self.spill_queue:
-                self.spill_queue.append(slot)
-        for slot, _, _ in reversed(spill.blocks):
+            elif slot in self.home:
+                self._queue(slot)
+        for slot in reversed(spill.slots):
             self._let_go_slot(slot)
         for node, digest in zip(spill.tree_nodes, digests or [], strict=False):
             node.digest = digest
+
+    def _queue(self, slot: int) -> None:
+        """Let a slot be spilled, after those that are to be."""
+        queue = self.state_spills if self._is_state(slot) else self.block_spills
+        if slot not in queue:
+            queue.append(slot)
 
     def _room_for_work(self) -> tuple[int, int]:
         """Slots that the background may hold besides those that it does: of blocks, and of states."""
         states = sum(holds > 0 for holds in self.holds[self.host_blocks :])
         return self.host_blocks // 4 - self.num_background_slots + states, self.host_states // 4 - states
 
-    def _take_landed(self, count: int) -> list[int]:
+    def _take_landed(self, count: int, states: bool = False) -> list[int]:
         """Up to so many slots that no move still names, the free ones first."""
+        unused = self.host_states_unused if states else self.host_unused
         taken: list[int] = []
         while len(taken) < count:
-            near = [slot for slot in self.host_unused[-FREE_LOOK:] if self.move_of_slot[slot] <= self.moves_landed]
+            near = [slot for slot in unused[-FREE_LOOK:] if self.move_of_slot[slot] <= self.moves_landed]
             if not near:
-                oldest = self._oldest_slot()
+                oldest = self._oldest_slot(states)
                 if oldest is None or self.move_of_slot[oldest] > self.moves_landed:
                     break
                 self._drop_slot(oldest)
                 near = [oldest]
-            self.host_unused.remove(near[-1])
+            unused.remove(near[-1])
             taken.append(near[-1])
         return taken
 
@@ -1238,6 +1286,10 @@ class ModelManager:
     def _is_state(self, slot: int) -> bool:
         return slot >= self.host_blocks
 
+    def _number_of(self, slot: int) -> int:
+        """The number of a slot among those of blocks, or of states."""
+        return slot - self.host_blocks if self._is_state(slot) else slot
+
     def _unused_of(self, slot: int) -> list[int]:
         return self.host_states_unused if self._is_state(slot) else self.host_unused
 
@@ -1251,11 +1303,9 @@ class ModelManager:
             (self.passed if slot in self.passed else self._list_of(slot)).remove(slot)
             self._list_of(slot).append(slot)
 
-    def _oldest_slot(self) -> int | None:
+    def _oldest_slot(self, states: bool = False) -> int | None:
         """The slot to evict next. Held ones are passed over, once: let go, they are the next."""
-        return self._oldest_of(self.host_slots)
-
-    def _oldest_of(self, slots: list[int]) -> int | None:
+        slots = self.host_checkpoints if states else self.host_slots
         while slots and self.holds[slots[0]]:
             self.passed.append(slots.pop(0))
         return slots[0] if slots else None
@@ -1335,8 +1385,7 @@ class ModelManager:
                     self._drop_slot(oldest)
                 slot = self.host_unused.pop()
                 self._note_offload(block, slot, node, g)
-                if slot not in self.spill_queue:
-                    self.spill_queue.append(slot)
+                self._queue(slot)
                 moves.append(Move(False, g, block, slot))
             self.examined += 1
         self.counts["offloads"] += len(moves)
@@ -1350,12 +1399,13 @@ class ModelManager:
             node = self.state_slots[state].node
             if node is not None and self._host_state(node) is None:
                 if not self.host_states_unused:
-                    oldest = self._oldest_of(self.host_checkpoints)
+                    oldest = self._oldest_slot(states=True)
                     if oldest is None or self.move_of_slot[oldest] > before:
                         break
                     self._drop_slot(oldest)
                 slot = self.host_states_unused.pop()
                 self._note_offload(self.num_blocks + state, slot, node, len(self.groups))
+                self._queue(slot)
                 moves.append(Move(False, len(self.groups), state, slot - self.host_blocks))
             self.offered.pop(0)
         return moves
@@ -1948,13 +1998,14 @@ class ModelManager:
         listed = self.host_slots + self.host_checkpoints + self.passed
         _require(10, sorted(self.home) == sorted(listed), "a slot hangs and is in no list")
         held_slots = [slot for fetch in self.fetches for slot in fetch.held]
-        held_slots += [slot for spill in self.spills for slot, _, _ in spill.blocks]
+        held_slots += [slot for spill in self.spills for slot in spill.slots]
         for slot in range(self.host_blocks + self.host_states):
             _require(12, self.holds[slot] == held_slots.count(slot), f"the holds of host slot {slot} are wrong")
         _require(12, all(self.holds[slot] for slot in self.passed), "an eviction passed over what nobody holds")
         _require(12, min(self._room_for_work()) >= 0, "background work holds too much")
         _require(12, self.known <= set(self.home), "a slot without a node is known outside")
-        _require(12, len(set(self.spill_queue)) == len(self.spill_queue), "a slot waits for two spills")
+        for queue in (self.block_spills, self.state_spills):
+            _require(12, len(set(queue)) == len(queue), "a slot waits for two spills")
         everywhere = sorted(
             [*self.host_unused, *self.host_states_unused, *self.home, *(set(held_slots) - set(self.home))]
         )
@@ -2070,7 +2121,8 @@ class ModelManager:
             (self.moves_noted, self.moves_handed, self.moves_marked, self.moves_landed),
             (list(self.host_unused), list(self.host_slots), list(self.loading), self.examined, set(self.slid)),
             (list(self.host_states_unused), list(self.host_checkpoints), list(self.offered)),
-            (list(self.passed), list(self.holds), set(self.known), list(self.spill_queue), self.num_begun),
+            (list(self.passed), list(self.holds), set(self.known), list(self.block_spills), list(self.state_spills)),
+            self.num_begun,
             [(fetch.number, fetch.ended, len(fetch.path), list(fetch.held)) for fetch in self.fetches],
             [(spill.number, len(spill.tree_nodes)) for spill in self.spills],
             dict(self.counts),

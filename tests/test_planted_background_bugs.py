@@ -67,7 +67,7 @@ BACKGROUND = ["turn_over", "begin_fetch", "end_fetch", "admit_fetched", "begin_s
 class SlotInFlightIsFetchedInto(ModelManager):
     """A slot is given to the background while moves that name it have not landed: the one used last."""
 
-    def _take_landed(self, count: int) -> list[int]:
+    def _take_landed(self, count: int, states: bool = False) -> list[int]:
         late = [slot for slot in self.host_slots if self.move_of_slot[slot] > self.moves_landed]
         late = [slot for slot in late if not self.holds[slot]][-count:] if count else []
         for slot in late:
@@ -87,7 +87,7 @@ class SlotInFlightIsSpilled(ModelManager):
 class SpilledSlotIsEvicted(ModelManager):
     """A slot that is being read is given to another block."""
 
-    def _oldest_slot(self) -> int | None:
+    def _oldest_slot(self, states: bool = False) -> int | None:
         return self.host_slots[0] if self.host_slots else None
 
     def _let_go_slot(self, slot: int) -> None:
@@ -137,16 +137,16 @@ class HungFetchIsGivenUp(ModelManager):
 
     def begin_fetch(self, tokens: Any, **options: Any) -> ModelFetch:
         for fetch in self.fetches:
-            for _, _, slot in fetch.blocks if not fetch.ended else []:
+            for slot in fetch.taken if not fetch.ended else []:
                 if slot in fetch.held:
                     fetch.held.remove(slot)
                     self._let_go_slot(slot)
         return super().begin_fetch(tokens, **options)
 
     def end_fetch(self, fetch: ModelFetch, num_ok: int) -> int:
-        given_up = fetch.blocks and not set(fetch.held) & {slot for _, _, slot in fetch.blocks}
+        given_up = fetch.blocks and not set(fetch.held) & set(fetch.taken)
         if given_up and not fetch.ended:
-            fetch.blocks = []
+            fetch.blocks = fetch.taken = []
             num_ok = 0
         return super().end_fetch(fetch, num_ok)
 
@@ -201,11 +201,6 @@ class DigestOutlivesAReset(ModelManager):
                 same = node.parent is not None and node.parent.parent is None and spilled.salt is not None
                 if same and spilled.tokens == self._spilled(node, {}).tokens:
                     node.digest = digest
-
-
-class FetchBreaksTheQuarter(ModelManager):
-    def _take_landed(self, count: int) -> list[int]:
-        return super()._take_landed(count + 1)
 
 
 class KnownBlocksAreSpilledAgain(ModelManager):

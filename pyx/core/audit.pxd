@@ -7,7 +7,7 @@ from libc.string cimport memcmp
 from core.memory cimport grab_zeroed
 from core.text cimport PAGE_REFS, PAGE_ROOM, block_at, Extra, extra_of, page_of, pages_for, Text, token_at
 from core.tree cimport hash_extra, line_of, Node, node_at, same_extra, tag_of, tokens_at, Tree, tree_find, tree_hash
-from core.host cimport FETCHING, SPILLING, Host, Moves, host_free, slot_at, SlotPool, Work
+from core.host cimport FETCHING, SPILLING, Host, Moves, host_free, slot_at, SlotPool, spill_index, Work
 from core.background cimport room_for_work
 from core.pool cimport Pool, pool_free, pool_step, Step, StepRow
 from core.sequences cimport LIVE, PIN, PREEMPTED, UNUSED, blocks_for, Core, first_row, row_at, Seq
@@ -403,13 +403,26 @@ cdef inline bint audit_host(Core* c, int32_t* seen, Finding* out) noexcept nogil
     return True
 
 
+cdef inline bint audit_queue(const Host* h, const SlotPool* p, int32_t* holds, Finding* out) noexcept nogil:
+    """Whether a queue of slots to be spilled has slots of its own pool, each once. Those it has get -1 in `holds`."""
+    cdef int32_t i, s
+    for i in range(p.spill_size):
+        s = p.spills[spill_index(p, i)]
+        if (
+            s < p.first or s >= p.first + p.num_slots or is_fresh(h, s) or not h.slots[s].queued or holds[s] < 0
+        ):
+            return broken(out, 12, b"the queue of slots to be spilled is torn; slot:", s)
+        holds[s] = -1
+    return True
+
+
 cdef inline bint audit_background(Core* c, int32_t* holds, Finding* out) noexcept nogil:
     """Invariant 12. `holds` is zeroed scratch, one number for each host slot."""
     cdef const Host* h = &c.pool.host
     cdef const Tree* t = &c.pool.tree
     cdef const Work* work = h.works
     cdef int32_t i, s, queued = 0, held = 0, checkpoints = 0
-    cdef int64_t place, newest = h.num_begun
+    cdef int64_t newest = h.num_begun
     if h.num_slots == 0:
         return True
     while work != NULL:
@@ -444,14 +457,10 @@ cdef inline bint audit_background(Core* c, int32_t* holds, Finding* out) noexcep
         or checkpoints != h.checkpoints.num_held or room_for_work(&h.checkpoints) < 0
     ):
         return broken(out, 12, b"work in the background holds too many slots, or miscounts them:", held + checkpoints)
-    if queued != h.spill_size:
-        return broken(out, 12, b"the queue of slots to be spilled has another length than was counted:", queued)
-    for i in range(h.spill_size):
-        place = (<int64_t>h.spill_first + i) % h.num_slots
-        s = h.spills[place]
-        if s < 0 or s >= h.num_slots or is_fresh(h, s) or not h.slots[s].queued or holds[s] < 0:
-            return broken(out, 12, b"the queue of slots to be spilled is torn; slot:", s)
-        holds[s] = -1
+    if queued != h.blocks.spill_size + h.checkpoints.spill_size:
+        return broken(out, 12, b"the queues of slots to be spilled have other lengths than were counted:", queued)
+    if not audit_queue(h, &h.blocks, holds, out) or not audit_queue(h, &h.checkpoints, holds, out):
+        return False
     for i in range(t.fresh):
         if h.places[i]:
             return broken(out, 12, b"a spill has left a mark on a node:", i)

@@ -1,5 +1,5 @@
-# Work in the background: fetches bring blocks from outside of this process into host slots, spills take them out. Both
-# take their time between a begin and an end, and touch no memory but that of the slots they hold.
+# Work in the background: fetches bring blocks from outside of this process into host slots, spills take them out, and
+# both do so with checkpoints, where these have host slots. Both take their time between a begin and an end, and touch no memory but that of the slots they hold.
 #
 # A slot is given to them only when every move that names it has landed. A fetch takes slots that hang nowhere: nobody
 # finds them. At its end those that are whole are hung on the nodes that it has kept in the tree. A spill holds slots
@@ -14,12 +14,13 @@ from libc.stdlib cimport free
 from libc.string cimport memcpy, memmove
 
 from core.checks cimport check
+from core.ints cimport at, Ints
 from core.memory cimport MAX_INT32, grab, grab_zeroed, regrow
 from core.text cimport block_at, extra_of, Text
 from core.tree cimport Node, node_at, tokens_at, Tree, tree_drop, tree_hash, tree_insert, tree_walk
 from core.host cimport (
-    DIGEST_BYTES, FETCHED, FETCHING, Host, SlotPool, SPILLING, Work, WorkRow, checkpoint_at, evict_slot, free_slot,
-    hold_slot, let_go_slot, oldest_slot, put_slot, queue_slot, slot_at, take_off, use_slot,
+    DIGEST_BYTES, FETCHED, FETCHING, Host, SlotPool, SPILLING, Work, WorkRow, checkpoint_at, evict_slot, first_of_queue,
+    free_slot, hold_slot, let_go_slot, oldest_slot, put_slot, queue_slot, slot_at, spill_index, take_off, use_slot,
 )
 from core.sequences cimport NO_MEMORY, Core, fail, Fault, first_row
 from core.admission cimport HOST, has_state, hit_limit, longest_hit
@@ -28,7 +29,7 @@ from core.admission cimport HOST, has_state, hit_limit, longest_hit
 cdef enum:
     SHARE = 4           # at most 1 of so many slots is held
     FREE_LOOK = 16      # free slots that are looked at for one whose moves have landed
-    SPILL_LOOK = 1024   # slots of the queue that one `core_begin_spill` looks at
+    SPILL_LOOK = 1024   # slots of each queue that one `core_begin_spill` looks at
     SPILL_NODES = 4096  # nodes of one spill, but for those of its first slot
     OF_ROOT = -1        # for an index of a node's parent: it is the first of its path
     NAMED = -2          # its digest is kept
@@ -95,11 +96,15 @@ cdef struct Plan:       # of a fetch, for each length up to `limit` blocks
     int32_t limit
     int32_t num_slots   # that hang on them
     int64_t* missing    # [limit + 1]: blocks that are nowhere in this process
-    int64_t* costs      # [limit + 1]: slots to take or to hold that nobody holds yet
+    int64_t* states     # [limit + 1]: the same of the state after so many blocks, 1 or 0
+    int64_t* costs      # [limit + 1]: slots for blocks to take or to hold that nobody holds yet
     int64_t* sums       # [2, limit + 1]: scratch
 
 
 cdef inline bint is_missing(const Core* c, const Plan* plan, int32_t i, int32_t g) noexcept nogil:
+    """Whether a block, or the state after it, is nowhere in this process; `plan.states` is filled for the latter."""
+    if g == c.num_groups:
+        return plan.states[i + 1] > 0
     if i >= plan.num_known:
         return True
     return node_at(&c.pool.tree, plan.path[i]).blocks[g] < 0 and slot_of_path(c, plan, i, g) < 0
@@ -109,14 +114,17 @@ cdef inline int32_t slot_of_path(const Core* c, const Plan* plan, int32_t i, int
     return slot_at(&c.pool.host, &c.pool.tree, plan.path[i], g) if i < plan.num_known else -1
 
 
-cdef inline void fill_plan(const Core* c, Plan* plan, int64_t below, int64_t room) noexcept nogil:
-    """Fill `missing` and `costs`. A length that misses what is not below, or a state, costs more than there is room."""
+cdef inline void fill_plan(
+    const Core* c, Plan* plan, int64_t below, const Ints* ends, int64_t room
+) noexcept nogil:
+    """Fill the arrays of a plan. A length that misses what is not below, or whose state takes a slot that must not be
+    had, costs more than there is room."""
     cdef int32_t g, i, s, first
     cdef int64_t* missing = plan.sums
     cdef int64_t* costs = plan.sums + plan.limit + 1
     plan.num_slots = 0
     for i in range(plan.limit + 1):
-        plan.missing[i] = plan.costs[i] = 0
+        plan.missing[i] = plan.states[i] = plan.costs[i] = 0
     for g in range(c.num_groups):
         missing[0] = costs[0] = 0
         for i in range(plan.limit):
@@ -132,20 +140,34 @@ cdef inline void fill_plan(const Core* c, Plan* plan, int64_t below, int64_t roo
             first = first_row(c, g, i * c.block_size)
             plan.missing[i] += missing[i] - missing[min(first, i)]
             plan.costs[i] += costs[i] - costs[min(first, i)]
-    if c.pool.states.num_slots:     # a hit ends at a checkpoint
-        for i in range(1, plan.limit + 1):
-            if i > plan.num_known or not has_state(c, plan.path, i, HOST):
-                plan.costs[i] = room + 1
-                continue
-            s = checkpoint_at(&c.pool.host, &c.pool.tree, plan.path[i - 1])
-            plan.num_slots += s >= 0
-            if s >= 0 and c.pool.host.slots[s].holds == 0 and room_for_work(&c.pool.host.checkpoints) < 1:
-                plan.costs[i] = room + 1
+    if c.pool.states.num_slots:
+        plan_states(c, plan, ends, room)
 
 
-cdef inline int32_t longest_plan(const Plan* plan, int32_t length, int64_t room, int64_t taken) noexcept nogil:
-    """The longest length, at most `length`, that does with so much room and so many slots."""
-    while plan.costs[length] > room or plan.missing[length] > taken:
+cdef inline void plan_states(const Core* c, Plan* plan, const Ints* ends, int64_t room) noexcept nogil:
+    """What becomes of a length by the state that its hit ends at: it is there, or it is one of those that are below."""
+    cdef const Host* h = &c.pool.host
+    cdef int32_t i, s
+    cdef bint takes_slot
+    cdef Py_ssize_t below = 0       # the first of `ends` that is not passed
+    for i in range(1, plan.limit + 1):
+        while below < ends.size and at(ends, below) < i:
+            below += 1
+        plan.states[i] = i > plan.num_known or not has_state(c, plan.path, i, HOST)
+        s = checkpoint_at(h, &c.pool.tree, plan.path[i - 1]) if i <= plan.num_known else -1
+        plan.num_slots += s >= 0
+        takes_slot = plan.states[i] or s >= 0 and h.slots[s].holds == 0
+        if plan.states[i] and not (below < ends.size and at(ends, below) == i):
+            plan.costs[i] = room + 1
+        elif takes_slot and room_for_work(&h.checkpoints) < 1:
+            plan.costs[i] = room + 1
+
+
+cdef inline int32_t longest_plan(
+    const Plan* plan, int32_t length, int64_t room, int64_t taken, bint state
+) noexcept nogil:
+    """The longest length, at most `length`, that does with so much room and so many slots, for a state too or not."""
+    while plan.costs[length] > room or plan.missing[length] > taken or plan.states[length] > state:
         length -= 1
     return length
 
@@ -199,10 +221,10 @@ cdef inline Work* begin_planned(Core* c, Text* x, Plan* plan, int64_t room) noex
     """A fetch as planned, shorter where slots or nodes do not suffice; NULL: no memory, and no effect."""
     cdef Host* h = &c.pool.host
     cdef Tree* t = &c.pool.tree
-    cdef int32_t i, g, s, taken = 0, num_rows = 0, num_kept = 0
-    cdef int32_t length = longest_plan(plan, plan.limit, room, MAX_INT32)
-    cdef int64_t wanted = plan.missing[length]
-    cdef Work* work = new_fetch(length, wanted, plan.num_slots)
+    cdef int32_t i, g, s, taken = 0, state = -1, num_rows = 0, num_kept = 0
+    cdef int32_t length = longest_plan(plan, plan.limit, room, MAX_INT32, True)
+    cdef int64_t wanted = plan.missing[length], states = plan.states[length]
+    cdef Work* work = new_fetch(length, wanted + states, plan.num_slots)
     if work == NULL:
         return NULL
     if plan.num_known:
@@ -217,11 +239,18 @@ cdef inline Work* begin_planned(Core* c, Text* x, Plan* plan, int64_t room) noex
             break
         work.slots[taken] = s
         taken += 1
+    if states:
+        state = take_landed(h, t, &h.checkpoints, c.pool.moves.landed)
     length = <int32_t>min(<int64_t>length, <int64_t>plan.num_known + t.max_nodes - t.num_nodes)
-    length = longest_plan(plan, length, room, taken)
+    length = longest_plan(plan, length, room, taken, state >= 0)
     for i in range(taken - 1, <int32_t>plan.missing[length] - 1, -1):
         free_slot(h, work.slots[i])
     taken = <int32_t>plan.missing[length]
+    if plan.states[length]:     # its row is the last one
+        work.slots[taken] = state
+        taken += 1
+    elif state >= 0:
+        free_slot(h, state)
     for i in range(taken):
         hold_slot(h, work.slots[i])
     for i in range(max(length, plan.num_known)):
@@ -233,10 +262,10 @@ cdef inline Work* begin_planned(Core* c, Text* x, Plan* plan, int64_t room) noex
             elif s >= 0:
                 work.slots[taken + num_kept] = s
                 num_kept += 1
-            elif g < c.num_groups and is_missing(c, plan, i, g):
+            elif is_missing(c, plan, i, g):
                 work.rows[num_rows].index, work.rows[num_rows].group = i, g
                 num_rows += 1
-    check(num_rows == taken, b"there is a slot for each block of a fetch")
+    check(num_rows == taken, b"there is a slot for each row of a fetch")
     work.num_nodes, work.num_rows, work.num_slots = length, num_rows, taken + num_kept
     grow_path(c, x, work, plan)
     link_work(h, work)
@@ -248,21 +277,25 @@ cdef struct Begun:      # tokens of a fetch
     int64_t most        # that it could serve once all has come
 
 
-cdef inline Work* core_begin_fetch(Core* c, Text* x, int64_t below, Begun* begun, Fault* f) noexcept nogil:
-    """Plan what of a prompt is to be fetched, `below` blocks of it at most; NULL after a fault."""
+cdef inline Work* core_begin_fetch(
+    Core* c, Text* x, int64_t below, const Ints* ends, Begun* begun, Fault* f
+) noexcept nogil:
+    """Plan what of a prompt is to be fetched: `below` blocks of it at most, and the state after as many of them as
+    `ends` says, which ascend. NULL after a fault."""
     cdef Plan plan
     cdef Work* work = NULL
     cdef int32_t local, most = hit_limit(c, x, -1)
     cdef int64_t room = room_for_work(&c.pool.host.blocks)
     plan.path = <int32_t*>grab((<size_t>most or 1) * sizeof(int32_t))
-    plan.missing = <int64_t*>grab(4 * (<size_t>most + 1) * sizeof(int64_t))
+    plan.missing = <int64_t*>grab(5 * (<size_t>most + 1) * sizeof(int64_t))
     if plan.path != NULL and plan.missing != NULL:
-        plan.costs, plan.sums = plan.missing + most + 1, plan.missing + 2 * (<int64_t>most + 1)
+        plan.states, plan.costs = plan.missing + most + 1, plan.missing + 2 * (<int64_t>most + 1)
+        plan.sums = plan.missing + 3 * (<int64_t>most + 1)
         plan.num_known = tree_walk(&c.pool.tree, x, most, plan.path)
         local = longest_hit(c, plan.path, plan.num_known, HOST)
         plan.limit = <int32_t>min(<int64_t>most, max(below, <int64_t>local))
         plan.num_known = min(plan.num_known, plan.limit)
-        fill_plan(c, &plan, below, room)
+        fill_plan(c, &plan, below, ends, room)
         work = begin_planned(c, x, &plan, room)
     free(plan.path)
     free(plan.missing)
@@ -350,21 +383,21 @@ cdef inline int32_t path_to_name(const Core* c, int32_t n) noexcept nogil:
     return above
 
 
-cdef inline int32_t choose_spill(const Core* c, Work* work, int64_t most) noexcept nogil:
-    """Note the slots to spill and their nodes; how many of the queue were looked at, -1: no memory."""
+cdef inline int32_t choose_spill(
+    const Core* c, Work* work, const SlotPool* p, int64_t most, int32_t* capacity
+) noexcept nogil:
+    """Add slots of a pool to those to spill, and their nodes; how many of its queue were looked at, -1: no memory."""
     cdef const Host* h = &c.pool.host
-    cdef int32_t looked = 0, s, n, new = 0, room = room_for_work(&h.blocks), capacity = 0
-    cdef int64_t i
-    while looked < min(h.spill_size, SPILL_LOOK) and work.num_rows < most and new < room:
-        i = <int64_t>h.spill_first + looked
-        s = h.spills[i if i < h.num_slots else i - h.num_slots]
+    cdef int32_t looked = 0, s, n, new = 0, room = room_for_work(p)
+    while looked < min(p.spill_size, SPILL_LOOK) and work.num_rows < most and new < room:
+        s = p.spills[spill_index(p, looked)]
         n = h.slots[s].node
         if n and not h.slots[s].known:
             if h.slots[s].move > c.pool.moves.landed:
                 break
             if work.num_rows and work.num_nodes + path_to_name(c, n) > SPILL_NODES:
                 break
-            if not name_path(c, work, n, &capacity):
+            if not name_path(c, work, n, capacity):
                 return -1
             work.slots[work.num_rows] = s
             work.rows[work.num_rows].index, work.rows[work.num_rows].group = h.places[n] - 1, h.slots[s].group
@@ -411,27 +444,29 @@ cdef inline bint copy_nodes(const Core* c, Work* work) noexcept nogil:
 cdef inline Work* core_begin_spill(Core* c, int64_t most, Fault* f) noexcept nogil:
     """Hold slots that are to be copied out of this process, and say what they are; NULL after a fault."""
     cdef Host* h = &c.pool.host
-    cdef int32_t i, looked = -1, _i
+    cdef int32_t i, _i, capacity = 0, states = -1, blocks = -1
+    cdef int64_t queued = min(h.checkpoints.spill_size, SPILL_LOOK) + min(h.blocks.spill_size, SPILL_LOOK)
+    cdef size_t room = <size_t>max(min(most, queued), <int64_t>1)
     cdef bint copied = False
-    cdef size_t room = <size_t>max(min(most, <int64_t>min(h.spill_size, SPILL_LOOK)), <int64_t>1)
     cdef Work* work = <Work*>grab_zeroed(1, sizeof(Work))
     if work != NULL:
         work.kind = SPILLING
         work.rows = <WorkRow*>grab(room * sizeof(WorkRow))
         work.slots = <int32_t*>grab(room * sizeof(int32_t))
         if work.rows != NULL and work.slots != NULL:
-            looked = choose_spill(c, work, most)
-            copied = looked >= 0 and copy_nodes(c, work)
+            states = choose_spill(c, work, &h.checkpoints, most, &capacity)   # first: they are few, and wanted most
+            blocks = choose_spill(c, work, &h.blocks, most, &capacity) if states >= 0 else -1
+            copied = blocks >= 0 and copy_nodes(c, work)
         for i in range(work.num_nodes):
             h.places[work.nodes[i]] = 0
     if not copied:
         free_work(work)
         fail(f, NO_MEMORY, 0, 0, 0)
         return NULL
-    for _i in range(looked):
-        h.slots[h.spills[h.spill_first]].queued = False
-        h.spill_first = h.spill_first + 1 if h.spill_first + 1 < h.num_slots else 0
-        h.spill_size -= 1
+    for _i in range(states):
+        first_of_queue(h, &h.checkpoints)
+    for _i in range(blocks):
+        first_of_queue(h, &h.blocks)
     for i in range(work.num_rows):
         hold_slot(h, work.slots[i])
     work.num_slots = work.num_rows

@@ -45,7 +45,10 @@ cdef struct SlotPool:   # slots of one size: those of blocks, or those of checkp
     int32_t oldest
     int32_t newest
     int32_t num_held    # that work in the background holds
+    int32_t spill_first     # the ring of slots that an offload has filled since they were spilled, if they ever were
+    int32_t spill_size
     int32_t* stack
+    int32_t* spills     # [num_slots]; some have lost what they held meanwhile
 
 
 cdef struct Slot:       # 32 bytes
@@ -56,7 +59,7 @@ cdef struct Slot:       # 32 bytes
     int64_t move        # the newest move that names it
     int32_t holds       # of work in the background
     uint8_t passed      # not in the list: an eviction passed over it, because it was held
-    uint8_t known       # its block is there outside of this process too
+    uint8_t known       # what it holds is there outside of this process too
     uint8_t queued      # it is in the queue of those to be spilled
 
 
@@ -120,9 +123,6 @@ cdef struct Host:
     int64_t* needs      # [max_seqs]: the newest move that a sequence's next pass waits for
     Work* works         # the newest of those that are there
     int64_t num_begun
-    int32_t spill_first     # the ring of slots that an offload has filled since they were spilled, if they ever were
-    int32_t spill_size
-    int32_t* spills     # [num_slots]; some have lost their block meanwhile
     int32_t* places     # [max_nodes + 1]: zeros; scratch of `core_begin_spill`
     char* digests       # [max_nodes + 1, DIGEST_BYTES]: of nodes that are `named` in the tree
     int64_t evictions, num_loaded, num_offloaded, hit_tokens
@@ -296,12 +296,28 @@ cdef inline void drop_slots(Host* h, Tree* t, const SlotPool* p) noexcept nogil:
 
 
 cdef inline void queue_slot(Host* h, int32_t s) noexcept nogil:
-    """Let a slot be spilled, after those that are in the queue."""
-    cdef int64_t i = <int64_t>h.spill_first + h.spill_size
+    """Let a slot be spilled, after those of its pool that are in the queue."""
+    cdef SlotPool* p = pool_of(h, s)
     if not h.slots[s].queued:
         h.slots[s].queued = True
-        h.spills[i if i < h.num_slots else i - h.num_slots] = s
-        h.spill_size += 1
+        p.spills[spill_index(p, p.spill_size)] = s
+        p.spill_size += 1
+
+
+cdef inline int32_t spill_index(const SlotPool* p, int32_t i) noexcept nogil:
+    """Where the i-th of a queue lies in its ring."""
+    cdef int64_t at = <int64_t>p.spill_first + i
+    return <int32_t>(at if at < p.num_slots else at - p.num_slots)
+
+
+cdef inline int32_t first_of_queue(Host* h, SlotPool* p) noexcept nogil:
+    """Take the slot out of the queue that is the first in it."""
+    cdef int32_t s = p.spills[p.spill_first]
+    check(p.spill_size > 0 and h.slots[s].queued, b"what leaves the queue was in it")
+    h.slots[s].queued = False
+    p.spill_first = spill_index(p, 1)
+    p.spill_size -= 1
+    return s
 
 
 cdef inline void forget_work(Host* h, Tree* t) noexcept nogil:
@@ -317,11 +333,10 @@ cdef inline void forget_work(Host* h, Tree* t) noexcept nogil:
         work.last_node = 0
         work.stale = True
         work = work.older
-    while h.spill_size:
-        h.spill_size -= 1
-        i = h.spill_first
-        h.slots[h.spills[i]].queued = False
-        h.spill_first = i + 1 if i + 1 < h.num_slots else 0
+    while h.blocks.spill_size:
+        first_of_queue(h, &h.blocks)
+    while h.checkpoints.spill_size:
+        first_of_queue(h, &h.checkpoints)
 
 
 cdef inline bint find_slot(Host* h, Tree* t, SlotPool* p, int64_t before) noexcept nogil:
@@ -361,14 +376,16 @@ cdef inline void note_offload(Host* h, Moves* m, int32_t b, int32_t s) noexcept 
 
 cdef inline void offload_checkpoints(Host* h, Tree* t, Moves* m, int64_t before) noexcept nogil:
     """Note and hand out offloads of checkpoints that are to stay, as far as the host has no copy of them."""
-    cdef int32_t i, n
+    cdef int32_t i, n, s
     while m.noted - before < h.write_ahead and h.states.num_offers:
         i = next_offer(h.states)
         n = h.states.slots[i].node
         if n and checkpoint_at(h, t, n) < 0:
             if not find_slot(h, t, &h.checkpoints, before):
                 break
-            note_offload(h, m, h.first_state + i, hang_slot(h, t, &h.checkpoints, n, t.num_groups))
+            s = hang_slot(h, t, &h.checkpoints, n, t.num_groups)
+            queue_slot(h, s)
+            note_offload(h, m, h.first_state + i, s)
         end_offer(h.states)
 
 

@@ -97,9 +97,9 @@ def _poke(BlockManager manager not None, str field, Py_ssize_t index, int64_t va
         elif field == "num_held":
             p.host.blocks.num_held += value
         elif field == "spill_size":
-            p.host.spill_size += value
+            p.host.blocks.spill_size += value
         elif field == "spills":
-            p.host.spills[index] += value
+            p.host.blocks.spills[index] += value
         elif field == "place":
             p.host.places[index] += value
         elif field == "named":
