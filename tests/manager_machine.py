@@ -1119,6 +1119,8 @@ class ManagerMachine(RuleBasedStateMachine):
             self.free()
         self.end_all(self.rng.choice([0, 0, 1, 3]))
         for _ in range(self.rng.randint(1, 3)):
+            if self.host_states and self.model.free_slots and self.coin():
+                self.come_back()
             self.visit()
             self.flush()
             if self.rng.randint(0, 3):

@@ -354,7 +354,7 @@ class ModelManager:
         self.spills: list[ModelSpill] = []  # open
         self.holds = [0] * (host_blocks + host_states)
         self.known: set[int] = set()  # slots whose blocks are there outside of this process too
-        # Slots that an offload has filled, the first one first; some have lost what they held. Of states, and of blocks.
+        # Slots that an offload has filled, the first one first; some have lost what they held.
         self.state_spills: list[int] = []
         self.block_spills: list[int] = []
 

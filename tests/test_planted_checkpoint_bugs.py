@@ -7,7 +7,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, run_state_machine_as_test
 from manager_machine import MODEL, Action, Driver, ManagerMachine, machine_for
-from manager_model import ModelManager, ModelStep, Node, Seq
+from manager_model import ModelFetch, ModelManager, ModelSpill, ModelStep, Node, Seq
 from manager_streams import Streams
 from test_planted_bugs import SETTINGS, silent
 from test_planted_tier_bugs import RIGHT
@@ -46,9 +46,39 @@ class Returning(ManagerMachine):
         return {"come_back": 60, "draft": 10, "waver": 10, "abort": 6}.get(a.name, 1)
 
 
-def run(subject: Any, reference: Any = RIGHT) -> None:
+BACKGROUND = ["turn_over", "begin_fetch", "end_fetch", "admit_fetched", "begin_spill", "end_spill"]
+
+
+class Stored(ManagerMachine):
+    """Small pools, a late device, and checkpoints that go outside and come back."""
+
+    patience = 0.3
+
+    @initialize(seed=st.integers(0, 2**32 - 1))
+    def start(self, seed: int) -> None:
+        self.rng = Random(seed)
+        choice = self.rng.choice
+        self.groups = choice([(None,), (None,), (None, Window(3))])
+        self.large = False
+        self.block_size, self.vocabulary, self.honest = 1, 2, True
+        self.favourites = self.rng.sample(BACKGROUND, 2)
+        config = {
+            "groups": (*self.groups, State(choice([1, 2]))),
+            "max_seqs": 4,
+            "host_blocks": choice([8, 16, 24]),
+            "num_states": choice([2, 3]),
+            "host_states": choice([4, 8]),
+        }
+        self.open(choice([4, 6]) * len(self.groups), config)
+        self.streams = LateStreams(self.rng)
+
+    def weight(self, a: Action) -> int:
+        return 8 if a.name in BACKGROUND else 1 + (a.name in ("come_back", "landed"))
+
+
+def run(subject: Any, reference: Any = RIGHT, engine: type[ManagerMachine] = Returning) -> None:
     machine = machine_for(Driver(subject, MODEL.step, MODEL.read), reference, tiers=True, states=True)
-    run_state_machine_as_test(type("Machine", (Returning, machine), {}), settings=SETTINGS)
+    run_state_machine_as_test(type("Machine", (engine, machine), {}), settings=SETTINGS)
 
 
 class AnothersCheckpointIsLoaded(ModelManager):
@@ -162,6 +192,101 @@ class EvictionLeavesTheSlotOld(ModelManager):
         return taken
 
 
+# In the background
+
+
+class StateInFlightIsFetchedInto(ModelManager):
+    """A slot is given to a fetch while a move that names it has not landed."""
+
+    def _take_landed(self, count: int, states: bool = False) -> list[int]:
+        landed = self.moves_landed
+        self.moves_landed = self.moves_noted if states else landed
+        taken = super()._take_landed(count, states)
+        self.moves_landed = landed
+        return taken
+
+
+class StateInFlightIsSpilled(ModelManager):
+    def begin_spill(self, max_blocks: int) -> ModelSpill:
+        moves = list(self.move_of_slot)
+        self.move_of_slot[self.host_blocks :] = [0] * self.host_states
+        spill = super().begin_spill(max_blocks)
+        self.move_of_slot = moves
+        return spill
+
+
+class SpilledStateIsEvicted(ModelManager):
+    """A slot that is being read is given to another checkpoint."""
+
+    def _oldest_slot(self, states: bool = False) -> int | None:
+        if states:
+            return self.host_checkpoints[0] if self.host_checkpoints else None
+        return super()._oldest_slot()
+
+    def _let_go_slot(self, slot: int) -> None:
+        super()._let_go_slot(slot)
+        if self.host_states_unused.count(slot) > 1:
+            self.host_states_unused.pop()
+
+
+class StateOfHalfAFetchIsHung(ModelManager):
+    """A state counts as fetched as soon as something of its fetch is whole, and hangs where it was asked for."""
+
+    def end_fetch(self, fetch: ModelFetch, num_ok: int) -> int:
+        path = list(fetch.path)
+        states = [(i, slot) for (i, g, _), slot in zip(fetch.blocks, fetch.taken, strict=True) if g == len(self.groups)]
+        tokens = super().end_fetch(fetch, num_ok)
+        for i, slot in states if num_ok and path and tokens < len(path) * self.block_size else []:
+            if slot in self.host_states_unused and path[i] in self._all_nodes() and self._host_state(path[i]) is None:
+                self.host_states_unused.remove(slot)
+                self._hang_slot(slot, path[i], len(self.groups))
+                self.host_checkpoints.append(slot)
+        return tokens
+
+
+class FetchNeedsNoCheckpoint(ModelManager):
+    """A fetch is planned to where blocks are believed to be, though no state is."""
+
+    def begin_fetch(self, tokens: Any, **options: Any) -> ModelFetch:
+        every, self.every = self.every, 0
+        try:
+            return super().begin_fetch(tokens, **options | {"checkpoints": ()})
+        finally:
+            self.every = every
+
+
+class StaysWhenLetGo(ModelManager):
+    """A checkpoint whose block went while it was held hangs on its node for good."""
+
+    def _let_go_slot(self, slot: int) -> None:
+        anchored = slot in self.home and self._is_state(slot) and self.holds[slot] == 1
+        if anchored:
+            self.holds[slot] = 0
+            if slot in self.passed:
+                self.passed.remove(slot)
+                self.host_checkpoints.insert(0, slot)
+            return
+        super()._let_go_slot(slot)
+
+
+class OneQuarterForBoth(ModelManager):
+    """What the background holds of states is not counted apart."""
+
+    def _room_for_work(self) -> tuple[int, int]:
+        blocks, states = super()._room_for_work()
+        return blocks, max(states, min(1, blocks))
+
+
+class StatesWaitBehindBlocks(ModelManager):
+    """Checkpoints are spilled once there are no blocks left to be."""
+
+    def begin_spill(self, max_blocks: int) -> ModelSpill:
+        states, self.state_spills = self.state_spills, []
+        spill = super().begin_spill(max_blocks)
+        self.state_spills = states
+        return spill
+
+
 # Seen in what slots of states hold, without a right manager to compare with.
 MISREAD: list[type[ModelManager]] = [
     AnothersCheckpointIsLoaded,
@@ -177,6 +302,18 @@ OTHERS: list[type[ModelManager]] = [
     RunningSequencesAreOffloaded,
     EvictionLeavesTheSlotOld,
 ]
+MISREAD_OUTSIDE: list[type[ModelManager]] = [
+    StateInFlightIsSpilled,
+    SpilledStateIsEvicted,
+]
+OTHERS_OUTSIDE: list[type[ModelManager]] = [
+    StateInFlightIsFetchedInto,  # misread too, after minutes, as is the next one
+    StateOfHalfAFetchIsHung,
+    FetchNeedsNoCheckpoint,
+    StaysWhenLetGo,
+    OneQuarterForBoth,
+    StatesWaitBehindBlocks,
+]
 
 
 @pytest.mark.parametrize("mutant", OTHERS)
@@ -189,3 +326,15 @@ def test_comparison_finds(mutant: type[ModelManager]) -> None:
 def test_device_finds(mutant: type[ModelManager]) -> None:
     with pytest.raises(AssertionError, match=r"another prefix"):
         run(silent(mutant), silent(mutant))
+
+
+@pytest.mark.parametrize("mutant", OTHERS_OUTSIDE)
+def test_comparison_finds_outside(mutant: type[ModelManager]) -> None:
+    with pytest.raises((AssertionError, LookupError)):
+        run(silent(mutant), engine=Stored)
+
+
+@pytest.mark.parametrize("mutant", MISREAD_OUTSIDE)
+def test_reads_find_outside(mutant: type[ModelManager]) -> None:
+    with pytest.raises(AssertionError, match=r"another prefix"):
+        run(silent(mutant), silent(mutant), Stored)

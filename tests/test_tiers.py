@@ -12,7 +12,7 @@ import pytest
 from faulty_store import Fault, StoreDied
 from tiers_world import DEADLINE, FakeEngine, StagedStore, World
 
-from kvblocks.config import Window
+from kvblocks.config import State, Window
 from kvblocks.manager import BlockManager
 from kvblocks.step.buffers import StepBuffers
 from kvblocks.tiers import MemoryStore, Status, Tiers
@@ -79,6 +79,73 @@ def test_blocks_are_stored_once() -> None:
     second = fill([store], PROMPT)
     assert (first.tiers.stats()[0].stored, first.tiers.stats()[0].known) == (12, 0)
     assert (second.tiers.stats()[0].stored, second.tiers.stats()[0].known) == (0, 12)
+
+
+def states_of(made: World, prompt: list[int]) -> dict[int, str]:
+    """The keys of a prompt's states, by the tokens that each has seen."""
+    form, step = made.tiers._slots.format, made.manager.state_every // made.block_size
+    blocks = form.blocks(form.root(), prompt, made.block_size)
+    ends = range(step, len(blocks) + 1, step)
+    return {end * made.block_size: form.key(blocks[end - 1], len(made.groups), "all") for end in ends}
+
+
+def test_a_state_comes_back_with_its_blocks() -> None:
+    store = StagedStore()
+    first = fill([store], PROMPT, every=8)
+    assert store.inner.stats().objects == 12 + 1  # the newest checkpoint of a sequence alone
+    assert states_of(first, PROMPT)[24] in store.inner._objects
+    made = world([store], every=8)
+    ticket = fetched(made, PROMPT)
+    assert (ticket.num_tokens, ticket.num_local, ticket.tokens_by_store) == (24, 0, [24])
+    assert ticket.fetch is not None
+    assert ticket.fetch.blocks[-1].tolist()[:2] == [11, 1]
+    assert made.serve(PROMPT, fetched=ticket.fetch) == 24
+    assert made.fetch(PROMPT).done
+    made.end()
+
+
+def test_a_prompt_goes_on_from_the_last_checkpoint_that_a_store_has() -> None:
+    store = StagedStore()
+    fill([store], PROMPT[:19], every=8)  # 9 blocks, and the state after 16 tokens
+    made = world([store], every=8)
+    ticket = fetched(made, PROMPT)
+    assert ticket.num_tokens == 16
+    assert made.serve(PROMPT, fetched=ticket.fetch) == 16
+    assert made.fetch(PROMPT[:8]).done  # no checkpoint that leaves a token to compute
+    assert made.fetch(PROMPT[:8]).fetch is None
+    made.end()
+
+
+@pytest.mark.parametrize("lost", ["state", "block"])
+def test_half_of_a_pair_is_a_miss(lost: str) -> None:
+    """Whether it is known when it is looked up, or it is gone when it is loaded."""
+    for when in ("before", "later"):
+        store = StagedStore()
+        made = fill([store], PROMPT, every=8)
+        key = states_of(made, PROMPT)[24] if lost == "state" else keys(made, PROMPT)[5]
+        made = world([store], every=8)
+        ticket = made.fetch(PROMPT)
+        while when == "later" and not ticket._looking.ended:  # type: ignore[union-attr]
+            made.workers.finish()
+        store.delete([key])
+        for _ in range(9):
+            made.poll()
+            made.workers.finish()
+        assert (ticket.done, ticket.num_tokens) == (True, 0)
+        made.tiers.release(ticket)
+        assert made.serve(PROMPT) == 0
+        assert made.manager.num_background_slots == 0
+        made.end()
+
+
+def test_a_fetch_that_has_no_room_goes_to_an_earlier_checkpoint() -> None:
+    store = StagedStore()
+    fill([store], PROMPT[:9], PROMPT[:17], PROMPT, every=8)
+    made = world([store], every=8, host_blocks=32)  # 8 of which a fetch may take
+    ticket = fetched(made, PROMPT)
+    assert ticket.num_tokens == 16
+    assert made.serve(PROMPT, fetched=ticket.fetch) == 16
+    made.end()
 
 
 def test_a_fetch_that_hangs_is_over_at_its_deadline_and_its_slots_when_the_call_is() -> None:
@@ -600,7 +667,9 @@ def test_real_threads_end_with_their_tiers() -> None:
 def test_wrong_arguments() -> None:
     made = world([MemoryStore(1)])
     name = made.namespace(0)
-    other = BlockManager(8, 2)
+    other, fewer = BlockManager(8, 2), BlockManager(8, 2, host_blocks=3)
+    homeless = BlockManager(8, 2, groups=[None, State(4)], num_states=2, host_blocks=4)
+    stateful = BlockManager(8, 2, groups=[None, State(4)], num_states=2, host_blocks=4, host_states=4)
 
     def make(**arguments: Any) -> None:
         given: dict[str, Any] = {
@@ -615,7 +684,9 @@ def test_wrong_arguments() -> None:
         (ValueError, "no stores", {"stores": []}),
         (TypeError, r"stores\[1\] is a int", {"stores": [MemoryStore(1), 3]}),
         (ValueError, "no host_blocks", {"manager": other}),
-        (ValueError, "host_blocks=64 and the engine 3", {"engine": FakeEngine(made.manager, 1, 3, Random(0))}),
+        (ValueError, "host_blocks=64 and the engine 3", {"engine": FakeEngine(fewer, Random(0))}),
+        (ValueError, "no host_states", {"manager": homeless}),
+        (ValueError, "host_states=4 and the engine 0", {"manager": stateful}),
         (ValueError, "64 hexadecimal digits", {"namespace": "model"}),
         (ValueError, "secret has 5 bytes", {"secret": b"short"}),
         (ValueError, "shard='a/b'", {"shard": "a/b"}),

@@ -15,7 +15,7 @@ from faulty_store import Fault
 from tiers_world import DEADLINE, StagedStore, StagedTiers, World
 
 from kvblocks.config import Chunk, Window
-from kvblocks.tiers.fetches import Loading
+from kvblocks.tiers.fetches import Loading, Looking
 from kvblocks.tiers.objects import ObjectFormat
 from kvblocks.tiers.tiers import Ticket, _Quarantine, _Spill
 
@@ -31,15 +31,20 @@ def chances(rng: Random) -> dict[Fault, float]:
     return {fault: 0.01 if fault is Fault.DEAD else rng.choice([0.05, 0.2, 0.5]) for fault in faults}
 
 
-def random_run(seed: int, faults: dict[Fault, float] | None = None, resets: float = 0.4) -> dict[str, int]:
+def random_run(
+    seed: int, faults: dict[Fault, float] | None = None, resets: float = 0.4, every: int | None = None
+) -> dict[str, int]:
     """Processes one after the other on the same stores. What they read is checked, and what they leave behind.
 
     Args:
         faults: of all stores, instead of some that are drawn.
         resets: how much of what could be a reset of the prefix cache is one.
+        every: tokens from one checkpoint of a state to the next, 0 for no states; None for what is drawn.
     """
     rng = Random(seed)
     groups = rng.choice(GROUPS)
+    drawn = rng.choice([0, 0, 2, 4, 6])
+    every = drawn if every is None else every
     secret = rng.choice([None, None, b"0123456789abcdef"])
     capacity = rng.choice([1 << 20, 60_000])
     stores = [StagedStore(faults or chances(rng), rng.randrange(2**32), capacity) for _ in range(rng.choice([1, 1, 2]))]
@@ -51,6 +56,7 @@ def random_run(seed: int, faults: dict[Fault, float] | None = None, resets: floa
             stores,
             rng,
             groups=groups,
+            every=every,
             num_blocks=rng.choice([24, 40]) * len(groups),
             host_blocks=rng.choice([16, 64, 128]) * len(groups),
             weights=rng.choice([0, 0, 0, 0, 1]),
@@ -154,7 +160,7 @@ PLANTED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 # Where few of the runs would show a fault.
 RUNS_FOR: dict[str, dict[str, Any]] = {
-    "all blocks that are right count, not only leading ones": {"faults": {Fault.LIES: 0.3}},
+    "all blocks that are right count, not only leading ones": {"faults": {Fault.LIES: 0.3}, "every": 0},
     "no quarantine: slots go back at the deadline": {"faults": {Fault.HANG: 0.3}, "first": 35},
     "a spill ends while its slots are read": {"faults": {Fault.HANG: 0.1, Fault.SLOW: 0.5}},
     "a ticket looked up before a reset is loaded after it": {"resets": 1.0, "faults": {Fault.SLOW: 0.01}, "first": 25},
@@ -186,7 +192,7 @@ class Agreement:
         return agree
 
 
-def run_ranks(num_fetches: int, seed: int, agree_of: Any = None) -> list[World]:
+def run_ranks(num_fetches: int, seed: int, agree_of: Any = None, every: int = 0) -> list[World]:
     """Two ranks that make the same calls, each with stores, threads and a clock of its own."""
     worlds: list[World] = []
     errors: list[BaseException] = []
@@ -203,7 +209,7 @@ def run_ranks(num_fetches: int, seed: int, agree_of: Any = None) -> list[World]:
     for number in range(2):
         rng = Random(seed + 1 + number)
         stores = [StagedStore(faults, seed + number)]
-        worlds.append(World(stores, rng, groups=(None, Window(3)), num_blocks=60, host_blocks=96, lag=0.5))
+        worlds.append(World(stores, rng, groups=(None, Window(3)), every=every, num_blocks=60, host_blocks=96, lag=0.5))
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
     for thread in threads:
         thread.start()
@@ -241,12 +247,24 @@ def one_rank(world: World, rng: Random, agree: Callable[[list[int]], list[int]],
     assert world.manager.num_background_slots == 0
 
 
-def test_ranks_hand_out_the_same_blocks() -> None:
-    first, second = run_ranks(1000, 0)
+@pytest.mark.parametrize(("every", "num_fetches"), [(0, 1000), (4, 400)])
+def test_ranks_hand_out_the_same_blocks(every: int, num_fetches: int) -> None:
+    first, second = run_ranks(num_fetches, 0, every=every)
     assert first.log == second.log
     fetched = [entry[1] for entry in first.log if entry[0] == "fetched"]
-    assert len(fetched) > 50
+    assert len(fetched) > num_fetches // 20
     assert first.now != second.now
+
+
+def test_a_rank_that_goes_by_its_own_checkpoints_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = StagedTiers._begin_fetch
+
+    def own(self: StagedTiers, ticket: Ticket, looking: Looking, num_blocks: int, _: list[int]) -> None:
+        begin(self, ticket, looking, max(looking.checkpoints, default=0), looking.checkpoints)
+
+    monkeypatch.setattr(StagedTiers, "_begin_fetch", own)
+    with pytest.raises(ValueError, match="is longer than"):  # other operations, of which they tell each other
+        run_ranks(100, 0, every=4)
 
 
 def test_ranks_that_do_not_agree_are_found() -> None:

@@ -1,4 +1,4 @@
-"""A process with a cache, as `Tiers` sees it: the K and V of blocks by identity, threads and clocks that a test moves.
+"""A process with a cache, as `Tiers` sees it: blocks and states by identity, threads and clocks that a test moves.
 
 Nothing runs by itself. `StagedWorkers` runs one part of one job when it is told to, and a call of a `StagedStore` may
 stop halfway and go on later, so that all orders of events come from one seed.
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from faulty_store import Fault, FaultyStore, StoreDied
 
-from kvblocks.config import Chunk, Window
-from kvblocks.errors import NoFreeBlocks
+from kvblocks.config import Chunk, State, Window
+from kvblocks.errors import NoFreeBlocks, NoFreeStates
 from kvblocks.manager import BlockManager
 from kvblocks.sizes import HEADER_BYTES
 from kvblocks.step.buffers import StepBuffers
@@ -29,14 +29,17 @@ from kvblocks.tiers.workers import Job, Task, Workers
 Reach = Window | Chunk | None
 
 PAYLOADS = (64, 32, 96)  # bytes of a block of each group
+STATE_BYTES = 80
 DEADLINE = 1.0
 
 
-def identity(weights: int, salt: bytes, tokens: Sequence[int], extra: dict[int, bytes], group: int) -> bytes:
-    """What the block of a group that ends these tokens holds."""
+def identity(
+    weights: int, salt: bytes, tokens: Sequence[int], extra: dict[int, bytes], group: int, num_bytes: int
+) -> bytes:
+    """What the block of a group that ends these tokens holds, or the state after them."""
     marks = sorted((position, data) for position, data in extra.items() if position < len(tokens))
     digest = hashlib.sha256(repr((weights, salt, list(tokens), marks, group)).encode()).digest()
-    return (digest * 3)[: PAYLOADS[group]]
+    return (digest * 3)[:num_bytes]
 
 
 class Stage:
@@ -181,14 +184,16 @@ class StagedTiers(Tiers):
 
 
 class FakeEngine:
-    """Blocks as bytes. Moves are done at once, and known to have landed later."""
+    """Blocks and states as bytes. Moves are done at once, and known to have landed later."""
 
-    def __init__(self, manager: BlockManager, groups: int, slots: int, rng: Random, lag: float = 0.0) -> None:
+    def __init__(self, manager: BlockManager, rng: Random, lag: float = 0.0) -> None:
         self.manager, self.rng, self.lag = manager, rng, lag
         self.device = torch.device("cpu")
-        self.sizes = PAYLOADS[:groups]
-        self.arena = HostArena(slots, max(self.sizes), pinned=False)
+        self.sizes = PAYLOADS[: len(manager.groups)]
+        self.arena = HostArena(manager.host_blocks, max(self.sizes), pinned=False)
+        self.state_arena = HostArena(manager.host_states, STATE_BYTES, pinned=False) if manager.host_states else None
         self.blocks: dict[int, bytes] = {}
+        self.states: dict[int, bytes] = {}
         self.made = self.known = 0
 
     def group_bytes(self, group: int) -> int:
@@ -202,20 +207,31 @@ class FakeEngine:
     def move(self, step: StepBuffers) -> None:
         for loads, group, source, target in step.moves.tolist():
             block, slot = (target, source) if loads else (source, target)
-            payload = self.arena.object(slot, self.sizes[group])[HEADER_BYTES:]
-            if loads:
-                self.blocks[block] = bytes(payload)
+            if group < len(self.sizes):
+                held, payload = self.blocks, self.arena.object(slot, self.sizes[group])[HEADER_BYTES:]
             else:
-                payload[:] = self.blocks[block][: len(payload)]
+                assert self.state_arena is not None
+                held, payload = self.states, self.state_arena.object(slot, STATE_BYTES)[HEADER_BYTES:]
+            if loads:
+                held[block] = bytes(payload)
+            else:
+                payload[:] = held[block][: len(payload)]
         for source, target in step.copies.tolist():
             self.blocks[target] = self.blocks[source]
+        if step.state_zero is not None and step.state_copies is not None:
+            self.states.update(dict.fromkeys(step.state_zero[: step.num_state_zero].tolist(), bytes(STATE_BYTES)))
+            for source, target in step.state_copies.tolist():
+                self.states[target] = self.states[source]
         if step.last_move:
             self.made = step.last_move
             self.manager.mark_moved(self.made)
 
 
 class World:
-    """One process: it serves prompts, and checks every cached block that they read.
+    """One process: it serves prompts, and checks every cached block, and every state, that they read.
+
+    Args:
+        every: tokens from one checkpoint of a state to the next; 0 for no states.
 
     Attributes:
         now: what its clock says.
@@ -230,6 +246,7 @@ class World:
         rng: Random,
         *,
         groups: Sequence[Reach] = (None,),
+        every: int = 0,
         num_blocks: int = 24,
         host_blocks: int = 32,
         block_size: int = 2,
@@ -246,9 +263,17 @@ class World:
         self.workers: StagedWorkers
         self.truth = {} if truth is None else truth
         self.log: list[Any] = []
-        self.manager = BlockManager(num_blocks, block_size, groups=self.groups, host_blocks=host_blocks, max_seqs=64)
-        self.engine = FakeEngine(self.manager, len(self.groups), host_blocks, rng, lag)
-        self.step = StepBuffers(1, 512, 256, groups=len(self.groups))
+        options: dict[str, Any] = {"num_states": 6, "host_states": 16} if every else {}
+        self.manager = BlockManager(
+            num_blocks,
+            block_size,
+            groups=(*self.groups, State(every)) if every else self.groups,
+            host_blocks=host_blocks,
+            max_seqs=64,
+            **options,
+        )
+        self.engine = FakeEngine(self.manager, rng, lag)
+        self.step = StepBuffers(1, 512, 256, groups=len(self.groups), states=bool(every))
         self.tiers = tiers(
             self,
             self.manager,
@@ -290,17 +315,37 @@ class World:
                 self.manager.release(fetched)
             return None
         self.held.append(seq)
-        tables = np.array(self.manager.block_table(seq)).reshape(len(self.groups), -1).tolist()
-        step_id = self.manager.prepare([seq], [len(tokens) - cached], self.step)
-        self.engine.move(self.step)
-        self.log.append(("admit", cached, tables))
-        tables = np.array(self.manager.block_table(seq)).reshape(len(self.groups), -1).tolist()
-        marks = dict(extra)
+        marks, computed = dict(extra), int(cached)
+        while computed < len(tokens):  # a pass ends at the last checkpoint
+            end = self.manager.next_checkpoint(seq) or len(tokens)
+            try:
+                step_id = self.manager.prepare([seq], [end - computed], self.step)
+            except NoFreeStates:
+                break
+            self.engine.move(self.step)
+            if computed == cached:
+                tables = np.array(self.manager.block_table(seq)).reshape(len(self.groups), -1).tolist()
+                self.log.append(("admit", cached, tables))
+                self._check_hit(tables, salt, tokens, marks, computed)
+            if self.engine.state_arena is not None:
+                assert self.step.state_slots is not None
+                [slot] = self.step.state_slots[:1].tolist()
+                right = self._state(salt, tokens[:computed], marks)
+                assert self.engine.states[slot] == right, f"the state after {computed} of {tokens} has other bytes"
+                self.engine.states[slot] = self._state(salt, tokens[:end], marks)
+            self.manager.commit(step_id)
+            computed = end
+        return int(cached)
+
+    def _check_hit(
+        self, tables: list[list[int]], salt: bytes, tokens: Sequence[int], marks: dict[int, bytes], cached: int
+    ) -> None:
+        """Check the cached blocks that a sequence reads, and write the others, as its passes will."""
         for group, (reach, table) in enumerate(zip(self.groups, tables, strict=True)):
             for index in range(len(tokens) // self.block_size):
-                content = identity(self.weights, salt, tokens[: (index + 1) * self.block_size], marks, group)
+                content = self._block(salt, tokens[: (index + 1) * self.block_size], marks, group)
                 if index * self.block_size >= cached:
-                    self.engine.blocks[table[index]] = content  # the pass computes it
+                    self.engine.blocks[table[index]] = content
                 elif index >= first_block(reach, self.block_size, cached // self.block_size):
                     found = self.engine.blocks.get(table[index])
                     assert found is not None
@@ -308,8 +353,15 @@ class World:
                     assert found == content, f"block {index} of group {group} of {tokens} has other bytes"
             if len(tokens) % self.block_size:
                 self.engine.blocks[table[-1]] = bytes(max(PAYLOADS))
-        self.manager.commit(step_id)
-        return int(cached)
+
+    def _block(self, salt: bytes, tokens: Sequence[int], marks: dict[int, bytes], group: int) -> bytes:
+        return identity(self.weights, salt, tokens, marks, group, PAYLOADS[group])
+
+    def _state(self, salt: bytes, tokens: Sequence[int], marks: dict[int, bytes]) -> bytes:
+        """What the state has seen."""
+        if not tokens:
+            return bytes(STATE_BYTES)
+        return identity(self.weights, salt, tokens, marks, len(self.groups), STATE_BYTES)
 
     def free(self, count: int | None = None) -> None:
         """End sequences, the oldest first."""
@@ -352,8 +404,10 @@ class World:
         blocks = form.blocks(form.root(salt), list(tokens)[: count * self.block_size], self.block_size, extras)
         for index, block in enumerate(blocks):
             for group in range(len(self.groups)):
-                content = identity(self.weights, salt, tokens[: (index + 1) * self.block_size], dict(extra), group)
+                content = self._block(salt, tokens[: (index + 1) * self.block_size], dict(extra), group)
                 self.truth[form.namespace, block.digest, group] = content
+            state = self._state(salt, tokens[: (index + 1) * self.block_size], dict(extra))
+            self.truth[form.namespace, block.digest, len(self.groups)] = state
 
     def check_store(self, store: FaultyStore) -> int:
         """Every object that verifies holds what it says; returns how many there are."""

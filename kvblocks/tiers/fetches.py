@@ -1,4 +1,4 @@
-"""A fetch: which blocks of a prompt lie in stores, and their way into host slots.
+"""A fetch: which blocks of a prompt lie in stores, with the state after them, and their way into host slots.
 
 This is what runs on the threads of `Workers`; when it begins and ends is decided in `kvblocks.tiers.tiers`. Knows keys,
 buffers and stores. Imports numpy, the config's reaches, and the stores' side of tiers.
@@ -28,28 +28,40 @@ Reach = Window | Chunk | None
 class Slots:
     """The objects of an engine: their names, and the memory of each.
 
+    The state after a block is an object of that block in the group after the last one.
+
     Attributes:
         format: keys and headers.
         shard: the part of the model that this process holds.
         reaches: how far each layer group attends.
         block_size: tokens in a block.
-        arena: the slots.
-        group_bytes: payload of a block of each group.
+        places: for each group, and for states where there are any, the slots and the bytes of a payload.
+        every: blocks from one checkpoint of a state to the next; 0 where layers keep none.
     """
 
     format: ObjectFormat
     shard: str
     reaches: tuple[Reach, ...]
     block_size: int
-    arena: HostArena
-    group_bytes: tuple[int, ...]
+    places: tuple[tuple[HostArena, int], ...]
+    every: int = 0
 
     def key(self, block: Block, group: int) -> str:
         return self.format.key(block, group, self.shard)
 
     def object(self, slot: int, group: int) -> memoryview:
-        """Header and payload of a block of a group in a slot."""
-        return self.arena.object(slot, self.group_bytes[group])
+        """Header and payload of what a slot holds of a group."""
+        arena, payload_bytes = self.places[group]
+        return arena.object(slot, payload_bytes)
+
+    def groups_at(self, index: int) -> range:
+        """The groups of which there is something to be found at a block: the state is kept at checkpoints alone."""
+        return range(len(self.reaches) + (self.every > 0 and (index + 1) % self.every == 0))
+
+    def ends(self, local: int, num_blocks: int) -> range:
+        """The lengths in blocks, above `local`, at which a hit can end."""
+        step = self.every or 1
+        return range(local - local % step + step, num_blocks + 1, step)
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,8 @@ class Looking(Task):
     """Finds out how many leading blocks of a prompt are in stores, or in this process.
 
     Attributes:
-        num_blocks: as many, once it has ended.
+        num_blocks: as many, once it has ended. Where layers keep a state it is there after that many.
+        checkpoints: each number of blocks, ascending, after which a state was found and all that goes with it.
         blocks: of the prompt, once it has ended.
         where: for each (block, group) that was found the first store that has it.
     """
@@ -93,16 +106,18 @@ class Looking(Task):
         self.blocks: list[Block] = []
         self.where: dict[tuple[int, int], int] = {}
         self.num_blocks = 0
+        self.checkpoints: list[int] = []
         self._slots, self._prompt, self._stores = slots, prompt, stores
 
     def job(self) -> Job:
         prompt, slots = self._prompt, self._slots
         root = slots.format.root(prompt.salt)
         self.blocks = slots.format.blocks(root, prompt.tokens, slots.block_size, prompt.extras)
+        full = [group for group, reach in enumerate(slots.reaches) if reach is None]
         end = len(self.blocks)  # before it, groups that attend to everything have every block
         for first in range(prompt.local, end, LOOKED_UP):
             batch = range(first, min(first + LOOKED_UP, end))
-            left = [(index, group) for index in batch for group in range(len(slots.reaches))]
+            left = [(index, group) for index in batch for group in slots.groups_at(index)]
             for number, store in enumerate(self._stores):
                 if left and store.gives_objects:
                     yield number
@@ -112,20 +127,22 @@ class Looking(Task):
                     self.where.update(dict.fromkeys(found, number))
                     left = [each for each in left if each not in self.where]
             # Whoever attends to everything needs every block, so what lies behind a missing one is of no use.
-            missing = [index for index, group in left if slots.reaches[group] is None]
+            missing = [index for index, group in left if group in full]
             if missing:
                 end = missing[0]
                 break
-        self.num_blocks = self._longest(end)
-
-    def _longest(self, end: int) -> int:
-        """The most blocks, up to `end`, of which each group has what the next token attends to."""
-        for length in range(end, self._prompt.local, -1):
-            if all(self._has(group, length) for group in range(len(self._slots.reaches))):
-                return length
-        return self._prompt.local
+        ends = reversed(slots.ends(prompt.local, end))
+        served = (length for length in ends if all(self._has(group, length) for group in slots.groups_at(length - 1)))
+        if slots.every:
+            self.checkpoints = sorted(served)
+            self.num_blocks = max(self.checkpoints, default=prompt.local)
+        else:
+            self.num_blocks = next(served, prompt.local)
 
     def _has(self, group: int, length: int) -> bool:
+        """Whether a group has what the token after so many blocks attends to, or the state before it is there."""
+        if group == len(self._slots.reaches):
+            return (length - 1, group) in self.where
         reach = self._slots.reaches[group]
         if reach is None:
             return True  # all up to the end of the search

@@ -1,4 +1,4 @@
-"""Tiers: blocks of a manager's host pool that go down to stores, and come back up before their prompt is admitted.
+"""Tiers: what a manager's host pool holds goes down to stores, and comes back up before its prompt is admitted.
 
 Here is decided when a fetch or a spill begins and ends, in the same order on every rank. What they do in between runs
 on other threads and is in `fetches` and `spills`. Imports torch, the steps' arrays, and the rest of tiers.
@@ -7,6 +7,7 @@ on other threads and is in `fetches` and `spills`. Imports torch, the steps' arr
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, Self, TypeAlias
 
 import numpy as np
@@ -44,6 +45,8 @@ class _Engine(Protocol):
     @property
     def arena(self) -> HostArena | None: ...
     @property
+    def state_arena(self) -> HostArena | None: ...
+    @property
     def device(self) -> Any: ...
     def group_bytes(self, group: int) -> int: ...
     def landed(self) -> int: ...
@@ -62,13 +65,16 @@ class Ticket:
         timed_out: whether the deadline came first. Then nothing was fetched.
     """
 
-    def __init__(self, prompt: dict[str, Any], num_stores: int, num_local: int, resets: int) -> None:
+    def __init__(
+        self, prompt: dict[str, Any], num_stores: int, num_local: int, resets: int, ends: Sequence[int] = ()
+    ) -> None:
         self.done = False
         self.fetch: Fetch | None = None
         self.num_tokens = self.num_local = num_local
         self.tokens_by_store = [0] * num_stores
         self.timed_out = False
         self._prompt = prompt  # the arguments of begin_fetch
+        self._ends = ends  # where layers keep a state: the numbers of blocks after which it may be found
         self._resets = resets  # of the prefix cache when it was asked for
         self._deadline = 0.0
         self._cancelled = False
@@ -82,14 +88,16 @@ class Ticket:
         return 0 if self._begun is None else self._begun.number
 
     def _report(self, now: float) -> list[int]:
+        """While it is looked for also, for each of `_ends`, whether the state is there."""
         loading, looking = self._loading, self._looking
         if loading is not None and loading.ended:
             return [_OVER if loading.unsafe else _DONE + loading.num_ok]
-        if now >= self._deadline:
-            return [_OVER]
-        if loading is None and looking is not None and looking.ended:
-            return [_DONE + looking.num_blocks]
-        return [_PENDING]
+        state = _OVER if now >= self._deadline else _PENDING
+        if loading is not None or looking is None:
+            return [state]
+        if state == _OVER or not looking.ended:
+            return [state, *[0] * len(self._ends)]
+        return [_DONE + looking.num_blocks, *(end in looking.checkpoints for end in self._ends)]
 
     def __repr__(self) -> str:
         return f"Ticket(done={self.done}, num_tokens={self.num_tokens}, timed_out={self.timed_out})"
@@ -126,13 +134,14 @@ class _Spill:
 class Tiers:
     """Stores below the host pool of a manager.
 
-    A prompt is fetched before it is admitted, and blocks that have landed in the host pool are spilled to each store
-    that lacks them. Threads call the stores; `poll`, once a step, begins and ends what they work on and never waits.
+    A prompt is fetched before it is admitted, and what has landed in the host pool, blocks and checkpoints of states,
+    is spilled to each store that lacks it. Threads call the stores; `poll`, once a step, begins and ends what they work
+    on and never waits.
     Whatever goes wrong in a store is a miss: it never raises here.
 
     Args:
-        manager: with `host_blocks`.
-        engine: of the same blocks, with as many `host_blocks`.
+        manager: with `host_blocks`, and with `host_states` where layers keep a state.
+        engine: of the same blocks, with as many `host_blocks` and `host_states`.
         stores: asked in this order. Whoever made them closes them, after `close`.
         namespace: of model, weights and layout, as `namespace_of(engine, ...)` gives it.
         secret: as of `ObjectFormat`: without it, who can write a store decides what the model answers.
@@ -141,8 +150,8 @@ class Tiers:
         deadline: seconds after which a prompt is no longer waited for, and a call of a store counts as failed.
 
     Raises:
-        ValueError: a manager or an engine without host blocks, or not of the same blocks; no stores; an argument out of
-            bounds.
+        ValueError: a manager or an engine without slots in host memory for blocks or for states, or with other numbers
+            of them; no stores; an argument out of bounds.
         TypeError: a store that is none.
         ModuleNotFoundError: as for `ObjectFormat`.
 
@@ -189,11 +198,9 @@ class Tiers:
             raise ValueError("there are no stores; give one or more")
         if not manager.host_blocks:
             raise ValueError("the manager has no host_blocks, through which blocks come and go; give it some")
-        if engine.arena is None or engine.arena.num_slots < manager.host_blocks:
-            slots = 0 if engine.arena is None else engine.arena.num_slots
-            raise ValueError(
-                f"the manager has host_blocks={manager.host_blocks} and the engine {slots}; make both with one number"
-            )
+        if manager.num_states and not manager.host_states:
+            raise ValueError("the manager has no host_states, without which a prefix is of no use; give it some")
+        arenas = _arenas(manager, engine)
         threads = checked_integer("threads", threads, 1, 64)
         if not deadline > 0:
             raise ValueError(f"deadline={deadline} must be more than 0 seconds")
@@ -206,8 +213,11 @@ class Tiers:
             shard,
             manager.groups,
             manager.block_size,
-            engine.arena,
-            tuple(engine.group_bytes(group) for group in range(len(manager.groups))),
+            (
+                *((arenas[0], engine.group_bytes(group)) for group in range(len(manager.groups))),
+                *((arena, arena.payload_bytes) for arena in arenas[1:]),
+            ),
+            manager.state_every // manager.block_size,
         )
         self._namespace = namespace
         self._resets = manager.num_resets
@@ -223,9 +233,10 @@ class Tiers:
         self._in_the_way = 0  # slots that were held then
         self._closed = False
         for store in given:
-            store.register(engine.arena.buffer)
-            if type(store).register is not Store.register:  # it may keep the memory, which then has to outlive it
-                weakref.finalize(store, _let_go, engine.arena.buffer).atexit = False
+            for arena in arenas:
+                store.register(arena.buffer)
+                if type(store).register is not Store.register:  # it may keep the memory, which then has to outlive it
+                    weakref.finalize(store, _let_go, arena.buffer).atexit = False
         for workers in (self._fetchers, self._spillers):
             weakref.finalize(self, workers.close).atexit = False
 
@@ -288,13 +299,15 @@ class Tiers:
         found = self._manager.match(tokens, salt=salt, extra=marks)
         ids = np.array(tokens, np.int32).reshape(-1)
         block_size = self._manager.block_size
-        wanted, local = (len(ids) - 1) // block_size, found // block_size
+        local = found // block_size
+        ends = self._slots.ends(local, (len(ids) - 1) // block_size)
         prompt = {"tokens": ids, "salt": salt, "extra": marks}
-        ticket = Ticket(prompt, len(self._stores), found, self._resets)
-        if self._closed or self.is_suspended or local >= wanted or salt.startswith(PRIVATE_SALT):
+        ticket = Ticket(prompt, len(self._stores), found, self._resets, ends if self._slots.every else ())
+        if self._closed or self.is_suspended or not ends or salt.startswith(PRIVATE_SALT):
             ticket.done = True
             return ticket
         ticket._deadline = self._clock() + seconds
+        wanted = ends[-1]
         extras = self._manager.block_extras(marks, wanted)
         part = Prompt(ids[: wanted * block_size], salt, extras, local)
         ticket._looking = looking = Looking(self._slots, part, self._stores)
@@ -388,8 +401,7 @@ class Tiers:
         if namespace != self._namespace and not self.is_suspended:
             raise ValueError("blocks under the old namespace are still there; call manager.reset_prefix_cache() first")
         form = ObjectFormat(namespace, secret=self._secret)
-        slots = self._slots
-        self._slots = Slots(form, slots.shard, slots.reaches, slots.block_size, slots.arena, slots.group_bytes)
+        self._slots = replace(self._slots, format=form)
         self._namespace = namespace
         self._resets = self._manager.num_resets
 
@@ -467,7 +479,7 @@ class Tiers:
             self._end(each, values)
         for each, values in due:
             if isinstance(each, Ticket) and each._loading is None and not each.done:
-                self._begin_when_found(each, values[0])
+                self._begin_when_found(each, values)
         self._begin_spill()
         return others
 
@@ -512,17 +524,20 @@ class Tiers:
             self._operations.append(_Quarantine(ticket._begun, loading))
         ticket._looking = ticket._loading = ticket._begun = None
 
-    def _begin_when_found(self, ticket: Ticket, value: int) -> None:
-        if value == _PENDING:
+    def _begin_when_found(self, ticket: Ticket, values: list[int]) -> None:
+        if values[0] == _PENDING:
             return
         looking = ticket._looking
         assert looking is not None
-        num_blocks = value - _DONE
+        num_blocks, checkpoints = values[0] - _DONE, []
+        if ticket._ends:  # what one rank has found up to its last checkpoint another one may have up to another
+            checkpoints = [end for end, is_there in zip(ticket._ends, values[1:], strict=True) if is_there]
+            num_blocks = max(checkpoints, default=0)
         missing = looking.blocks[ticket.num_local // self._manager.block_size : num_blocks]
         if not missing:
             self._finish(ticket, timed_out=False)
         elif not self._loads_any(missing):  # else they come with another ticket's fetch, which is on its way
-            self._begin_fetch(ticket, looking, num_blocks)
+            self._begin_fetch(ticket, looking, num_blocks, checkpoints)
 
     def _loads_any(self, blocks: Sequence[Block]) -> bool:
         """Whether one of these blocks is being loaded for a ticket."""
@@ -530,8 +545,10 @@ class Tiers:
         loaded = [ticket._loading.digests for ticket in tickets if ticket._loading is not None]
         return any(block.digest in digests for digests in loaded for block in blocks)
 
-    def _begin_fetch(self, ticket: Ticket, looking: Looking, num_blocks: int) -> None:
-        ticket._begun = fetch = self._manager.begin_fetch(**ticket._prompt, num_blocks=num_blocks)
+    def _begin_fetch(self, ticket: Ticket, looking: Looking, num_blocks: int, checkpoints: list[int]) -> None:
+        ticket._begun = fetch = self._manager.begin_fetch(
+            **ticket._prompt, num_blocks=num_blocks, checkpoints=checkpoints
+        )
         ticket.num_tokens = ticket.num_local = fetch.num_local
         ticket._loading = loading = Loading(self._slots, fetch.blocks, looking.blocks, looking.where, self._stores)
         if loading.rows:
@@ -573,6 +590,20 @@ class Tiers:
         spilling = Spilling(self._slots, spill.blocks, spill.nodes, self._stores)
         self._operations.append(_Spill(spill, spilling, self._clock() + self._deadline))
         self._spillers.start(spilling, [(len(self._stores), spilling.job())])
+
+
+def _arenas(manager: BlockManager, engine: _Engine) -> list[HostArena]:
+    """The slots of an engine that a manager counts on: those of blocks, and those of states if there are any."""
+    arenas = []
+    counts = {"host_blocks": (manager.host_blocks, engine.arena)}
+    if manager.host_states:
+        counts["host_states"] = (manager.host_states, engine.state_arena)
+    for name, (count, arena) in counts.items():
+        if arena is None or arena.num_slots < count:
+            slots = 0 if arena is None else arena.num_slots
+            raise ValueError(f"the manager has {name}={count} and the engine {slots}; make both with one number")
+        arenas.append(arena)
+    return arenas
 
 
 def _let_go(memory: memoryview) -> None:
