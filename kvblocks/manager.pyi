@@ -648,7 +648,7 @@ class BlockManager:
         Raises:
             ValueError: it has not ended, was released before, or is another manager's.
         """
-    def begin_spill(self, max_blocks: SupportsIndex) -> Spill:
+    def begin_spill(self, max_blocks: SupportsIndex, *, max_states: SupportsIndex | None = None) -> Spill:
         """Hold host slots whose blocks or states are to be copied out of this process, and say what they are.
 
         They are taken from two queues, that of checkpoints before that of blocks, the first filled first: of slots that
@@ -657,9 +657,10 @@ class BlockManager:
 
         Args:
             max_blocks: slots to hold at most, of both kinds. There may be fewer, or none.
+            max_states: of these, slots of checkpoints; None for no other bound.
 
         Raises:
-            ValueError: there is no host pool; `max_blocks` is negative.
+            ValueError: there is no host pool; a number is negative.
         """
     def end_spill(
         self,

@@ -1371,7 +1371,7 @@ cdef class BlockManager:
         if work == NULL:
             self.check_fetch(fetch, True)
 
-    def begin_spill(self, max_blocks):
+    def begin_spill(self, max_blocks, *, max_states=None):
         """Hold host slots whose blocks or states are to be copied out of this process, and say what they are.
 
         They are taken from two queues, that of checkpoints before that of blocks, the first filled first: of slots that
@@ -1380,19 +1380,21 @@ cdef class BlockManager:
 
         Args:
             max_blocks: slots to hold at most, of both kinds. There may be fewer, or none.
+            max_states: of these, slots of checkpoints; None for no other bound.
 
         Raises:
-            ValueError: there is no host pool; `max_blocks` is negative.
+            ValueError: there is no host pool; a number is negative.
         """
         cdef Fault f
         cdef Work* work
         cdef int64_t most = bounded(max_blocks, "max_blocks", 0, MAX_INT32)
+        cdef int64_t states = most if max_states is None else bounded(max_states, "max_states", 0, MAX_INT32)
         cdef int32_t[:, ::1] out
         cdef int32_t i
         cdef Spill spill = Spill.__new__(Spill)
         self.check_host("begin_spill")
         with nogil, self.lock:
-            work = core_begin_spill(&self.core, most, &f)
+            work = core_begin_spill(&self.core, most, states, &f)
         if work == NULL:
             raise self.error(&f)
         spill.work, spill.manager, spill.number = work, self, work.number
@@ -1971,7 +1973,7 @@ cdef tuple checked_groups(object given, Core* c, int32_t num_states, int32_t blo
 cdef int open_states(Core* c, int32_t slots, bint offers) except -1:
     """Map what slots for states need, untouched; `close_states` gives it back, also after an error."""
     cdef States* s = &c.pool.states
-    s.num_slots, s.oldest, s.newest = slots, -1, -1
+    s.num_slots, s.oldest, s.newest, s.reaches = slots, -1, -1, c.reaches
     s.slots = <StateSlot*>map_zeroed(slots, sizeof(StateSlot))
     s.stack = <int32_t*>map_zeroed(slots, sizeof(int32_t))
     s.of_node = <int32_t*>map_zeroed(<size_t>c.pool.tree.max_nodes + 1, sizeof(int32_t))

@@ -1273,11 +1273,12 @@ class ManagerMachine(RuleBasedStateMachine):
     def begin_spill(self) -> None:
         if self.rng.randint(0, 3):
             self.time_passes()
-        self.spill(self.rng.choice([1, 2, 5, 10**6, 0]))
+        self.spill(self.rng.choice([1, 2, 5, 10**6, 0]), self.rng.choice([None, None, 0, 1]))
 
-    def spill(self, most: int) -> Operation:
-        expected, got = self.model.begin_spill(most), self.subject.begin_spill(most)
-        note(f"begin_spill({most}) -> {expected.number}: {expected.blocks}")
+    def spill(self, most: int, states: int | None = None) -> Operation:
+        options = {} if states is None else {"max_states": states}
+        expected, got = self.model.begin_spill(most, **options), self.subject.begin_spill(most, **options)
+        note(f"begin_spill({most}, {options}) -> {expected.number}: {expected.blocks}")
         assert got.number == expected.number
         assert triples(got.blocks) == triples(expected.blocks), f"begin_spill({most}) -> {expected.blocks}"
         ours, theirs = [tuple(node) for node in expected.nodes], [tuple(node) for node in got.nodes]

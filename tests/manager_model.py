@@ -989,8 +989,8 @@ class ModelManager:
             raise ValueError(f"fetch {fetch.number} is another manager's, or in another state")
 
     @public
-    def begin_spill(self, max_blocks: int) -> ModelSpill:
-        most = _optional("max_blocks", max_blocks)
+    def begin_spill(self, max_blocks: int, *, max_states: int | None = None) -> ModelSpill:
+        most, most_states = _optional("max_blocks", max_blocks), _optional("max_states", max_states)
         if most is None:
             raise TypeError("max_blocks is an int")
         if not self.host_blocks:
@@ -1001,10 +1001,11 @@ class ModelManager:
         place: dict[int, int] = {}  # of nodes in `nodes`
         tree_nodes: list[Node] = []
         room, room_for_states = self._room_for_work()
-        for queue, most_new in ((self.state_spills, room_for_states), (self.block_spills, room)):
+        for_states = most if most_states is None else min(most, most_states)
+        for queue, most_new, end in ((self.state_spills, room_for_states, for_states), (self.block_spills, room, most)):
             looked = new = 0
             for slot in queue[:SPILL_LOOK]:
-                if len(rows) >= most or new >= most_new:
+                if len(rows) >= end or new >= most_new:
                     break
                 if slot in self.home and slot not in self.known:
                     if self.move_of_slot[slot] > self.moves_landed:
@@ -1392,23 +1393,63 @@ class ModelManager:
         return moves
 
     def _offload_checkpoints(self, before: int) -> list[Move]:
-        """Those that are to stay and have no copy in host memory, as far as no move is newer than `before`."""
+        """Those that are to stay, with what else a hit at them needs and nobody would copy: blocks that have slid out.
+
+        As far as the host has no copy of them, and no move is newer than `before`.
+        """
         moves: list[Move] = []
         while self.offered and len(moves) < self.write_ahead:
             state = self.offered[0]
-            node = self.state_slots[state].node
-            if node is not None and self._host_state(node) is None:
-                if not self.host_states_unused:
-                    oldest = self._oldest_slot(states=True)
-                    if oldest is None or self.move_of_slot[oldest] > before:
-                        break
-                    self._drop_slot(oldest)
-                slot = self.host_states_unused.pop()
-                self._note_offload(self.num_blocks + state, slot, node, len(self.groups))
-                self._queue(slot)
-                moves.append(Move(False, len(self.groups), state, slot - self.host_blocks))
+            if not self._offload_checkpoint(state, before, moves):
+                break
             self.offered.pop(0)
         return moves
+
+    def _offload_checkpoint(self, state: int, before: int, moves: list[Move]) -> bool:
+        """Whether all of it is there, or on its way."""
+        node = self.state_slots[state].node
+        if node is None:
+            return True
+        wanted = [(g, each, block) for g, each, block in self._slid_before(node) if each.slots[g] is None]
+        if self._host_state(node) is None:
+            wanted.append((len(self.groups), node, self.num_blocks + state))
+        for g, each, block in wanted:
+            if len(moves) >= self.write_ahead:
+                return False
+            states = g == len(self.groups)
+            unused = self.host_states_unused if states else self.host_unused
+            if not unused:
+                oldest = self._oldest_slot(states)
+                if oldest is None or self.move_of_slot[oldest] > before:
+                    return False
+                self._drop_slot(oldest)
+            if self.state_slots[state].node is not node:
+                return True  # it has lost the block with which it goes to the others
+            slot = unused.pop()
+            self._note_offload(block, slot, each, g)
+            self._queue(slot)
+            source = state if states else block
+            moves.append(Move(False, g, source, self._number_of(slot)))
+        return True
+
+    def _slid_before(self, node: Node) -> list[tuple[int, Node, int]]:
+        """Blocks out of reach of whoever computed them that a hit at a node needs: group by group, children first."""
+        path = self._path_of(node)
+        found = []
+        for g in range(len(self.groups)):
+            for each in reversed(path[self._first_row(g, len(path) * self.block_size) :]):
+                block = each.blocks[g]
+                if block is not None and block in self.slid:
+                    found.append((g, each, block))
+        return found
+
+    def _path_of(self, node: Node) -> list[Node]:
+        """The nodes from the root's child down to this one."""
+        path: list[Node] = []
+        while node.parent is not None:
+            path.insert(0, node)
+            node = node.parent
+        return path
 
     def _note_offload(self, block: int, slot: int, node: Node, g: int) -> None:
         self._hang_slot(slot, node, g)

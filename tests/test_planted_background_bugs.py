@@ -77,9 +77,9 @@ class SlotInFlightIsFetchedInto(ModelManager):
 
 
 class SlotInFlightIsSpilled(ModelManager):
-    def begin_spill(self, max_blocks: int) -> ModelSpill:
+    def begin_spill(self, max_blocks: int, **options: Any) -> ModelSpill:
         landed, self.moves_landed = self.moves_landed, self.moves_noted
-        spill = super().begin_spill(max_blocks)
+        spill = super().begin_spill(max_blocks, **options)
         self.moves_landed = landed
         return spill
 

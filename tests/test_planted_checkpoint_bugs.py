@@ -207,10 +207,10 @@ class StateInFlightIsFetchedInto(ModelManager):
 
 
 class StateInFlightIsSpilled(ModelManager):
-    def begin_spill(self, max_blocks: int) -> ModelSpill:
+    def begin_spill(self, max_blocks: int, **options: Any) -> ModelSpill:
         moves = list(self.move_of_slot)
         self.move_of_slot[self.host_blocks :] = [0] * self.host_states
-        spill = super().begin_spill(max_blocks)
+        spill = super().begin_spill(max_blocks, **options)
         self.move_of_slot = moves
         return spill
 
@@ -280,9 +280,9 @@ class OneQuarterForBoth(ModelManager):
 class StatesWaitBehindBlocks(ModelManager):
     """Checkpoints are spilled once there are no blocks left to be."""
 
-    def begin_spill(self, max_blocks: int) -> ModelSpill:
+    def begin_spill(self, max_blocks: int, **options: Any) -> ModelSpill:
         states, self.state_spills = self.state_spills, []
-        spill = super().begin_spill(max_blocks)
+        spill = super().begin_spill(max_blocks, **options)
         self.state_spills = states
         return spill
 

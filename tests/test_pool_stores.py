@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 from faulty_store import Fault, FaultyStore
+from test_generate_states import NAMES, WITH_STATES, answer, model_of
 from test_generation import prompt, tiny_llama
 from test_streams import answers
 from test_wrapped import Adapter
@@ -18,7 +19,7 @@ from test_wrapped import Adapter
 import kvblocks
 from kvblocks import Pool
 from kvblocks.cli.main import main
-from kvblocks.integrations.transformers import PagedCache, UnsupportedModel
+from kvblocks.integrations.transformers import PagedCache
 from kvblocks.integrations.transformers.weights import adapter_digest, file_version, model_name, state_version
 from kvblocks.tiers import DiskStore, MemoryStore, Status
 
@@ -246,9 +247,64 @@ def test_wrong_arguments() -> None:
     assert Pool(tiny_llama(), num_blocks=8).close()
 
 
-def test_models_that_keep_states_are_refused() -> None:
-    with pytest.raises(UnsupportedModel, match="keeps states"):
-        pool_on(MemoryStore("1MiB"), tiny_models.sharp("falcon_h1"))
+def stateful(store: Any, name: str, **options: Any) -> Pool:
+    """A pool of a model that keeps states, or of one that keeps index keys beside K and V."""
+    states = {"num_states": 12, "state_every": 8} if name in WITH_STATES else {}
+    return pool_on(store, model_of(name), **{"num_blocks": 96, **states, **options})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_states_and_index_keys_come_back(name: str, tmp_path: Path) -> None:
+    """A store on disk is closed and opened again, as by another process; what it brings gives the same tokens."""
+    texts = [prompt(30, seed) for seed in range(3)]
+    with DiskStore(tmp_path / "store", "64MiB") as store, stateful(store, name) as first:
+        answers = kvblocks.generate(model_of(name), texts, pool=first, **QUIET).run()
+    longer = [[*text, *tokens, 5] for text, tokens in zip(texts, answers, strict=True)]
+    found = 3 * (32 if name in WITH_STATES else 36)  # up to the newest checkpoint
+    with DiskStore(tmp_path / "store", "64MiB") as store:
+        with stateful(store, name) as second:
+            run = kvblocks.generate(model_of(name), longer, pool=second, **QUIET)
+            assert run.run() == [answer(name, tuple(text)) for text in longer]
+            assert run.scheduler.num_hit_by_store == [found]
+            second.manager.audit()
+        with stateful(store, name) as third:
+            held = PagedCache(model_of(name).config, pool=third)
+            ids = torch.tensor(longer[:1])
+            # A scan of Mamba 1 begins at no state, so that `model.generate` cannot go on from one.
+            assert held.begin(ids) == (0 if name == "jamba" else found // 3)
+            made: Any = model_of(name)
+            out = made.generate(ids, attention_mask=torch.ones_like(ids), cache=held, max_new_tokens=8, do_sample=False)
+            assert out[0, 39:].tolist() == answer(name, tuple(longer[0]))
+            held.close()
+            third.manager.audit()
+
+
+def test_of_a_chat_with_states_each_turn_is_found() -> None:
+    """Each process computes one turn, and leaves its newest checkpoint to the next."""
+    store, chat = MemoryStore("64MiB"), prompt(21)
+    hits_of_turns = []
+    for turn in range(3):
+        with stateful(store, "qwen3_next") as pool:
+            run = kvblocks.generate(model_of("qwen3_next"), [chat], pool=pool, **QUIET)
+            assert run.run() == [answer("qwen3_next", tuple(chat))]
+            hits_of_turns.append(run.scheduler.num_hit_by_store)
+        chat = [*chat, *run[0].tokens, *prompt(3, turn)]
+    assert hits_of_turns == [[0], [24], [32]]
+
+
+def test_more_prompts_than_states_may_be_fetched_at_once_take_turns() -> None:
+    """One of two slots that work in the background may hold is for fetches: the others wait until it is free."""
+    store = MemoryStore("64MiB")
+    texts = [prompt(30, seed) for seed in range(6)]
+    with stateful(store, "falcon_h1") as first:
+        answers = kvblocks.generate(model_of("falcon_h1"), texts, pool=first, **QUIET).run()
+    longer = [[*text, *tokens, 5] for text, tokens in zip(texts, answers, strict=True)]
+    with stateful(store, "falcon_h1", num_blocks=300, host_memory=None) as second:
+        assert second.manager.host_states == 8
+        run = kvblocks.generate(model_of("falcon_h1"), longer, pool=second, **QUIET)
+        assert run.run() == [answer("falcon_h1", tuple(text)) for text in longer]
+        assert run.scheduler.num_hit_by_store == [6 * 32]
+        assert second.manager.num_background_slots == 0
 
 
 def test_without_host_memory_a_quarter_is_taken() -> None:

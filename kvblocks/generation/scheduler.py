@@ -437,12 +437,17 @@ class Scheduler:
         """Look in the stores for prompts that are about to be admitted, as many as the host slots have room for."""
         manager, groups = self.manager, len(self.manager.groups)
         room = manager.host_blocks // 4 - manager.num_background_slots
+        states = max(1, manager.host_states // 8)  # one for each prompt, of half of what may be held at once
         for number, (_, sequence) in enumerate(nsmallest(_FETCHED_AHEAD, self._waiting)):
             needed = len(sequence.prompt) // manager.block_size * groups
             if sequence.ticket is not None:
                 room -= 0 if sequence.ticket.done else needed
-            elif not sequence.handle and not sequence.ended and (number == 0 or needed <= room):
+                states -= 1
+            elif sequence.handle or sequence.ended:
+                continue
+            elif number == 0 or (needed <= room and (states > 0 or not manager.num_states)):
                 room -= needed
+                states -= 1
                 salt, extra = sequence.request.salt, sequence.request.extra
                 sequence.ticket = tiers.fetch(sequence.prompt, salt=salt, extra=extra)
 

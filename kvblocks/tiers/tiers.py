@@ -118,8 +118,9 @@ class _Quarantine:
 class _Spill:
     """A spill under way."""
 
-    def __init__(self, spill: Spill, spilling: Spilling, deadline: float) -> None:
+    def __init__(self, spill: Spill, spilling: Spilling, num_states: int, deadline: float) -> None:
         self.spill, self.spilling = spill, spilling
+        self.num_states = num_states
         self.late = False
         self._deadline = deadline
         self._number = spill.number
@@ -363,7 +364,8 @@ class Tiers:
             ValueError: too many steps are open.
         """
         end = self._clock() + timeout
-        step = StepBuffers(1, 1, 1, device=self._engine.device, groups=len(self._manager.groups))
+        groups, states = len(self._manager.groups), self._manager.num_states > 0
+        step = StepBuffers(1, 1, 1, device=self._engine.device, groups=groups, states=states)
         if self._engine.device.type == "cuda":
             torch.cuda.synchronize(self._engine.device)
         offloaded = 0  # the newest move that this call has begun
@@ -574,6 +576,11 @@ class Tiers:
         """How many are under way and not late."""
         return sum(isinstance(each, _Spill) and not each.late for each in self._operations)
 
+    def _spill_states(self) -> int:
+        """States that may be spilled now: half of those that can be held at once, the others are for fetches."""
+        under_way = sum(each.num_states for each in self._operations if isinstance(each, _Spill))
+        return max(0, max(1, self._manager.host_states // 8) - under_way)
+
     def _begin_spill(self) -> None:
         """Begin to spill what has landed, unless nothing has since there was no more, and nothing was given back."""
         if self._spilled_all and self._manager.num_background_slots < self._in_the_way:
@@ -582,13 +589,14 @@ class Tiers:
             return
         if not self._may_spill or self._spills() >= SPILLS:
             return
-        spill = self._manager.begin_spill(self._spill_blocks)
+        spill = self._manager.begin_spill(self._spill_blocks, max_states=self._spill_states())
         if not len(spill.blocks):
             self._manager.end_spill(spill, [])
             self._spilled_all, self._in_the_way = True, self._manager.num_background_slots
             return
         spilling = Spilling(self._slots, spill.blocks, spill.nodes, self._stores)
-        self._operations.append(_Spill(spill, spilling, self._clock() + self._deadline))
+        num_states = int((spill.blocks[:, 1] == len(self._slots.reaches)).sum())
+        self._operations.append(_Spill(spill, spilling, num_states, self._clock() + self._deadline))
         self._spillers.start(spilling, [(len(self._stores), spilling.job())])
 
 

@@ -441,8 +441,9 @@ cdef inline bint copy_nodes(const Core* c, Work* work) noexcept nogil:
     return True
 
 
-cdef inline Work* core_begin_spill(Core* c, int64_t most, Fault* f) noexcept nogil:
-    """Hold slots that are to be copied out of this process, and say what they are; NULL after a fault."""
+cdef inline Work* core_begin_spill(Core* c, int64_t most, int64_t most_states, Fault* f) noexcept nogil:
+    """Hold slots that are to be copied out of this process, `most` of them and `most_states` of checkpoints, and say
+    what they are; NULL after a fault."""
     cdef Host* h = &c.pool.host
     cdef int32_t i, _i, capacity = 0, states = -1, blocks = -1
     cdef int64_t queued = min(h.checkpoints.spill_size, SPILL_LOOK) + min(h.blocks.spill_size, SPILL_LOOK)
@@ -454,7 +455,8 @@ cdef inline Work* core_begin_spill(Core* c, int64_t most, Fault* f) noexcept nog
         work.rows = <WorkRow*>grab(room * sizeof(WorkRow))
         work.slots = <int32_t*>grab(room * sizeof(int32_t))
         if work.rows != NULL and work.slots != NULL:
-            states = choose_spill(c, work, &h.checkpoints, most, &capacity)   # first: they are few, and wanted most
+            # First: they are few, and blocks are of no use without them.
+            states = choose_spill(c, work, &h.checkpoints, min(most, most_states), &capacity)
             blocks = choose_spill(c, work, &h.blocks, most, &capacity) if states >= 0 else -1
             copied = blocks >= 0 and copy_nodes(c, work)
         for i in range(work.num_nodes):

@@ -20,7 +20,8 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint8_t
 
 from core.checks cimport check
 from core.tree cimport kvb_prefetch_write, line_of, node_at, Tree, tree_drop
-from core.states cimport end_offer, lose_anchor, next_offer, States
+from core.reach cimport first_reached
+from core.states cimport end_offer, lose_anchor, next_offer, States, StateSlot
 
 
 cdef enum:
@@ -374,18 +375,51 @@ cdef inline void note_offload(Host* h, Moves* m, int32_t b, int32_t s) noexcept 
     h.num_moves += 1
 
 
-cdef inline void offload_checkpoints(Host* h, Tree* t, Moves* m, int64_t before) noexcept nogil:
-    """Note and hand out offloads of checkpoints that are to stay, as far as the host has no copy of them."""
-    cdef int32_t i, n, s
-    while m.noted - before < h.write_ahead and h.states.num_offers:
-        i = next_offer(h.states)
-        n = h.states.slots[i].node
-        if n and checkpoint_at(h, t, n) < 0:
-            if not find_slot(h, t, &h.checkpoints, before):
-                break
-            s = hang_slot(h, t, &h.checkpoints, n, t.num_groups)
+cdef inline bint offload_slid(
+    Host* h, Tree* t, Moves* m, int32_t i, int32_t g, int64_t before
+) noexcept nogil:
+    """Note and hand out offloads of the blocks of a group that a hit at the checkpoint in slot i needs and that have
+    slid out, so that nobody else would copy them. False: not all of them."""
+    cdef StateSlot* slot = &h.states.slots[i]
+    cdef int32_t row, b, s, n = slot.node, checkpoint = n
+    for row in range(slot.at // t.block_size - 1, first_reached(&h.states.reaches[g], slot.at) // t.block_size - 1, -1):
+        b = node_at(t, n).blocks[g]
+        if b >= 0 and h.shadows[b].slid and slot_at(h, t, n, g) < 0:
+            if m.noted - before >= h.write_ahead or not find_slot(h, t, &h.blocks, before):
+                return False
+            if slot.node != checkpoint:
+                return True     # it has lost the block with which it goes to this one
+            s = hang_slot(h, t, &h.blocks, n, g)
             queue_slot(h, s)
-            note_offload(h, m, h.first_state + i, s)
+            note_offload(h, m, b, s)
+        n = node_at(t, n).parent
+    return True
+
+
+cdef inline bint offload_checkpoint(Host* h, Tree* t, Moves* m, int32_t i, int64_t before) noexcept nogil:
+    """Note and hand out offloads of a checkpoint that is to stay, as far as the host has no copy of it, and of what goes
+    with it. False: not all of them."""
+    cdef int32_t g, s, n
+    for g in range(t.num_groups):
+        n = h.states.slots[i].node
+        if n and (h.states.reaches[g].window or h.states.reaches[g].chunk):
+            if not offload_slid(h, t, m, i, g, before):
+                return False
+    n = h.states.slots[i].node
+    if n and checkpoint_at(h, t, n) < 0:
+        if m.noted - before >= h.write_ahead or not find_slot(h, t, &h.checkpoints, before):
+            return False
+        s = hang_slot(h, t, &h.checkpoints, n, t.num_groups)
+        queue_slot(h, s)
+        note_offload(h, m, h.first_state + i, s)
+    return True
+
+
+cdef inline void offload_checkpoints(Host* h, Tree* t, Moves* m, int64_t before) noexcept nogil:
+    """The same for all that are to stay, in the order in which they were offered."""
+    while m.noted - before < h.write_ahead and h.states.num_offers:
+        if not offload_checkpoint(h, t, m, next_offer(h.states), before):
+            break
         end_offer(h.states)
 
 

@@ -1,7 +1,19 @@
-# How many blocks of one layer group a step holds at most, by how far the group attends. Plain arithmetic: the manager
-# counts with it, and `kvblocks.config.blocks_held` gives it to all who plan.
+# How far a layer group attends, and how many blocks of it a step holds at most. Plain arithmetic: the manager counts
+# with it, and `kvblocks.config.blocks_held` gives it to all who plan.
 
-from libc.stdint cimport int64_t
+from libc.stdint cimport int32_t, int64_t
+
+
+cdef struct Reach:      # of a layer group: the window or the chunk of a query in tokens; both 0: everything before it
+    int32_t window
+    int32_t chunk
+
+
+cdef inline int32_t first_reached(const Reach* reach, int32_t position) noexcept nogil:
+    """The first position that tokens from `position` on reach."""
+    if reach.window:
+        return position - reach.window + 1 if position >= reach.window else 0
+    return position - position % reach.chunk if reach.chunk else 0
 
 
 cdef inline int64_t common_divisor(int64_t a, int64_t b) noexcept nogil:

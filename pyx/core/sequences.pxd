@@ -19,6 +19,7 @@ from libc.string cimport memcpy, memset
 from core.checks cimport check
 from core.memory cimport MAX_GENERATION, MAX_GROUPS, MAX_INT32, SLOT_BITS, SLOT_MASK, grab, grab_zeroed, regrow
 from core.ints cimport at, Ints
+from core.reach cimport first_reached, Reach
 from core.text cimport (
     PAGE_REFS, add_extras, clear_text, cut_extras, cut_text, drop_extras, extend_text, grow_text, kvb_same, Mark,
     offset_in_page, own_placeholders, page_of, Paging, share_text, take_extras, Text, token_at,
@@ -75,11 +76,6 @@ cdef struct Seq:        # two cache lines: what `append` needs, what a step need
     int32_t last_node
 
 
-cdef struct Reach:      # of a layer group: the window or the chunk of a query in tokens; both 0: everything before it
-    int32_t window
-    int32_t chunk
-
-
 cdef struct Counters:
     int64_t admitted, prompt_tokens, hit_tokens, preemptions, resumed, published, merged, copies, peak_used
 
@@ -124,11 +120,7 @@ cdef inline int32_t block_of(const Core* c, int32_t position) noexcept nogil:
 cdef inline int32_t first_row(const Core* c, int32_t g, int32_t position) noexcept nogil:
     """The first table row that tokens from `position` on reach in group g."""
     cdef const Reach* reach = &c.reaches[g]
-    if reach.window:
-        return block_of(c, position - reach.window + 1) if position >= reach.window else 0
-    if reach.chunk:
-        return block_of(c, position - position % reach.chunk)
-    return 0
+    return block_of(c, first_reached(reach, position)) if reach.window or reach.chunk else 0
 
 
 cdef inline int32_t* row_at(const Core* c, const Seq* seq, int32_t row) noexcept nogil:

@@ -13,6 +13,7 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t
 
 from core.checks cimport check
+from core.reach cimport Reach
 
 
 cdef struct StateSlot:
@@ -45,6 +46,7 @@ cdef struct States:
     int32_t num_slots
     int32_t every
     int32_t anchor
+    const Reach* reaches    # of each layer group
     int32_t stack_size
     int32_t fresh       # slots from here on were never used
     int32_t oldest

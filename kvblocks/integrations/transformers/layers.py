@@ -48,6 +48,7 @@ __all__ = [
     "filling",
     "flat",
     "goes_on_by_one",
+    "host_memory_beside",
     "host_slots",
     "keeps_offsets",
     "kv_shape",
@@ -64,6 +65,8 @@ __all__ = [
 _BFLOAT16 = format_of("bfloat16")
 _MOST_SLOTS = 2**31 - 2  # that a manager counts
 _EVERY = 256  # tokens between checkpoints
+_FEWEST_SLOTS = 16  # of host memory for blocks, where stores are below it and nobody says how much
+_FEWEST_CHECKPOINTS = 8  # of host memory for states, where stores are below it
 _RUNNING = 64  # sequences that have a slot for their state beside those of checkpoints
 FEWEST_STATES = 2  # slots: of one sequence and its checkpoint
 OLDEST = (5, 24)  # of transformers: the caches of earlier versions are asked in another way
@@ -554,15 +557,19 @@ def checkpoints_every(block_size: int, every: int | None = None) -> int:
     return every
 
 
-def host_slots(config: CacheConfig, host_memory: int | str | None, dtype: torch.dtype, every: int) -> tuple[int, int]:
+def host_slots(
+    config: CacheConfig, host_memory: int | str | None, dtype: torch.dtype, every: int, *, stores: bool = False
+) -> tuple[int, int]:
     """How many slots for blocks `host_memory` holds, and beside them for checkpoints of states; none for None.
 
     Where layers keep states there is one checkpoint for each `every` tokens that the bytes could hold, as far as a
-    quarter of the bytes goes.
+    quarter of the bytes goes; and at least 8 where they go to stores and come from there through a quarter of the
+    slots.
 
     Args:
         host_memory: in bytes or text such as "1GiB".
         every: tokens from one checkpoint to the next.
+        stores: whether there are stores below.
 
     Raises:
         ValueError, TypeError: it is no size, or holds no block.
@@ -570,14 +577,25 @@ def host_slots(config: CacheConfig, host_memory: int | str | None, dtype: torch.
     if host_memory is None:
         return 0, 0
     each, num_bytes, checkpoints = slot_bytes(config.block_bytes(dtype)), checked_bytes("host_memory", host_memory), 0
-    slots = num_bytes // each
+    slots, beside = num_bytes // each, ""
     if config.state_bytes(dtype):
         state = slot_bytes(config.state_bytes(dtype))
-        checkpoints = _states_in(num_bytes, config, each, state, every, 0)
-        slots = (num_bytes - checkpoints * state) // each
+        checkpoints = max(_states_in(num_bytes, config, each, state, every, 0), _FEWEST_CHECKPOINTS if stores else 0)
+        slots = max(0, num_bytes - checkpoints * state) // each
+        beside = f" beside {checkpoints} of {state} bytes for states"
     if not 1 <= slots <= _MOST_SLOTS:
-        raise ValueError(f"host_memory={host_memory!r} holds {slots} slots of {each} bytes; give 1 to {_MOST_SLOTS}")
+        raise ValueError(
+            f"host_memory={host_memory!r} holds {slots} slots of {each} bytes{beside}; give 1 to {_MOST_SLOTS}"
+        )
     return slots, checkpoints
+
+
+def host_memory_beside(config: CacheConfig, num_states: int, dtype: torch.dtype) -> int:
+    """Bytes of host memory for a pool with stores where nobody says how much: a quarter of the pool's."""
+    state_bytes = config.state_bytes(dtype)
+    fewest = _FEWEST_SLOTS * slot_bytes(config.block_bytes(dtype))
+    fewest += _FEWEST_CHECKPOINTS * slot_bytes(state_bytes) if state_bytes else 0
+    return max((config.memory_bytes(dtype) + num_states * state_bytes) // 4, fewest)
 
 
 def cache_config(

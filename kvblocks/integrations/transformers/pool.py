@@ -13,7 +13,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvblocks.config import CacheConfig
 from kvblocks.engine import CacheEngine
-from kvblocks.errors import UnsupportedModel
 from kvblocks.integrations.transformers.backend import PagedModel, adapters
 from kvblocks.integrations.transformers.blocks import Blocks
 from kvblocks.integrations.transformers.cached import CachedModel, served
@@ -21,6 +20,7 @@ from kvblocks.integrations.transformers.layers import (
     cache_groups,
     checkpoints_every,
     filling,
+    host_memory_beside,
     host_slots,
     kv_shape,
     one_block,
@@ -30,11 +30,8 @@ from kvblocks.integrations.transformers.layers import (
 from kvblocks.integrations.transformers.weights import adapter_digest, model_name
 from kvblocks.manager import BlockManager
 from kvblocks.sizes import checked_size
-from kvblocks.storage.host import slot_bytes
 from kvblocks.tiers import Store, Tiers
 from kvblocks.tiers.names import namespace_of
-
-_FEWEST_SLOTS = 16  # of host memory, where stores are below it and nobody says how much
 
 __all__ = ["Pool", "check_pool"]
 
@@ -62,7 +59,8 @@ class Pool:
             read the blocks. That takes fewer blocks, and no `PagedCache` can use the pool then.
         stores: `kvblocks.tiers.Store` objects below host memory: what was computed goes there, and is found again by
             other pools and processes. They stay yours to close, after `close`. Without `host_memory` a quarter as much
-            of it is taken as there is memory for K and V; prompts of up to a quarter of the slots are fetched whole.
+            of it is taken as there is memory for K, V and states; prompts of up to a quarter of the slots are fetched
+            whole.
         weights_version: with `stores`, and then without a default: what changes whenever the weights do, such as
             the sha256 of their files. K and V of other weights under an old version are served as if they were right.
         secret: with `stores`, at least 16 bytes: only who has it can make what is taken from them.
@@ -81,7 +79,7 @@ class Pool:
     it leaves none.
 
     Raises:
-        UnsupportedModel: the model cannot be served, or keeps states and was given stores.
+        UnsupportedModel: the model cannot be served.
         ValueError, TypeError: an argument that cannot be, or that is of states where the model keeps none.
         OutOfMemory: the memory is not there.
 
@@ -131,11 +129,6 @@ class Pool:
         if not isinstance(model, PreTrainedConfig):
             paged = served(model)
             model = paged.model
-            if below and paged.keeps_states:
-                raise UnsupportedModel(
-                    f"{type(model).__name__} keeps states, without which K and V of a prefix are of no use; stores "
-                    "hold none yet, so make its pool without them"
-                )
             shape, states = paged.measure(), paged.states()
             dtype, device = dtype or model.dtype, device or model.device
             chunks = chunks and paged.attends_in_blocks
@@ -158,10 +151,10 @@ class Pool:
             config = one.replace(num_gpu_blocks=num_blocks)
             if num_states is None:
                 num_states = slots_beside(config, dtype, every)
-        if below and host_memory is None:
-            host_memory = max(config.memory_bytes(dtype) // 4, _FEWEST_SLOTS * slot_bytes(config.block_bytes(dtype)))
-        slots, checkpoints = host_slots(config, host_memory, dtype, every)
         num_states = num_states or 0
+        if below and host_memory is None:
+            host_memory = host_memory_beside(config, num_states, dtype)
+        slots, checkpoints = host_slots(config, host_memory, dtype, every, stores=bool(below))
         engine = CacheEngine(
             config,
             dtype,
