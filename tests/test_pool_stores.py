@@ -299,12 +299,12 @@ def test_more_prompts_than_states_may_be_fetched_at_once_take_turns() -> None:
     with stateful(store, "falcon_h1") as first:
         answers = kvblocks.generate(model_of("falcon_h1"), texts, pool=first, **QUIET).run()
     longer = [[*text, *tokens, 5] for text, tokens in zip(texts, answers, strict=True)]
-    with stateful(store, "falcon_h1", num_blocks=300, host_memory=None) as second:
+    with stateful(store, "falcon_h1", host_memory="1MiB") as second:
         assert second.manager.host_states == 8
         run = kvblocks.generate(model_of("falcon_h1"), longer, pool=second, **QUIET)
         assert run.run() == [answer("falcon_h1", tuple(text)) for text in longer]
         assert run.scheduler.num_hit_by_store == [6 * 32]
-        assert second.manager.num_background_slots == 0
+    assert second.manager.num_background_slots == 0
 
 
 def test_without_host_memory_a_quarter_is_taken() -> None:

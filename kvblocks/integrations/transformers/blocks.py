@@ -21,7 +21,7 @@ from kvblocks.integrations.transformers.states import LayerStates, SlotStates
 from kvblocks.manager import BlockManager
 from kvblocks.models.shapes import Reach
 from kvblocks.step.buffers import StepBuffers
-from kvblocks.tiers import Tiers
+from kvblocks.tiers import Ticket, Tiers
 
 __all__ = ["Blocks", "Sharing", "Sizes"]
 
@@ -275,13 +275,28 @@ class Blocks:
         given: dict[str, Any] = {"salt": prompt.salt, "extra": prompt.extra}
         if self.tiers is None or not fetches or max_hit == 0:
             return self.manager.admit(prompt.ids, max_hit=max_hit, **given)
-        ticket = self.tiers.fetch(prompt.ids, **given)
+        ticket = self._fetched(self.tiers, prompt)
         try:
-            self.tiers.wait([ticket])
             return self.manager.admit(prompt.ids, max_hit=max_hit, fetched=ticket.fetch, **given)
         except BaseException:
             self.tiers.release(ticket)
             raise
+
+    def fetch(self, prompts: Sequence[Prompt]) -> None:
+        """Bring what stores have of prompts to host memory, where `match` finds it; wait for it up to a deadline."""
+        if self.tiers is not None:
+            for prompt in prompts:
+                self.tiers.release(self._fetched(self.tiers, prompt))
+
+    @staticmethod
+    def _fetched(tiers: Tiers, prompt: Prompt) -> Ticket:
+        ticket = tiers.fetch(prompt.ids, salt=prompt.salt, extra=prompt.extra)
+        try:
+            tiers.wait([ticket])
+        except BaseException:
+            tiers.release(ticket)
+            raise
+        return ticket
 
     def unknown_ids(self, count: int) -> Ids:
         ids, spent = _unknown_ids.draw(count)

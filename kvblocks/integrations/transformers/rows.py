@@ -435,6 +435,7 @@ class Rows:
         """
         if self.blocks.slots is None or not self.goes_on:
             return 0
+        self.blocks.fetch(prompts)
         columns = prompts[0].pad + len(prompts[0].ids) - _AFTER_STATES
         padded, match = max(prompt.pad for prompt in prompts), self.blocks.manager.match
         while (columns := self._before_images(columns, prompts)) > padded:
