@@ -28,7 +28,7 @@ class Returning(ManagerMachine):
     def start(self, seed: int) -> None:
         self.rng = Random(seed)
         choice = self.rng.choice
-        self.groups = choice([(None,), (None,), (None, Window(3))])
+        self.groups = choice([(None,), (None,), (None, Window(3)), (Window(2),)])
         self.large = False
         self.block_size, self.vocabulary, self.honest = 1, 2, True
         self.favourites = []
@@ -192,6 +192,13 @@ class EvictionLeavesTheSlotOld(ModelManager):
         return taken
 
 
+class WindowStaysBehind(ModelManager):
+    """What has slid out of a window is not copied with the checkpoint before whose end it lies."""
+
+    def _slid_before(self, node: Node) -> list[tuple[int, Node, int]]:
+        return []
+
+
 # In the background
 
 
@@ -301,6 +308,7 @@ OTHERS: list[type[ModelManager]] = [
     ResetKeepsThem,
     RunningSequencesAreOffloaded,
     EvictionLeavesTheSlotOld,
+    WindowStaysBehind,
 ]
 MISREAD_OUTSIDE: list[type[ModelManager]] = [
     StateInFlightIsSpilled,
