@@ -87,7 +87,7 @@ def test_beams_and_several_answers_of_padded_prompts(name: str) -> None:
             told = [matrix.repeat_interleave(3, 0) if name in WITH_STATES else matrix for matrix in (ids, mask)]
             assert past.begin(*told) == 0
         else:
-            past.reset()
+            past.reset()  # type: ignore[no-untyped-call]
         torch.manual_seed(5)
         made.append(generate(name, past, ids, mask, **drawn))
     assert torch.equal(*made)

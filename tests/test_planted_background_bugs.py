@@ -146,7 +146,7 @@ class HungFetchIsGivenUp(ModelManager):
     def end_fetch(self, fetch: ModelFetch, num_ok: int) -> int:
         given_up = fetch.blocks and not set(fetch.held) & set(fetch.taken)
         if given_up and not fetch.ended:
-            fetch.blocks = fetch.taken = []
+            fetch.blocks, fetch.taken = [], []
             num_ok = 0
         return super().end_fetch(fetch, num_ok)
 

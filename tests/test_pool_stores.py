@@ -281,7 +281,7 @@ def test_states_and_index_keys_come_back(name: str, tmp_path: Path) -> None:
 
 def test_of_a_chat_with_states_each_turn_is_found() -> None:
     """Each process computes one turn, and leaves its newest checkpoint to the next."""
-    store, chat = MemoryStore("64MiB"), prompt(21)
+    store, chat = MemoryStore("64MiB"), list(prompt(21))
     hits_of_turns = []
     for turn in range(3):
         with stateful(store, "qwen3_next") as pool:
