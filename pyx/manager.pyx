@@ -1304,12 +1304,14 @@ cdef class BlockManager:
         try:
             open_ints(checkpoints, "checkpoints", &ends)
             self.check_ends(&ends, below)
-            self.open_prompt(tokens, salt, extra, &prompt, True)
-            with nogil, self.lock:
-                work = core_begin_fetch(&self.core, &prompt.text, below, &ends, &begun, &f)
+            try:
+                self.open_prompt(tokens, salt, extra, &prompt, True)
+                with nogil, self.lock:
+                    work = core_begin_fetch(&self.core, &prompt.text, below, &ends, &begun, &f)
+            finally:
+                self.close_prompt(&prompt)
         finally:
             close_ints(&ends)
-            self.close_prompt(&prompt)
         if work == NULL:
             raise self.error(&f)
         fetch.work, fetch.manager, fetch.number = work, self, work.number

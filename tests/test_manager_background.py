@@ -215,6 +215,139 @@ def test_a_fetch_plans_no_length_without_its_state() -> None:
     manager.audit()
 
 
+# Of states
+
+
+def stateful(host_states: int = 8, groups: Any = (None,), every: int = BLOCK) -> tuple[BlockManager, StepArrays]:
+    manager = BlockManager(
+        8, BLOCK, groups=[*groups, State(every)], num_states=4, host_blocks=32, host_states=host_states
+    )
+    return manager, make_step(4, 64, 16, len(groups))
+
+
+def test_a_state_is_spilled_as_the_last_group_of_its_node() -> None:
+    manager, step = stateful()
+    visit(manager, range(12), step)
+    flush(manager, step)
+    held = manager.begin_spill(8, max_states=0)
+    assert held.blocks[:, 1].tolist() == [0, 0, 0]
+    spill = manager.begin_spill(8)
+    assert spill.blocks.tolist() == [[0, 1, 2]]  # its slot is the first of those for states
+    assert [node.parent for node in spill.nodes] == [-1, 0, 1]
+    manager.end_spill(spill, [False])
+    assert manager.begin_spill(8).blocks.tolist() == [[0, 1, 2]]
+    assert manager.num_background_slots == 4
+    manager.audit()
+
+
+def test_a_state_is_fetched_after_the_last_block() -> None:
+    manager, _ = stateful()
+    fetch = manager.begin_fetch(range(15), num_blocks=3, checkpoints=[1, 2])
+    assert fetch.num_tokens == 8
+    assert fetch.blocks.tolist() == [[0, 0, 0], [1, 0, 1], [1, 1, 0]]
+    assert manager.end_fetch(fetch, 3) == 8 == manager.match(range(15))
+    seq, cached = manager.admit(range(15), fetched=fetch)
+    assert cached == 8
+    assert manager.state_slot(seq) >= 0
+    manager.audit()
+    for num_ok in (0, 1, 2):  # without the state blocks are of no use
+        manager, _ = stateful()
+        fetch = manager.begin_fetch(range(15), num_blocks=3, checkpoints=[2])
+        assert manager.end_fetch(fetch, num_ok) == 0 == manager.match(range(15))
+        assert manager.num_background_slots == 0
+        assert (manager.num_free_host_blocks, manager.num_free_host_states) == (32, 8)
+        manager.audit()
+
+
+def test_a_fetch_ends_at_a_checkpoint_for_which_there_is_room() -> None:
+    manager, _ = stateful(host_states=4)
+    first = manager.begin_fetch(range(15), num_blocks=3, checkpoints=[3])
+    second = manager.begin_fetch(range(50, 65), num_blocks=3, checkpoints=[3])
+    assert (first.num_tokens, second.num_tokens) == (12, 0)  # one slot of four
+    manager.end_fetch(first, 4)
+    assert len(manager.begin_fetch(range(50, 65), num_blocks=3, checkpoints=[3]).blocks) == 0
+    manager.release(first)
+    third = manager.begin_fetch(range(50, 65), num_blocks=3, checkpoints=[3])
+    assert third.num_tokens == 12
+    few, _ = stateful(host_states=3)
+    assert few.begin_fetch(range(15), num_blocks=3, checkpoints=[3]).num_tokens == 0
+    assert manager.begin_fetch(range(15), num_blocks=3).num_tokens == 12  # that is there
+    manager.audit()
+
+
+def test_a_state_that_is_here_is_not_fetched_again() -> None:
+    manager, step = stateful()
+    visit(manager, range(12), step)
+    flush(manager, step)
+    fetch = manager.begin_fetch(range(20), num_blocks=4, checkpoints=[3, 4])
+    assert fetch.blocks.tolist() == [[3, 0, 3], [3, 1, 1]]
+    manager.end_fetch(fetch, 2)
+    manager.release(fetch)
+    manager.reset_prefix_cache()
+    assert manager.num_free_host_states == 8
+
+
+def test_a_reset_takes_the_node_of_a_state_away() -> None:
+    manager, _ = stateful()
+    fetch = manager.begin_fetch(range(15), num_blocks=3, checkpoints=[3])
+    manager.reset_prefix_cache()
+    assert manager.end_fetch(fetch, 4) == 0
+    manager.release(fetch)
+    assert manager.num_free_host_states == 8
+    manager.audit()
+
+
+def test_what_has_slid_out_of_a_window_goes_along_with_a_checkpoint() -> None:
+    """A hit at 8 tokens needs the window before them, which the sequence has left behind."""
+    manager, step = stateful(groups=(None, Window(6)), every=2 * BLOCK)
+    seq, _ = manager.admit(range(14))
+    for count in (8, 4, 2):
+        commit(manager, manager.prepare(seq, count, step), step)
+    manager.free(seq)
+    flush(manager, step)
+    assert manager.match(range(14), tiers=True) == (8, 0)
+    spill = manager.begin_spill(32)
+    nodes = [len(spill.nodes) - 1 - index for index in spill.blocks[:, 2]]
+    assert sorted(zip(spill.blocks[:, 1].tolist(), nodes, strict=True)) == [
+        *((0, node) for node in range(3)),
+        *((1, node) for node in range(3)),
+        (2, 1),
+    ]
+    manager.audit()
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "checkpoints"),
+    [
+        (ValueError, r"checkpoints\[1\]=4 must be 1 to 3, the number of blocks", [2, 4]),
+        (ValueError, r"checkpoints\[0\]=0 must be 1 to 3", [0]),
+        (ValueError, r"checkpoints\[0\]=-2 must be 1 to 3", np.array([-2])),
+        (ValueError, r"checkpoints\[0\]=1 blocks are 4 tokens, no multiple of every=8", [1]),
+        (ValueError, r"checkpoints\[1\]=2 must be more than the 2 before it", [2, 2]),
+        (ValueError, r"checkpoints\[0\]=\d+ does not fit in 64 bits", [2**70]),
+        (TypeError, r"checkpoints\[0\] must be an integer", [2.0]),
+        (TypeError, r"checkpoints\[0\] must be an integer", [True]),
+        (TypeError, "checkpoints must be integers", None),
+        (TypeError, "checkpoints must be integers", "2"),
+        (TypeError, "checkpoints must be integers", {2}),
+        (TypeError, "checkpoints must have one dimension", np.array([[2]])),
+    ],
+)
+def test_wrong_checkpoints_of_a_fetch(error: type[Exception], message: str, checkpoints: Any) -> None:
+    manager, _ = stateful(every=2 * BLOCK)
+    with pytest.raises(error, match=message):
+        manager.begin_fetch(range(15), num_blocks=3, checkpoints=checkpoints)
+    assert manager.num_background_slots == 0
+    assert manager.begin_fetch(range(15), num_blocks=3, checkpoints=np.array([2], np.int32)).number == 1
+    homeless, _ = stateful(host_states=0)
+    for one in (homeless, new_pool()[0]):
+        with pytest.raises(ValueError, match="1 checkpoints are given, for which this manager has no slots in host"):
+            one.begin_fetch(range(15), num_blocks=3, checkpoints=[2])
+    for wrong in (-1, 2**31):
+        with pytest.raises(ValueError, match=f"max_states={wrong}"):
+            manager.begin_spill(1, max_states=wrong)
+
+
 def test_without_a_host_pool() -> None:
     manager = BlockManager(4, BLOCK)
     assert manager.num_background_slots == 0
@@ -411,20 +544,32 @@ def test_audit_finds_broken_books_of_the_background(field: str, index: int, valu
 
 
 @needs_hooks
-def test_every_allocation_of_work_in_the_background_may_fail() -> None:
+@pytest.mark.parametrize("states", [False, True])
+def test_every_allocation_of_work_in_the_background_may_fail(states: bool) -> None:
     fail: Callable[[int], int] = hook("_fail_allocation")
-    manager, step, spill = spilled()
-    manager.end_spill(spill, [False] * 3)
-    visit(manager, range(100, 124), step)
+    calls: list[Callable[[], object]]
+    if states:
+        manager, step = stateful()
+        visit(manager, range(12), step)
+        flush(manager, step)
+        calls = [
+            lambda: manager.begin_fetch(range(60, 73), num_blocks=3, checkpoints=[1, 3], extra=[(5, b"image")]),
+            lambda: manager.begin_spill(8),
+        ]
+    else:
+        manager, step, spill = spilled()
+        manager.end_spill(spill, [False] * 3)
+        visit(manager, range(100, 124), step)
+        calls = [
+            lambda: manager.begin_fetch(range(13), num_blocks=3, salt=b"tenant", extra=[(5, b"image")]),
+            lambda: manager.begin_fetch(range(60, 73), num_blocks=3, extra=[(5, b"image")]),
+            lambda: manager.begin_spill(8),
+        ]
 
     def seen() -> Any:
-        return manager.stats(), manager.num_free_host_blocks, manager.num_background_slots, manager.match(range(13))
+        free = manager.num_free_host_blocks, manager.num_free_host_states
+        return manager.stats(), free, manager.num_background_slots, manager.match(range(13))
 
-    calls: list[Callable[[], object]] = [
-        lambda: manager.begin_fetch(range(13), num_blocks=3, salt=b"tenant", extra=[(5, b"image")]),
-        lambda: manager.begin_fetch(range(60, 73), num_blocks=3, extra=[(5, b"image")]),
-        lambda: manager.begin_spill(8),
-    ]
     for call in calls:
         before, failures = seen(), 0
         while True:
