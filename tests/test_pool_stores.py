@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import transformers
 from faulty_store import Fault, FaultyStore
 from test_generate_states import NAMES, WITH_STATES, answer, model_of
 from test_generation import prompt, tiny_llama
 from test_streams import answers
 from test_wrapped import Adapter
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import kvblocks
 from kvblocks import Pool
@@ -368,3 +370,35 @@ def test_the_command_used_wrongly(tmp_path: Path, capsys: pytest.CaptureFixture[
     with DiskStore(tmp_path / "used", "1MiB"):
         assert main(command("--cache-dir", str(tmp_path / "used"))) == 2
         assert "cannot be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "lfm3"])
+def test_the_command_finds_states_on_disk(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first process ends on a checkpoint at 256 tokens, and the second one goes on from there."""
+    model = tiny_models.sharp(name)
+    model.config.get_text_config().max_position_embeddings = 512
+    folder, prompts = tmp_path / "model", tmp_path / "prompts"
+    model.save_pretrained(folder)
+    words = {word: number for number, word in enumerate(["<unk>", *"abcdefghijklmnopqrstuvwxyz"])}
+    backend: Any = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
+    text = " ".join("abcdefghijklmnopqrstuvwxyz"[number * number % 23] for number in range(300))
+    run = ["generate", "--model", str(folder), "--prompts", str(prompts), "--max-new-tokens", "4", "--json", "--verify"]
+    run += ["--kv-memory", "8MiB", "--cache-dir", str(tmp_path / "cache"), "--cache-size", "1GiB"]
+    reports = []
+    for more, size in (("", "32MiB"), (" x y z", "32MiB"), (" x y z", "512KiB")):
+        prompts.write_text(text + more)
+        assert main([*run, "--host-memory", size]) == 0
+        out, err = capsys.readouterr()
+        reports.append(json.loads(out))
+        assert all(entry["verdict"]["identical"] for entry in reports[-1]["completions"])
+    assert [report["cached_tokens_disk"] for report in reports] == [0, 256, 0]
+    enough = err.split("--host-memory ")[1].split()[0]  # the last one was told how much it takes
+    assert main([*run, "--host-memory", enough]) == 0
+    assert json.loads(capsys.readouterr().out)["cached_tokens_disk"] == 256
+    assert main(["cache", "verify", str(tmp_path / "cache")]) == 0
+    capsys.readouterr()
+    assert main(["cache", "ls", str(tmp_path / "cache"), "--json"]) == 0
+    groups = {"falcon_h1": {0, 1}, "lfm3": {0, 1, 2}}[name]  # states are in the last one
+    assert {kind["group"] for kind in json.loads(capsys.readouterr().out)["kinds"]} == groups

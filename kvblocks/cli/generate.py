@@ -31,7 +31,12 @@ from kvblocks.generation.streams import block_of, generate
 from kvblocks.generation.verify import Verdict, verify
 from kvblocks.integrations.transformers import Pool, UnsupportedModel, longest_sequence
 from kvblocks.integrations.transformers import served as check_served
-from kvblocks.integrations.transformers.layers import FEWEST_STATES, checkpoints_every, slots_for
+from kvblocks.integrations.transformers.layers import (
+    FEWEST_CHECKPOINTS,
+    FEWEST_STATES,
+    checkpoints_every,
+    slots_for,
+)
 from kvblocks.integrations.transformers.weights import file_version, state_version
 
 __all__ = ["run"]
@@ -363,14 +368,17 @@ def _pool(args: argparse.Namespace, stores: CommandStores, loaded: _Loaded) -> P
 
 def _say_what_stores_cannot_bring(pool: Pool, num_tokens: int) -> None:
     """A prompt that is longer than what can be fetched at once is computed from there on, which may surprise."""
-    manager, arena = pool.manager, pool.engine.arena
+    manager, arena, states = pool.manager, pool.engine.arena, pool.engine.state_arena
     found = (num_tokens - 1) // manager.block_size * manager.block_size
     needed = manager.blocks_needed(found, reserve=1) if found else 0
     fetched = manager.host_blocks // 4
     if arena is not None and needed > fetched:
+        enough = 4 * needed * arena.slot_bytes
+        if states is not None:  # of host memory they take a quarter, or their fewest slots
+            enough = max(-(-enough * 4 // 3), enough + FEWEST_CHECKPOINTS * states.slot_bytes)
         sys.stderr.write(
             f"kvblocks generate: the longest prompt takes {needed} blocks, and stores bring {fetched} at most, a "
-            f"quarter of host memory; --host-memory {_as_size(4 * needed * arena.slot_bytes)} is enough for all of it\n"
+            f"quarter of host memory; --host-memory {_as_size(enough)} is enough for all of it\n"
         )
 
 

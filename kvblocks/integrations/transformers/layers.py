@@ -36,6 +36,7 @@ from kvblocks.sizes import checked_bytes, checked_size
 from kvblocks.storage.host import slot_bytes
 
 __all__ = [
+    "FEWEST_CHECKPOINTS",
     "FEWEST_STATES",
     "KVShape",
     "ModelLayer",
@@ -66,7 +67,7 @@ _BFLOAT16 = format_of("bfloat16")
 _MOST_SLOTS = 2**31 - 2  # that a manager counts
 _EVERY = 256  # tokens between checkpoints
 _FEWEST_SLOTS = 16  # of host memory for blocks, where stores are below it and nobody says how much
-_FEWEST_CHECKPOINTS = 8  # of host memory for states, where stores are below it
+FEWEST_CHECKPOINTS = 8  # of host memory for states, where stores are below it
 _RUNNING = 64  # sequences that have a slot for their state beside those of checkpoints
 FEWEST_STATES = 2  # slots: of one sequence and its checkpoint
 OLDEST = (5, 24)  # of transformers: the caches of earlier versions are asked in another way
@@ -580,7 +581,7 @@ def host_slots(
     slots, beside = num_bytes // each, ""
     if config.state_bytes(dtype):
         state = slot_bytes(config.state_bytes(dtype))
-        checkpoints = max(_states_in(num_bytes, config, each, state, every, 0), _FEWEST_CHECKPOINTS if stores else 0)
+        checkpoints = max(_states_in(num_bytes, config, each, state, every, 0), FEWEST_CHECKPOINTS if stores else 0)
         slots = max(0, num_bytes - checkpoints * state) // each
         beside = f" beside {checkpoints} of {state} bytes for states"
     if not 1 <= slots <= _MOST_SLOTS:
@@ -594,7 +595,7 @@ def host_memory_beside(config: CacheConfig, num_states: int, dtype: torch.dtype)
     """Bytes of host memory for a pool with stores where nobody says how much: a quarter of the pool's."""
     state_bytes = config.state_bytes(dtype)
     fewest = _FEWEST_SLOTS * slot_bytes(config.block_bytes(dtype))
-    fewest += _FEWEST_CHECKPOINTS * slot_bytes(state_bytes) if state_bytes else 0
+    fewest += FEWEST_CHECKPOINTS * slot_bytes(state_bytes) if state_bytes else 0
     return max((config.memory_bytes(dtype) + num_states * state_bytes) // 4, fewest)
 
 
