@@ -382,7 +382,8 @@ def test_the_command_finds_states_on_disk(name: str, tmp_path: Path, capsys: pyt
     words = {word: number for number, word in enumerate(["<unk>", *"abcdefghijklmnopqrstuvwxyz"])}
     backend: Any = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
+    kind: Any = transformers.PreTrainedTokenizerFast
+    kind(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
     text = " ".join("abcdefghijklmnopqrstuvwxyz"[number * number % 23] for number in range(300))
     run = ["generate", "--model", str(folder), "--prompts", str(prompts), "--max-new-tokens", "4", "--json", "--verify"]
     run += ["--kv-memory", "8MiB", "--cache-dir", str(tmp_path / "cache"), "--cache-size", "1GiB"]
