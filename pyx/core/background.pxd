@@ -1,5 +1,6 @@
 # Work in the background: fetches bring blocks from outside of this process into host slots, spills take them out, and
-# both do so with checkpoints, where these have host slots. Both take their time between a begin and an end, and touch no memory but that of the slots they hold.
+# both do so with checkpoints where these have host slots. Both take their time between a begin and an end, and touch no
+# memory but that of the slots they hold.
 #
 # A slot is given to them only when every move that names it has landed. A fetch takes slots that hang nowhere: nobody
 # finds them. At its end those that are whole are hung on the nodes that it has kept in the tree. A spill holds slots
@@ -114,9 +115,7 @@ cdef inline int32_t slot_of_path(const Core* c, const Plan* plan, int32_t i, int
     return slot_at(&c.pool.host, &c.pool.tree, plan.path[i], g) if i < plan.num_known else -1
 
 
-cdef inline void fill_plan(
-    const Core* c, Plan* plan, int64_t below, const Ints* ends, int64_t room
-) noexcept nogil:
+cdef inline void fill_plan(const Core* c, Plan* plan, int64_t below, const Ints* ends, int64_t room) noexcept nogil:
     """Fill the arrays of a plan. A length that misses what is not below, or whose state takes a slot that must not be
     had, costs more than there is room."""
     cdef int32_t g, i, s, first

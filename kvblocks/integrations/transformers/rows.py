@@ -334,8 +334,10 @@ class Rows:
         manager.free(gone)
         if None in kept:
             self.states.clear()
-        columns = self._columns_with_states(prompts) if reuse and self.states and None in kept else 0
+        columns = 0
         try:
+            if reuse and self.states and None in kept:
+                columns = self._columns_with_states(prompts)
             for number, (row, prompt) in enumerate(zip(kept, prompts, strict=True)):
                 if row is None:
                     most = max(0, columns - prompt.pad) if self.states else None
