@@ -375,14 +375,13 @@ cdef inline void note_offload(Host* h, Moves* m, int32_t b, int32_t s) noexcept 
     h.num_moves += 1
 
 
-cdef inline bint offload_slid(
-    Host* h, Tree* t, Moves* m, int32_t i, int32_t g, int64_t before
-) noexcept nogil:
+cdef inline bint offload_slid(Host* h, Tree* t, Moves* m, int32_t i, int32_t g, int64_t before) noexcept nogil:
     """Note and hand out offloads of the blocks of a group that a hit at the checkpoint in slot i needs and that have
     slid out, so that nobody else would copy them. False: not all of them."""
     cdef StateSlot* slot = &h.states.slots[i]
-    cdef int32_t row, b, s, n = slot.node, checkpoint = n
-    for row in range(slot.at // t.block_size - 1, first_reached(&h.states.reaches[g], slot.at) // t.block_size - 1, -1):
+    cdef int32_t first = first_reached(&h.states.reaches[g], slot.at) // t.block_size
+    cdef int32_t b, s, n = slot.node, checkpoint = n, _row
+    for _row in range(slot.at // t.block_size - 1, first - 1, -1):
         b = node_at(t, n).blocks[g]
         if b >= 0 and h.shadows[b].slid and slot_at(h, t, n, g) < 0:
             if m.noted - before >= h.write_ahead or not find_slot(h, t, &h.blocks, before):
