@@ -396,7 +396,7 @@ cdef inline bint offload_slid(Host* h, Tree* t, Moves* m, int32_t i, int32_t g, 
 
 
 cdef inline bint offload_checkpoint(Host* h, Tree* t, Moves* m, int32_t i, int64_t before) noexcept nogil:
-    """Note and hand out offloads of a checkpoint that is to stay, as far as the host has no copy of it, and of what goes
+    """Note and hand out offloads of a checkpoint that is to stay, where the host has no copy of it, and of what goes
     with it. False: not all of them."""
     cdef int32_t g, s, n
     for g in range(t.num_groups):
