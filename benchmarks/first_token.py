@@ -70,6 +70,13 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="smollm2 (default), or a folder")
     parser.add_argument("--prompt", type=int, default=1200, metavar="TOKENS", help="(default: %(default)s)")
     parser.add_argument("--new", type=int, default=8, metavar="TOKENS", help="of each answer (default: %(default)s)")
+    parser.add_argument(
+        "--grid",
+        type=int,
+        default=BLOCK_SIZE,
+        metavar="TOKENS",
+        help="at whose multiples a prompt can be found: 256 where the model keeps states (default: %(default)s)",
+    )
     parser.add_argument("--kv-memory", default="128MiB", metavar="SIZE", help="(default: %(default)s)")
     parser.add_argument("--host-memory", default="256MiB", metavar="SIZE", help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="that torch computes with (default: %(default)s)")
@@ -109,7 +116,7 @@ def measure(command: Command, stores: dict[str, list[str]], options: argparse.Na
         first = command.run(*arguments)
         right = right or first["tokens"]
         check(first, right, 0)
-    found = (options.prompt - 1) // BLOCK_SIZE * BLOCK_SIZE
+    found = (options.prompt - 1) // options.grid * options.grid
     for _ in range(options.repeats):
         for name, arguments in (*stores.items(), (AGAIN, [])):
             later = command.run(*arguments)

@@ -21,7 +21,7 @@ from core.text cimport (
 from core.tree cimport NODE_HEAD, hash_extra, Line, node_at, Tree, tree_walk
 from core.states cimport Standing, States, states_free, StateSlot
 from core.host cimport (
-    DIGEST_BYTES, FETCHED, FETCHING, LOAD, Host, count_moves, host_free, Move, Shadow, Slot, SlotPool, Work,
+    DIGEST_BYTES, FETCHED, FETCHING, LOAD, Host, count_moves, host_free, most_moves, Move, Shadow, Slot, SlotPool, Work,
 )
 from core.pool cimport Block, Pool, pool_free, pool_step, Step
 from core.sequences cimport (
@@ -2030,7 +2030,7 @@ cdef int open_host(Core* c, int32_t blocks, int32_t checkpoints, int32_t states,
     h.slot_of = <int32_t*>map_zeroed((<size_t>c.pool.tree.max_nodes + 1) * h.width, sizeof(int32_t))
     h.shadows = <Shadow*>map_zeroed(on_device, sizeof(Shadow))
     h.loads = <int32_t*>map_zeroed(on_device, sizeof(int32_t))
-    h.moves = <Move*>map_zeroed(<size_t>on_device + write_ahead, sizeof(Move))
+    h.moves = <Move*>map_zeroed(most_moves(h, on_device), sizeof(Move))
     h.needs = <int64_t*>map_zeroed(c.max_seqs, sizeof(int64_t))
     h.places = <int32_t*>map_zeroed(<size_t>c.pool.tree.max_nodes + 1, sizeof(int32_t))
     h.digests = <char*>map_zeroed(<size_t>c.pool.tree.max_nodes + 1, DIGEST_BYTES)
@@ -2054,7 +2054,7 @@ cdef void close_host(Core* c, int32_t max_seqs) noexcept:
     unmap(h.slot_of, (<size_t>c.pool.tree.max_nodes + 1) * h.width, sizeof(int32_t))
     unmap(h.shadows, on_device, sizeof(Shadow))
     unmap(h.loads, on_device, sizeof(int32_t))
-    unmap(h.moves, on_device + h.write_ahead, sizeof(Move))
+    unmap(h.moves, most_moves(h, on_device), sizeof(Move))
     unmap(h.needs, max_seqs, sizeof(int64_t))
     unmap(h.blocks.spills, h.blocks.num_slots, sizeof(int32_t))
     unmap(h.checkpoints.spills, h.checkpoints.num_slots, sizeof(int32_t))

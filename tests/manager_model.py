@@ -1379,11 +1379,8 @@ class ModelManager:
             node = self.node_of[block]
             g = node.blocks.index(block)
             if node.slots[g] is None and block not in self.slid:
-                if not self.host_unused:
-                    oldest = self._oldest_slot()
-                    if oldest is None or self.move_of_slot[oldest] > before:
-                        break  # all of them are held, or were given out by this very call
-                    self._drop_slot(oldest)
+                if not self._find_slot(before):
+                    break  # all of them are held, or were given out by this very call
                 slot = self.host_unused.pop()
                 self._note_offload(block, slot, node, g)
                 self._queue(slot)
@@ -1395,41 +1392,45 @@ class ModelManager:
     def _offload_checkpoints(self, before: int) -> list[Move]:
         """Those that are to stay, with what else a hit at them needs and nobody would copy: blocks that have slid out.
 
-        As far as the host has no copy of them, and no move is newer than `before`.
+        As far as the host has no copy of them. The last one may go past what a step notes.
         """
         moves: list[Move] = []
         while self.offered and len(moves) < self.write_ahead:
-            state = self.offered[0]
-            if not self._offload_checkpoint(state, before, moves):
+            if not self._offload_checkpoint(self.offered[0], before, moves):
                 break
             self.offered.pop(0)
         return moves
 
     def _offload_checkpoint(self, state: int, before: int, moves: list[Move]) -> bool:
-        """Whether all of it is there, or on its way."""
+        """Whether the state is there, or on its way; it takes along as many blocks as there are slots for."""
         node = self.state_slots[state].node
         if node is None:
             return True
-        wanted = [(g, each, block) for g, each, block in self._slid_before(node) if each.slots[g] is None]
         if self._host_state(node) is None:
-            wanted.append((len(self.groups), node, self.num_blocks + state))
-        for g, each, block in wanted:
-            if len(moves) >= self.write_ahead:
+            if not self._find_slot(before, states=True):
                 return False
-            states = g == len(self.groups)
-            unused = self.host_states_unused if states else self.host_unused
-            if not unused:
-                oldest = self._oldest_slot(states)
-                if oldest is None or self.move_of_slot[oldest] > before:
-                    return False
-                self._drop_slot(oldest)
-            if self.state_slots[state].node is not node:
-                return True  # it has lost the block with which it goes to the others
-            slot = unused.pop()
+            slot = self.host_states_unused.pop()
+            self._note_offload(self.num_blocks + state, slot, node, len(self.groups))
+            self._queue(slot)
+            moves.append(Move(False, len(self.groups), state, self._number_of(slot)))
+        for g, each, block in self._slid_before(node):
+            if each.slots[g] is not None:
+                continue
+            if not self._find_slot(before) or self.state_slots[state].node is not node:
+                break  # nothing is left for it, or it has lost the block with which it goes
+            slot = self.host_unused.pop()
             self._note_offload(block, slot, each, g)
             self._queue(slot)
-            source = state if states else block
-            moves.append(Move(False, g, source, self._number_of(slot)))
+            moves.append(Move(False, g, block, slot))
+        return True
+
+    def _find_slot(self, before: int, states: bool = False) -> bool:
+        """Whether a slot is free, now that the oldest has gone, unless a move newer than `before` names it."""
+        if not (self.host_states_unused if states else self.host_unused):
+            oldest = self._oldest_slot(states)
+            if oldest is None or self.move_of_slot[oldest] > before:
+                return False
+            self._drop_slot(oldest)
         return True
 
     def _slid_before(self, node: Node) -> list[tuple[int, Node, int]]:

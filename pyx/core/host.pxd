@@ -120,7 +120,7 @@ cdef struct Host:
     int32_t* slot_of    # [max_nodes + 1, width]: 1 + the slot of the node, 0: none
     Shadow* shadows     # [blocks and slots for states of the device]
     int32_t* loads      # [the same]: those whose loads are noted and not handed out
-    Move* moves         # [the same + write_ahead]: handed out, and not marked as enqueued
+    Move* moves         # [most_moves]: handed out, and not marked as enqueued
     int64_t* needs      # [max_seqs]: the newest move that a sequence's next pass waits for
     Work* works         # the newest of those that are there
     int64_t num_begun
@@ -128,6 +128,12 @@ cdef struct Host:
     char* digests       # [max_nodes + 1, DIGEST_BYTES]: of nodes that are `named` in the tree
     int64_t evictions, num_loaded, num_offloaded, hit_tokens
     States* states      # NULL: no group keeps a state
+
+
+cdef inline size_t most_moves(const Host* h, size_t on_device) noexcept nogil:
+    """Moves of one step, where the device has so many blocks and states: a load of each, and offloads, of blocks that go
+    with checkpoints beyond those that a step notes."""
+    return on_device + h.write_ahead + (on_device if h.checkpoints.num_slots else 0)
 
 
 cdef inline int32_t host_free(const SlotPool* p) noexcept nogil:
@@ -375,47 +381,44 @@ cdef inline void note_offload(Host* h, Moves* m, int32_t b, int32_t s) noexcept 
     h.num_moves += 1
 
 
-cdef inline bint offload_slid(Host* h, Tree* t, Moves* m, int32_t i, int32_t g, int64_t before) noexcept nogil:
+cdef inline void offload_slid(Host* h, Tree* t, Moves* m, int32_t i, int32_t g, int64_t before) noexcept nogil:
     """Note and hand out offloads of the blocks of a group that a hit at the checkpoint in slot i needs and that have
-    slid out, so that nobody else would copy them. False: not all of them."""
+    slid out, so that nobody else would copy them; as many as there are slots for."""
     cdef StateSlot* slot = &h.states.slots[i]
     cdef int32_t first = first_reached(&h.states.reaches[g], slot.at) // t.block_size
     cdef int32_t b, s, n = slot.node, checkpoint = n, _row
     for _row in range(slot.at // t.block_size - 1, first - 1, -1):
         b = node_at(t, n).blocks[g]
         if b >= 0 and h.shadows[b].slid and slot_at(h, t, n, g) < 0:
-            if m.noted - before >= h.write_ahead or not find_slot(h, t, &h.blocks, before):
-                return False
+            if not find_slot(h, t, &h.blocks, before):
+                return
             if slot.node != checkpoint:
-                return True     # it has lost the block with which it goes to this one
+                return      # it has lost the block with which it goes
             s = hang_slot(h, t, &h.blocks, n, g)
             queue_slot(h, s)
             note_offload(h, m, b, s)
         n = node_at(t, n).parent
-    return True
 
 
 cdef inline bint offload_checkpoint(Host* h, Tree* t, Moves* m, int32_t i, int64_t before) noexcept nogil:
-    """Note and hand out offloads of a checkpoint that is to stay, where the host has no copy of it, and of what goes
-    with it. False: not all of them."""
-    cdef int32_t g, s, n
-    for g in range(t.num_groups):
-        n = h.states.slots[i].node
-        if n and (h.states.reaches[g].window or h.states.reaches[g].chunk):
-            if not offload_slid(h, t, m, i, g, before):
-                return False
-    n = h.states.slots[i].node
+    """Note and hand out the offload of a checkpoint that is to stay, where the host has no copy of it, and of what goes
+    with it. False: there is no slot for it."""
+    cdef int32_t g, s, n = h.states.slots[i].node
     if n and checkpoint_at(h, t, n) < 0:
-        if m.noted - before >= h.write_ahead or not find_slot(h, t, &h.checkpoints, before):
+        if not find_slot(h, t, &h.checkpoints, before):
             return False
         s = hang_slot(h, t, &h.checkpoints, n, t.num_groups)
         queue_slot(h, s)
         note_offload(h, m, h.first_state + i, s)
+    for g in range(t.num_groups):
+        if h.states.slots[i].node and (h.states.reaches[g].window or h.states.reaches[g].chunk):
+            offload_slid(h, t, m, i, g, before)
     return True
 
 
 cdef inline void offload_checkpoints(Host* h, Tree* t, Moves* m, int64_t before) noexcept nogil:
-    """The same for all that are to stay, in the order in which they were offered."""
+    """The same for all that are to stay, in the order in which they were offered. The last one may go past what a step
+    notes, so that each is done at once."""
     while m.noted - before < h.write_ahead and h.states.num_offers:
         if not offload_checkpoint(h, t, m, next_offer(h.states), before):
             break
