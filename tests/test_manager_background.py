@@ -218,10 +218,11 @@ def test_a_fetch_plans_no_length_without_its_state() -> None:
 # Of states
 
 
-def stateful(host_states: int = 8, groups: Any = (None,), every: int = BLOCK) -> tuple[BlockManager, StepArrays]:
-    manager = BlockManager(
-        8, BLOCK, groups=[*groups, State(every)], num_states=4, host_blocks=32, host_states=host_states
-    )
+def stateful(
+    host_states: int = 8, groups: Any = (None,), every: int = BLOCK, num_states: int = 4
+) -> tuple[BlockManager, StepArrays]:
+    states = {"num_states": num_states, "host_states": host_states}
+    manager = BlockManager(8, BLOCK, groups=[*groups, State(every)], host_blocks=32, **states)
     return manager, make_step(4, 64, 16, len(groups))
 
 
@@ -285,6 +286,20 @@ def test_a_state_that_is_here_is_not_fetched_again() -> None:
     manager.release(fetch)
     manager.reset_prefix_cache()
     assert manager.num_free_host_states == 8
+
+
+@pytest.mark.parametrize(("num_ok", "served"), [(0, 0), (1, 16)])
+def test_a_state_alone_may_be_fetched(num_ok: int, served: int) -> None:
+    """Its blocks are on the device, and no slot for blocks was ever used."""
+    manager, step = stateful(num_states=1, every=2 * BLOCK)
+    visit(manager, range(17), step)  # in one slot, so that nothing is left of its states
+    assert manager.match(range(17)) == 0
+    fetch = manager.begin_fetch(range(17), num_blocks=4, checkpoints=[2, 4])
+    assert (fetch.blocks.tolist(), fetch.num_tokens) == ([[3, 1, 0]], 16)
+    assert manager.end_fetch(fetch, num_ok) == served == manager.match(range(17))
+    manager.audit()
+    manager.release(fetch)
+    manager.audit()
 
 
 def test_a_reset_takes_the_node_of_a_state_away() -> None:

@@ -649,3 +649,24 @@ def test_every_allocation_for_states_may_fail(host: dict[str, Any]) -> None:
             left = fail(-1)
     assert left >= 0
     assert failures >= 20
+
+
+@pytest.mark.parametrize("host_blocks", [6, 15, 16, 31, 32, 256])
+def test_a_window_that_the_host_pool_does_not_hold_leaves_room_for_others(host_blocks: int) -> None:
+    """Blocks of one checkpoint do not push each other out in every step: each has its turn once."""
+    options: dict[str, Any] = {"groups": (Window(33), State(64)), "num_states": 8}
+    manager = BlockManager(256, 1, host_blocks=host_blocks, host_states=4, write_ahead=8, **options)
+    step = StepBuffers(2, 128, 128, states=True)
+    seqs = [manager.admit(range(first, first + 120))[0] for first in (0, 200)]
+    for count in (64, 56):
+        computed(manager, seqs, [count] * 2, step)
+    manager.free(seqs)
+    moved = [1]
+    while moved[-1] and len(moved) < 99:
+        computed(manager, [], [], step)
+        moved.append(step.last_move)
+    assert moved[-1] == 0
+    assert manager.num_free_host_states == 2
+    found = [manager.match(range(first, first + 65), tiers=True) for first in (0, 200)]
+    assert found == [(64, 0)] * 2
+    manager.audit()

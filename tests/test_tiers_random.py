@@ -260,7 +260,7 @@ def test_a_rank_that_goes_by_its_own_checkpoints_is_found(monkeypatch: pytest.Mo
     begin = StagedTiers._begin_fetch
 
     def own(self: StagedTiers, ticket: Ticket, looking: Looking, num_blocks: int, _: list[int]) -> None:
-        begin(self, ticket, looking, max(looking.checkpoints, default=0), looking.checkpoints)
+        begin(self, ticket, looking, max(looking.checkpoints, default=0), sorted(looking.checkpoints))
 
     monkeypatch.setattr(StagedTiers, "_begin_fetch", own)
     with pytest.raises(ValueError, match="is longer than"):  # other operations, of which they tell each other

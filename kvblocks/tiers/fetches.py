@@ -96,7 +96,7 @@ class Looking(Task):
 
     Attributes:
         num_blocks: as many, once it has ended. Where layers keep a state it is there after that many.
-        checkpoints: each number of blocks, ascending, after which a state was found and all that goes with it.
+        checkpoints: each number of blocks after which a state was found and all that goes with it.
         blocks: of the prompt, once it has ended.
         where: for each (block, group) that was found the first store that has it.
     """
@@ -106,7 +106,7 @@ class Looking(Task):
         self.blocks: list[Block] = []
         self.where: dict[tuple[int, int], int] = {}
         self.num_blocks = 0
-        self.checkpoints: list[int] = []
+        self.checkpoints: set[int] = set()
         self._slots, self._prompt, self._stores = slots, prompt, stores
 
     def job(self) -> Job:
@@ -134,7 +134,7 @@ class Looking(Task):
         ends = reversed(slots.ends(prompt.local, end))
         served = (length for length in ends if all(self._has(group, length) for group in slots.groups_at(length - 1)))
         if slots.every:
-            self.checkpoints = sorted(served)
+            self.checkpoints = set(served)
             self.num_blocks = max(self.checkpoints, default=prompt.local)
         else:
             self.num_blocks = next(served, prompt.local)

@@ -431,7 +431,7 @@ cdef inline bint audit_background(Core* c, int32_t* holds, Finding* out) noexcep
         newest = work.number - 1
         for i in range(work.num_slots):
             s = work.slots[i]
-            if s < -1 or s >= h.num_slots or is_fresh(h, max(s, 0)):
+            if s < -1 or s >= h.num_slots or s >= 0 and is_fresh(h, s):
                 return broken(out, 12, b"work in the background holds a slot that does not exist:", s)
             if s >= 0:
                 holds[s] += 1

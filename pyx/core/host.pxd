@@ -131,8 +131,8 @@ cdef struct Host:
 
 
 cdef inline size_t most_moves(const Host* h, size_t on_device) noexcept nogil:
-    """Moves of one step, where the device has so many blocks and states: a load of each, and offloads, of blocks that go
-    with checkpoints beyond those that a step notes."""
+    """Moves of one step, where the device has so many blocks and states: a load of each, and offloads, where blocks go
+    with checkpoints also of more than a step notes."""
     return on_device + h.write_ahead + (on_device if h.checkpoints.num_slots else 0)
 
 
