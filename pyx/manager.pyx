@@ -1271,7 +1271,8 @@ cdef class BlockManager:
         longest for which there are slots. Slots are taken for what is in neither pool; they are free, or evicted, and
         no move names them. Nobody finds them before `end_fetch`: until then they are the caller's to write. The host
         slots that the prompt's hit has already are kept from eviction. Fetches and spills together hold at most a
-        quarter of the host pool; where that does not suffice the length is shorter.
+        quarter of the host slots for blocks, and of those for checkpoints; where that does not suffice the length is
+        shorter.
 
         Where sequences have a state a hit ends at a checkpoint. So the planned length ends at one that is in this
         process, or at one of `checkpoints`: then a slot for it is taken too.
@@ -1378,7 +1379,7 @@ cdef class BlockManager:
 
         They are taken from two queues, that of checkpoints before that of blocks, the first filled first: of slots that
         hang in the prefix tree, that no move names any more, and that are not known to be outside. They may be read
-        until `end_spill`, and are not evicted. Fetches and spills together hold at most a quarter of the host pool.
+        until `end_spill`, and are not evicted. Fetches and spills together hold at most a quarter of each kind.
 
         Args:
             max_blocks: slots to hold at most, of both kinds. There may be fewer, or none.
@@ -1690,7 +1691,7 @@ cdef class BlockManager:
         for i in range(ends.size):
             n = at(ends, i)
             if not 1 <= n <= num_blocks:
-                raise ValueError(f"checkpoints[{i}]={n} must be 1 to {num_blocks}, the number of blocks")
+                raise ValueError(f"checkpoints[{i}]={n} must be at least 1 and at most num_blocks={num_blocks}")
             if n * self.core.block_size % every:
                 raise ValueError(
                     f"checkpoints[{i}]={n} blocks are {n * self.core.block_size} tokens, no multiple of {every=}"

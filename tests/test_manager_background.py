@@ -221,7 +221,7 @@ def test_a_fetch_plans_no_length_without_its_state() -> None:
 def stateful(
     host_states: int = 8, groups: Any = (None,), every: int = BLOCK, num_states: int = 4
 ) -> tuple[BlockManager, StepArrays]:
-    states = {"num_states": num_states, "host_states": host_states}
+    states: dict[str, Any] = {"num_states": num_states, "host_states": host_states}
     manager = BlockManager(8, BLOCK, groups=[*groups, State(every)], host_blocks=32, **states)
     return manager, make_step(4, 64, 16, len(groups))
 
@@ -334,9 +334,9 @@ def test_what_has_slid_out_of_a_window_goes_along_with_a_checkpoint() -> None:
 @pytest.mark.parametrize(
     ("error", "message", "checkpoints"),
     [
-        (ValueError, r"checkpoints\[1\]=4 must be 1 to 3, the number of blocks", [2, 4]),
-        (ValueError, r"checkpoints\[0\]=0 must be 1 to 3", [0]),
-        (ValueError, r"checkpoints\[0\]=-2 must be 1 to 3", np.array([-2])),
+        (ValueError, r"checkpoints\[1\]=4 must be at least 1 and at most num_blocks=3", [2, 4]),
+        (ValueError, r"checkpoints\[0\]=0 must be at least 1", [0]),
+        (ValueError, r"checkpoints\[0\]=-2 must be at least 1", np.array([-2])),
         (ValueError, r"checkpoints\[0\]=1 blocks are 4 tokens, no multiple of every=8", [1]),
         (ValueError, r"checkpoints\[1\]=2 must be more than the 2 before it", [2, 2]),
         (ValueError, r"checkpoints\[0\]=\d+ does not fit in 64 bits", [2**70]),

@@ -18,7 +18,7 @@ from kvblocks.step.buffers import StepBuffers
 from kvblocks.tiers import MemoryStore, Status, Tiers
 from kvblocks.tiers.guarded import FAILURES, FIRST_PAUSE, FULL_SECONDS
 from kvblocks.tiers.names import PRIVATE_SALT
-from kvblocks.tiers.tiers import Ticket
+from kvblocks.tiers.tiers import Ticket, _Spill
 
 PROMPT = [i * i % 7 for i in range(25)]
 OTHER = [i * i % 5 + 7 for i in range(25)]
@@ -145,6 +145,41 @@ def test_a_fetch_that_has_no_room_goes_to_an_earlier_checkpoint() -> None:
     ticket = fetched(made, PROMPT)
     assert ticket.num_tokens == 16
     assert made.serve(PROMPT, fetched=ticket.fetch) == 16
+    made.end()
+
+
+def test_spills_leave_a_slot_for_the_state_of_a_fetch_and_late_ones_do_not_count() -> None:
+    """Of 16 slots four may be held: two by spills, and two by fetches."""
+    below = StagedStore()
+    fill([below], PROMPT, every=8)
+    store = StagedStore()
+    made = world([store, below], every=8, host_blocks=128)
+    for first in range(5):
+        made.serve([first, *PROMPT])
+        made.free()
+    made.offload()
+    store.script = [None, Fault.HANG] * 9
+    made.workers.chance_to_stop = 1.0
+    for _ in range(9):
+        made.poll()
+        made.run(9, resuming=0)
+
+    def spilled() -> list[int]:
+        return [each.num_states for each in made.tiers._operations if isinstance(each, _Spill)]
+
+    assert sum(spilled()) == 2
+    store.script = []
+    ticket = made.fetch(PROMPT)
+    for _ in range(9):
+        made.poll()
+        made.run(9, resuming=0)
+    assert ticket.num_tokens == 24
+    made.tiers.release(ticket)
+    made.now = DEADLINE
+    made.poll()
+    assert spilled() == [2, 0, 2]  # the first ones hang
+    made.workers.finish()
+    made.settle()
     made.end()
 
 
@@ -669,7 +704,8 @@ def test_wrong_arguments() -> None:
     name = made.namespace(0)
     other, fewer = BlockManager(8, 2), BlockManager(8, 2, host_blocks=3)
     homeless = BlockManager(8, 2, groups=[None, State(4)], num_states=2, host_blocks=4)
-    stateful = BlockManager(8, 2, groups=[None, State(4)], num_states=2, host_blocks=4, host_states=4)
+    stateful = BlockManager(8, 2, groups=[None, State(4)], num_states=2, host_blocks=4, host_states=8)
+    scarce = BlockManager(8, 2, groups=[None, State(4)], num_states=2, host_blocks=4, host_states=7)
 
     def make(**arguments: Any) -> None:
         given: dict[str, Any] = {
@@ -685,8 +721,10 @@ def test_wrong_arguments() -> None:
         (TypeError, r"stores\[1\] is a int", {"stores": [MemoryStore(1), 3]}),
         (ValueError, "no host_blocks", {"manager": other}),
         (ValueError, "host_blocks=64 and the engine 3", {"engine": FakeEngine(fewer, Random(0))}),
+        (ValueError, "has host_blocks=3, .*at least 4", {"manager": fewer}),
+        (ValueError, "has host_states=7, .*at least 8", {"manager": scarce}),
         (ValueError, "no host_states", {"manager": homeless}),
-        (ValueError, "host_states=4 and the engine 0", {"manager": stateful}),
+        (ValueError, "host_states=8 and the engine 0", {"manager": stateful}),
         (ValueError, "64 hexadecimal digits", {"namespace": "model"}),
         (ValueError, "secret has 5 bytes", {"secret": b"short"}),
         (ValueError, "shard='a/b'", {"shard": "a/b"}),

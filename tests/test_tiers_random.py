@@ -57,6 +57,8 @@ def random_run(
             rng,
             groups=groups,
             every=every,
+            num_states=rng.choice([1, 2, 6]),
+            host_states=rng.choice([8, 9, 16]),
             num_blocks=rng.choice([24, 40]) * len(groups),
             host_blocks=rng.choice([16, 64, 128]) * len(groups),
             weights=rng.choice([0, 0, 0, 0, 1]),

@@ -231,7 +231,7 @@ class World:
     """One process: it serves prompts, and checks every cached block, and every state, that they read.
 
     Args:
-        every: tokens from one checkpoint of a state to the next; 0 for no states.
+        every: tokens from one checkpoint of a state to the next; 0 for no states, and no slots for them.
 
     Attributes:
         now: what its clock says.
@@ -247,6 +247,8 @@ class World:
         *,
         groups: Sequence[Reach] = (None,),
         every: int = 0,
+        num_states: int = 6,
+        host_states: int = 16,
         num_blocks: int = 24,
         host_blocks: int = 32,
         block_size: int = 2,
@@ -263,7 +265,7 @@ class World:
         self.workers: StagedWorkers
         self.truth = {} if truth is None else truth
         self.log: list[Any] = []
-        options: dict[str, Any] = {"num_states": 6, "host_states": 16} if every else {}
+        options: dict[str, Any] = {"num_states": num_states, "host_states": host_states} if every else {}
         self.manager = BlockManager(
             num_blocks,
             block_size,

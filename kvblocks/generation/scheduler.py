@@ -437,7 +437,7 @@ class Scheduler:
         """Look in the stores for prompts that are about to be admitted, as many as the host slots have room for."""
         manager, groups = self.manager, len(self.manager.groups)
         room = manager.host_blocks // 4 - manager.num_background_slots
-        states = max(1, manager.host_states // 8)  # one for each prompt, of half of what may be held at once
+        states = manager.host_states // 8  # one for each prompt, of half of what may be held at once
         for number, (_, sequence) in enumerate(nsmallest(_FETCHED_AHEAD, self._waiting)):
             needed = len(sequence.prompt) // manager.block_size * groups
             if sequence.ticket is not None:

@@ -30,6 +30,7 @@ __all__ = ["Agree", "Ticket", "Tiers"]
 LOADED = 16  # blocks that one call loads
 SPILLED = 64  # blocks of one spill at most
 SPILLS = 2  # that are under way at once, those that are late not counted
+FEWEST = {"host_blocks": 4, "host_states": 8}  # slots, a quarter of which may come and go at once
 _POLL_SECONDS = 0.01  # between two looks where a call waits
 
 # The elementwise least of the integers that each rank gives, the same number of them on all.
@@ -151,8 +152,8 @@ class Tiers:
         deadline: seconds after which a prompt is no longer waited for, and a call of a store counts as failed.
 
     Raises:
-        ValueError: a manager or an engine without slots in host memory for blocks or for states, or with other numbers
-            of them; no stores; an argument out of bounds.
+        ValueError: a manager without slots in host memory, or with fewer than 4 for blocks or 8 for states; an engine
+            with fewer than that; no stores; an argument out of bounds.
         TypeError: a store that is none.
         ModuleNotFoundError: as for `ObjectFormat`.
 
@@ -282,6 +283,9 @@ class Tiers:
     ) -> Ticket:
         """Look for a prompt's blocks in the stores, and bring what is there to the host pool.
 
+        A fetch has what it brings in host slots until its prompt is admitted. One for which a quarter of the slots has
+        no room left brings less, or nothing; where layers keep a state each takes a slot of `host_states`.
+
         Args:
             tokens, salt, extra: as of `manager.admit`.
             deadline: seconds from now; by default the one of all.
@@ -352,9 +356,10 @@ class Tiers:
             self._fetchers.wait(_POLL_SECONDS)
 
     def flush(self, timeout: float, agree: Agree | None = None) -> bool:
-        """Bring every block that no sequence holds down to the stores; returns whether all is there.
+        """Bring what no sequence holds, blocks and checkpoints, down to the stores; returns whether all is there.
 
-        It runs empty steps, which copy blocks to the host pool, and spills. Call it while no step is open.
+        It runs empty steps, which copy to the host pool, and spills. Call it while no step is open. What steps before
+        have copied, and pushed out again before it could be spilled, is not copied once more, and does not count.
 
         Args:
             timeout: seconds after which it stops.
@@ -501,6 +506,7 @@ class Tiers:
                 self._manager.end_fetch(each.fetch, 0)
                 self._manager.release(each.fetch)
         elif values[0] == _OVER:
+            self._spilled_all = self._spilled_all and each.late  # others may take its turn now
             each.late = True
         elif values[0] != _PENDING:
             self._spilled_all = False
@@ -532,7 +538,7 @@ class Tiers:
         looking = ticket._looking
         assert looking is not None
         num_blocks, checkpoints = values[0] - _DONE, []
-        if ticket._ends:  # what one rank has found up to its last checkpoint another one may have up to another
+        if ticket._ends:  # checkpoints that all ranks have; the last one of each may be another
             checkpoints = [end for end, is_there in zip(ticket._ends, values[1:], strict=True) if is_there]
             num_blocks = max(checkpoints, default=0)
         missing = looking.blocks[ticket.num_local // self._manager.block_size : num_blocks]
@@ -577,9 +583,9 @@ class Tiers:
         return sum(isinstance(each, _Spill) and not each.late for each in self._operations)
 
     def _spill_states(self) -> int:
-        """States that may be spilled now: half of those that can be held at once, the others are for fetches."""
-        under_way = sum(each.num_states for each in self._operations if isinstance(each, _Spill))
-        return max(0, max(1, self._manager.host_states // 8) - under_way)
+        """States that may be spilled now: half of those that can be held at once, as the others are for fetches."""
+        spills = (each for each in self._operations if isinstance(each, _Spill) and not each.late)
+        return max(0, self._manager.host_states // 8 - sum(spill.num_states for spill in spills))
 
     def _begin_spill(self) -> None:
         """Begin to spill what has landed, unless nothing has since there was no more, and nothing was given back."""
@@ -607,6 +613,10 @@ def _arenas(manager: BlockManager, engine: _Engine) -> list[HostArena]:
     if manager.host_states:
         counts["host_states"] = (manager.host_states, engine.state_arena)
     for name, (count, arena) in counts.items():
+        if count < FEWEST[name]:
+            raise ValueError(
+                f"the manager has {name}={count}, of which a quarter may come and go; give at least {FEWEST[name]}"
+            )
         if arena is None or arena.num_slots < count:
             slots = 0 if arena is None else arena.num_slots
             raise ValueError(f"the manager has {name}={count} and the engine {slots}; make both with one number")

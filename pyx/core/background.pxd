@@ -20,7 +20,7 @@ from core.memory cimport MAX_INT32, grab, grab_zeroed, regrow
 from core.text cimport block_at, extra_of, Text
 from core.tree cimport Node, node_at, tokens_at, Tree, tree_drop, tree_hash, tree_insert, tree_walk
 from core.host cimport (
-    DIGEST_BYTES, FETCHED, FETCHING, Host, SlotPool, SPILLING, Work, WorkRow, checkpoint_at, evict_slot, first_of_queue,
+    DIGEST_BYTES, FETCHED, FETCHING, Host, SlotPool, SPILLING, Work, WorkRow, checkpoint_at, evict_slot, leave_queue,
     free_slot, hold_slot, let_go_slot, oldest_slot, put_slot, queue_slot, slot_at, spill_index, take_off, use_slot,
 )
 from core.sequences cimport NO_MEMORY, Core, fail, Fault, first_row
@@ -140,14 +140,15 @@ cdef inline void fill_plan(const Core* c, Plan* plan, int64_t below, const Ints*
             plan.missing[i] += missing[i] - missing[min(first, i)]
             plan.costs[i] += costs[i] - costs[min(first, i)]
     if c.pool.states.num_slots:
-        plan_states(c, plan, ends, room)
+        plan_ends(c, plan, ends, room)
 
 
-cdef inline void plan_states(const Core* c, Plan* plan, const Ints* ends, int64_t room) noexcept nogil:
-    """What becomes of a length by the state that its hit ends at: it is there, or it is one of those that are below."""
+cdef inline void plan_ends(const Core* c, Plan* plan, const Ints* ends, int64_t room) noexcept nogil:
+    """What becomes of a length by the state that its hit ends at: it is there, or it is one of those that are below.
+    `ends` are checked here once more, as another thread may have written them."""
     cdef const Host* h = &c.pool.host
     cdef int32_t i, s
-    cdef bint takes_slot
+    cdef bint takes_slot, outside
     cdef Py_ssize_t below = 0       # the first of `ends` that is not passed
     for i in range(1, plan.limit + 1):
         while below < ends.size and at(ends, below) < i:
@@ -156,7 +157,8 @@ cdef inline void plan_states(const Core* c, Plan* plan, const Ints* ends, int64_
         s = checkpoint_at(h, &c.pool.tree, plan.path[i - 1]) if i <= plan.num_known else -1
         plan.num_slots += s >= 0
         takes_slot = plan.states[i] or s >= 0 and h.slots[s].holds == 0
-        if plan.states[i] and not (below < ends.size and at(ends, below) == i):
+        outside = below < ends.size and at(ends, below) == i and <int64_t>i * c.block_size % c.pool.states.every == 0
+        if plan.states[i] and not outside:
             plan.costs[i] = room + 1
         elif takes_slot and room_for_work(&h.checkpoints) < 1:
             plan.costs[i] = room + 1
@@ -465,9 +467,9 @@ cdef inline Work* core_begin_spill(Core* c, int64_t most, int64_t most_states, F
         fail(f, NO_MEMORY, 0, 0, 0)
         return NULL
     for _i in range(states):
-        first_of_queue(h, &h.checkpoints)
+        leave_queue(h, &h.checkpoints)
     for _i in range(blocks):
-        first_of_queue(h, &h.blocks)
+        leave_queue(h, &h.blocks)
     for i in range(work.num_rows):
         hold_slot(h, work.slots[i])
     work.num_slots = work.num_rows

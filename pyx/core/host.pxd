@@ -317,8 +317,8 @@ cdef inline int32_t spill_index(const SlotPool* p, int32_t i) noexcept nogil:
     return <int32_t>(at if at < p.num_slots else at - p.num_slots)
 
 
-cdef inline int32_t first_of_queue(Host* h, SlotPool* p) noexcept nogil:
-    """Take the slot out of the queue that is the first in it."""
+cdef inline int32_t leave_queue(Host* h, SlotPool* p) noexcept nogil:
+    """Take the first slot out of the queue."""
     cdef int32_t s = p.spills[p.spill_first]
     check(p.spill_size > 0 and h.slots[s].queued, b"what leaves the queue was in it")
     h.slots[s].queued = False
@@ -341,9 +341,9 @@ cdef inline void forget_work(Host* h, Tree* t) noexcept nogil:
         work.stale = True
         work = work.older
     while h.blocks.spill_size:
-        first_of_queue(h, &h.blocks)
+        leave_queue(h, &h.blocks)
     while h.checkpoints.spill_size:
-        first_of_queue(h, &h.checkpoints)
+        leave_queue(h, &h.checkpoints)
 
 
 cdef inline bint find_slot(Host* h, Tree* t, SlotPool* p, int64_t before) noexcept nogil:

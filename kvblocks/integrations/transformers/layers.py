@@ -564,8 +564,7 @@ def host_slots(
     """How many slots for blocks `host_memory` holds, and beside them for checkpoints of states; none for None.
 
     Where layers keep states there is one checkpoint for each `every` tokens that the bytes could hold, as far as a
-    quarter of the bytes goes; and at least 8 where they go to stores and come from there through a quarter of the
-    slots.
+    quarter of the bytes goes. With stores there are at least 8, as only a quarter of them may come and go at once.
 
     Args:
         host_memory: in bytes or text such as "1GiB".

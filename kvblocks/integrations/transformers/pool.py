@@ -309,7 +309,7 @@ class Pool:
         self.tiers.renew(name, same_weights=same_weights)
 
     def flush(self, timeout: float = 60.0) -> bool:
-        """Bring every block that nothing holds down to `stores`; whether all is there. True without stores.
+        """Bring what nothing holds down to `stores`; whether all is there, as for `Tiers.flush`. True without stores.
 
         Call it while nothing runs on the pool.
         """
