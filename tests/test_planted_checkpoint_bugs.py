@@ -192,6 +192,16 @@ class EvictionLeavesTheSlotOld(ModelManager):
         return taken
 
 
+class PushesCopiesOut(ModelManager):
+    """A checkpoint takes the slot of one that the device has too, which will not be copied again."""
+
+    def _find_slot(self, before: int, states: bool = False) -> bool:
+        known, self.known = self.known, set(self.home)
+        found = super()._find_slot(before, states)
+        self.known = known & set(self.home)
+        return found
+
+
 class WindowStaysBehind(ModelManager):
     """What has slid out of a window is not copied with the checkpoint before whose end it lies."""
 
@@ -308,6 +318,7 @@ OTHERS: list[type[ModelManager]] = [
     ResetKeepsThem,
     RunningSequencesAreOffloaded,
     EvictionLeavesTheSlotOld,
+    PushesCopiesOut,
     WindowStaysBehind,
 ]
 MISREAD_OUTSIDE: list[type[ModelManager]] = [

@@ -148,6 +148,19 @@ def test_a_fetch_that_has_no_room_goes_to_an_earlier_checkpoint() -> None:
     made.end()
 
 
+def test_more_checkpoints_than_host_slots_for_them_are_flushed_in_turns() -> None:
+    store = StagedStore()
+    made = world([store], every=8, host_states=8, num_states=64, num_blocks=400, host_blocks=400)
+    for first in range(20):
+        made.serve([first, *PROMPT])
+    made.free()
+    for _ in range(3):
+        made.offload()  # steps that go on before anything is spilled
+    assert made.tiers.flush(60.0)
+    assert sum(key.split("/")[3] == "g1" for key in store.inner._objects) == 20
+    made.end()
+
+
 def test_spills_leave_a_slot_for_the_state_of_a_fetch_and_late_ones_do_not_count() -> None:
     """Of 16 slots four may be held: two by spills, and two by fetches."""
     below = StagedStore()

@@ -358,8 +358,8 @@ class Tiers:
     def flush(self, timeout: float, agree: Agree | None = None) -> bool:
         """Bring what no sequence holds, blocks and checkpoints, down to the stores; returns whether all is there.
 
-        It runs empty steps, which copy to the host pool, and spills. Call it while no step is open. What steps before
-        have copied, and pushed out again before it could be spilled, is not copied once more, and does not count.
+        It runs empty steps, which copy to the host pool, and spills. Call it while no step is open. Blocks that earlier
+        steps have copied, and pushed out before they could be spilled, are not copied once more and do not count.
 
         Args:
             timeout: seconds after which it stops.

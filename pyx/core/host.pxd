@@ -347,11 +347,15 @@ cdef inline void forget_work(Host* h, Tree* t) noexcept nogil:
 
 
 cdef inline bint find_slot(Host* h, Tree* t, SlotPool* p, int64_t before) noexcept nogil:
-    """Make a slot free, if none is: the one used longest ago goes, unless a move newer than `before` names it."""
+    """Make a slot free, if none is: the one used longest ago goes, unless a move newer than `before` names it. A
+    checkpoint that the device has too does not go for another one before it is known outside: the two would take turns.
+    """
     cdef int32_t s
     if host_free(p) == 0:
         s = oldest_slot(h, p)
         if s < 0 or h.slots[s].move > before:
+            return False
+        if p == &h.checkpoints and h.states.of_node[h.slots[s].node] and not h.slots[s].known:
             return False
         evict_slot(h, t, p)
     return True
