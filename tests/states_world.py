@@ -158,6 +158,8 @@ class World:
     """A model, a pool of it, and who runs on that: `Talk` and `Held`, each of which does one thing at a `turn`."""
 
     distances: Sequence[int] = (4, 8, 12)  # tokens from one checkpoint to the next
+    resets = 0.02  # how many turns end with one
+    sizes_of_passes: Sequence[int] = (3, 7, 16, 64)  # tokens of generations
 
     def __init__(self, name: str, rng: Random, process: int = 0) -> None:
         self.name, self.rng, self.model = name, rng, model_of(name, process)
@@ -203,7 +205,7 @@ class World:
 
     def extra(self, length: int) -> Extra:
         """What the tokens of a prompt stand for, most often no more than their ids say."""
-        extra = self.rng.choice([()] * 4 + EXTRAS)
+        extra = self.rng.choice([()] * 9 + EXTRAS)
         return tuple(pair for pair in extra if pair[0] < length)
 
     def texts(self) -> dict[bytes, list[list[Any]]]:
@@ -304,12 +306,12 @@ class World:
             self.acting.turn()
             self.model.breaker.left = 0
         event = self.rng.random()
-        if event < 0.02:
-            self.reset()
-        elif event < 0.06:
+        if event < 0.04:
             self.pin()
-        elif event < 0.09:
+        elif event < 0.07:
             self.unpin()
+        elif event < 0.07 + self.resets:
+            self.reset()
         self.manager.audit()
 
     def end(self) -> None:
@@ -337,7 +339,7 @@ class Talk:
             world.model.served,
             self.requests,
             pool=world.pool,
-            max_batch_tokens=rng.choice([3, 7, 16, 64]),
+            max_batch_tokens=rng.choice(world.sizes_of_passes),
             max_seqs=rng.choice([2, 64]) if all(request.n == 1 for request in self.requests) else 64,
         )
         self.streams = list(self.run)
