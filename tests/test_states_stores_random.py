@@ -4,7 +4,7 @@ Two processes serve one model over the same stores, each as `test_states_random`
 killed and begin anew; stores fail, lose objects and evict; weights change in one process and not in the other. Threads
 and clocks are those of `tiers_world`, so that a run follows from its seed.
 
-`HYPOTHESIS_PROFILE=long` makes ten runs of every type instead of two of a few.
+`HYPOTHESIS_PROFILE=long` makes ten runs of every type instead of one of a few.
 """
 
 from collections import Counter
@@ -222,8 +222,9 @@ def random_run(name: str, seed: int, turns: int = 200, faults: dict[Fault, float
 
 @pytest.mark.parametrize("names", [[name] for name in NAMES] if LONG else [FEW])
 def test_what_comes_from_stores_is_what_was_computed(names: list[str]) -> None:
-    seen = sum((random_run(name, seed) for name in names for seed in range(10 if LONG else 1)), Counter())
-    for event in EVENTS:
+    runs = [random_run(name, seed, 200 if LONG else 100) for name in names for seed in range(10 if LONG else 1)]
+    seen = sum(runs, Counter())
+    for event in EVENTS[:2] if LONG else EVENTS:  # not every type has all of them
         assert seen[event], f"no {event}"
 
 
@@ -299,7 +300,12 @@ def all_runs(fault: str) -> None:
 
 
 # The first seed that shows it, where few do.
-SHOWN_BY: dict[str, int] = {}
+SHOWN_BY = {
+    "a state, or a block, verified for another block is served": 9,
+    "a state is served though its window's blocks were not": 1,
+    "a fetched state is used before its load": 1,
+    "the state of other weights is found after a reset": 3,
+}
 
 
 @pytest.mark.parametrize("fault", PLANTED)
