@@ -95,7 +95,7 @@ class Threads(StagedWorkers):
 class Process(World):
     """A pool on stores, again and again."""
 
-    resets = 0.01
+    resets = 0.015
     sizes_of_passes = (7, 64, 64)
 
     def __init__(self, name: str, rng: Random, outside: Outside) -> None:
