@@ -481,6 +481,7 @@ class Held:
             self.place(rng.sample(world.chats, rng.choice([1, 2, 2])))
             self.salt, self.extra = rng.choice([b"", b"", b"a"]), world.extra(min(map(len, self.own(LONGEST))))
         rows = self.own(LONGEST)
+        self.extra = tuple(pair for pair in self.extra if pair[0] < min(map(len, rows)))
         if not (found := self.told_prompts(rows, reuse=rng.random() < 0.9, had=self.held if goes_on else 0)):
             self.stale = True
             return
