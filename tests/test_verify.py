@@ -122,6 +122,13 @@ def test_half_precision_forgives_near_ties_and_nothing_else(dtype: torch.dtype) 
     assert swapped.gap == pytest.approx(gaps[closest])
 
 
+def test_noise_is_at_least_a_unit_in_the_last_place() -> None:
+    """There are processors on which both ways to compute logits agree to the last bit."""
+    logits = torch.tensor([1.0, -100.0, 7.0], dtype=torch.bfloat16)
+    assert verify_module._noise(logits, logits) == pytest.approx(100 / 128)
+    assert verify_module._noise(logits, logits + torch.tensor([0.0, 0.0, 5.0], dtype=torch.bfloat16)) == 5
+
+
 def test_a_model_whose_forward_keeps_all_logits() -> None:
     """Its noise is measured over logits of the whole prompt, of which the last ones count."""
 
