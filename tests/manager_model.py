@@ -1427,13 +1427,14 @@ class ModelManager:
     def _find_slot(self, before: int, states: bool = False) -> bool:
         """Whether a slot is free, now that the oldest has gone, unless a move newer than `before` names it.
 
-        A checkpoint that the device has too does not go for another one before it is known outside.
+        A checkpoint that the device has too, and that nobody holds there, does not go for another one before it is
+        known outside.
         """
         if not (self.host_states_unused if states else self.host_unused):
             oldest = self._oldest_slot(states)
             if oldest is None or self.move_of_slot[oldest] > before:
                 return False
-            if states and self.home[oldest][0].state is not None and oldest not in self.known:
+            if states and self.home[oldest][0].state in self.state_idle and oldest not in self.known:
                 return False
             self._drop_slot(oldest)
         return True

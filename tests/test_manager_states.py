@@ -207,6 +207,18 @@ def test_of_checkpoints_in_the_host_the_one_used_longest_ago_goes() -> None:
     manager.audit()
 
 
+def test_a_checkpoint_that_is_pinned_does_not_keep_others_from_the_host() -> None:
+    manager, step = made(num_states=3, host_blocks=64, host_states=2)
+    for start in (0, 100, 200, 300, 400):
+        seq, _ = manager.admit(range(start, start + 8))
+        computed(manager, seq, 8, step)
+        manager.free(seq)
+        if start == 0:
+            manager.pin(range(8))
+    assert [manager.match(range(start, start + 9)) for start in (0, 200, 300, 400)] == [8] * 4
+    manager.audit()
+
+
 def test_a_reset_forgets_checkpoints_in_the_host_and_keeps_what_was_promised() -> None:
     manager, step = left_and_pushed_out()
     seq, cached = manager.admit(range(10))

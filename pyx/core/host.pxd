@@ -346,16 +346,22 @@ cdef inline void forget_work(Host* h, Tree* t) noexcept nogil:
         leave_queue(h, &h.checkpoints)
 
 
+cdef inline bint is_twin(const Host* h, const Slot* slot) noexcept nogil:
+    """Whether the device has the checkpoint of a host slot too, and may evict it."""
+    cdef int32_t i = h.states.of_node[slot.node] - 1
+    return i >= 0 and h.states.slots[i].refs == 0
+
+
 cdef inline bint find_slot(Host* h, Tree* t, SlotPool* p, int64_t before) noexcept nogil:
     """Make a slot free, if none is: the one used longest ago goes, unless a move newer than `before` names it. A
     checkpoint that the device has too does not go for another one before it is known outside: the two would take turns.
-    """
+    One that is held there does, as it may be held for good, and is offered again."""
     cdef int32_t s
     if host_free(p) == 0:
         s = oldest_slot(h, p)
         if s < 0 or h.slots[s].move > before:
             return False
-        if p == &h.checkpoints and h.states.of_node[h.slots[s].node] and not h.slots[s].known:
+        if p == &h.checkpoints and is_twin(h, &h.slots[s]) and not h.slots[s].known:
             return False
         evict_slot(h, t, p)
     return True
