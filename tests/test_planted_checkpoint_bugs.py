@@ -202,6 +202,16 @@ class PushesCopiesOut(ModelManager):
         return found
 
 
+class PinsKeepOthersOut(ModelManager):
+    """A checkpoint takes no slot from one that is held on the device, which may be for good."""
+
+    def _find_slot(self, before: int, states: bool = False) -> bool:
+        oldest = self._oldest_slot(states) if states and not self.host_states_unused else None
+        if oldest is not None and oldest not in self.known and self.home[oldest][0].state is not None:
+            return False
+        return super()._find_slot(before, states)
+
+
 class WindowStaysBehind(ModelManager):
     """What has slid out of a window is not copied with the checkpoint before whose end it lies."""
 
@@ -319,6 +329,7 @@ OTHERS: list[type[ModelManager]] = [
     RunningSequencesAreOffloaded,
     EvictionLeavesTheSlotOld,
     PushesCopiesOut,
+    PinsKeepOthersOut,
     WindowStaysBehind,
 ]
 MISREAD_OUTSIDE: list[type[ModelManager]] = [
