@@ -81,13 +81,14 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     add("--chat", action="store_true", help="put each prompt into the chat template of the model's tokenizer")
     add("--system", metavar="TEXT", help="what the system says in each chat; implies --chat")
     add("--max-new-tokens", type=_count, default=64, metavar="N", help="for each prompt (default: %(default)s)")
-    add("--kv-memory", type=_size, default="64MiB", metavar="SIZE", help="for K and V (default: %(default)s)")
+    add("--kv-memory", type=_size, default="64MiB", metavar="SIZE", help="for K, V and states (default: %(default)s)")
     add(
         "--host-memory",
         type=_size,
         metavar="SIZE",
         help="host memory for blocks that leave the cache and may come back (default: none; with --cache-dir or "
-        "--store a quarter of --kv-memory). Of what these have, up to a quarter of it is taken for one prompt",
+        "--store a quarter of --kv-memory, but at least 16 blocks, and 8 states where the model keeps some). Of what "
+        "these have, up to a quarter of it is taken for one prompt",
     )
     add(
         "--cache-dir",

@@ -61,7 +61,7 @@ def add_plan_parser(
     add("--weights", metavar="SIZE", help="of all weights; auto reads safetensors headers, or the config")
     add("--weights-dtype", metavar="DTYPE", help="for --weights auto (default: the config's)")
     add("--activations", metavar="SIZE", help="set aside on each device")
-    add("--sequences", type=count, metavar="N", help="set their fixed state aside before blocks are counted")
+    add("--sequences", type=count, metavar="N", help="whose states are set aside before blocks are counted")
     add("--checkpoints", type=int, metavar="N", help="states set aside for prefixes (default: one a sequence)")
     add("--encoder-tokens", type=int, default=0, metavar="N", help="that cross-attention keeps K and V for")
     stored = parser.add_argument_group("how it is stored")

@@ -572,21 +572,22 @@ def host_slots(
         stores: whether there are stores below.
 
     Raises:
-        ValueError, TypeError: it is no size, or holds no block.
+        ValueError, TypeError: it is no size, or holds no block; with stores, fewer than four.
     """
     if host_memory is None:
         return 0, 0
     each, num_bytes, checkpoints = slot_bytes(config.block_bytes(dtype)), checked_bytes("host_memory", host_memory), 0
-    slots, beside = num_bytes // each, ""
+    slots, state, beside = num_bytes // each, 0, ""
     if config.state_bytes(dtype):
         state = slot_bytes(config.state_bytes(dtype))
         checkpoints = max(_states_in(num_bytes, config, each, state, every, 0), FEWEST_CHECKPOINTS if stores else 0)
         slots = max(0, num_bytes - checkpoints * state) // each
         beside = f" beside {checkpoints} of {state} bytes for states"
-    if not 1 <= slots <= _MOST_SLOTS:
-        raise ValueError(
-            f"host_memory={host_memory!r} holds {slots} slots of {each} bytes{beside}; give 1 to {_MOST_SLOTS}"
-        )
+    fewest = 4 if stores else 1  # a quarter of the slots may come and go at once
+    if not fewest <= slots <= _MOST_SLOTS:
+        least = checkpoints * state + fewest * each
+        bound = f"at least {least} bytes" if slots < fewest else f"memory for {_MOST_SLOTS} at most"
+        raise ValueError(f"host_memory={host_memory!r} holds {slots} slots of {each} bytes{beside}; give {bound}")
     return slots, checkpoints
 
 
