@@ -169,12 +169,8 @@ def talked(name: str, pool: Pool, rounds: tuple[int, ...]) -> list[list[int]]:
     return chats
 
 
-def test_a_checkpoint_stays_with_blocks_in_host_memory() -> None:
-    name = "qwen3_next"
-    pool = pool_of(name, num_blocks=24, host_memory="1MiB")
-    chats = talked(name, pool, (0, 40))
-    came_back = pool.manager.stats().host_hit_tokens
-    assert came_back > 0
+def all_go_on(name: str, pool: Pool, chats: list[list[int]]) -> None:
+    """A cache finds 40 tokens of each chat, and answers as a cache of transformers' does."""
     with PagedCache(model_of(name).config, pool=pool) as held:
         for chat in chats:
             ids = torch.tensor([chat])
@@ -182,6 +178,15 @@ def test_a_checkpoint_stays_with_blocks_in_host_memory() -> None:
             made: Any = model_of(name)
             out = made.generate(ids, attention_mask=torch.ones_like(ids), cache=held, max_new_tokens=NEW)
             assert out[0, len(chat) :].tolist() == answer(name, tuple(chat))
+
+
+def test_a_checkpoint_stays_with_blocks_in_host_memory() -> None:
+    name = "qwen3_next"
+    pool = pool_of(name, num_blocks=24, host_memory="1MiB")
+    chats = talked(name, pool, (0, 40))
+    came_back = pool.manager.stats().host_hit_tokens
+    assert came_back > 0
+    all_go_on(name, pool, chats)
     assert pool.manager.stats().host_hit_tokens > came_back
     pool.manager.audit()
     assert pool.manager.num_free_states == 12
@@ -202,13 +207,7 @@ def test_a_checkpoint_comes_back_alone_from_host_memory() -> None:
     name = "qwen3_next"
     pool = pool_of(name, num_states=3, host_memory="1MiB")
     chats = talked(name, pool, (0, 40))
-    with PagedCache(model_of(name).config, pool=pool) as held:
-        for chat in chats:
-            ids = torch.tensor([chat])
-            assert held.begin(ids) == 40
-            made: Any = model_of(name)
-            out = made.generate(ids, attention_mask=torch.ones_like(ids), cache=held, max_new_tokens=NEW)
-            assert out[0, len(chat) :].tolist() == answer(name, tuple(chat))
+    all_go_on(name, pool, chats)
     assert pool.manager.stats().host_hit_tokens == 0  # no block was loaded
 
 

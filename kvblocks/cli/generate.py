@@ -31,13 +31,9 @@ from kvblocks.generation.streams import block_of, generate
 from kvblocks.generation.verify import Verdict, verify
 from kvblocks.integrations.transformers import Pool, UnsupportedModel, longest_sequence
 from kvblocks.integrations.transformers import served as check_served
-from kvblocks.integrations.transformers.layers import (
-    FEWEST_CHECKPOINTS,
-    FEWEST_STATES,
-    checkpoints_every,
-    slots_for,
-)
+from kvblocks.integrations.transformers.layers import FEWEST_STATES, checkpoints_every, slots_for
 from kvblocks.integrations.transformers.weights import file_version, state_version
+from kvblocks.tiers.tiers import FEWEST
 
 __all__ = ["run"]
 
@@ -375,7 +371,7 @@ def _say_what_stores_cannot_bring(pool: Pool, num_tokens: int) -> None:
     if arena is not None and needed > fetched:
         enough = 4 * needed * arena.slot_bytes
         if states is not None:  # of host memory they take a quarter, or their fewest slots
-            enough = max(-(-enough * 4 // 3), enough + FEWEST_CHECKPOINTS * states.slot_bytes)
+            enough = max(-(-enough * 4 // 3), enough + FEWEST["host_states"] * states.slot_bytes)
         sys.stderr.write(
             f"kvblocks generate: the longest prompt takes {needed} blocks, and stores bring {fetched} at most, a "
             f"quarter of host memory; --host-memory {_as_size(enough)} is enough for all of it\n"

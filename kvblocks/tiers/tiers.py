@@ -25,7 +25,7 @@ from kvblocks.tiers.spills import Spilling
 from kvblocks.tiers.store import Store
 from kvblocks.tiers.workers import Workers
 
-__all__ = ["Agree", "Ticket", "Tiers"]
+__all__ = ["FEWEST", "Agree", "Ticket", "Tiers"]
 
 LOADED = 16  # blocks that one call loads
 SPILLED = 64  # blocks of one spill at most

@@ -34,9 +34,9 @@ from kvblocks.models.read import read
 from kvblocks.models.shapes import Kept, Layer, Reach
 from kvblocks.sizes import checked_bytes, checked_size
 from kvblocks.storage.host import slot_bytes
+from kvblocks.tiers.tiers import FEWEST
 
 __all__ = [
-    "FEWEST_CHECKPOINTS",
     "FEWEST_STATES",
     "KVShape",
     "ModelLayer",
@@ -67,7 +67,6 @@ _BFLOAT16 = format_of("bfloat16")
 _MOST_SLOTS = 2**31 - 2  # that a manager counts
 _EVERY = 256  # tokens between checkpoints
 _FEWEST_SLOTS = 16  # of host memory for blocks, where stores are below it and nobody says how much
-FEWEST_CHECKPOINTS = 8  # of host memory for states, where stores are below it
 _RUNNING = 64  # sequences that have a slot for their state beside those of checkpoints
 FEWEST_STATES = 2  # slots: of one sequence and its checkpoint
 OLDEST = (5, 24)  # of transformers: the caches of earlier versions are asked in another way
@@ -580,10 +579,10 @@ def host_slots(
     slots, state, beside = num_bytes // each, 0, ""
     if config.state_bytes(dtype):
         state = slot_bytes(config.state_bytes(dtype))
-        checkpoints = max(_states_in(num_bytes, config, each, state, every, 0), FEWEST_CHECKPOINTS if stores else 0)
+        checkpoints = max(_states_in(num_bytes, config, each, state, every, 0), FEWEST["host_states"] if stores else 0)
         slots = max(0, num_bytes - checkpoints * state) // each
         beside = f" beside {checkpoints} of {state} bytes for states"
-    fewest = 4 if stores else 1  # a quarter of the slots may come and go at once
+    fewest = FEWEST["host_blocks"] if stores else 1
     if not fewest <= slots <= _MOST_SLOTS:
         least = checkpoints * state + fewest * each
         bound = f"at least {least} bytes" if slots < fewest else f"memory for {_MOST_SLOTS} at most"
@@ -595,7 +594,7 @@ def host_memory_beside(config: CacheConfig, num_states: int, dtype: torch.dtype)
     """Bytes of host memory for a pool with stores where nobody says how much: a quarter of the pool's."""
     state_bytes = config.state_bytes(dtype)
     fewest = _FEWEST_SLOTS * slot_bytes(config.block_bytes(dtype))
-    fewest += FEWEST_CHECKPOINTS * slot_bytes(state_bytes) if state_bytes else 0
+    fewest += FEWEST["host_states"] * slot_bytes(state_bytes) if state_bytes else 0
     return max((config.memory_bytes(dtype) + num_states * state_bytes) // 4, fewest)
 
 
